@@ -1,0 +1,1 @@
+"""The YAML recipes; a package only so that an installed `foam` finds them."""

@@ -1,0 +1,59 @@
+"""Errors a person can act on: one line with what was given, what is allowed, what to do."""
+
+from foam_lightning.units import ByteSize, in_words
+
+
+class FoamError(Exception):
+    """The base of every error that the command line prints as one line.
+
+    Attributes:
+        exit_code: What the process exits with: 2 for bad usage.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(FoamError):
+    """A setting is missing, unknown, or contradicts another one."""
+
+
+class DataError(FoamError):
+    """The training text cannot be read, or is not enough."""
+
+
+class PlanError(FoamError):
+    """A fold plan cannot be read, or was made for another model."""
+
+
+class CheckpointError(FoamError):
+    """A checkpoint or model folder cannot be read or written, or does not match the run."""
+
+
+class InfeasibleBudgetError(FoamError):
+    """No plan fits the budget, with every lever pulled.
+
+    Args:
+        budget_bytes: What was asked for.
+        minimum_bytes: The smallest budget that would work.
+        binding: The largest term of the peak at that minimum, such as "gradients".
+        breakdown: The terms of that minimum, in bytes.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self, budget_bytes: int, minimum_bytes: int, binding: str, breakdown: dict[str, int]
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self.minimum_bytes = minimum_bytes
+        self.binding = binding
+        self.breakdown = breakdown
+        terms = ", ".join(
+            f"{name.replace('_', ' ')} {in_words(size)}" for name, size in breakdown.items() if size
+        )
+        super().__init__(
+            f"a budget of {ByteSize(budget_bytes)} is too small: with every lever pulled this model "
+            f"needs {ByteSize(minimum_bytes)} ({terms}); the largest term is "
+            f"{binding.replace('_', ' ')}; raise --memory-budget to at least "
+            f"{ByteSize(minimum_bytes)} or choose a smaller model"
+        )

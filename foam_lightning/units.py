@@ -1,0 +1,65 @@
+"""Byte sizes as people write them. GB = 10**9 and GiB = 2**30, always."""
+
+import re
+from typing import Self
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_NAMES = ("TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "kB")
+_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
+
+
+class ByteSize(int):
+    """A positive number of bytes, written as "24GB" (24 * 10**9) or "24GiB" (24 * 2**30).
+
+    `str` gives the shortest such text that reads back as the same number.
+
+    Args:
+        value: A text with a number and a unit, or a number of bytes as an int.
+
+    Raises:
+        ValueError: The text has no number, no unit or an unknown one, or the size is not positive.
+    """
+
+    def __new__(cls, value: str | int) -> Self:
+        size = super().__new__(cls, _parse(value) if isinstance(value, str) else value)
+        if size <= 0:
+            raise ValueError(f"a memory size must be above zero, got {value}; write for example 24GB")
+        return size
+
+    def __str__(self) -> str:
+        for name in _NAMES:
+            if int(self) % _UNITS[name.upper()] == 0:
+                return f"{int(self) // _UNITS[name.upper()]}{name}"
+        return f"{int(self)}B"
+
+    def __repr__(self) -> str:
+        return f"ByteSize({str(self)!r})"
+
+
+def _parse(text: str) -> int:
+    match = _PATTERN.fullmatch(text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(
+            f"{text!r} is not a memory size; write a number and a unit, for example 24GB or 22.5GiB"
+        )
+    whole, _, fraction = match[1].partition(".")
+    # Integers all the way: a float would lose bytes above 2**53.
+    return int(whole + fraction) * _UNITS[match[2].upper()] // 10 ** len(fraction)
+
+
+def in_words(num_bytes: int) -> str:
+    """Render bytes for people, four significant digits: 21002000000 -> "21.00 GB"."""
+    for name in ("TB", "GB", "MB", "kB"):
+        if abs(num_bytes) >= _UNITS[name.upper()]:
+            return f"{num_bytes / _UNITS[name.upper()]:.4g} {name}"
+    return f"{num_bytes} B"
