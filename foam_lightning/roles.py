@@ -1,0 +1,35 @@
+"""What a LLaMA parameter is for, read from its qualified name."""
+
+import re
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven matrices of a LLaMA layer, in the order of the forward pass."""
+
+_ROLE = re.compile(r"(?:^|\.)(q|k|v|o|gate|up|down)_proj(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)(?:\.|$)")
+
+
+def role_of(name: str) -> str:
+    """Name the role of a parameter: "model.layers.3.mlp.down_proj.weight" -> "down".
+
+    Args:
+        name: The qualified name, as `named_parameters()` gives it.
+
+    Returns:
+        One of `ROLES`, or "other" for embeddings, head, norms and foreign names.
+    """
+    match = _ROLE.search(name)
+    return match[1] if match else "other"
+
+
+def layer_of(name: str) -> int | None:
+    """Number the layer of a parameter: "model.layers.3.mlp.down_proj.weight" -> 3.
+
+    Args:
+        name: The qualified name, as `named_parameters()` gives it.
+
+    Returns:
+        The index of the layer, from 0, or None for what sits outside the layers.
+    """
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
