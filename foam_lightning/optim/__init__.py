@@ -1,0 +1,1 @@
+"""The FOAM optimizer: folding, one tensor's update, parameter groups."""

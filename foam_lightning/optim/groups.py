@@ -1,0 +1,91 @@
+"""Which parameters fold, and the parameter groups that carry their levels to the optimizer."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Each row of an embedding or of the head belongs to one token and is rarely touched. The rule is
+# the one of the released FOAM code.
+DEFAULT_EXCLUDE = r"embed_tokens|lm_head"
+
+
+def is_foldable(name: str, shape: Sequence[int], exclude: str = DEFAULT_EXCLUDE) -> bool:
+    """Tell whether the moments of a parameter may be folded.
+
+    Args:
+        name: Qualified name, such as "model.layers.0.self_attn.q_proj.weight".
+        shape: Shape of the parameter; with fewer than two dimensions it never folds.
+        exclude: Regular expression; a name in which it is found does not fold.
+    """
+    return len(shape) >= 2 and re.search(exclude, name) is None
+
+
+def foldable(
+    named_parameters: Iterable[tuple[str, Tensor]], exclude: str = DEFAULT_EXCLUDE
+) -> dict[str, tuple[int, ...]]:
+    """Map each parameter that folds to its shape, in the given order.
+
+    Args:
+        named_parameters: As from `model.named_parameters()`. Frozen ones have no state: left out.
+        exclude: Regular expression; a name in which it is found does not fold.
+    """
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in named_parameters
+        if parameter.requires_grad and is_foldable(name, parameter.shape, exclude)
+    }
+
+
+def param_groups(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    levels: Mapping[str, int],
+    scales: Mapping[int, float],
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Group the parameters for `FOAM`: one group per level, and one for what never folds.
+
+    A parameter named in `levels` takes that level, the scale of that level and the weight decay.
+    The rest (norms, embeddings, head) takes level 0, scale 1 and no weight decay. Frozen
+    parameters are left out.
+
+    Args:
+        named_parameters: As from `model.named_parameters()`.
+        levels: Fold level by qualified name, level 0 included.
+        scales: Scale by level, at least for the levels in use.
+        weight_decay: Decoupled weight decay, 0 or more.
+
+    Returns:
+        The groups, lowest level first and the rest last, none empty. They hold (name, parameter)
+        pairs in the given order, so that the optimizer knows the names.
+
+    Raises:
+        ValueError: `levels` names an unknown parameter, or a level in use has no scale.
+    """
+    parameters = dict(named_parameters)
+    unknown = [name for name in levels if name not in parameters]
+    if unknown:
+        raise ValueError(
+            f"levels are given for {len(unknown)} parameters the model does not have, "
+            f"first {unknown[0]}"
+        )
+    folded: dict[int, list[tuple[str, Tensor]]] = {}
+    rest = []
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            continue
+        if name in levels:
+            folded.setdefault(levels[name], []).append((name, parameter))
+        else:
+            rest.append((name, parameter))
+    missing = sorted(folded.keys() - scales.keys())
+    if missing:
+        raise ValueError(f"no scale for fold level {missing[0]}, only for {sorted(scales)}")
+    groups: list[dict[str, Any]] = [
+        {"params": pairs, "level": level, "scale": scales[level], "weight_decay": weight_decay}
+        for level, pairs in sorted(folded.items())
+    ]
+    if rest:
+        groups.append({"params": rest, "level": 0, "scale": 1.0, "weight_decay": 0.0})
+    return groups

@@ -1,0 +1,157 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from foam_lightning import FOAM
+from foam_lightning.optim import foam as foam_module
+from foam_lightning.optim.fold import folded_shape
+from tests.training import all_equal, parameters, train
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3}],
+    ids=["plain", "decay", "betas-eps"],
+)
+@pytest.mark.parametrize("second_moment", ["mean_square", "square_mean"])
+def test_level_0_with_scale_1_is_adamw_to_the_last_bit(options, second_moment):
+    ours, theirs = parameters(), parameters()
+    options = {"weight_decay": 0.0, "lr": 1e-2, **options}
+    train(FOAM(ours, level=0, scale=1, second_moment=second_moment, **options), range(6))
+    train(torch.optim.AdamW(theirs, foreach=False, **options), range(6))
+    assert all_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 12])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_a_large_matrix_is_updated_in_parts_to_the_same_result(monkeypatch, level, dtype):
+    shapes = [(9, 22), (4, 3, 10), (1, 64), (64,), (30, 9)]
+    whole, parts = parameters(shapes, dtype), parameters(shapes, dtype)
+    train(FOAM(whole, level=level), range(3))
+    monkeypatch.setattr(foam_module, "_PART_ELEMENTS", 60)
+    train(FOAM(parts, level=level), range(3))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(st.integers(1, 6), st.integers(1, 70), st.integers(0, 12), st.sampled_from([F32, BF16]))
+def test_state_has_the_folded_shape_and_its_bytes_never_grow_with_the_level(
+    rows, columns, level, dtype
+):
+    def state_bytes(level):
+        optimizer = FOAM(parameters([(rows, columns)]), level=level, state_dtype=dtype)
+        train(optimizer, [0])
+        (state,) = optimizer.state.values()
+        assert state["step"] == 1
+        assert type(state["step"]) is int
+        assert state["exp_avg"].shape == folded_shape((rows, columns), level)
+        return sum(state[key].nbytes for key in ("exp_avg", "exp_avg_sq"))
+
+    size = state_bytes(level)
+    assert size == 2 * rows * math.ceil(columns / 2**level) * dtype.itemsize
+    assert state_bytes(level + 1) <= size
+
+
+@pytest.mark.parametrize("shape", [(), (7,)], ids=["scalar", "vector"])
+def test_fewer_than_two_dimensions_neither_fold_nor_scale(shape):
+    ours, theirs = parameters([shape]), parameters([shape])
+    train(FOAM(ours, level=3, scale=0.1), range(3))
+    train(torch.optim.AdamW(theirs, weight_decay=0, foreach=False), range(3))
+    assert all_equal(ours, theirs)
+
+
+def test_groups_may_override_every_option():
+    options = [
+        {"level": 0, "scale": 1.0, "weight_decay": 0.1},
+        {"level": 1, "lr": 0.1, "betas": (0.5, 0.6), "eps": 1e-3, "state_dtype": BF16},
+        {"level": 3, "residual_scale": 0.5, "second_moment": "square_mean"},
+        {"level": 3, "bias_correct_moments_only": True},
+    ]
+    together, alone = parameters([(4, 12)] * 4), parameters([(4, 12)] * 4)
+    train(FOAM([{"params": [p], **o} for p, o in zip(together, options, strict=True)]), range(4))
+    # Each alone sees the gradients it saw together: the same draws in the same order.
+    separate = [FOAM([p], **o) for p, o in zip(alone, options, strict=True)]
+    for step in range(4):
+        random = torch.Generator().manual_seed(step)
+        for param, optimizer in zip(alone, separate, strict=True):
+            param.grad = torch.randn(param.shape, generator=random)
+            optimizer.step()
+    assert all_equal(together, alone)
+
+
+def test_runs_repeat_bitwise():
+    first, second = parameters(), parameters()
+    train(FOAM(first), range(5))
+    train(FOAM(second), range(5))
+    assert all_equal(first, second)
+
+
+def test_parameters_without_a_gradient_stay_and_take_no_state():
+    still, moved = parameters([(3, 8), (3, 8)])
+    kept = still.detach().clone()
+    optimizer = FOAM([still, moved], weight_decay=0.1)
+    moved.grad = torch.ones_like(moved)
+    optimizer.step()
+    assert torch.equal(still, kept)
+    assert list(optimizer.state) == [moved]
+
+
+def test_closure_runs_with_gradients_and_its_loss_comes_back():
+    (param,) = parameters([(3, 8)])
+    optimizer = FOAM([param])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > optimizer.step(closure)
+
+
+def test_a_deep_copy_trains_on_its_own():
+    original = FOAM(parameters())
+    train(original, range(2))
+    duplicate = copy.deepcopy(original)
+    train(duplicate, range(2, 4))
+    train(original, range(2, 4))
+    for a, b in zip(original.state.values(), duplicate.state.values(), strict=True):
+        assert a["step"] == b["step"] == 4
+        assert torch.equal(a["exp_avg"], b["exp_avg"])
+
+
+def test_a_sparse_gradient_is_refused():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"a sparse one for a parameter of shape \(10, 4\)"):
+        FOAM(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be a number of 0 or more, got -1.0"),
+        ({"lr": math.nan}, "lr must be a number of 0 or more, got nan"),
+        ({"eps": -1e-8}, "eps must be a number of 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number of 0 or more"),
+        ({"scale": -0.25}, "scale must be a number of 0 or more"),
+        ({"residual_scale": math.inf}, "residual_scale must be a number of 0 or more, got inf"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers .* got \(0.9, 1.0\)"),
+        ({"level": -1}, "fold level must be an integer of 0 or more, got -1"),
+        ({"second_moment": "max"}, "one of mean_square, square_mean, got 'max'"),
+        ({"state_dtype": torch.float16}, "one of torch.float32, torch.bfloat16, got torch.float16"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FOAM(parameters(), **options)
+    with pytest.raises(ValueError, match=message):
+        FOAM([{"params": parameters(), **options}])

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from foam_lightning import FOAM
+from foam_lightning.optim.groups import foldable, is_foldable, param_groups
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(10, 4)
+        self.q_proj = nn.Linear(4, 6)
+        self.k_proj = nn.Linear(4, 6, bias=False)
+        self.norm = nn.LayerNorm(4, bias=False)
+        self.lm_head = nn.Linear(4, 10, bias=False)
+
+
+@pytest.fixture
+def model():
+    return Tiny()
+
+
+def names(groups):
+    return [[name for name, _ in group["params"]] for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (4, 4), True),
+        ("model.layers.0.mlp.experts", (2, 4, 4), True),
+        ("model.layers.0.input_layernorm.weight", (4,), False),
+        ("model.embed_tokens.weight", (10, 4), False),
+        ("lm_head.weight", (10, 4), False),
+    ],
+)
+def test_matrices_fold_unless_excluded(name, shape, expected):
+    assert is_foldable(name, shape) is expected
+
+
+def test_exclude_is_a_regular_expression_on_the_qualified_name():
+    assert not is_foldable("model.layers.0.mlp.down_proj.weight", (4, 4), r"layers\.0\.")
+    assert is_foldable("lm_head.weight", (4, 4), "embed")
+
+
+def test_foldable_maps_names_to_shapes(model):
+    assert foldable(model.named_parameters()) == {
+        "q_proj.weight": (6, 4),
+        "k_proj.weight": (6, 4),
+    }
+
+
+def test_frozen_parameters_are_left_out(model):
+    model.k_proj.weight.requires_grad_(False)
+    assert list(foldable(model.named_parameters())) == ["q_proj.weight"]
+    groups = param_groups(
+        model.named_parameters(), {"q_proj.weight": 1, "k_proj.weight": 2}, {1: 0.25}, 0.1
+    )
+    assert [group["level"] for group in groups] == [1, 0]
+    assert all("k_proj.weight" not in group for group in names(groups))
+
+
+def test_one_group_per_level_then_the_rest(model):
+    levels = {"q_proj.weight": 2, "k_proj.weight": 0}
+    groups = param_groups(model.named_parameters(), levels, {0: 0.1, 2: 0.25}, 0.1)
+    assert names(groups) == [
+        ["k_proj.weight"],
+        ["q_proj.weight"],
+        ["embed_tokens.weight", "q_proj.bias", "norm.weight", "lm_head.weight"],
+    ]
+    options = [(g["level"], g["scale"], g["weight_decay"]) for g in groups]
+    assert options == [(0, 0.1, 0.1), (2, 0.25, 0.1), (0, 1.0, 0.0)]
+
+
+def test_no_group_is_empty(model):
+    only = {"q_proj.weight": 1}
+    assert len(param_groups([("q_proj.weight", model.q_proj.weight)], only, {1: 1.0}, 0)) == 1
+    assert len(param_groups(model.named_parameters(), {}, {}, 0)) == 1
+
+
+def test_the_optimizer_takes_the_groups_and_their_names(model):
+    optimizer = FOAM(param_groups(model.named_parameters(), {"q_proj.weight": 1}, {1: 0.25}, 0.1))
+    assert optimizer.param_groups[0]["param_names"] == ["q_proj.weight"]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.state[model.q_proj.weight]["exp_avg"].shape == (6, 2)
+    assert optimizer.state[model.embed_tokens.weight]["exp_avg"].shape == (10, 4)
+
+
+def test_a_level_without_a_scale_is_refused(model):
+    with pytest.raises(ValueError, match=r"no scale for fold level 3, only for \[0, 1\]"):
+        param_groups(model.named_parameters(), {"q_proj.weight": 3}, {0: 1.0, 1: 0.25}, 0.1)
+
+
+def test_levels_of_another_model_are_refused(model):
+    with pytest.raises(ValueError, match=r"does not have, first model\.x"):
+        param_groups(model.named_parameters(), {"model.x": 3}, {3: 1.0}, 0.1)
