@@ -52,8 +52,8 @@ class InfeasibleBudgetError(FoamError):
             f"{name.replace('_', ' ')} {in_words(size)}" for name, size in breakdown.items() if size
         )
         super().__init__(
-            f"a budget of {ByteSize(budget_bytes)} is too small: with every lever pulled this model "
-            f"needs {ByteSize(minimum_bytes)} ({terms}); the largest term is "
+            f"a budget of {ByteSize(budget_bytes)} is too small: with every lever pulled this "
+            f"model needs {ByteSize(minimum_bytes)} ({terms}); the largest term is "
             f"{binding.replace('_', ' ')}; raise --memory-budget to at least "
             f"{ByteSize(minimum_bytes)} or choose a smaller model"
         )

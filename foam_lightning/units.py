@@ -31,9 +31,12 @@ class ByteSize(int):
     """
 
     def __new__(cls, value: str | int) -> Self:
+        """Read a text, or take a number of bytes."""
         size = super().__new__(cls, _parse(value) if isinstance(value, str) else value)
         if size <= 0:
-            raise ValueError(f"a memory size must be above zero, got {value}; write for example 24GB")
+            raise ValueError(
+                f"a memory size must be above zero, got {value}; write for example 24GB"
+            )
         return size
 
     def __str__(self) -> str:

@@ -1,0 +1,48 @@
+"""The language-model loss: head and cross entropy, on all tokens at once or chunk by chunk."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+CHUNK_TOKENS = 256
+
+
+def token_loss(
+    hidden: Tensor, head: torch.nn.Linear, labels: Tensor, *, chunked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sum the negative log-likelihood of every next token, in nats and in float32.
+
+    `torch.nn.functional.linear_cross_entropy` also works in chunks, but as one opaque operator:
+    the memory inside it is invisible to the account, and a peak that cannot be seen cannot be
+    promised. Chunks under torch's own checkpoint are as small and are seen.
+
+    Args:
+        hidden: Hidden states, (B, S, H).
+        head: The output layer, H to V.
+        labels: Token ids, (B, S), not shifted: position s is scored on `labels[:, s + 1]`.
+            Positions labelled -100 do not count.
+        chunked: Score 256 tokens at a time and recompute their logits in backward, so that
+            (B * S, V) logits never exist.
+
+    Returns:
+        The sum over scored tokens, a float32 scalar, and how many they are, an int64 scalar.
+    """
+    states = hidden[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    num_tokens = (targets != IGNORED).sum()
+    if not chunked:
+        return _summed(states, head, targets), num_tokens
+    pieces = [
+        checkpoint(_summed, rows, head, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(
+            states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
+        )
+    ]
+    return torch.stack(pieces).sum(), num_tokens
+
+
+def _summed(states: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
+    logits = head(states).float()
+    return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,72 @@
+"""The levers that make a run fit, tried from the cheapest in speed to the dearest."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from foam_lightning.plan import Levers
+
+# A rung is worth taking when folding at this level fits on it; only where no rung allows that do
+# higher levels come in. 2 is the level of the paper's main results.
+TARGET_LEVEL = 2
+# Levels above 8 save next to nothing: two moments of a matrix are 1/256 of Adam's here.
+MAX_LEVEL = 8
+
+Fits = Callable[[Levers, int], bool]
+
+
+def cheapest(start: Levers, fits: Fits) -> Levers | None:
+    """Find the cheapest levers that fit.
+
+    The order of price: nothing, chunked loss, smaller micro-batches with more accumulation,
+    activation checkpointing (with the largest micro-batch that then fits).
+
+    Args:
+        start: The levers that the configuration asks for; none of them is ever let go.
+        fits: Says whether a run with these levers fits at one uniform level.
+
+    Returns:
+        The first that fits at level 2, else the first that fits at level 8, else None.
+    """
+    for level in (TARGET_LEVEL, MAX_LEVEL):
+        for stage in _stages(start):
+            found = _largest(stage, lambda levers, level=level: fits(levers, level))  # type: ignore[misc]
+            if found is not None:
+                return found
+    return None
+
+
+def leanest(start: Levers) -> Levers:
+    """Pull every lever: what the smallest possible budget needs."""
+    *_, last = _stages(start)
+    return last[-1]
+
+
+def _stages(start: Levers) -> Iterator[list[Levers]]:
+    """Yield lists of levers of one price class, memory falling within each list."""
+    yield [start]
+    chunked = replace(start, chunked_loss=True)
+    yield _micro_batches(chunked)
+    yield _micro_batches(replace(chunked, activation_checkpointing=True))
+
+
+def _micro_batches(levers: Levers) -> list[Levers]:
+    batch = levers.batch_size
+    sizes = (size for size in range(levers.micro_batch_size, 0, -1) if batch % size == 0)
+    return [
+        replace(levers, micro_batch_size=size, accumulate_grad_batches=batch // size)
+        for size in sizes
+    ]
+
+
+def _largest(stage: list[Levers], fits: Callable[[Levers], bool]) -> Levers | None:
+    """Bisect for the first element that fits, memory falling along the list."""
+    if not fits(stage[-1]):
+        return None
+    low, high = 0, len(stage) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fits(stage[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return stage[low]

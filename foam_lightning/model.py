@@ -1,0 +1,179 @@
+"""LLaMA through transformers: describe, build, load and save it."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from foam_lightning.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+# The numbers that make two models the same model to a fold plan.
+_FINGERPRINT = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+def describe(
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int | None,
+    vocab_size: int,
+    max_position_embeddings: int,
+) -> "LlamaConfig":
+    """Turn sizes into a transformers configuration, untied embedding and head, SDPA attention.
+
+    Raises:
+        ConfigError: A size is below 1, or the heads do not divide what they must.
+    """
+    from transformers import LlamaConfig
+
+    sizes = dict(locals())
+    sizes.pop("LlamaConfig")
+    sizes["num_key_value_heads"] = num_key_value_heads or num_attention_heads
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"model.{name} must be 1 or more, got {size}")
+    if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
+        raise ConfigError(
+            f"model.hidden_size {hidden_size} must be an even multiple of "
+            f"model.num_attention_heads {num_attention_heads}"
+        )
+    if num_attention_heads % sizes["num_key_value_heads"]:
+        raise ConfigError(
+            f"model.num_attention_heads {num_attention_heads} must be a multiple of "
+            f"model.num_key_value_heads {num_key_value_heads}"
+        )
+    return LlamaConfig(**sizes, tie_word_embeddings=False, use_cache=False)
+
+
+def read_config(folder: str) -> "LlamaConfig":
+    """Read the configuration of a local Hugging Face LLaMA folder.
+
+    Raises:
+        CheckpointError: There is no such folder, no readable `config.json`, or it is no LLaMA.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if not Path(folder, "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json; pass a local Hugging Face LLaMA folder"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read {folder}/config.json: {_line(error)}") from error
+    if not isinstance(config, LlamaConfig):
+        raise CheckpointError(
+            f"{folder} holds a {config.model_type} model; only llama is supported"
+        )
+    config.use_cache = False
+    return config
+
+
+def fingerprint(config: "LlamaConfig") -> dict[str, int | bool]:
+    """List the sizes that a fold plan must agree with, in the order they are compared."""
+    return {name: getattr(config, name) for name in _FINGERPRINT}
+
+
+def lay_out(config: "LlamaConfig") -> "LlamaForCausalLM":
+    """Make the model wherever tensors are made now: under the meta device or in fake mode.
+
+    The weights are not meant to be used; `build` draws them.
+    """
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(config)
+
+
+def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
+    """Make a freshly initialised model on the default device and in the default dtype.
+
+    The model is laid out on the meta device first, so that a large one is never held twice, and
+    drawn from its own random stream, so that equal seeds are equal weights.
+    """
+    with torch.device("meta"):
+        model = lay_out(config)
+    model.to_empty(device=torch.get_default_device())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.init_weights()
+    return model
+
+
+def load(folder: str) -> "LlamaForCausalLM":
+    """Load the weights of a local Hugging Face LLaMA folder, in the default dtype.
+
+    Raises:
+        CheckpointError: The folder is not a LLaMA, or its weights are missing or do not fit it.
+    """
+    from transformers import LlamaForCausalLM
+
+    config = read_config(folder)
+    try:
+        model, report = LlamaForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.get_default_dtype(),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load the weights in {folder}: {_line(error)}") from error
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{folder} lacks {len(report['missing_keys'])} weights, the first is "
+            f"{min(report['missing_keys'])}"
+        )
+    loaded: LlamaForCausalLM = model
+    return loaded
+
+
+def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write a Hugging Face folder beside `folder` and rename it, so that no half one is ever seen.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    beside = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.replace(folder)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(f"cannot write {folder}: {_line(error)}") from error
+
+
+def keep_rope_float32(model: "LlamaForCausalLM") -> None:
+    """Recompute the rotary frequencies in float32 after a cast of the whole model.
+
+    A pure-bfloat16 run casts every buffer; the frequencies then carry errors of up to 0.4 %,
+    which grow with the position.
+    """
+    rope = model.model.rotary_emb
+    if rope.inv_freq.dtype == torch.float32:
+        return
+    device = rope.inv_freq.device
+    fresh = type(rope)(rope.config, device=device)
+    rope.inv_freq = fresh.inv_freq.float()
+    rope.original_inv_freq = fresh.inv_freq.float().clone()
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

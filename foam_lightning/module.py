@@ -1,0 +1,307 @@
+"""LLaMA trained with FOAM, as a LightningModule."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from foam_lightning import model as llama
+from foam_lightning.errors import CheckpointError, ConfigError
+from foam_lightning.loss import token_loss
+from foam_lightning.optim.foam import FOAM
+from foam_lightning.optim.groups import DEFAULT_EXCLUDE, foldable, param_groups
+from foam_lightning.plan import FoldPlan, Levers, StateDtype
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+Batch = Mapping[str, Tensor]
+
+
+class LlamaFoam(LightningModule):
+    """A LLaMA and the FOAM optimizer that trains it.
+
+    A fold plan, where there is one, decides levels, scales, learning rate and levers; the
+    arguments below are what a run without a plan trains at.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the MLP.
+        num_hidden_layers: Decoder layers.
+        num_attention_heads: Query heads; must divide hidden_size.
+        num_key_value_heads: Key and value heads, fewer for grouped queries; none means as many
+            as query heads.
+        vocab_size: Tokens that the model knows; also what a tokenizer trained here gets.
+        max_position_embeddings: The longest sequence that the exported model declares.
+        pretrained: A local Hugging Face LLaMA folder to start from; its sizes replace those above.
+        lr: Peak learning rate.
+        betas: Decay of the two moments; the paper's scripts say (0.9, 0.95), its code ran this.
+        eps: Added to the denominator after bias correction.
+        weight_decay: Decoupled decay of the matrices that fold; the rest has none.
+        level: Fold level of every matrix that folds: 2**level neighbouring columns share one
+            moment pair. 0 is Adam.
+        scale: Factor on lr for folded matrices (level 1 and above).
+        unfolded_scale: Factor on lr for the same matrices at level 0; 0.1 is what split-lr Adam
+            prefers, 1 is plain AdamW.
+        residual_scale: Weight of the residual, the paper's rho.
+        second_moment: "mean_square" averages squared gradients over a block, as the released
+            code; "square_mean" squares the average, as the paper prints.
+        bias_correct_moments_only: Leave the residual out of the bias correction.
+        state_dtype: The dtype of the two moments.
+        warmup_fraction: Share of the steps over which the learning rate rises.
+        final_lr_fraction: Where the cosine ends, as a share of the peak.
+        exclude: Regular expression on the names of matrices that never fold.
+        seed: Seeds the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 128,
+        intermediate_size: int = 352,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        vocab_size: int = 1024,
+        max_position_embeddings: int = 2048,
+        pretrained: str | None = None,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        level: int = 2,
+        scale: float = 0.25,
+        unfolded_scale: float = 0.1,
+        residual_scale: float = 1.0,
+        second_moment: str = "mean_square",
+        bias_correct_moments_only: bool = False,
+        state_dtype: StateDtype = "float32",
+        warmup_fraction: float = 0.1,
+        final_lr_fraction: float = 0.1,
+        exclude: str = DEFAULT_EXCLUDE,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if lr <= 0 or not 0 <= warmup_fraction <= 1 or not 0 <= final_lr_fraction <= 1:
+            raise ConfigError(
+                f"model.lr {lr} must be above 0, model.warmup_fraction {warmup_fraction} and "
+                f"model.final_lr_fraction {final_lr_fraction} between 0 and 1"
+            )
+        self.save_hyperparameters()
+        self.model: LlamaForCausalLM | None = None
+        self.plan: FoldPlan | None = None
+        self._validation_nll = MeanMetric()
+
+    # ---- what is trained, before a single weight exists
+
+    def llama_config(self) -> "LlamaConfig":
+        """Describe the LLaMA that these settings ask for."""
+        hp = self.hparams
+        if hp.pretrained is not None:
+            return llama.read_config(hp.pretrained)
+        return llama.describe(
+            hidden_size=hp.hidden_size,
+            intermediate_size=hp.intermediate_size,
+            num_hidden_layers=hp.num_hidden_layers,
+            num_attention_heads=hp.num_attention_heads,
+            num_key_value_heads=hp.num_key_value_heads,
+            vocab_size=hp.vocab_size,
+            max_position_embeddings=hp.max_position_embeddings,
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give every parameter's shape by its qualified name, without making a weight."""
+        with torch.device("meta"):
+            laid_out = llama.lay_out(self.llama_config())
+        return {name: tuple(p.shape) for name, p in laid_out.named_parameters()}
+
+    def uniform_plan(self, level: int, levers: Levers) -> FoldPlan:
+        """Make the plan that holds every matrix at one level, at this module's settings."""
+        hp = self.hparams
+        names = foldable(self.shapes(), hp.exclude)
+        return FoldPlan(
+            model=llama.fingerprint(self.llama_config()),
+            levels=dict.fromkeys(names, level),
+            scales={level: hp.scale if level else hp.unfolded_scale},
+            lr=hp.lr,
+            levers=levers,
+        )
+
+    def follow(self, plan: FoldPlan) -> None:
+        """Train by this plan.
+
+        Raises:
+            PlanError: The plan was made for another model.
+        """
+        plan.check_model(
+            llama.fingerprint(self.llama_config()), foldable(self.shapes(), self.hparams.exclude)
+        )
+        self.plan = plan
+
+    # ---- building
+
+    def lay_out(self) -> None:
+        """Make the model without drawing weights, where tensors are made now (fake, meta)."""
+        self._adopt(llama.lay_out(self.llama_config()))
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        hp = self.hparams
+        if hp.pretrained is not None:
+            self._adopt(llama.load(hp.pretrained))
+        else:
+            self._adopt(llama.build(self.llama_config(), seed=hp.seed))
+
+    def optimizer(self) -> FOAM:
+        """Make the optimizer for the plan's levels."""
+        plan, hp = self._plan(), self.hparams
+        return FOAM(
+            param_groups(
+                self._built().named_parameters(), plan.levels, plan.scales, hp.weight_decay
+            ),
+            lr=plan.lr,
+            betas=tuple(hp.betas),
+            eps=hp.eps,
+            residual_scale=hp.residual_scale,
+            second_moment=hp.second_moment,
+            bias_correct_moments_only=hp.bias_correct_moments_only,
+            state_dtype=getattr(torch, plan.levers.state_dtype),
+        )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer()
+        schedule = LambdaLR(
+            optimizer,
+            warmup_cosine(
+                int(self.trainer.estimated_stepping_batches),
+                warmup_fraction=self.hparams.warmup_fraction,
+                final_fraction=self.hparams.final_lr_fraction,
+            ),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # ---- one step
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """Run the decoder: token ids (B, S) to hidden states (B, S, H)."""
+        # No mask: rows are causal and padded on the right only, where nothing is scored.
+        hidden: Tensor = self._built().model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Score the next tokens: the mean negative log-likelihood in nats."""
+        total, num_tokens = self._summed_loss(hidden, labels)
+        return total / num_tokens
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.mean_loss(self.hidden_states(batch["input_ids"]), batch["labels"])
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    @override
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Lightning frees gradients after the next forward pass, whose peak would then hold them.
+        optimizer.zero_grad(set_to_none=True)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        total, num_tokens = self._summed_loss(
+            self.hidden_states(batch["input_ids"]), batch["labels"]
+        )
+        self._validation_nll.update(total / num_tokens, weight=num_tokens)
+        return {"nll": total, "num_tokens": num_tokens}
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        loss = self._validation_nll.compute()
+        self._validation_nll.reset()
+        self.log("validation/loss", loss, prog_bar=True)
+        self.log("validation/perplexity", loss.exp())
+
+    # ---- what Lightning would otherwise get wrong
+
+    @override
+    def on_fit_start(self) -> None:
+        self._keep_rope_float32()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._keep_rope_float32()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fold_plan"] = self._plan().to_json()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "fold_plan" not in checkpoint:
+            raise CheckpointError("the checkpoint holds no fold plan; was it written by this tool?")
+        saved = FoldPlan.from_json(checkpoint["fold_plan"], source="the checkpoint's fold plan")
+        if self.plan is None:
+            self.follow(saved)
+        saved.check_model(self._plan().model, self._plan().levels)
+
+    def _plan(self) -> FoldPlan:
+        if self.plan is None:
+            raise ConfigError("no fold plan is set; call follow(plan) before training")
+        return self.plan
+
+    def _built(self) -> "LlamaForCausalLM":
+        if self.model is None:
+            raise ConfigError("the model is not built; call configure_model() first")
+        return self.model
+
+    def _adopt(self, model: "LlamaForCausalLM") -> None:
+        model.train()
+        if self.plan is not None and self.plan.levers.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        self.model = model
+
+    def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return token_loss(
+            hidden, self._built().lm_head, labels, chunked=self._plan().levers.chunked_loss
+        )
+
+    def _keep_rope_float32(self) -> None:
+        llama.keep_rope_float32(self._built())
+
+
+def warmup_cosine(
+    num_steps: int, *, warmup_fraction: float, final_fraction: float
+) -> Callable[[int], float]:
+    """Give the learning-rate factor of every step: linear rise, then half a cosine.
+
+    Args:
+        num_steps: Optimizer steps of the whole run; the last one trains at `final_fraction`.
+        warmup_fraction: Share of the steps that rise from near zero to 1.
+        final_fraction: The factor at the end.
+    """
+    warmup_steps = max(1, round(num_steps * warmup_fraction))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps))
+        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor

@@ -1,0 +1,172 @@
+"""The fold plan: which level every matrix trains at, and the settings found together with it."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+from foam_lightning.errors import PlanError
+
+SCHEMA = "foam-lightning/fold-plan/1"
+
+StateDtype = Literal["float32", "bfloat16"]
+Fingerprint = Mapping[str, int | bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levers:
+    """What a run trades speed for memory with, besides fold levels.
+
+    Attributes:
+        micro_batch_size: Sequences per forward pass, 1 or more.
+        accumulate_grad_batches: Forward passes per optimizer step; times `micro_batch_size` it is
+            the global batch.
+        chunked_loss: Head and cross entropy run on 256 tokens at a time, so that the logits of a
+            whole micro-batch never exist at once.
+        activation_checkpointing: Decoder layers keep only their input and recompute the rest.
+        gradient_release: The optimizer steps inside backward. Not offered yet: always false.
+        state_dtype: The dtype of the two moments, "float32" or "bfloat16".
+    """
+
+    micro_batch_size: int
+    accumulate_grad_batches: int = 1
+    chunked_loss: bool = False
+    activation_checkpointing: bool = False
+    gradient_release: bool = False
+    state_dtype: StateDtype = "float32"
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.micro_batch_size * self.accumulate_grad_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldPlan:
+    """Everything a run takes over from the tuner.
+
+    Attributes:
+        model: The fingerprint of the model that the plan is for: its sizes by name.
+        levels: Fold level by qualified parameter name, for every matrix that folds.
+        scales: The factor on the learning rate by level, for the matrices in `levels`.
+        lr: The peak learning rate.
+        levers: The other memory settings.
+    """
+
+    model: Fingerprint
+    levels: Mapping[str, int]
+    scales: Mapping[int, float]
+    lr: float
+    levers: Levers
+
+    def to_json(self) -> str:
+        """Write the plan as JSON text with a fixed order of keys, so that equal plans are equal."""
+        content = {"schema": SCHEMA, **asdict(self)}
+        content["scales"] = {str(level): self.scales[level] for level in sorted(self.scales)}
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "the fold plan") -> Self:
+        """Read a plan back.
+
+        Args:
+            text: What `to_json` wrote.
+            source: What to call the text in an error, such as its file name.
+
+        Raises:
+            PlanError: The text is not JSON, has another schema, or a field is missing, unknown or
+                of the wrong type or range.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{source} is not JSON ({error}); pass a fold_plan.json") from error
+        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
+            raise PlanError(f"{source} is not a fold plan: its schema must be {SCHEMA!r}")
+        try:
+            plan = cls(
+                **{**content, "levers": Levers(**content["levers"])}
+                | {"scales": {int(key): value for key, value in content["scales"].items()}}
+            )
+            plan._check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{source} is not a valid fold plan: {error}") from error
+        return plan
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a plan from a file.
+
+        Raises:
+            PlanError: The file cannot be read or is not a valid plan.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the fold plan {path}: {error}") from error
+        return cls.from_json(text, source=str(path))
+
+    def save(self, path: Path) -> None:
+        """Write the plan beside `path` and rename it, so that no half plan is ever seen."""
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(self.to_json(), encoding="utf-8")
+        beside.replace(path)
+
+    def check_model(self, model: Fingerprint, foldable: Collection[str]) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Args:
+            model: The fingerprint of the model about to train.
+            foldable: The names of its matrices that fold.
+
+        Raises:
+            PlanError: Names the first difference.
+        """
+        for key in (*self.model, *model):
+            ours, theirs = self.model.get(key), model.get(key)
+            if ours != theirs:
+                raise PlanError(
+                    f"the fold plan is for a model with {key} {ours}, this one has {theirs}; "
+                    "tune this model, or pass the configuration that the plan was made with"
+                )
+        for name in (*self.levels, *foldable):
+            if (name in self.levels) != (name in foldable):
+                where = "the fold plan" if name in self.levels else "the model"
+                raise PlanError(
+                    f"{name} folds in {where} only; tune this model, or set the model.exclude "
+                    "that the plan was made with"
+                )
+
+    def _check(self) -> None:
+        for key, size in self.model.items():
+            _expect(isinstance(size, int), f"model.{key} must be an integer, got {size!r}")
+        for name, level in self.levels.items():
+            _expect(_is_count(level, 0), f"the level of {name} must be 0 or more, got {level!r}")
+            _expect(level in self.scales, f"{name} has level {level}, which has no scale")
+        for level, scale in self.scales.items():
+            _expect(_is_positive(scale), f"the scale of level {level} must be > 0, got {scale!r}")
+        _expect(_is_positive(self.lr), f"lr must be above 0, got {self.lr!r}")
+        for field in fields(Levers):
+            value = getattr(self.levers, field.name)
+            if field.type is int:
+                _expect(_is_count(value, 1), f"{field.name} must be 1 or more, got {value!r}")
+            elif field.type is bool:
+                _expect(isinstance(value, bool), f"{field.name} must be a bool, got {value!r}")
+        dtype = self.levers.state_dtype
+        _expect(dtype in get_args(StateDtype), f"state_dtype {dtype!r} is not known")
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_positive(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    )
