@@ -1,14 +1,14 @@
 """LLaMA trained with FOAM, as a LightningModule."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from foam_lightning import model as llama
@@ -96,7 +96,7 @@ class LlamaFoam(LightningModule):
         self.save_hyperparameters()
         self.model: LlamaForCausalLM | None = None
         self.plan: FoldPlan | None = None
-        self._validation_nll = MeanMetric()
+        self._scored = (0.0, 0)  # nats and tokens of the validation pass so far
 
     # ---- what is trained, before a single weight exists
 
@@ -115,19 +115,22 @@ class LlamaFoam(LightningModule):
             max_position_embeddings=hp.max_position_embeddings,
         )
 
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give every parameter's shape by its qualified name, without making a weight."""
-        with torch.device("meta"):
-            laid_out = llama.lay_out(self.llama_config())
-        return {name: tuple(p.shape) for name, p in laid_out.named_parameters()}
+        """Every parameter's shape by its qualified name."""
+        return {name: tuple(p.shape) for name, p in self._on_meta()}
+
+    @cached_property
+    def foldable(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices that fold, by qualified name."""
+        return foldable(self._on_meta(), self.hparams.exclude)
 
     def uniform_plan(self, level: int, levers: Levers) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at this module's settings."""
         hp = self.hparams
-        names = foldable(self.shapes(), hp.exclude)
         return FoldPlan(
             model=llama.fingerprint(self.llama_config()),
-            levels=dict.fromkeys(names, level),
+            levels=dict.fromkeys(self.foldable, level),
             scales={level: hp.scale if level else hp.unfolded_scale},
             lr=hp.lr,
             levers=levers,
@@ -139,16 +142,26 @@ class LlamaFoam(LightningModule):
         Raises:
             PlanError: The plan was made for another model.
         """
-        plan.check_model(
-            llama.fingerprint(self.llama_config()), foldable(self.shapes(), self.hparams.exclude)
-        )
+        plan.check_model(llama.fingerprint(self.llama_config()), self.foldable)
         self.plan = plan
 
     # ---- building
 
-    def lay_out(self) -> None:
-        """Make the model without drawing weights, where tensors are made now (fake, meta)."""
-        self._adopt(llama.lay_out(self.llama_config()))
+    def layered(self, levers: Levers, num_layers: int) -> "LlamaFoam":
+        """Lay a model of these sizes out, with these levers and so many layers, without weights.
+
+        It lives where tensors are made now, such as in fake mode; the account traces it.
+        """
+        config = self.llama_config()
+        config.num_hidden_layers = num_layers
+        twin = LlamaFoam(**self.hparams)
+        twin.plan = FoldPlan(model={}, levels={}, scales={}, lr=1.0, levers=levers)
+        twin._adopt(llama.lay_out(config))
+        return twin
+
+    def layers(self) -> Sequence[torch.nn.Module]:
+        """List the decoder layers, first to last."""
+        return list(self._built().model.layers)
 
     @override
     def configure_model(self) -> None:
@@ -160,13 +173,13 @@ class LlamaFoam(LightningModule):
         else:
             self._adopt(llama.build(self.llama_config(), seed=hp.seed))
 
-    def optimizer(self) -> FOAM:
-        """Make the optimizer for the plan's levels."""
-        plan, hp = self._plan(), self.hparams
+    def make_optimizer(
+        self, named_parameters: Iterable[tuple[str, Tensor]], plan: FoldPlan
+    ) -> FOAM:
+        """Make the optimizer for a plan's levels."""
+        hp = self.hparams
         return FOAM(
-            param_groups(
-                self._built().named_parameters(), plan.levels, plan.scales, hp.weight_decay
-            ),
+            param_groups(named_parameters, plan.levels, plan.scales, hp.weight_decay),
             lr=plan.lr,
             betas=tuple(hp.betas),
             eps=hp.eps,
@@ -178,7 +191,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer()
+        optimizer = self.make_optimizer(self._built().named_parameters(), self._plan())
         schedule = LambdaLR(
             optimizer,
             warmup_cosine(
@@ -228,15 +241,17 @@ class LlamaFoam(LightningModule):
         total, num_tokens = self._summed_loss(
             self.hidden_states(batch["input_ids"]), batch["labels"]
         )
-        self._validation_nll.update(total / num_tokens, weight=num_tokens)
+        nats, count = self._scored
+        self._scored = (nats + float(total), count + int(num_tokens))
         return {"nll": total, "num_tokens": num_tokens}
 
     @override
     def on_validation_epoch_end(self) -> None:
-        loss = self._validation_nll.compute()
-        self._validation_nll.reset()
-        self.log("validation/loss", loss, prog_bar=True)
-        self.log("validation/perplexity", loss.exp())
+        scored = torch.tensor(self._scored, dtype=torch.float64, device=self.device)
+        self._scored = (0.0, 0)
+        nats, count = self.trainer.strategy.reduce(scored, reduce_op="sum").tolist()
+        self.log("validation/loss", nats / count, prog_bar=True)
+        self.log("validation/perplexity", math.exp(nats / count))
 
     # ---- what Lightning would otherwise get wrong
 
@@ -260,6 +275,10 @@ class LlamaFoam(LightningModule):
         if self.plan is None:
             self.follow(saved)
         saved.check_model(self._plan().model, self._plan().levels)
+
+    def _on_meta(self) -> list[tuple[str, Tensor]]:
+        with torch.device("meta"):
+            return list(llama.lay_out(self.llama_config()).named_parameters())
 
     def _plan(self) -> FoldPlan:
         if self.plan is None:

@@ -1,22 +1,27 @@
 """The memory account of a run: every byte of its peak under a name, before it trains."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foam_lightning.memory.trace import (
+    TERMS,
     Peak,
     Precision,
+    Term,
     Traceable,
     autocast_for,
     fake_tensors,
+    track_optimizer_step,
     track_step,
+    weight_dtype,
 )
 from foam_lightning.optim.fold import folded_shape
-from foam_lightning.plan import FoldPlan, StateDtype
+from foam_lightning.plan import FoldPlan, Levers, StateDtype
 
 # What a CUDA process holds outside torch's counters: its context and the modules loaded into it.
 # Reports range from 0.3 to 0.6 GB on an otherwise empty card; not calibrated per card yet.
@@ -26,11 +31,22 @@ GPU_CONTEXT_BYTES = 600_000_000
 GPU_MARGIN = 0.04
 
 
-class Trainee(Traceable, Protocol):
-    """A model that can be traced together with the optimizer of its plan."""
+class Trainee(Protocol):
+    """The model to account for, at any depth."""
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Make the optimizer of the plan."""
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every parameter's shape by its qualified name."""
+        ...
+
+    def layered(self, levers: Levers, num_layers: int) -> Traceable:
+        """Lay the model out with these levers and so many layers, in fake mode."""
+        ...
+
+    def make_optimizer(
+        self, named_parameters: Iterable[tuple[str, Tensor]], plan: FoldPlan
+    ) -> torch.optim.Optimizer:
+        """Make the optimizer of a plan."""
         ...
 
 
@@ -56,52 +72,102 @@ class Account:
         return max(self.breakdown, key=lambda term: self.breakdown[term])
 
 
-@dataclass(frozen=True, kw_only=True)
 class Accountant:
     """Predict the peak of plans for one model, on fake tensors and without a GPU.
 
+    The forward and backward passes do not depend on the levels, and the optimizer's workspace
+    does not depend on the batch, so each is traced once and kept.
+
     Args:
-        make: Lays the model out and sets it to a plan; called in fake mode.
-        vocab_size: Tokens that the model knows.
+        trainee: The model.
+        num_layers: Its decoder layers.
         sequence_length: Tokens in a row.
         precision: Lightning's name of the precision.
         on_gpu: Whether the run will be on a GPU, and so holds a context and needs a margin.
     """
 
-    make: Callable[[FoldPlan], Trainee]
-    vocab_size: int
-    sequence_length: int
-    precision: Precision
-    on_gpu: bool
+    def __init__(
+        self,
+        trainee: Trainee,
+        *,
+        num_layers: int,
+        sequence_length: int,
+        precision: Precision,
+        on_gpu: bool,
+    ) -> None:
+        self._trainee = trainee
+        self._num_layers = num_layers
+        self._sequence_length = sequence_length
+        self._precision = precision
+        self._on_gpu = on_gpu
+        self._passes: dict[Levers, Peak] = {}
+        self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
 
     def account(self, plan: FoldPlan) -> Account:
-        """Trace one training step of this plan and name every byte of its peak."""
+        """Name every byte of the peak of one training step of this plan."""
         peak = self.trace(plan)
+        total = sum(peak.values())
         return Account(
             {
-                **peak.terms,
-                "context": GPU_CONTEXT_BYTES if self.on_gpu else 0,
-                "margin": int(peak.total_bytes * GPU_MARGIN) if self.on_gpu else 0,
+                **peak,
+                "context": GPU_CONTEXT_BYTES if self._on_gpu else 0,
+                "margin": int(total * GPU_MARGIN) if self._on_gpu else 0,
             }
         )
 
-    def trace(self, plan: FoldPlan) -> Peak:
-        """Trace one training step of this plan, without what the device adds."""
-        size = (plan.levers.micro_batch_size, self.sequence_length)
+    def trace(self, plan: FoldPlan) -> dict[Term, int]:
+        """Give the peak by term as tensors make it, without what the device adds."""
+        elements = sum(math.prod(shape) for shape in self._trainee.shapes.values())
+        standing: dict[Term, int] = {
+            "weights": elements * weight_dtype(self._precision).itemsize,
+            "optimizer_state": optimizer_state_bytes(
+                self._trainee.shapes, plan.levels, plan.levers.state_dtype
+            ),
+        }
+        in_passes = {**self._pass_peak(plan.levers).terms, **standing}
+        in_step = {
+            **dict.fromkeys(TERMS, 0),
+            **standing,
+            "gradients": standing["weights"],
+            "workspace": self._workspace(plan),
+        }
+        return max(in_passes, in_step, key=lambda terms: sum(terms.values()))
 
-        def make_batch() -> tuple[Tensor, Tensor]:
-            token_ids = torch.zeros(size, dtype=torch.int64)
-            return token_ids, token_ids
+    def _pass_peak(self, levers: Levers) -> Peak:
+        if levers not in self._passes:
+            size = (levers.micro_batch_size, self._sequence_length)
 
-        with fake_tensors(self.precision):
-            module = self.make(plan)
-            return track_step(
-                module,
-                module.optimizer(),
-                make_batch,
-                accumulate_grad_batches=plan.levers.accumulate_grad_batches,
-                autocast=autocast_for(self.precision),
-            )
+            def make_batch() -> tuple[Tensor, Tensor]:
+                token_ids = torch.zeros(size, dtype=torch.int64)
+                return token_ids, token_ids
+
+            with fake_tensors(self._precision):
+                self._passes[levers] = track_step(
+                    self._trainee.layered(levers, min(self._num_layers, 3)),
+                    None,
+                    make_batch,
+                    accumulate_grad_batches=levers.accumulate_grad_batches,
+                    autocast=autocast_for(self._precision),
+                    num_layers=self._num_layers,
+                )
+        return self._passes[levers]
+
+    def _workspace(self, plan: FoldPlan) -> int:
+        """Find the parameter whose update needs most; updates come one after the other."""
+        most = 0
+        for name, shape in self._trainee.shapes.items():
+            key = (shape, plan.levels.get(name, 0), plan.levers.state_dtype)
+            if key not in self._workspaces:
+                with fake_tensors(self._precision):
+                    parameter = torch.nn.Parameter(torch.empty(shape))
+                    parameter.grad = torch.empty_like(parameter)
+                    levels = {name: key[1]} if name in plan.levels else {}
+                    optimizer = self._trainee.make_optimizer(
+                        [(name, parameter)], replace(plan, levels=levels)
+                    )
+                    self._workspaces[key] = track_optimizer_step(optimizer)
+            most = max(most, self._workspaces[key])
+        return most
 
 
 def optimizer_state_bytes(
@@ -117,7 +183,6 @@ def optimizer_state_bytes(
         dtype: The dtype of the moments.
     """
     numbers = sum(
-        torch.Size(folded_shape(shape, levels.get(name, 0))).numel()
-        for name, shape in shapes.items()
+        math.prod(folded_shape(shape, levels.get(name, 0))) for name, shape in shapes.items()
     )
-    return 2 * getattr(torch, dtype).itemsize * int(numbers)
+    return 2 * int(getattr(torch, dtype).itemsize) * numbers

@@ -7,11 +7,12 @@ allocator adds by rounding and caching; on a GPU the account's margin stands for
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,10 +24,12 @@ from foam_lightning.errors import ConfigError
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 Term = Literal["weights", "gradients", "optimizer_state", "activations", "loss", "workspace"]
 TERMS: tuple[Term, ...] = get_args(Term)
+# What lives from the first step to the last counts as if it had been there from the start.
+_STANDING = (TERMS.index("weights"), TERMS.index("optimizer_state"))
 
 
 class Traceable(Protocol):
-    """What the trace needs of a model: its two halves and its parameters."""
+    """What the trace needs of a model: its two halves, its layers and its tensors."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield every trained tensor."""
@@ -34,6 +37,10 @@ class Traceable(Protocol):
 
     def buffers(self) -> Iterator[Tensor]:
         """Yield every tensor that is kept but not trained."""
+        ...
+
+    def layers(self) -> Sequence[torch.nn.Module]:
+        """List the decoder layers, first to last."""
         ...
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -50,7 +57,7 @@ class Peak:
     """The moment at which most bytes were alive.
 
     Attributes:
-        terms: Bytes alive at that moment, by term; they add up to `total_bytes`.
+        terms: Bytes alive at that moment, by term.
     """
 
     terms: Mapping[Term, int]
@@ -59,6 +66,14 @@ class Peak:
     def total_bytes(self) -> int:
         """All bytes alive at the peak."""
         return sum(self.terms.values())
+
+
+class Repeat(NamedTuple):
+    """A stretch of the record, between two marks, that happens more often than it was seen."""
+
+    start: str
+    stop: str
+    times: int
 
 
 class StorageTracker(TorchDispatchMode):
@@ -71,36 +86,48 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.term: Term = "activations"
-        self._terms: list[Term] = []  # of each storage ever seen, in order of birth
+        self._terms: list[int] = []  # of each storage ever seen, in order of birth
         self._bytes: list[int] = []
         self._changes: list[int] = []  # n: storage n is born; ~n: it dies
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address
+        self._marks: dict[str, int] = {}
 
     def claim(self, tensors: Iterable[Tensor | None], term: Term) -> None:
         """Say what these tensors are, such as gradients; None entries are skipped."""
         for tensor in tensors:
             if tensor is not None:
-                self._terms[self._index(tensor)] = term
+                self._terms[self._index(tensor)] = TERMS.index(term)
 
-    def peak(self) -> Peak:
+    def mark(self, name: str) -> None:
+        """Name this moment; a name that was given before keeps its first moment."""
+        self._marks.setdefault(name, len(self._changes))
+
+    def peak(self, repeats: Sequence[Repeat] = ()) -> Peak:
         """Find the peak so far.
 
-        Optimizer state lives from the first step to the last, so it counts as if it had been
-        there from the start: the peak is that of any later step.
+        Weights and optimizer state count as if they had been there from the start: the peak is
+        that of any later step.
+
+        Args:
+            repeats: Stretches to count `times` over, in order of time and apart from each other.
         """
-        live = dict.fromkeys(TERMS, 0)
-        for term, size in zip(self._terms, self._bytes, strict=True):
-            if term == "optimizer_state":
-                live[term] += size
-        highest, best = 0, dict(live)
-        for change in self._changes:
-            index = change if change >= 0 else ~change
-            if self._terms[index] == "optimizer_state":
-                continue
-            live[self._terms[index]] += self._bytes[index] if change >= 0 else -self._bytes[index]
-            if (total := sum(live.values())) > highest:
-                highest, best = total, dict(live)
-        return Peak(best)
+        births = np.array(self._changes, dtype=np.int64)
+        index = np.where(births >= 0, births, ~births)
+        terms, sizes = np.array(self._terms)[index], np.array(self._bytes)[index]
+        deltas = np.zeros((len(births), len(TERMS)), dtype=np.int64)
+        deltas[np.arange(len(births)), terms] = np.where(births >= 0, sizes, -sizes)
+        standing = np.zeros(len(TERMS), dtype=np.int64)
+        for term in _STANDING:
+            standing[term] = deltas[births >= 0, term].sum()
+            deltas[:, term] = 0
+        pieces, done = [], 0
+        for repeat in repeats:
+            start, stop = self._marks[repeat.start], self._marks[repeat.stop]
+            pieces += [deltas[done:start], np.tile(deltas[start:stop], (repeat.times, 1))]
+            done = stop
+        alive = np.cumsum(np.concatenate([*pieces, deltas[done:]]), axis=0) + standing
+        highest = alive[alive.sum(axis=1).argmax()]
+        return Peak({term: int(size) for term, size in zip(TERMS, highest, strict=True)})
 
     def __torch_dispatch__(
         self,
@@ -123,7 +150,7 @@ class StorageTracker(TorchDispatchMode):
         if known is not None:
             return known[0]
         index = len(self._terms)
-        self._terms.append(self.term)
+        self._terms.append(TERMS.index(self.term))
         self._bytes.append(storage.nbytes())
         self._changes.append(index)
 
@@ -137,11 +164,12 @@ class StorageTracker(TorchDispatchMode):
 
 def track_step(
     module: Traceable,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     make_batch: Callable[[], tuple[Tensor, Tensor]],
     *,
     accumulate_grad_batches: int = 1,
     autocast: AbstractContextManager[object] | None = None,
+    num_layers: int | None = None,
 ) -> Peak:
     """Run one optimizer step as the training loop runs it, and return its peak.
 
@@ -150,24 +178,50 @@ def track_step(
 
     Args:
         module: The model, its tensors real or fake.
-        optimizer: Made for the module's parameters.
+        optimizer: Made for the module's parameters; None leaves the step out.
         make_batch: Gives input ids and labels, both (B, S).
         accumulate_grad_batches: Micro-batches per step.
         autocast: The context of a mixed-precision forward pass.
+        num_layers: The depth to give the peak for. Where it is more than the module has, the
+            second of its layers, at least three, stands for those missing: decoder layers are
+            alike, so this is exact and costs three layers of time. The weights are those of the
+            module.
     """
     tracker = StorageTracker()
     parameters = list(module.parameters())
     tracker.claim(parameters, "weights")
     tracker.claim(module.buffers(), "workspace")
+    num_seen = len(module.layers())
+    times = (num_layers or num_seen) - num_seen + 1
+    repeats = []
     with tracker:
-        for _ in range(min(accumulate_grad_batches, 2)):
-            _track_micro_batch(tracker, module, make_batch, accumulate_grad_batches, autocast)
+        for micro_batch in range(min(accumulate_grad_batches, 2)):
+            with _layers_marked(tracker, module, f"{micro_batch}"):
+                _run_micro_batch(tracker, module, make_batch, accumulate_grad_batches, autocast)
             tracker.claim((p.grad for p in parameters), "gradients")
-        tracker.term = "workspace"
+            repeats += [
+                Repeat(f"{micro_batch} forward 1", f"{micro_batch} forward 2", times),
+                Repeat(f"{micro_batch} backward 1", f"{micro_batch} backward 0", times),
+            ]
+        if optimizer is not None:
+            tracker.term = "workspace"
+            optimizer.step()
+            tracker.claim(_state_tensors(optimizer), "optimizer_state")
+            optimizer.zero_grad(set_to_none=True)
+    return tracker.peak(repeats if times > 1 else ())
+
+
+def track_optimizer_step(optimizer: torch.optim.Optimizer) -> int:
+    """Run the optimizer on its parameters' gradients and return its workspace at most, in bytes."""
+    tracker = StorageTracker()
+    for group in optimizer.param_groups:
+        tracker.claim(group["params"], "weights")
+        tracker.claim((p.grad for p in group["params"]), "weights")
+    tracker.term = "workspace"
+    with tracker:
         optimizer.step()
-        tracker.claim(_state_tensors(optimizer), "optimizer_state")
-        optimizer.zero_grad(set_to_none=True)
-    return tracker.peak()
+    tracker.claim(_state_tensors(optimizer), "optimizer_state")
+    return tracker.peak().terms["workspace"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -212,7 +266,32 @@ def autocast_for(precision: Precision) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _track_micro_batch(
+@contextmanager
+def _layers_marked(tracker: StorageTracker, module: Traceable, prefix: str) -> Iterator[None]:
+    """Mark where each layer begins, forward and backward."""
+
+    def before(index: int) -> Callable[..., None]:
+        return lambda *_: tracker.mark(f"{prefix} forward {index}")
+
+    def after(index: int) -> Callable[..., None]:
+        def watch(_module: object, _inputs: object, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden.register_hook(lambda _: tracker.mark(f"{prefix} backward {index}"))
+
+        return watch
+
+    handles = []
+    for index, layer in enumerate(module.layers()):
+        handles.append(layer.register_forward_pre_hook(before(index)))
+        handles.append(layer.register_forward_hook(after(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_micro_batch(
     tracker: StorageTracker,
     module: Traceable,
     make_batch: Callable[[], tuple[Tensor, Tensor]],
