@@ -1,0 +1,249 @@
+"""The Lightning data module: text from anywhere, as batches of token rows."""
+
+import os
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from foam_lightning.data.cache import cache_folder
+from foam_lightning.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from transformers import PreTrainedTokenizerBase
+
+    from foam_lightning.data.packing import Row
+    from foam_lightning.data.sources import TextSource
+    from foam_lightning.data.streaming import StreamedRows
+
+
+class TextData(LightningDataModule):
+    """Read text, tokenise it, and serve it as batches.
+
+    A batch holds "input_ids" and "labels", both int64 (micro_batch_size, sequence_length); labels
+    are the same tokens, not shifted, and -100 where there is only padding.
+
+    Without `files` and `dataset` the text is the source of Python's own library, which is on this
+    machine already. What is prepared is kept in the cache folder, so a second run starts at once.
+
+    Args:
+        files: Training text: .txt (one document each), .jsonl or .parquet (one per row).
+        validation_files: Text to evaluate on; by default 5 percent of `files` is held out.
+        text_column: The column of the text in .jsonl, .parquet and `dataset`.
+        dataset: Name of a dataset on the Hugging Face Hub with train and validation splits.
+        dataset_config: Its configuration, such as "en", where it has several.
+        streaming: Read `dataset` over the network while training, with at most one worker, rather
+            than download it first.
+        tokenizer: A local folder or a name on the Hub; by default one is trained on the text.
+        vocab_size: The model's vocabulary: how many tokens to train, and the limit of `tokenizer`.
+        sequence_length: Tokens in a row.
+        packing: Let documents follow each other so that every row is full; otherwise each
+            document is a row of its own, cut off or padded (as in the FOAM paper).
+        batch_size: Rows in an optimizer step, over all devices and accumulated micro-batches.
+        micro_batch_size: Rows in one forward pass on one device; by default `batch_size`. It
+            changes memory and speed, never which rows a step sees.
+        validation_sequences: Rows to evaluate on, always the same; fewer if there are fewer.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+        seed: Decides the order of the training rows.
+        cache_dir: Where prepared data is kept; by default foam-lightning in $XDG_CACHE_HOME or
+            ~/.cache.
+
+    Attributes:
+        stream_rows: Rows in an epoch when streaming; None takes what trainer.max_steps needs.
+
+    Raises:
+        ConfigError: Settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        files: list[str] | None = None,
+        validation_files: list[str] | None = None,
+        text_column: str = "text",
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        streaming: bool = False,
+        tokenizer: str | None = None,
+        vocab_size: int = 1024,
+        sequence_length: int = 64,
+        packing: bool = True,
+        batch_size: int = 8,
+        micro_batch_size: int | None = None,
+        validation_sequences: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.files = files
+        self.validation_files = validation_files
+        self.text_column = text_column
+        self.dataset = dataset
+        self.dataset_config = dataset_config
+        self.streaming = streaming
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.batch_size = batch_size
+        self.micro_batch_size = batch_size if micro_batch_size is None else micro_batch_size
+        self.validation_sequences = validation_sequences
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.stream_rows: int | None = None
+        self._tokenizer_name = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._check()
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The trained or loaded tokenizer; prepares the data if that has not happened yet."""
+        self.setup()
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Fill the cache in one process, before the others read it."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenise and pack, or open what an earlier run has left in the cache.
+
+        Args:
+            stage: Not looked at: training and validation text are prepared together.
+
+        Raises:
+            DataError: The text or the tokenizer cannot be read, or the text is not enough.
+        """
+        if self._tokenizer is not None:
+            return
+        from foam_lightning.data.packing import collate
+        from foam_lightning.data.sources import open_source
+        from foam_lightning.data.tokenizer import build_tokenizer, pad_id
+
+        # Said outright, or tokenizers prints a warning whenever a loader forks a worker.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        cache = cache_folder(self.cache_dir)
+        source = open_source(
+            files=self.files,
+            validation_files=self.validation_files,
+            text_column=self.text_column,
+            dataset=self.dataset,
+            dataset_config=self.dataset_config,
+            streaming=self.streaming,
+            cache=cache,
+        )
+        tokenizer = build_tokenizer(
+            self._tokenizer_name, vocab_size=self.vocab_size, documents=source.train, cache=cache
+        )
+        if self.streaming:
+            self._stream(source, tokenizer)
+        else:
+            self._pack(source, tokenizer, cache)
+        if len(self._validation) == 0:
+            raise DataError(
+                "the validation text is shorter than one sequence of "
+                f"{self.sequence_length} tokens; give more text, or lower data.sequence_length"
+            )
+        self._collate = partial(
+            collate, sequence_length=self.sequence_length, pad=pad_id(tokenizer, self.vocab_size)
+        )
+        self._tokenizer = tokenizer
+
+    def train_dataloader(self) -> "StatefulDataLoader[Row]":
+        """Serve the training rows in an order that resumes exactly, in or between epochs."""
+        from foam_lightning.data.loader import EpochSampler, resumable_loader
+
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if self.streaming:
+            rows, sampler = self._streamed_rows(world, rank), None
+        else:
+            rows = self._train
+            sampler = EpochSampler(rows, world, rank, seed=self.seed, drop_last=True)
+        return resumable_loader(
+            rows,
+            self._collate,
+            batch_size=self.micro_batch_size,
+            num_workers=min(self.num_workers, 1) if self.streaming else self.num_workers,
+            sampler=sampler,
+        )
+
+    def val_dataloader(self) -> "DataLoader[Row]":
+        """Serve the same validation rows in the same order, every time."""
+        return DataLoader(
+            self._validation,
+            batch_size=self.micro_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+        )
+
+    def _check(self) -> None:
+        for name in ("sequence_length", "batch_size", "micro_batch_size", "validation_sequences"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"data.micro_batch_size {self.micro_batch_size} does not divide data.batch_size "
+                f"{self.batch_size}; choose a divisor"
+            )
+        if self.files == []:
+            raise ConfigError("data.files names no file; name one, or leave the setting out")
+        if self.files is not None and self.dataset is not None:
+            raise ConfigError("data.files and data.dataset are both set; choose one")
+        if self.validation_files is not None and self.files is None:
+            raise ConfigError("data.validation_files needs data.files, the text to train on")
+        if self.streaming and self.dataset is None:
+            raise ConfigError("data.streaming is for a dataset of the Hub; set data.dataset")
+
+    def _pack(
+        self, source: "TextSource", tokenizer: "PreTrainedTokenizerBase", cache: "Path"
+    ) -> None:
+        from foam_lightning.data.packing import evenly_spaced, packed_dataset, whole_batches
+
+        train, validation = (
+            packed_dataset(
+                documents,
+                tokenizer=tokenizer,
+                fingerprint=f"{source.fingerprint}-{split}",
+                sequence_length=self.sequence_length,
+                packing=self.packing,
+                cache=cache,
+            )
+            for split, documents in (("train", source.train), ("validation", source.validation))
+        )
+        self._train = whole_batches(train, self.batch_size, self.sequence_length)
+        count = min(self.validation_sequences, len(validation))
+        self._validation = validation.select(evenly_spaced(count, len(validation)))
+
+    def _stream(self, source: "TextSource", tokenizer: "PreTrainedTokenizerBase") -> None:
+        from foam_lightning.data.packing import packed_rows
+
+        self._train = source.train
+        length, packing = self.sequence_length, self.packing
+        rows = packed_rows(source.validation, tokenizer, sequence_length=length, packing=packing)
+        self._validation = list(islice(rows, self.validation_sequences))
+
+    def _streamed_rows(self, world: int, rank: int) -> "StreamedRows":
+        from datasets.distributed import split_dataset_by_node
+
+        from foam_lightning.data.streaming import StreamedRows
+
+        num_rows = self.stream_rows
+        if num_rows is None:
+            max_steps = self.trainer.max_steps if self.trainer else -1
+            if max_steps < 1:
+                raise ConfigError("a stream has no end: set trainer.max_steps with data.streaming")
+            num_rows = max_steps * self.batch_size
+        return StreamedRows(
+            split_dataset_by_node(self._train, rank, world),
+            self.tokenizer,
+            sequence_length=self.sequence_length,
+            packing=self.packing,
+            num_rows=num_rows // world,
+        )

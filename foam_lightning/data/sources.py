@@ -1,0 +1,178 @@
+"""Where the text comes from: this machine's Python, local files, or the Hugging Face Hub."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foam_lightning.data import corpus
+from foam_lightning.data.files import files_fingerprint, read_files
+from foam_lightning.data.packing import evenly_spaced
+from foam_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+VALIDATION_FRACTION = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Training and validation documents, each dataset with one column, "text".
+
+    Attributes:
+        train: Documents to learn from.
+        validation: Documents held out.
+        fingerprint: Changes whenever the documents may have changed; names what is cached.
+    """
+
+    train: "Dataset | IterableDataset"
+    validation: "Dataset | IterableDataset"
+    fingerprint: str
+
+
+def open_source(
+    *,
+    files: list[str] | None,
+    validation_files: list[str] | None,
+    text_column: str,
+    dataset: str | None,
+    dataset_config: str | None,
+    streaming: bool,
+    cache: Path,
+) -> TextSource:
+    """Open the files or the dataset, whichever is given, or else the default corpus."""
+    if files is not None:
+        return files_source(files, validation_files, text_column, cache=cache)
+    if dataset is not None:
+        return hub_source(dataset, dataset_config, text_column, streaming=streaming)
+    return corpus_source()
+
+
+def corpus_source() -> TextSource:
+    """Take the default corpus: the source of Python's standard library."""
+    from datasets import Dataset
+
+    digest = hashlib.sha256()
+    train: list[str] = []
+    validation: list[str] = []
+    for name, text in corpus.documents():
+        digest.update(f"{name}\0{text}\0".encode())
+        (validation if corpus.is_validation(name) else train).append(text)
+    return TextSource(
+        train=Dataset.from_dict({"text": train}),
+        validation=Dataset.from_dict({"text": validation}),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def files_source(
+    files: list[str],
+    validation_files: list[str] | None,
+    text_column: str,
+    *,
+    cache: Path,
+    validation_fraction: float = VALIDATION_FRACTION,
+) -> TextSource:
+    """Read local files.
+
+    Args:
+        files: Paths of .txt, .jsonl or .parquet files.
+        validation_files: Files to hold out; None holds out a share of the documents of `files`.
+        text_column: The column of the text in .jsonl and .parquet files.
+        cache: Where the documents are kept in a form that is quick to open.
+        validation_fraction: That share. With too few documents to spare one, each gives the end
+            of its text instead.
+
+    Raises:
+        DataError: A file cannot be read, or holds no text.
+    """
+    documents = read_files(files, text_column, cache)
+    fingerprint = files_fingerprint(files, text_column)
+    if validation_files is None:
+        train, validation = _hold_out(documents, validation_fraction)
+        fingerprint = f"{fingerprint}-{validation_fraction}"
+    else:
+        train, validation = documents, read_files(validation_files, text_column, cache)
+        fingerprint = f"{fingerprint}-{files_fingerprint(validation_files, text_column)}"
+    return TextSource(train=train, validation=validation, fingerprint=fingerprint)
+
+
+def hub_source(name: str, config: str | None, text_column: str, *, streaming: bool) -> TextSource:
+    """Load a dataset of the Hugging Face Hub, whose own splits are kept.
+
+    Args:
+        name: Its name there, such as "allenai/c4".
+        config: Its configuration, such as "en"; None if it has only one.
+        text_column: The column of the text.
+        streaming: Read it over the network while training, rather than download it first.
+
+    Raises:
+        DataError: The Hub cannot be reached, or the dataset, a split or the column is not there.
+    """
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name, config, streaming=streaming)
+    except ConnectionError as error:
+        raise DataError(
+            f"cannot reach the Hugging Face Hub for the dataset {name!r} ({_first_line(error)}); "
+            "download it beforehand, or give local files with data.files"
+        ) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"cannot load the dataset {name!r} from the Hugging Face Hub: {_first_line(error)}; "
+            "check data.dataset and data.dataset_config"
+        ) from error
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise DataError(
+                f"the dataset {name!r} has no split {split!r}; it has {', '.join(splits)}; "
+                "choose a dataset with both train and validation, or give files with data.files"
+            )
+    train, validation = (
+        _text_only(splits[split], name, text_column) for split in ("train", "validation")
+    )
+    fingerprint = json.dumps([name, config, text_column]) + "".join(
+        str(getattr(splits[split], "_fingerprint", "")) for split in ("train", "validation")
+    )
+    return TextSource(train=train, validation=validation, fingerprint=fingerprint)
+
+
+def _text_only(
+    dataset: "Dataset | IterableDataset", name: str, column: str
+) -> "Dataset | IterableDataset":
+    # A stream may not know its columns before its first document.
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if column not in columns:
+        raise DataError(
+            f"the dataset {name!r} has no column {column!r}; it has {', '.join(columns)}; "
+            "name the one that holds the text with data.text_column"
+        )
+    dataset = dataset.select_columns([column])
+    return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def _hold_out(documents: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
+    from datasets import Dataset
+
+    count = int(len(documents) * fraction)
+    if count == 0:
+        texts = list(documents["text"])
+        cuts = [len(text) - int(len(text) * fraction) for text in texts]
+        return (
+            Dataset.from_dict(
+                {"text": [text[:cut] for text, cut in zip(texts, cuts, strict=True)]}
+            ),
+            Dataset.from_dict(
+                {"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]}
+            ),
+        )
+    held_out = evenly_spaced(count, len(documents))
+    kept = sorted(set(range(len(documents))) - set(held_out))
+    return documents.select(kept), documents.select(held_out)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

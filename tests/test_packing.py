@@ -1,0 +1,227 @@
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from foam_lightning.data import packing
+from foam_lightning.data.packing import (
+    Packer,
+    collate,
+    evenly_spaced,
+    packed_dataset,
+    packed_rows,
+    whole_batches,
+)
+from foam_lightning.data.streaming import StreamedRows
+from foam_lightning.data.tokenizer import Piece, build_tokenizer, encode, end_of_text
+from foam_lightning.errors import DataError
+
+TEXTS = [
+    f"def name_{index}(value):\n    return value + {index}\n" * (index % 4) for index in range(90)
+]
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    documents = Dataset.from_dict({"text": TEXTS})
+    cache = tmp_path_factory.mktemp("tokenizer")
+    return build_tokenizer(None, vocab_size=300, documents=documents, cache=cache)
+
+
+def pack(documents: list[list[list[int]]], length: int, *, packing: bool) -> list[list[int]]:
+    """Pack documents, each given as its pieces."""
+    packer = Packer(length, EOS, packing=packing)
+    rows: list[list[int]] = []
+    for document in documents:
+        for index, ids in enumerate(document):
+            packer.add(Piece(ids, starts=index == 0, ends=index == len(document) - 1))
+        rows += packer.rows()
+    return rows
+
+
+def joined(parts: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(parts))
+
+
+def flow(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
+    return [
+        token
+        for text in texts
+        for piece in encode(tokenizer, [text])
+        for token in [*piece.ids, end_of_text(tokenizer)]
+    ]
+
+
+tokens = st.integers(min_value=1, max_value=99)
+documents_of_pieces = st.lists(
+    st.lists(st.lists(tokens, max_size=9), min_size=1, max_size=3), max_size=9
+)
+
+
+@given(documents_of_pieces, st.integers(min_value=1, max_value=7))
+def test_packed_rows_are_the_flow_but_for_its_last_incomplete_row(
+    documents: list[list[list[int]]], length: int
+) -> None:
+    flowing = [token for document in documents for token in [*joined(document), EOS]]
+    rows = pack(documents, length, packing=True)
+    assert all(len(row) == length for row in rows)
+    assert joined(rows) == flowing[: len(flowing) // length * length]
+
+
+@given(documents_of_pieces, st.integers(min_value=1, max_value=7))
+def test_padded_rows_are_the_beginnings_of_the_documents(
+    documents: list[list[list[int]]], length: int
+) -> None:
+    rows = pack([[joined(document)] for document in documents], length, packing=False)
+    assert rows == [[*joined(document), EOS][:length] for document in documents]
+
+
+def test_only_the_first_piece_of_a_long_document_is_padded() -> None:
+    assert pack([[[1, 2, 3], [4, 5], [6]], [[7]]], 2, packing=False) == [[1, 2], [7, EOS]]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 256])
+def test_the_tail_goes_on_across_batches_of_documents(
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+) -> None:
+    monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", at_once)
+    rows = packed(tokenizer, tmp_path, sequence_length=16)
+    expected = flow(tokenizer, TEXTS)
+    assert len(rows) == len(expected) // 16 > 100
+    assert [token for row in rows for token in row["input_ids"]] == expected[: len(rows) * 16]
+
+
+def packed(tokenizer: PreTrainedTokenizerBase, cache: Path, **settings: Any) -> Dataset:
+    settings = {"fingerprint": "f", "sequence_length": 16, "packing": True} | settings
+    documents = Dataset.from_dict({"text": TEXTS})
+    return packed_dataset(documents, tokenizer=tokenizer, cache=cache, **settings)
+
+
+def test_one_row_per_document_without_packing(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = packed(tokenizer, tmp_path, packing=False)
+    assert len(rows) == len(TEXTS)
+    assert all(1 <= len(row["input_ids"]) <= 16 for row in rows)
+
+
+def test_rows_are_written_once(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = packed(tokenizer, tmp_path)
+    monkeypatch.setattr(packing, "encode", None)  # a call would fail
+    assert packed(tokenizer, tmp_path)["input_ids"][:].tolist() == first["input_ids"][:].tolist()
+
+
+@pytest.mark.parametrize(
+    "change", [{"fingerprint": "g"}, {"sequence_length": 8}, {"packing": False}], ids=str
+)
+def test_what_rows_depend_on_names_their_file(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    packed(tokenizer, tmp_path)
+    packed(tokenizer, tmp_path, **change)
+    assert len(list(tmp_path.glob("rows-*.arrow"))) == 2
+
+
+def test_another_tokenizer_makes_other_rows(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    documents = Dataset.from_dict({"text": TEXTS})
+    other = build_tokenizer(None, vocab_size=270, documents=documents, cache=tmp_path)
+    packed(tokenizer, tmp_path)
+    packed(other, tmp_path)
+    assert len(list(tmp_path.glob("rows-*.arrow"))) == 2
+
+
+def test_labels_are_the_tokens_and_padding_is_ignored() -> None:
+    batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], sequence_length=3, pad=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def test_whole_batches_drop_the_rest_or_say_what_is_missing() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1]] * 10})
+    assert len(whole_batches(rows, 4, 1)) == 8
+    with pytest.raises(
+        DataError, match="makes 10 sequences of 1 tokens, fewer than one batch of 11"
+    ):
+        whole_batches(rows, 11, 1)
+
+
+@given(st.data())
+def test_evenly_spaced_positions_are_distinct_and_inside(data: st.DataObject) -> None:
+    total = data.draw(st.integers(min_value=1, max_value=500))
+    count = data.draw(st.integers(min_value=1, max_value=total))
+    chosen = evenly_spaced(count, total)
+    assert len(set(chosen)) == count
+    assert 0 <= min(chosen) <= max(chosen) < total
+
+
+def stream(num_shards: int = 3) -> IterableDataset:
+    return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=num_shards)
+
+
+def streamed(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int, *, packing: bool = True
+) -> StreamedRows:
+    return StreamedRows(stream(), tokenizer, sequence_length=16, packing=packing, num_rows=num_rows)
+
+
+def ids(rows: Any) -> list[list[int]]:
+    return [list(row["input_ids"]) for row in rows]
+
+
+def test_a_stream_gives_the_same_rows_as_the_whole_split(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    whole = packed(tokenizer, tmp_path)
+    rows = packed_rows(stream(), tokenizer, sequence_length=16, packing=True)
+    assert ids(rows) == whole["input_ids"][:].tolist()
+    assert ids(streamed(tokenizer, len(whole))) == whole["input_ids"][:].tolist()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_stream_resumes_exactly_at_every_row_and_across_passes(
+    tokenizer: PreTrainedTokenizerBase, packing: bool
+) -> None:
+    num_rows = 260  # more than one pass
+    expected = ids(streamed(tokenizer, num_rows, packing=packing))
+    assert len(expected) == num_rows
+    running = streamed(tokenizer, num_rows, packing=packing)
+    states = [running.state_dict(), *(running.state_dict() for _ in running)]
+    for done in range(0, num_rows + 1, 13):
+        resumed = streamed(tokenizer, num_rows, packing=packing)
+        resumed.load_state_dict(states[done])
+        assert resumed.state_dict() == states[done]
+        assert ids(resumed) == expected[done:]
+
+
+def test_a_stream_starts_over_after_it_was_resumed(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = streamed(tokenizer, 40)
+    first = ids(rows)
+    iterator = iter(rows)
+    list(islice(iterator, 11))
+    rows.load_state_dict(rows.state_dict())
+    assert ids(rows) == first[11:]
+    assert ids(rows) == first
+
+
+def test_a_stream_too_short_for_a_row_ends_with_an_error(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    nothing = stream().filter(lambda _document: False)
+    rows = StreamedRows(nothing, tokenizer, sequence_length=16, packing=True, num_rows=5)
+    with pytest.raises(DataError, match="a whole pass over the stream gave no full sequence"):
+        list(rows)

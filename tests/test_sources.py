@@ -1,0 +1,260 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from foam_lightning.data.cache import cache_folder, cached_dataset
+from foam_lightning.data.sources import TextSource, corpus_source, files_source, hub_source
+from foam_lightning.errors import DataError
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return cache_folder(str(tmp_path / "cache"))
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def jsonl(path: Path, texts: list[Any], column: str = "text") -> str:
+    return write(path, "".join(json.dumps({column: text, "id": 1}) + "\n" for text in texts))
+
+
+def read(files: list[str], cache: Path, **settings: Any) -> TextSource:
+    settings = {"validation_files": None, "text_column": "text"} | settings
+    return files_source(
+        files,
+        settings.pop("validation_files"),
+        settings.pop("text_column"),
+        cache=cache,
+        **settings,
+    )
+
+
+def texts(dataset: Any) -> list[str]:
+    return [document["text"] for document in dataset]
+
+
+def test_the_default_corpus_has_both_splits() -> None:
+    source = corpus_source()
+    assert len(source.train) > 10 * len(source.validation) > 0
+    assert source.train.column_names == source.validation.column_names == ["text"]
+    assert corpus_source().fingerprint == source.fingerprint
+
+
+def test_every_kind_of_file_in_the_order_given(tmp_path: Path, cache: Path) -> None:
+    parquet.write_table(
+        pa.table({"text": ["p1", None, "p2"], "n": [1, 2, 3]}), tmp_path / "a.parquet"
+    )
+    files = [
+        jsonl(tmp_path / "b.jsonl", ["j1", "", "j2"]),
+        str(tmp_path / "a.parquet"),
+        write(tmp_path / "c.txt", "one\n\ndocument\n"),
+    ]
+    held_out = write(tmp_path / "v.txt", "held out")
+    source = read(files, cache, validation_files=[held_out])
+    assert texts(source.train) == ["j1", "j2", "p1", "p2", "one\n\ndocument\n"]
+    assert texts(source.validation) == ["held out"]
+
+
+def test_a_share_of_many_documents_is_held_out(tmp_path: Path, cache: Path) -> None:
+    files = [jsonl(tmp_path / "a.jsonl", [f"document {index}" for index in range(60)])]
+    source = read(files, cache)
+    assert texts(source.validation) == ["document 10", "document 30", "document 50"]
+    assert len(source.train) == 57
+    assert len(read(files, cache, validation_fraction=0.5).validation) == 30
+
+
+def test_the_end_of_each_of_a_few_documents_is_held_out(tmp_path: Path, cache: Path) -> None:
+    text = "".join(chr(97 + index % 26) for index in range(1000))
+    source = read([write(tmp_path / "a.txt", text)], cache)
+    assert texts(source.train) == [text[:950]]
+    assert texts(source.validation) == [text[950:]]
+
+
+def test_the_second_reading_comes_from_the_cache_until_a_file_changes(
+    tmp_path: Path, cache: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    write(path, "first")
+    first = read([str(path)], cache, validation_files=[str(path)])
+    (arrow,) = cache.glob("*.arrow")
+    written = arrow.stat().st_mtime_ns
+    again = read([str(path)], cache, validation_files=[str(path)])
+    assert arrow.stat().st_mtime_ns == written
+    assert again.fingerprint == first.fingerprint
+    write(path, "other")
+    os.utime(path, ns=(1, 1))
+    changed = read([str(path)], cache, validation_files=[str(path)])
+    assert texts(changed.train) == ["other"]
+    assert changed.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "is empty"),
+        ("a.txt", " \n\n", "holds no text"),
+        ("a.txt", b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        ("a.txt", b"ab\0cd", "NUL bytes"),
+        ("a.csv", "x,y", "must be one of .txt, .jsonl, .parquet"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "y"\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\xff\xff\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"body": "x", "id": 3}\n', "has no column 'text'; it has body, id;"),
+        ("a.jsonl", '{"text": 5}\n', "line 1: 'text' holds int, not a text"),
+        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", "\n\n", "holds no text"),
+        ("a.parquet", "no parquet at all", "is not a Parquet file"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_bad_file_is_named_in_one_line(
+    tmp_path: Path, cache: Path, name: str, content: str | bytes, message: str
+) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        read([path], cache)
+    assert path in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(cache.iterdir())
+
+
+def test_a_missing_file_is_named(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no file .*nowhere\.txt"):
+        read([str(tmp_path / "nowhere.txt")], cache)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("words", "has no column 'words'; it has text, n;"), ("n", "holds int64, not a text")],
+)
+def test_a_parquet_column_that_is_no_text_is_named(
+    tmp_path: Path, cache: Path, column: str, message: str
+) -> None:
+    parquet.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        read([str(tmp_path / "a.parquet")], cache, text_column=column)
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.txt", "secret")
+
+    def refuse(*_args: object, **_settings: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(DataError, match=r"cannot read .*a\.txt \(Permission denied\)"):
+        read([path], cache)
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "file", "in the way")
+    with pytest.raises(DataError, match=r"cannot create the cache folder .*data\.cache_dir"):
+        cache_folder(str(tmp_path / "file" / "cache"))
+
+
+def test_the_cache_is_where_xdg_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(None) == tmp_path / "foam-lightning"
+
+
+def test_a_failure_leaves_nothing_behind(cache: Path) -> None:
+    schema = pa.schema([("text", pa.large_string())])
+
+    def batches() -> Any:
+        yield pa.record_batch([pa.array(["a"], pa.large_string())], schema=schema)
+        raise DataError("half way")
+
+    with pytest.raises(DataError, match="half way"):
+        cached_dataset(cache / "a.arrow", schema, batches)
+    assert not list(cache.iterdir())
+
+
+class Hub:
+    """Stands in for datasets.load_dataset."""
+
+    def __init__(self, splits: dict[str, dict[str, list[str]]]) -> None:
+        self.splits = splits
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, name: str, config: str | None, *, streaming: bool) -> Any:
+        self.calls.append((name, config, streaming))
+        found = {key: datasets.Dataset.from_dict(value) for key, value in self.splits.items()}
+        if streaming:
+            return {key: value.to_iterable_dataset() for key, value in found.items()}
+        return datasets.DatasetDict(found)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_keeps_its_splits(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    hub = Hub({name: {"body": [name], "url": ["u"]} for name in ("train", "validation", "test")})
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    source = hub_source("some/text", "en", "body", streaming=streaming)
+    assert hub.calls == [("some/text", "en", streaming)]
+    assert list(source.train) == [{"text": "train"}]
+    assert list(source.validation) == [{"text": "validation"}]
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    assert isinstance(source.train, kind)
+
+
+def test_a_stream_may_learn_its_columns_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: jsonl(tmp_path / f"{name}.jsonl", [name]) for name in ("train", "validation")}
+    stream = datasets.load_dataset("json", data_files=files, streaming=True)
+    # What has been mapped may hold any columns.
+    stream = {name: split.map(lambda document: document) for name, split in stream.items()}
+    assert stream["train"].column_names is None
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_settings: stream)
+    assert list(hub_source("some/text", None, "text", streaming=True).train) == [{"text": "train"}]
+    with pytest.raises(DataError, match="has no column 'body'; it has text, id;"):
+        hub_source("some/text", None, "body", streaming=True)
+
+
+@pytest.mark.parametrize("missing", ["train", "validation"])
+def test_a_missing_split_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    splits = {name: {"text": ["a"]} for name in ("train", "validation", "test") if name != missing}
+    monkeypatch.setattr(datasets, "load_dataset", Hub(splits))
+    with pytest.raises(DataError, match=f"no split '{missing}'; it has {', '.join(splits)};"):
+        hub_source("some/text", None, "text", streaming=False)
+
+
+def test_a_missing_hub_column_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {name: {"body": ["a"], "url": ["b"]} for name in ("train", "validation")}
+    monkeypatch.setattr(datasets, "load_dataset", Hub(splits))
+    with pytest.raises(DataError, match="has no column 'text'; it has body, url;"):
+        hub_source("some/text", None, "text", streaming=False)
+
+
+def test_a_wrong_configuration_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_settings: object) -> None:
+        raise ValueError("BuilderConfig 'xx' not found. Available: ['en']\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        DataError, match=r"cannot load .*'xx' not found.*data\.dataset_config"
+    ) as caught:
+        hub_source("some/text", "xx", "text", streaming=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_offline_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"cannot reach the Hugging Face Hub .*'allenai/c4'"
+    ) as caught:
+        hub_source("allenai/c4", "en", "text", streaming=streaming)
+    assert "\n" not in str(caught.value)

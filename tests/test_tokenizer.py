@@ -1,0 +1,151 @@
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from foam_lightning.data import tokenizer as module
+from foam_lightning.data.tokenizer import build_tokenizer, encode, end_of_text, pad_id
+from foam_lightning.errors import DataError
+
+TEXTS = [f"def name_{index}(value):\n    return value + {index}\n" for index in range(200)]
+
+
+def build(cache: Path, name: str | None = None, vocab_size: int = 300) -> PreTrainedTokenizerBase:
+    documents = Dataset.from_dict({"text": TEXTS})
+    return build_tokenizer(name, vocab_size=vocab_size, documents=documents, cache=cache)
+
+
+def save_words(folder: Path, num_words: int, **special: Any) -> str:
+    """Save a tokenizer of whole words, numbered from 0, special tokens after them."""
+    words = {f"w{index}": index for index in range(num_words)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def test_training_gives_the_size_asked_for_and_special_tokens(tmp_path: Path) -> None:
+    tokenizer = build(tmp_path)
+    assert len(tokenizer) == 300
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
+    assert tokenizer.pad_token == "<|pad|>"
+    assert end_of_text(tokenizer) == 0
+    assert pad_id(tokenizer, 300) == 1
+
+
+@pytest.mark.parametrize(
+    "text", [" two  spaces , and\ttabs\r\n", "caf\u00e9 \U0001f600", "\x00\x01"]
+)
+def test_decoding_gives_the_text_back(tmp_path: Path, text: str) -> None:
+    tokenizer = build(tmp_path)
+    (piece,) = encode(tokenizer, [text])
+    assert tokenizer.decode(piece.ids) == text
+
+
+def test_training_is_deterministic_and_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    first, second = build(tmp_path), build(tmp_path / "other")
+    assert first.get_vocab() == second.get_vocab()
+    monkeypatch.setattr(module, "_train", None)  # a call would fail
+    assert build(tmp_path).get_vocab() == first.get_vocab()
+
+
+def test_another_size_is_another_tokenizer(tmp_path: Path) -> None:
+    assert len(build(tmp_path, vocab_size=290)) == 290
+    assert len(build(tmp_path, vocab_size=280)) == 280
+
+
+def test_a_stream_trains_on_its_beginning(tmp_path: Path) -> None:
+    documents = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    tokenizer = build_tokenizer(None, vocab_size=300, documents=documents, cache=tmp_path)
+    assert len(tokenizer) == 300
+
+
+def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"vocabulary of 257 .*alone are 258; raise model\.vocab_size"
+    ):
+        build(tmp_path, vocab_size=257)
+
+
+def test_a_special_token_spelled_out_is_plain_text(tmp_path: Path) -> None:
+    tokenizer = build(tmp_path)
+    (piece,) = encode(tokenizer, ["a<|endoftext|>b"])
+    assert end_of_text(tokenizer) not in piece.ids
+    assert end_of_text(tokenizer) in tokenizer("a<|endoftext|>b")["input_ids"]
+
+
+def test_long_documents_come_in_pieces_cut_after_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = build(tmp_path)
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 100)
+    long, endless = "a line of text\n" * 300, "x" * 250
+    pieces = list(encode(tokenizer, [long, "short", endless]))
+    assert [sum(piece.starts for piece in pieces), sum(piece.ends for piece in pieces)] == [3, 3]
+    ids = [token for piece in pieces for token in piece.ids]
+    assert tokenizer.decode(ids) == long + "short" + endless
+    assert tokenizer.decode(pieces[0].ids).endswith("\n")
+    assert pieces[0].starts
+    assert pieces[-1].ends
+
+
+def test_loading_from_a_folder(tmp_path: Path) -> None:
+    build(tmp_path).save_pretrained(tmp_path / "saved")
+    loaded = build(tmp_path, str(tmp_path / "saved"))
+    assert loaded.get_vocab() == build(tmp_path).get_vocab()
+    assert (end_of_text(loaded), pad_id(loaded, 300)) == (0, 1)
+
+
+def test_more_tokens_than_the_model_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    folder = save_words(tmp_path / "words", 50, eos_token="w1")
+    assert len(build(tmp_path, folder, vocab_size=50)) == 50
+    with pytest.raises(DataError, match=r"tokens up to 49, .*of 49 ends at 48; .*at least 50"):
+        build(tmp_path, folder, vocab_size=49)
+
+
+def test_sentinels_above_the_vocabulary_do_not_count(tmp_path: Path) -> None:
+    folder = save_words(
+        tmp_path / "words",
+        50,
+        eos_token="w1",
+        pad_token="<pad>",
+        additional_special_tokens=["<extra_id_0>", "<extra_id_1>"],
+    )
+    tokenizer = build(tmp_path, folder, vocab_size=50)
+    assert len(tokenizer) > 50
+    assert pad_id(tokenizer, 50) == end_of_text(tokenizer) == 1
+    (piece,) = encode(tokenizer, ["w7 <extra_id_0> w9"])
+    assert max(piece.ids) < 50
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
+    folder = save_words(tmp_path / "words", 50)
+    with pytest.raises(DataError, match=r"no end-of-text token \(eos_token\)"):
+        build(tmp_path, folder, vocab_size=50)
+
+
+@pytest.mark.parametrize("content", [None, "not json"])
+def test_a_folder_without_a_tokenizer_is_one_clear_line(
+    tmp_path: Path, content: str | None
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if content:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"cannot load the tokenizer .*folder") as caught:
+        build(tmp_path, str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="cannot load the tokenizer 'nobody/nothing'") as caught:
+        build(tmp_path, "nobody/nothing")
+    assert "\n" not in str(caught.value)
