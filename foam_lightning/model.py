@@ -9,7 +9,12 @@ import torch
 from foam_lightning.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 # The numbers that make two models the same model to a fold plan.
 _FINGERPRINT = (
@@ -147,12 +152,25 @@ def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder
     Raises:
         CheckpointError: The folder cannot be written.
     """
+    _write(folder, model, tokenizer)
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write a tokenizer alone in the same way.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    _write(folder, tokenizer)
+
+
+def _write(folder: Path, *parts: "PreTrainedModel | PreTrainedTokenizerBase") -> None:
     beside = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        for part in parts:
+            part.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
     except OSError as error:

@@ -222,6 +222,7 @@ class LlamaFoam(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.mean_loss(self.hidden_states(batch["input_ids"]), batch["labels"])
         self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     @override
@@ -250,8 +251,9 @@ class LlamaFoam(LightningModule):
         scored = torch.tensor(self._scored, dtype=torch.float64, device=self.device)
         self._scored = (0.0, 0)
         nats, count = self.trainer.strategy.reduce(scored, reduce_op="sum").tolist()
-        self.log("validation/loss", nats / count, prog_bar=True)
-        self.log("validation/perplexity", math.exp(nats / count))
+        loss = torch.tensor(nats / count)
+        self.log("validation/loss", loss, prog_bar=True)
+        self.log("validation/perplexity", loss.exp())  # inf, not an error, where a run diverged
 
     # ---- what Lightning would otherwise get wrong
 

@@ -103,6 +103,11 @@ class Accountant:
         self._passes: dict[Levers, Peak] = {}
         self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
 
+    @property
+    def bytes_per_state_byte(self) -> float:
+        """How far one more byte of state raises the peak: by itself and by its margin."""
+        return 1 + GPU_MARGIN if self._on_gpu else 1.0
+
     def account(self, plan: FoldPlan) -> Account:
         """Name every byte of the peak of one training step of this plan."""
         peak = self.trace(plan)

@@ -1,0 +1,46 @@
+"""Show how much of the gradient folding leaves to the residual."""
+
+from collections import defaultdict
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.fold import fold, unfold
+from foam_lightning.roles import role_of
+
+
+class ResidualEnergy(Callback):
+    """Log ||gradient - unfold(fold(gradient))|| / ||gradient|| per role.
+
+    Columns that share nothing give sqrt(1 - 2**-level); less means that neighbours agree.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        self._every_n_steps = every_n_steps
+
+    @override
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if trainer.global_step % self._every_n_steps or not isinstance(pl_module, LlamaFoam):
+            return
+        plan = pl_module.plan
+        squares = defaultdict[str, list[float]](lambda: [0.0, 0.0])
+        for name, parameter in pl_module.model.named_parameters() if pl_module.model else ():
+            level = plan.levels.get(name, 0) if plan else 0
+            if level == 0 or parameter.grad is None:
+                continue
+            grad = parameter.grad.float()
+            residual = grad - unfold(fold(grad, level), level, grad.shape[-1])
+            squares[role_of(name)][0] += float(residual.square().sum())
+            squares[role_of(name)][1] += float(grad.square().sum())
+        for role, (of_residual, of_grad) in squares.items():
+            if of_grad:
+                self.log(f"folding/residual_{role}", (of_residual / of_grad) ** 0.5)

@@ -1,0 +1,142 @@
+"""A training job: the settings from which fresh models, data and trainers are made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from foam_lightning.data.module import TextData
+from foam_lightning.errors import ConfigError
+from foam_lightning.memory.account import Accountant
+from foam_lightning.memory.trace import Precision, weight_dtype
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import FoldPlan, Levers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, on what, and how; every run of a job starts from fresh objects.
+
+    Args:
+        model: Arguments of `LlamaFoam`.
+        data: Arguments of `TextData`.
+        trainer: Arguments of Lightning's `Trainer`.
+        seed: Seeds weights and order of the data.
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what the account could not stand for.
+
+        Raises:
+            ConfigError: A setting is unknown to the account, or is decided elsewhere.
+        """
+        weight_dtype(self.precision)
+        if self.trainer.get("accumulate_grad_batches", 1) != 1:
+            raise ConfigError(
+                "trainer.accumulate_grad_batches follows from data.batch_size and "
+                "data.micro_batch_size; set data.micro_batch_size instead"
+            )
+        if self.trainer.get("max_steps", -1) < 1:
+            raise ConfigError(
+                f"trainer.max_steps must be 1 or more, got {self.trainer.get('max_steps', -1)}"
+            )
+
+    @property
+    def precision(self) -> Precision:
+        """Lightning's name of the precision."""
+        return cast(Precision, str(self.trainer.get("precision") or "32-true"))
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the full run."""
+        return int(self.trainer["max_steps"])
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return int(self.data["batch_size"])
+
+    @cached_property
+    def levers(self) -> Levers:
+        """The levers that the settings ask for."""
+        micro = int(self.data["micro_batch_size"] or self.batch_size)
+        if micro < 1 or self.batch_size % micro:
+            raise ConfigError(
+                f"data.micro_batch_size {micro} must divide data.batch_size {self.batch_size}"
+            )
+        return Levers(
+            micro_batch_size=micro,
+            accumulate_grad_batches=self.batch_size // micro,
+            state_dtype=self.model["state_dtype"],
+        )
+
+    def new_module(self, *, seed: int | None = None) -> LlamaFoam:
+        """Make the module; weights come with `configure_model`.
+
+        Args:
+            seed: Seeds the initial weights; the job's own by default.
+        """
+        return LlamaFoam(**{**self.model, "seed": self.seed if seed is None else seed})
+
+    def new_data(self, levers: Levers, *, seed: int | None = None) -> TextData:
+        """Make the data module for these levers.
+
+        Args:
+            levers: Give the micro-batch.
+            seed: Seeds the order of the training rows; the job's own by default.
+        """
+        return TextData(
+            **{
+                **self.data,
+                "micro_batch_size": levers.micro_batch_size,
+                "seed": self.seed if seed is None else seed,
+            }
+        )
+
+    def new_trainer(
+        self, levers: Levers, callbacks: Sequence[Callback], **settings: Any
+    ) -> Trainer:
+        """Make the trainer for these levers.
+
+        Args:
+            levers: Give the accumulation.
+            callbacks: All callbacks of this run, besides those of the settings.
+            settings: Take the place of the job's own.
+        """
+        merged = {**self.trainer, **settings}
+        interval = merged.get("val_check_interval")
+        if isinstance(interval, int):
+            # Lightning counts batches here; a user who sets steps does not know the micro-batch.
+            merged["val_check_interval"] = interval * levers.accumulate_grad_batches
+        merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
+        merged["accumulate_grad_batches"] = levers.accumulate_grad_batches
+        return Trainer(**merged)
+
+    def new_accountant(self) -> Accountant:
+        """Make the accountant of this job's model."""
+        module = self.new_module()
+        return Accountant(
+            module,
+            num_layers=module.llama_config().num_hidden_layers,
+            sequence_length=int(self.data["sequence_length"]),
+            precision=self.precision,
+            # A plan is for a GPU, whether this machine has one or not, unless it says CPU.
+            on_gpu=self.trainer.get("accelerator") != "cpu",
+        )
+
+    def plan_at(self, level: int) -> FoldPlan:
+        """Make the plan that holds every matrix at one level, at the settings' own levers."""
+        return self.new_module().uniform_plan(level, self.levers)
+
+
+def device_name() -> str:
+    """Name what this machine trains on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,135 @@
+"""The full run: train by a plan, watch it, keep checkpoints, export, sum up."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from foam_lightning.callbacks.export import Export
+from foam_lightning.callbacks.folding import ResidualEnergy
+from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.throughput import Throughput
+from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.data.module import TextData
+from foam_lightning.job import Job
+from foam_lightning.model import save_tokenizer
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import FoldPlan
+from foam_lightning.run_folder import RunFolder
+
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "optuna", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the full run measured.
+
+    Attributes:
+        measured_peak_bytes: None where nothing was trained, as after the last step.
+        final_validation_loss: In nats per token, unbiased.
+        validation_tokens: How many tokens that is the mean of.
+        tokens_per_second: None where nothing was trained.
+    """
+
+    measured_peak_bytes: int | None
+    final_validation_loss: float
+    validation_tokens: int
+    tokens_per_second: float | None
+
+
+def train(
+    job: Job,
+    plan: FoldPlan,
+    folder: RunFolder,
+    *,
+    predicted_bytes: int | None = None,
+    pictures: Mapping[str, Path] | None = None,
+    ckpt_path: Path | None = None,
+) -> Trained:
+    """Train by a plan, from the last checkpoint of the folder if there is one.
+
+    Args:
+        job: What to train.
+        plan: The levels, the learning rate and the levers.
+        folder: Gets checkpoints, TensorBoard events, the tokenizer and the Hugging Face folder.
+        predicted_bytes: The account's peak, shown beside the measured one.
+        pictures: PNG files to show in TensorBoard, by title.
+        ckpt_path: Continue from this checkpoint instead of the folder's last.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or is of another plan.
+    """
+    source = ckpt_path or (folder.last_checkpoint if folder.last_checkpoint.exists() else None)
+    if source is not None:
+        read_checkpoint(source)  # says what is wrong in one line, where Lightning would not
+    module = job.new_module()
+    module.follow(plan)
+    data = job.new_data(plan.levers)
+    data.setup()
+    save_tokenizer(data.tokenizer, folder.tokenizer)
+    logger = TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False)
+    for title, path in (pictures or {}).items():
+        _show(logger, title, path)
+    memory, throughput = MemoryWatch(predicted_bytes), Throughput()
+    trainer = job.new_trainer(
+        plan.levers,
+        [*_callbacks(folder, job.max_steps), memory, throughput, Export(folder.hf)],
+        logger=logger,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        enable_model_summary=False,
+        default_root_dir=folder.path,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
+    loss, num_tokens = validate(trainer, module, data)
+    return Trained(memory.measured_bytes, loss, num_tokens, throughput.tokens_per_second)
+
+
+def validate(trainer: Trainer, module: LlamaFoam, data: TextData) -> tuple[float, int]:
+    """Evaluate: mean nats per token, and over how many tokens."""
+    count = _TokenCount()
+    trainer.callbacks.append(count)  # type: ignore[attr-defined]
+    (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
+    return float(metrics["validation/loss"]), count.num_tokens
+
+
+def versions() -> dict[str, str]:
+    """List the versions that the result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+class _TokenCount(Callback):
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    def on_validation_batch_end(self, *args: object, **_: object) -> None:
+        outputs = args[2]
+        if isinstance(outputs, Mapping):
+            self.num_tokens += int(outputs["num_tokens"])
+
+
+def _callbacks(folder: RunFolder, max_steps: int) -> Sequence[Callback]:
+    return [
+        ModelCheckpoint(
+            folder.checkpoints,
+            every_n_train_steps=max(1, min(1000, max_steps // 8)),
+            save_top_k=0,
+            save_last=True,
+            enable_version_counter=False,
+        ),
+        ResidualEnergy(),
+        RichProgressBar(leave=True),
+    ]
+
+
+def _show(logger: TensorBoardLogger, title: str, path: Path) -> None:
+    from matplotlib.image import imread
+
+    pixels = torch.tensor(imread(path))[..., :3]
+    logger.experiment.add_image(title, pixels, dataformats="HWC")

@@ -1,0 +1,137 @@
+"""Plans that fit: the cheapest levers, the bytes left for state, and levels that fill them."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from foam_lightning.errors import InfeasibleBudgetError
+from foam_lightning.job import Job
+from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
+from foam_lightning.memory.levers import MAX_LEVEL, cheapest, leanest
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import FoldPlan, Levers
+from tuner.space import Knobs, decode, state_bytes_table
+
+LEVELS = tuple(range(MAX_LEVEL + 1))
+# With no run to learn from, damage is taken as convex in the bytes kept, so that matrices stay
+# within a level or two of each other instead of some at 0 and the rest at the cap.
+UNTUNED = Knobs(exponent=4.0)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The smallest budget that works.
+
+    Attributes:
+        plan: The plan that needs it.
+        account: Its peak, term by term.
+    """
+
+    plan: FoldPlan
+    account: Account
+
+
+class Fitting:
+    """Find plans of one job whose predicted peak is within a budget.
+
+    Args:
+        job: What to train.
+        budget_bytes: The budget of the device.
+    """
+
+    def __init__(self, job: Job, budget_bytes: int) -> None:
+        self.job = job
+        self.budget_bytes = budget_bytes
+        self.module: LlamaFoam = job.new_module()
+        self.accountant: Accountant = job.new_accountant()
+
+    @cached_property
+    def minimum(self) -> Minimum:
+        """The plan with every lever pulled and every matrix at the highest level."""
+        plans = [
+            self.module.uniform_plan(MAX_LEVEL, levers)
+            for levers in (self.job.levers, leanest(self.job.levers))
+        ]
+        accounts = [self.accountant.account(plan) for plan in plans]
+        return min(map(Minimum, plans, accounts), key=lambda minimum: minimum.account.peak_bytes)
+
+    @cached_property
+    def levers(self) -> Levers:
+        """The cheapest levers that fit.
+
+        Raises:
+            InfeasibleBudgetError: None do.
+        """
+        found = cheapest(self.job.levers, self._fits_uniform)
+        if found is None:
+            account = self.minimum.account
+            raise InfeasibleBudgetError(
+                self.budget_bytes, account.peak_bytes, account.binding, dict(account.breakdown)
+            )
+        return found
+
+    @cached_property
+    def uniform_levels(self) -> list[int]:
+        """The uniform levels that fit with these levers, lowest first."""
+        return [level for level in LEVELS if self._fits_uniform(self.levers, level)]
+
+    @cached_property
+    def state_allowance(self) -> int:
+        """The bytes that the state of the matrices that fold may take, at most.
+
+        What the plan needs beside them is measured at the highest level; `decoded` looks again.
+        """
+        plan = self.uniform(MAX_LEVEL)
+        slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
+        return self.folded_bytes(plan) + int(slack / self.accountant.bytes_per_state_byte)
+
+    def uniform(self, level: int) -> FoldPlan:
+        """Make the plan with every matrix at one level."""
+        return self.module.uniform_plan(level, self.levers)
+
+    def fits(self, plan: FoldPlan) -> bool:
+        """Tell whether the predicted peak of a plan is within the budget."""
+        return self.accountant.account(plan).peak_bytes <= self.budget_bytes
+
+    def decoded(self, knobs: Knobs, state_bytes: int) -> dict[str, int]:
+        """Turn knobs into levels that fill so many bytes of state and fit the budget.
+
+        Args:
+            knobs: What to weight the damage of each matrix with.
+            state_bytes: For the matrices that fold; at most the allowance is used.
+        """
+        shapes = self.module.foldable
+        costs = state_bytes_table(shapes, LEVELS, self._state_itemsize)
+        allowed = min(state_bytes, self.state_allowance)
+        while True:
+            levels = decode(shapes, knobs, LEVELS, costs, allowed)
+            plan = replace(self.uniform(0), levels=levels, scales=dict.fromkeys(LEVELS, 1.0))
+            excess = self.accountant.account(plan).peak_bytes - self.budget_bytes
+            if excess <= 0:
+                return levels
+            # The optimizer's workspace is larger at low levels than at the one it was measured at.
+            allowed = self.folded_bytes(plan) - excess
+
+    def folded_bytes(self, plan: FoldPlan) -> int:
+        """Count the state of the matrices that fold, the part that a plan decides."""
+        return optimizer_state_bytes(self.module.foldable, plan.levels, plan.levers.state_dtype)
+
+    def untuned(self) -> FoldPlan:
+        """Make the plan for this budget before any run: Adam if it fits, else levels that fill."""
+        if 0 in self.uniform_levels:
+            return self.uniform(0)
+        levels = self.decoded(UNTUNED, self.state_allowance)
+        hp = self.module.hparams
+        return replace(
+            self.uniform(0),
+            levels=levels,
+            scales={
+                level: hp.scale if level else hp.unfolded_scale for level in set(levels.values())
+            },
+        )
+
+    @property
+    def _state_itemsize(self) -> int:
+        return {"float32": 4, "bfloat16": 2}[self.levers.state_dtype]
+
+    def _fits_uniform(self, levers: Levers, level: int) -> bool:
+        return self.fits(self.module.uniform_plan(level, levers))

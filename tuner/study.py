@@ -1,0 +1,115 @@
+"""The search as Optuna studies in one sqlite file, which a killed run takes up again."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.objective import ShortRun
+
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+Params = dict[str, Any]
+
+
+class Study:
+    """One stage of the search.
+
+    A trial depends on nothing but the finished trials before it: the sampler is seeded anew by
+    their number, and a trial that was under way when the process died is forgotten and asked for
+    again. So a search that was killed ends as one that was not.
+
+    Args:
+        path: The sqlite file, shared by all stages.
+        name: The stage.
+        seed: Seeds the sampler.
+    """
+
+    def __init__(self, path: Path, name: str, *, seed: int) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._seed = seed
+        self._study = optuna.create_study(
+            study_name=name,
+            storage=f"sqlite:///{path}",
+            load_if_exists=True,
+            pruner=optuna.pruners.NopPruner(),
+        )
+        storage = self._study._storage
+        for trial in self._study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
+            storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+
+    def search(
+        self,
+        openers: Sequence[Params],
+        *,
+        num_trials: int,
+        evaluate: Callable[[optuna.Trial], ShortRun],
+        on_trial: Callable[[FrozenTrial], None] = lambda _: None,
+    ) -> None:
+        """Run trials until so many are finished.
+
+        Args:
+            openers: Parameters of the first trials; the sampler chooses the rest.
+            num_trials: Finished trials to end with, those of earlier processes included.
+            evaluate: Asks the trial for its parameters and runs them.
+            on_trial: Called with every trial, at once with those found finished.
+        """
+        finished = self.finished()
+        for trial in finished:
+            on_trial(trial)
+        for number in range(len(finished), num_trials):
+            if number < len(openers):
+                self._study.enqueue_trial(openers[number])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self._study.sampler = TPESampler(
+                    seed=self._seed * 10_007 + number,
+                    n_startup_trials=max(1, len(openers)),
+                    multivariate=True,
+                )
+            asked = self._study.ask()
+            run = evaluate(asked)
+            asked.set_user_attr("nats", list(run.nats))
+            asked.set_user_attr("num_tokens", list(run.num_tokens))
+            if run.loss == run.loss:
+                told = self._study.tell(asked, run.loss)
+            else:  # not a number: it diverged
+                told = self._study.tell(asked, state=TrialState.PRUNED)
+            on_trial(told)
+
+    def finished(self) -> list[FrozenTrial]:
+        """List the finished trials, oldest first."""
+        return list(self._study.get_trials(states=_FINISHED))
+
+    def best(self, where: Callable[[FrozenTrial], bool] = lambda _: True) -> FrozenTrial | None:
+        """Find the trial of the lowest loss among those that hold; None if there is none."""
+        done = [t for t in self.finished() if t.state is TrialState.COMPLETE and where(t)]
+        return min(done, key=lambda t: (t.values[0], t.number), default=None)
+
+    def recorded(self, name: str) -> ShortRun | None:
+        """Look up a run that was recorded by name."""
+        trial = self.best(lambda t: t.user_attrs.get("run") == name)
+        return None if trial is None else run_of(trial)
+
+    def record(self, name: str, run: ShortRun) -> None:
+        """Keep a run that no sampler asked for."""
+        diverged = run.loss != run.loss
+        self._study.add_trial(
+            optuna.create_trial(
+                state=TrialState.PRUNED if diverged else TrialState.COMPLETE,
+                value=None if diverged else run.loss,
+                user_attrs={
+                    "run": name,
+                    "nats": list(run.nats),
+                    "num_tokens": list(run.num_tokens),
+                },
+            )
+        )
+
+
+def run_of(trial: FrozenTrial) -> ShortRun:
+    """Read a trial's short run back."""
+    return ShortRun(trial.user_attrs["nats"], trial.user_attrs["num_tokens"])
