@@ -25,14 +25,15 @@ FOAM_LIGHTNING_LAYERS = [
     {"memory"},
     {"model", "data"},
     {"module"},
-    {"callbacks", "job"},
+    {"callbacks", "job", "checkpoint"},
+    {"training"},
 ]
 TUNER_LAYERS = [
     {"relaxation"},
     {"knapsack"},
     {"allocate"},
     {"space"},
-    {"probe"},
+    {"fitting", "probe"},
     {"objective"},
     {"study"},
     {"report"},
