@@ -15,6 +15,15 @@ from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
 
+_BARE = {
+    "callbacks": None,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -102,16 +111,23 @@ class Job:
         )
 
     def new_trainer(
-        self, levers: Levers, callbacks: Sequence[Callback], **settings: Any
+        self,
+        levers: Levers,
+        callbacks: Sequence[Callback],
+        *,
+        bare: bool = False,
+        **settings: Any,
     ) -> Trainer:
         """Make the trainer for these levers.
 
         Args:
             levers: Give the accumulation.
             callbacks: All callbacks of this run, besides those of the settings.
+            bare: Nothing but `callbacks`: no logger, checkpoints, progress bar or callbacks of the
+                settings. For short runs.
             settings: Take the place of the job's own.
         """
-        merged = {**self.trainer, **settings}
+        merged = {**self.trainer, **(_BARE if bare else {}), **settings}
         interval = merged.get("val_check_interval")
         if isinstance(interval, int):
             # Lightning counts batches here; a user who sets steps does not know the micro-batch.

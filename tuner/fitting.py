@@ -92,6 +92,18 @@ class Fitting:
         """Tell whether the predicted peak of a plan is within the budget."""
         return self.accountant.account(plan).peak_bytes <= self.budget_bytes
 
+    def check(self, plan: FoldPlan) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises:
+            InfeasibleBudgetError: Carries what the plan needs.
+        """
+        account = self.accountant.account(plan)
+        if account.peak_bytes > self.budget_bytes:
+            raise InfeasibleBudgetError(
+                self.budget_bytes, account.peak_bytes, account.binding, dict(account.breakdown)
+            )
+
     def decoded(self, knobs: Knobs, state_bytes: int) -> dict[str, int]:
         """Turn knobs into levels that fill so many bytes of state and fit the budget.
 

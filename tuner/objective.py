@@ -128,12 +128,8 @@ class Bench:
         trainer = self.job.new_trainer(
             plan.levers,
             [recorder, *callbacks],
+            bare=True,
             max_steps=num_steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
             limit_val_batches=0,
             val_check_interval=None,
         )

@@ -99,6 +99,8 @@ class Outcome:
         against_winner: Paired difference of every other finalist to the winner, by label.
         searched: Every short run of the search.
         update_rms: From the probe: RMS of Adam's and FOAM's update, by role and level.
+        adam_state_bytes: Of the matrices that fold, at level 0: what to compare bytes of state to.
+        short_run_steps: Optimizer steps of a short run; finalists took `FINAL_LENGTH` times that.
         reason: Why the winner won, in one sentence.
     """
 
@@ -107,6 +109,8 @@ class Outcome:
     against_winner: Mapping[str, Difference]
     searched: Sequence[Searched]
     update_rms: Mapping[str, Mapping[int, float]]
+    adam_state_bytes: int
+    short_run_steps: int
     reason: str
 
     def loss_of(self, kind: Kind) -> float | None:
@@ -152,6 +156,8 @@ def tune(
         },
         searched=search.searched,
         update_rms=search.update_rms,
+        adam_state_bytes=fitting.folded_bytes(fitting.uniform(0)),
+        short_run_steps=options.steps,
         reason=reason,
     )
 

@@ -1,0 +1,106 @@
+"""tune(): account, probe, allocate, study, rehearse, report, in this order and nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from foam_lightning.job import Job
+from foam_lightning.memory.account import Account
+from foam_lightning.plan import FoldPlan
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.units import ByteSize, in_words
+from tuner import run as search
+from tuner.fitting import Fitting
+from tuner.rehearsal import rehearse
+from tuner.report import plan_table, write_report
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The plan for the full run, and what it rests on.
+
+    Attributes:
+        plan: The plan.
+        account: Its predicted peak.
+        outcome: What the search found.
+        pictures: PNG files of plan and search, by title.
+    """
+
+    plan: FoldPlan
+    account: Account
+    outcome: search.Outcome
+    pictures: Mapping[str, Path]
+
+
+def tune(job: Job, budget_bytes: int, folder: RunFolder, options: search.TuneOptions) -> Tuned:
+    """Find the plan for a budget, prove it on two real steps, and write it down.
+
+    Calling it again on the same folder takes up where it was left.
+
+    Args:
+        job: What to train.
+        budget_bytes: The memory of one device.
+        folder: Gets `fold_plan.json` and `tuning/`.
+        options: How much to search.
+
+    Raises:
+        InfeasibleBudgetError: No plan fits.
+        FoamError: The rehearsal needs more than was predicted, and more than the budget.
+    """
+    console = Console(soft_wrap=True)
+    fitting = Fitting(job, budget_bytes)
+    levels = fitting.uniform_levels
+    console.print(
+        f"run folder {folder.path}; uniform levels that fit {ByteSize(budget_bytes)}: "
+        f"{levels[0]} to {levels[-1]}"
+    )
+    folder.tuning.mkdir(exist_ok=True)
+    outcome = _search(console, job, fitting, folder.tuning, options)
+    plan = outcome.winner.plan
+    account = fitting.accountant.account(plan)
+    console.print(f"{outcome.reason[0].upper()}{outcome.reason[1:]}.")
+    pictures = write_report(
+        folder.tuning,
+        outcome,
+        account,
+        fitting.accountant.account(fitting.uniform(0)),
+        budget_bytes,
+    )
+    measured = rehearse(
+        job,
+        plan,
+        folder,
+        predicted_bytes=account.peak_bytes,
+        budget_bytes=budget_bytes,
+    )
+    console.print(plan_table(plan, account, budget_bytes, None))
+    console.print(
+        f"rehearsal: {in_words(measured)} measured, {in_words(account.peak_bytes)} predicted"
+    )
+    plan.save(folder.plan)
+    return Tuned(plan, account, outcome, pictures)
+
+
+def _search(
+    console: Console, job: Job, fitting: Fitting, folder: Path, options: search.TuneOptions
+) -> search.Outcome:
+    columns = (
+        TextColumn("tuning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("tuning", total=search.num_steps(options))
+
+        def on_step() -> None:
+            progress.advance(task)
+
+        def on_run(description: str, loss: float) -> None:
+            console.print(f"  {description:<48} loss {loss:.4f}", highlight=False)
+
+        return search.tune(job, fitting, folder, options, on_step=on_step, on_run=on_run)
