@@ -192,7 +192,7 @@ def _parse(command: str, options: list[str]) -> "Namespace":
         parser = _parser(command)
         settings = parser.parse_args(options)
         settings.resolved = _resolved(parser, settings)
-        return parser.instantiate_classes(settings)
+        return parser.instantiate(settings)
     except ArgumentError as error:
         raise ConfigError(_one_line(error)) from error
 

@@ -1,6 +1,6 @@
 """Errors a person can act on: one line with what was given, what is allowed, what to do."""
 
-from foam_lightning.units import ByteSize, in_words
+from foam_lightning.units import ByteSize, at_least, in_words
 
 
 class FoamError(Exception):
@@ -53,7 +53,7 @@ class InfeasibleBudgetError(FoamError):
         )
         super().__init__(
             f"a budget of {ByteSize(budget_bytes)} is too small: with every lever pulled this "
-            f"model needs {ByteSize(minimum_bytes)} ({terms}); the largest term is "
+            f"model needs {at_least(minimum_bytes)} ({terms}); the largest term is "
             f"{binding.replace('_', ' ')}; raise --memory-budget to at least "
-            f"{ByteSize(minimum_bytes)} or choose a smaller model"
+            f"{at_least(minimum_bytes)} or choose a smaller model"
         )

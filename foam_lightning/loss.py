@@ -6,7 +6,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-CHUNK_TOKENS = 256
+# Logits of 256 tokens are small beside a layer; more than 64 chunks cost speed for nothing.
+_LEAST_TOKENS = 256
+_MOST_CHUNKS = 64
 
 
 def token_loss(
@@ -23,8 +25,8 @@ def token_loss(
         head: The output layer, H to V.
         labels: Token ids, (B, S), not shifted: position s is scored on `labels[:, s + 1]`.
             Positions labelled -100 do not count.
-        chunked: Score 256 tokens at a time and recompute their logits in backward, so that
-            (B * S, V) logits never exist.
+        chunked: Score a 64th of the tokens at a time, but at least 256, and recompute their
+            logits in backward, so that (B * S, V) logits never exist.
 
     Returns:
         The sum over scored tokens, a float32 scalar, and how many they are, an int64 scalar.
@@ -34,11 +36,10 @@ def token_loss(
     num_tokens = (targets != IGNORED).sum()
     if not chunked:
         return _summed(states, head, targets), num_tokens
+    chunk = max(_LEAST_TOKENS, -(-len(targets) // _MOST_CHUNKS))
     pieces = [
         checkpoint(_summed, rows, head, wanted, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted in zip(
-            states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
-        )
+        for rows, wanted in zip(states.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.stack(pieces).sum(), num_tokens
 

@@ -22,8 +22,8 @@ class Levers:
         micro_batch_size: Sequences per forward pass, 1 or more.
         accumulate_grad_batches: Forward passes per optimizer step; times `micro_batch_size` it is
             the global batch.
-        chunked_loss: Head and cross entropy run on 256 tokens at a time, so that the logits of a
-            whole micro-batch never exist at once.
+        chunked_loss: Head and cross entropy run on a few tokens at a time, so that the logits of
+            a whole micro-batch never exist at once.
         activation_checkpointing: Decoder layers keep only their input and recompute the rest.
         gradient_release: The optimizer steps inside backward. Not offered yet: always false.
         state_dtype: The dtype of the two moments, "float32" or "bfloat16".
@@ -80,7 +80,7 @@ class FoldPlan:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON ({error}); pass a fold_plan.json") from error
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
             raise PlanError(f"{source} is not a fold plan: its schema must be {SCHEMA!r}")
@@ -90,8 +90,12 @@ class FoldPlan:
                 | {"scales": {int(key): value for key, value in content["scales"].items()}}
             )
             plan._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"{source} is not a valid fold plan: {error}") from error
+        except KeyError as error:
+            raise PlanError(f"{source} is not a valid fold plan: it has no {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            # A name in the text may hold line breaks; a message is one line.
+            reason = " ".join(str(error).split())
+            raise PlanError(f"{source} is not a valid fold plan: {reason}") from error
         return plan
 
     @classmethod
@@ -153,6 +157,7 @@ class FoldPlan:
                 _expect(_is_count(value, 1), f"{field.name} must be 1 or more, got {value!r}")
             elif field.type is bool:
                 _expect(isinstance(value, bool), f"{field.name} must be a bool, got {value!r}")
+        _expect(not self.levers.gradient_release, "gradient_release is not offered yet")
         dtype = self.levers.state_dtype
         _expect(dtype in get_args(StateDtype), f"state_dtype {dtype!r} is not known")
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from foam_lightning.callbacks.export import Export
 from foam_lightning.callbacks.folding import ResidualEnergy
 from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.progress import StepBar
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.checkpoint import read_checkpoint
 from foam_lightning.data.module import TextData
@@ -124,7 +125,7 @@ def _callbacks(folder: RunFolder, max_steps: int) -> Sequence[Callback]:
             enable_version_counter=False,
         ),
         ResidualEnergy(),
-        RichProgressBar(leave=True),
+        StepBar(leave=True),
     ]
 
 

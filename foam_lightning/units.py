@@ -66,3 +66,10 @@ def in_words(num_bytes: int) -> str:
         if abs(num_bytes) >= _UNITS[name.upper()]:
             return f"{num_bytes / _UNITS[name.upper()]:.4g} {name}"
     return f"{num_bytes} B"
+
+
+def at_least(num_bytes: int) -> str:
+    """Round up to four digits, as a size that can be typed: 30199173435 -> "30.2GB"."""
+    step = 10 ** max(0, len(str(num_bytes)) - 4)
+    rounded = -(-num_bytes // step) * step
+    return in_words(rounded).replace(" ", "")

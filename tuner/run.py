@@ -207,6 +207,7 @@ class _Search:
     ) -> None:
         self.searched: list[Searched] = []
         self.update_rms: dict[str, dict[int, float]] = {}
+        self._runs: dict[str, ShortRun] = {}
         self._job = job
         self._fitting = fitting
         self._options = options
@@ -270,7 +271,9 @@ class _Search:
         base = self._best_uniform(lambda level: level > 0)
         if base is None or self._uniform_level(self._best_uniform(lambda _: True)) == 0:
             return  # Adam fits and leads: no state is saved by folding, nor is loss
-        knobs = [Knobs(exponent=4.0), Knobs(exponent=4.0, q=4.0, k=4.0)]
+        # The two kinds of plan that beat uniform in the first measurements: low levels for q and k,
+        # and low levels for early layers (docs/log.md).
+        knobs = [Knobs(exponent=4.0, q=4.0, k=4.0), Knobs(exponent=4.0, depth_slope=-1.0)]
         self._mixed.search(
             [as_params(k) for k in knobs],
             num_trials=max(1, self._options.trials - len(self._uniform.finished())),
@@ -349,7 +352,8 @@ class _Search:
     # ---- shared
 
     def _short(self, plan: FoldPlan, *callbacks: UpdateProbe) -> ShortRun:
-        return self._bench.run(
+        known = self._runs.get(plan.to_json())  # different knobs may decode to one plan
+        return known or self._bench.run(
             plan, num_steps=self._options.steps, seed=self._job.seed, callbacks=callbacks
         )
 
@@ -361,7 +365,9 @@ class _Search:
         return None if plan is None else next(iter(plan.levels.values()))
 
     def _note(self, stage: str, description: str, trial: FrozenTrial, plan: FoldPlan) -> None:
-        loss = run_of(trial).loss
+        run = run_of(trial)
+        loss = run.loss
+        self._runs[plan.to_json()] = run
         levels = set(plan.levels.values())
         self.searched.append(
             Searched(
