@@ -39,7 +39,7 @@ class TuneOptions:
         steps: Optimizer steps of a short run; under 150, rankings are noise.
     """
 
-    trials: int = 12
+    trials: int = 10
     steps: int = 160
 
 
@@ -171,7 +171,8 @@ def decide(finalists: Sequence[Candidate]) -> tuple[Candidate, str]:
     """Choose the winner: the best one that the evidence tells apart, else the simplest.
 
     Of all finalists that the interval does not tell from the one of lowest loss, the simplest
-    wins (Adam before uniform before mixed), then the one with fewer bytes.
+    wins (Adam before uniform before mixed), then the one with fewer bytes. One that diverged never
+    wins, unless all did.
 
     Args:
         finalists: At least one, runs paired.
@@ -179,6 +180,7 @@ def decide(finalists: Sequence[Candidate]) -> tuple[Candidate, str]:
     Returns:
         The winner, and why it won.
     """
+    finalists = [c for c in finalists if math.isfinite(c.run.loss)] or finalists
     best = min(finalists, key=lambda c: c.run.loss)
     tied = [
         c for c in finalists if c is best or not paired_difference([c.run], [best.run]).is_decided
