@@ -16,6 +16,10 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
+# Causal attention without a mask, under a name of our own. Under "sdpa" transformers looks at the
+# values of a mask it makes for every forward pass to find that it is not needed: a GPU waits for
+# that, and fake tensors have no values, so an account of them would keep masks that no run makes.
+_ATTENTION = "sdpa_causal"
 # The numbers that make two models the same model to a fold plan.
 _FINGERPRINT = (
     "num_hidden_layers",
@@ -61,7 +65,8 @@ def describe(
             f"model.num_attention_heads {num_attention_heads} must be a multiple of "
             f"model.num_key_value_heads {num_key_value_heads}"
         )
-    return LlamaConfig(**sizes, tie_word_embeddings=False, use_cache=False)
+    # Special tokens are the tokenizer's to say: `save` asks it.
+    return LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
 
 
 def read_config(folder: str) -> "LlamaConfig":
@@ -84,7 +89,6 @@ def read_config(folder: str) -> "LlamaConfig":
         raise CheckpointError(
             f"{folder} holds a {config.model_type} model; only llama is supported"
         )
-    config.use_cache = False
     return config
 
 
@@ -100,7 +104,7 @@ def lay_out(config: "LlamaConfig") -> "LlamaForCausalLM":
     """
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM(config)
+    return _without_mask(LlamaForCausalLM(config))
 
 
 def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
@@ -142,16 +146,22 @@ def load(folder: str) -> "LlamaForCausalLM":
             f"{folder} lacks {len(report['missing_keys'])} weights, the first is "
             f"{min(report['missing_keys'])}"
         )
-    loaded: LlamaForCausalLM = model
-    return loaded
+    return _without_mask(model)
 
 
 def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write a Hugging Face folder beside `folder` and rename it, so that no half one is ever seen.
 
+    The model's special tokens become the tokenizer's, so that whoever loads it stops at the right
+    one.
+
     Raises:
         CheckpointError: The folder cannot be written.
     """
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
     _write(folder, model, tokenizer)
 
 
@@ -191,6 +201,15 @@ def keep_rope_float32(model: "LlamaForCausalLM") -> None:
     fresh = type(rope)(rope.config, device=device)
     rope.inv_freq = fresh.inv_freq.float()
     rope.original_inv_freq = fresh.inv_freq.float().clone()
+
+
+def _without_mask(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    model.set_attn_implementation(_ATTENTION)
+    return model
 
 
 def _line(error: BaseException) -> str:

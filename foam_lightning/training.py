@@ -18,6 +18,7 @@ from foam_lightning.callbacks.progress import StepBar
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.checkpoint import read_checkpoint
 from foam_lightning.data.module import TextData
+from foam_lightning.errors import CheckpointError
 from foam_lightning.job import Job
 from foam_lightning.model import save_tokenizer
 from foam_lightning.module import LlamaFoam
@@ -68,7 +69,7 @@ def train(
     """
     source = ckpt_path or (folder.last_checkpoint if folder.last_checkpoint.exists() else None)
     if source is not None:
-        read_checkpoint(source)  # says what is wrong in one line, where Lightning would not
+        _check_plan(source, plan)
     module = job.new_module()
     module.follow(plan)
     data = job.new_data(plan.levers)
@@ -103,6 +104,19 @@ def validate(trainer: Trainer, module: LlamaFoam, data: TextData) -> tuple[float
 def versions() -> dict[str, str]:
     """List the versions that the result depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def _check_plan(path: Path, plan: FoldPlan) -> None:
+    """Refuse a checkpoint that would go on by a plan of its own."""
+    # Reading it says what is wrong in one line, where Lightning would not.
+    content = read_checkpoint(path)
+    saved = FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}")
+    for key in ("model", "levels", "scales", "lr"):
+        if getattr(saved, key) != getattr(plan, key):
+            raise CheckpointError(
+                f"the checkpoint {path} was trained by another plan: its {key} differ; pass its "
+                "own fold_plan.json or start a new run"
+            )
 
 
 class _TokenCount(Callback):

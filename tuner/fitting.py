@@ -46,11 +46,8 @@ class Fitting:
 
     @cached_property
     def minimum(self) -> Minimum:
-        """The plan with every lever pulled and every matrix at the highest level."""
-        plans = [
-            self.module.uniform_plan(MAX_LEVEL, levers)
-            for levers in (self.job.levers, leanest(self.job.levers))
-        ]
+        """The plan with every matrix at the highest level and the levers that need least."""
+        plans = [self.module.uniform_plan(MAX_LEVEL, levers) for levers in leanest(self.job.levers)]
         accounts = [self.accountant.account(plan) for plan in plans]
         return min(map(Minimum, plans, accounts), key=lambda minimum: minimum.account.peak_bytes)
 
@@ -113,15 +110,17 @@ class Fitting:
         """
         shapes = self.module.foldable
         costs = state_bytes_table(shapes, LEVELS, self._state_itemsize)
+        least = self.folded_bytes(self.uniform(MAX_LEVEL))
         allowed = min(state_bytes, self.state_allowance)
         while True:
             levels = decode(shapes, knobs, LEVELS, costs, allowed)
             plan = replace(self.uniform(0), levels=levels, scales=dict.fromkeys(LEVELS, 1.0))
             excess = self.accountant.account(plan).peak_bytes - self.budget_bytes
-            if excess <= 0:
+            if excess <= 0 or allowed == least:
                 return levels
-            # The optimizer's workspace is larger at low levels than at the one it was measured at.
-            allowed = self.folded_bytes(plan) - excess
+            # The optimizer's workspace is larger at low levels than at the one it was measured at,
+            # perhaps by more than the state that is left to fold.
+            allowed = max(least, self.folded_bytes(plan) - excess)
 
     def folded_bytes(self, plan: FoldPlan) -> int:
         """Count the state of the matrices that fold, the part that a plan decides."""

@@ -63,6 +63,8 @@ class UpdateProbe(Callback):
                         beta2=beta2,
                         eps=group["eps"],
                         level=level,
+                        residual_scale=group["residual_scale"],
+                        bias_correct_moments_only=group["bias_correct_moments_only"],
                     )
                     squares[role][level] += float(direction.square().sum())
         self.rms = {

@@ -114,8 +114,10 @@ class Outcome:
     reason: str
 
     def loss_of(self, kind: Kind) -> float | None:
-        """Give the lowest final loss of a kind, None where none ran."""
-        losses = [c.run.loss for c in self.finalists if c.kind == kind]
+        """Give the lowest final loss of a kind, None where none ran to its end."""
+        losses = [
+            c.run.loss for c in self.finalists if c.kind == kind and math.isfinite(c.run.loss)
+        ]
         return min(losses, default=None)
 
 

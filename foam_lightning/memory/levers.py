@@ -35,14 +35,18 @@ def cheapest(start: Levers, fits: Fits) -> Levers | None:
     return None
 
 
-def leanest(start: Levers) -> Levers:
-    """Pull every lever: what the smallest possible budget needs."""
-    *_, last = _stages(start)
-    return last[-1]
+def leanest(start: Levers) -> list[Levers]:
+    """List the levers of which one needs the least memory, the cheapest first.
+
+    Which one depends on the model: a lever that saves activations may cost gradients, such as
+    accumulation, which holds them during the forward passes.
+    """
+    ends = (levers for stage in _stages(start) for levers in (stage[0], stage[-1]))
+    return list(dict.fromkeys(ends))
 
 
 def _stages(start: Levers) -> Iterator[list[Levers]]:
-    """Yield lists of levers of one price class, memory falling within each list."""
+    """Yield lists of levers of one price class, memory falling from the second of each on."""
     yield [start]
     chunked = replace(start, chunked_loss=True)
     yield _micro_batches(chunked)
@@ -59,14 +63,19 @@ def _micro_batches(levers: Levers) -> list[Levers]:
 
 
 def _largest(stage: list[Levers], fits: Callable[[Levers], bool]) -> Levers | None:
-    """Bisect for the first element that fits, memory falling along the list."""
-    if not fits(stage[-1]):
+    """Find the first element that fits; from the second on, by bisection."""
+    first, *rest = stage
+    if fits(first):
+        return first
+    # The first may not accumulate. The second does, so it may need more: gradients are alive in
+    # its forward passes.
+    if not rest or not fits(rest[-1]):
         return None
-    low, high = 0, len(stage) - 1
+    low, high = 0, len(rest) - 1
     while low < high:
         middle = (low + high) // 2
-        if fits(stage[middle]):
+        if fits(rest[middle]):
             high = middle
         else:
             low = middle + 1
-    return stage[low]
+    return rest[low]
