@@ -192,7 +192,8 @@ def _parse(command: str, options: list[str]) -> "Namespace":
         parser = _parser(command)
         settings = parser.parse_args(options)
         settings.resolved = _resolved(parser, settings)
-        return parser.instantiate(settings)
+        instantiated: Namespace = parser.instantiate(settings)
+        return instantiated
     except ArgumentError as error:
         raise ConfigError(_one_line(error)) from error
 
@@ -331,10 +332,10 @@ def _fit(settings: "Namespace") -> None:
     if given is not None:
         job.new_module().follow(given)  # refuse another model's plan before a folder is made
     folder = _open_folder(settings)
-    tuned, pictures = None, {}
+    tuned: Tuned | None = None
     if given is None and settings.memory_budget is not None:
         tuned = _tuned(settings, job, folder)
-        plan, predicted, pictures = tuned.plan, tuned.account.peak_bytes, tuned.pictures
+        plan, predicted = tuned.plan, tuned.account.peak_bytes
     else:
         plan = given or job.plan_at(job.model["level"])
         predicted = _predicted(job, plan, settings.memory_budget)
@@ -345,7 +346,7 @@ def _fit(settings: "Namespace") -> None:
         plan,
         folder,
         predicted_bytes=predicted,
-        pictures=pictures,
+        pictures=tuned.pictures if tuned else None,
         ckpt_path=None if settings.ckpt_path is None else Path(settings.ckpt_path),
     )
     summary = _sum_up(folder, job, predicted, tuned, trained)
@@ -380,12 +381,13 @@ def _generate(settings: "Namespace") -> None:
 
     path = Path(settings.ckpt_path)
     module = load_module(path)
-    assert module.model is not None
     tokenizer = load_tokenizer(path)
     torch.manual_seed(settings.seed_everything)
     # An empty prompt starts a document, which is where one ended in training.
     prompt = settings.prompt or tokenizer.eos_token
-    module.model.eval().generate(
+    module.eval()
+    writer: Any = module.model
+    writer.generate(
         **tokenizer(prompt, return_tensors="pt", return_token_type_ids=False),
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -132,7 +132,7 @@ def load(folder: str) -> "LlamaForCausalLM":
 
     config = read_config(folder)
     try:
-        model, report = LlamaForCausalLM.from_pretrained(
+        loaded: Any = LlamaForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=torch.get_default_dtype(),
@@ -141,6 +141,7 @@ def load(folder: str) -> "LlamaForCausalLM":
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load the weights in {folder}: {_line(error)}") from error
+    model, report = loaded
     if report["missing_keys"]:
         raise CheckpointError(
             f"{folder} lacks {len(report['missing_keys'])} weights, the first is "

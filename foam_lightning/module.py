@@ -103,16 +103,16 @@ class LlamaFoam(LightningModule):
     def llama_config(self) -> "LlamaConfig":
         """Describe the LLaMA that these settings ask for."""
         hp = self.hparams
-        if hp.pretrained is not None:
-            return llama.read_config(hp.pretrained)
+        if hp["pretrained"] is not None:
+            return llama.read_config(hp["pretrained"])
         return llama.describe(
-            hidden_size=hp.hidden_size,
-            intermediate_size=hp.intermediate_size,
-            num_hidden_layers=hp.num_hidden_layers,
-            num_attention_heads=hp.num_attention_heads,
-            num_key_value_heads=hp.num_key_value_heads,
-            vocab_size=hp.vocab_size,
-            max_position_embeddings=hp.max_position_embeddings,
+            hidden_size=hp["hidden_size"],
+            intermediate_size=hp["intermediate_size"],
+            num_hidden_layers=hp["num_hidden_layers"],
+            num_attention_heads=hp["num_attention_heads"],
+            num_key_value_heads=hp["num_key_value_heads"],
+            vocab_size=hp["vocab_size"],
+            max_position_embeddings=hp["max_position_embeddings"],
         )
 
     @cached_property
@@ -123,7 +123,7 @@ class LlamaFoam(LightningModule):
     @cached_property
     def foldable(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the matrices that fold, by qualified name."""
-        return foldable(self._on_meta(), self.hparams.exclude)
+        return foldable(self._on_meta(), self.hparams["exclude"])
 
     def uniform_plan(self, level: int, levers: Levers) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at this module's settings."""
@@ -131,8 +131,8 @@ class LlamaFoam(LightningModule):
         return FoldPlan(
             model=llama.fingerprint(self.llama_config()),
             levels=dict.fromkeys(self.foldable, level),
-            scales={level: hp.scale if level else hp.unfolded_scale},
-            lr=hp.lr,
+            scales={level: hp["scale"] if level else hp["unfolded_scale"]},
+            lr=hp["lr"],
             levers=levers,
         )
 
@@ -168,10 +168,10 @@ class LlamaFoam(LightningModule):
         if self.model is not None:
             return
         hp = self.hparams
-        if hp.pretrained is not None:
-            self._adopt(llama.load(hp.pretrained))
+        if hp["pretrained"] is not None:
+            self._adopt(llama.load(hp["pretrained"]))
         else:
-            self._adopt(llama.build(self.llama_config(), seed=hp.seed))
+            self._adopt(llama.build(self.llama_config(), seed=hp["seed"]))
 
     def make_optimizer(
         self, named_parameters: Iterable[tuple[str, Tensor]], plan: FoldPlan
@@ -179,13 +179,13 @@ class LlamaFoam(LightningModule):
         """Make the optimizer for a plan's levels."""
         hp = self.hparams
         return FOAM(
-            param_groups(named_parameters, plan.levels, plan.scales, hp.weight_decay),
+            param_groups(named_parameters, plan.levels, plan.scales, hp["weight_decay"]),
             lr=plan.lr,
-            betas=tuple(hp.betas),
-            eps=hp.eps,
-            residual_scale=hp.residual_scale,
-            second_moment=hp.second_moment,
-            bias_correct_moments_only=hp.bias_correct_moments_only,
+            betas=tuple(hp["betas"]),
+            eps=hp["eps"],
+            residual_scale=hp["residual_scale"],
+            second_moment=hp["second_moment"],
+            bias_correct_moments_only=hp["bias_correct_moments_only"],
             state_dtype=getattr(torch, plan.levers.state_dtype),
         )
 
@@ -196,8 +196,8 @@ class LlamaFoam(LightningModule):
             optimizer,
             warmup_cosine(
                 int(self.trainer.estimated_stepping_batches),
-                warmup_fraction=self.hparams.warmup_fraction,
-                final_fraction=self.hparams.final_lr_fraction,
+                warmup_fraction=self.hparams["warmup_fraction"],
+                final_fraction=self.hparams["final_lr_fraction"],
             ),
         )
         return {

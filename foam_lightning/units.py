@@ -57,11 +57,12 @@ def _parse(text: str) -> int:
         )
     whole, _, fraction = match[1].partition(".")
     # Integers all the way: a float would lose bytes above 2**53.
-    return int(whole + fraction) * _UNITS[match[2].upper()] // 10 ** len(fraction)
+    digits: int = 10 ** len(fraction)
+    return int(whole + fraction) * _UNITS[match[2].upper()] // digits
 
 
 def in_words(num_bytes: int) -> str:
-    """Render bytes for people, four significant digits: 21002000000 -> "21.00 GB"."""
+    """Render bytes for people, four significant digits at most: 21002000000 -> "21 GB"."""
     for name in ("TB", "GB", "MB", "kB"):
         if abs(num_bytes) >= _UNITS[name.upper()]:
             return f"{num_bytes / _UNITS[name.upper()]:.4g} {name}"

@@ -272,9 +272,9 @@ class _Search:
     # ---- stage 2: which matrix gets which level, at the bytes of the best uniform plan
 
     def mixed_stage(self) -> None:
-        base = self._best_uniform(lambda level: level > 0)
-        if base is None or self._uniform_level(self._best_uniform(lambda _: True)) == 0:
-            return  # Adam fits and leads: no state is saved by folding, nor is loss
+        best = self._best_uniform(lambda _: True)
+        if best is None or self._uniform_level(best) == 0:
+            return  # Adam fits and leads: folding some matrices is no way to catch up
         # The two kinds of plan that beat uniform in the first measurements: low levels for q and k,
         # and low levels for early layers (docs/log.md).
         knobs = [Knobs(exponent=4.0, q=4.0, k=4.0), Knobs(exponent=4.0, depth_slope=-1.0)]
@@ -365,8 +365,8 @@ class _Search:
         trial = self._uniform.best(lambda t: wanted(t.params["level"]))
         return None if trial is None else self._plan_of(trial)
 
-    def _uniform_level(self, plan: FoldPlan | None) -> int | None:
-        return None if plan is None else next(iter(plan.levels.values()))
+    def _uniform_level(self, plan: FoldPlan) -> int:
+        return next(iter(plan.levels.values()))
 
     def _note(self, stage: str, description: str, trial: FrozenTrial, plan: FoldPlan) -> None:
         run = run_of(trial)

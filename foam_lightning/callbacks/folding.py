@@ -43,4 +43,4 @@ class ResidualEnergy(Callback):
             squares[role_of(name)][1] += float(grad.square().sum())
         for role, (of_residual, of_grad) in squares.items():
             if of_grad:
-                self.log(f"folding/residual_{role}", (of_residual / of_grad) ** 0.5)
+                pl_module.log(f"folding/residual_{role}", (of_residual / of_grad) ** 0.5)

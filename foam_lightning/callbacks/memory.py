@@ -41,7 +41,7 @@ class MemoryWatch(Callback):
                 (value for value in state.values() if isinstance(value, torch.Tensor)),
                 "optimizer_state",
             )
-        self._tracker.__enter__()
+        self._tracker.__enter__()  # type: ignore[no-untyped-call]
 
     @override
     def on_train_batch_end(
@@ -57,9 +57,9 @@ class MemoryWatch(Callback):
         elif self._tracker is not None and trainer.global_step >= self._last_step:
             self._stop()
         if self.measured_bytes is not None:
-            self.log("memory/measured_bytes", float(self.measured_bytes))
+            pl_module.log("memory/measured_bytes", float(self.measured_bytes))
         if self.predicted_bytes is not None:
-            self.log("memory/predicted_bytes", float(self.predicted_bytes))
+            pl_module.log("memory/predicted_bytes", float(self.predicted_bytes))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,6 +73,6 @@ class MemoryWatch(Callback):
 
     def _stop(self) -> None:
         if self._tracker is not None:
-            self._tracker.__exit__(None, None, None)
+            self._tracker.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.measured_bytes = self._tracker.peak().total_bytes
             self._tracker = None

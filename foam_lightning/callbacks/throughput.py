@@ -47,4 +47,4 @@ class Throughput(Callback):
         self._seconds += now - self._since
         self._since = now
         self.tokens_per_second = self._tokens / self._seconds
-        self.log("train/tokens_per_second", self.tokens_per_second, prog_bar=True)
+        pl_module.log("train/tokens_per_second", self.tokens_per_second, prog_bar=True)

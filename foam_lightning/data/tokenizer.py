@@ -136,7 +136,7 @@ def _trained(
     if not path.exists():
         with written_beside(path) as temporary:
             _train(sample, vocab_size).save(str(temporary))
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_file(str(path)),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,

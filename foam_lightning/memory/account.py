@@ -12,7 +12,6 @@ from foam_lightning.memory.trace import (
     TERMS,
     Peak,
     Precision,
-    Term,
     Traceable,
     autocast_for,
     fake_tensors,
@@ -120,17 +119,18 @@ class Accountant:
             }
         )
 
-    def trace(self, plan: FoldPlan) -> dict[Term, int]:
+    def trace(self, plan: FoldPlan) -> dict[str, int]:
         """Give the peak by term as tensors make it, without what the device adds."""
         elements = sum(math.prod(shape) for shape in self._trainee.shapes.values())
-        standing: dict[Term, int] = {
+        standing: dict[str, int] = {
             "weights": elements * weight_dtype(self._precision).itemsize,
             "optimizer_state": optimizer_state_bytes(
                 self._trainee.shapes, plan.levels, plan.levers.state_dtype
             ),
         }
-        in_passes = {**self._pass_peak(plan.levers).terms, **standing}
-        in_step = {
+        passes: dict[str, int] = dict(self._pass_peak(plan.levers).terms.items())
+        in_passes = {**passes, **standing}
+        in_step: dict[str, int] = {
             **dict.fromkeys(TERMS, 0),
             **standing,
             "gradients": standing["weights"],

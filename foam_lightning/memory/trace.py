@@ -84,7 +84,7 @@ class StorageTracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.term: Term = "activations"
         self._terms: list[int] = []  # of each storage ever seen, in order of birth
         self._bytes: list[int] = []
@@ -310,7 +310,7 @@ def _run_micro_batch(
         tracker.term = "loss"
         loss = module.mean_loss(hidden, labels) / accumulate_grad_batches
     del hidden
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
