@@ -36,8 +36,10 @@ TUNER_LAYERS = [
     {"fitting", "probe"},
     {"objective"},
     {"study"},
-    {"report"},
     {"run"},
+    {"pictures", "plan_view"},
+    {"report", "rehearsal"},
+    {"pipeline"},
 ]
 
 

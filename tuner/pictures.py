@@ -2,16 +2,19 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 
-import matplotlib as mpl
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from foam_lightning.memory.account import Account
 from foam_lightning.roles import ROLES
@@ -31,36 +34,37 @@ _TERM_COLOURS = {
     "context": "#999999",
     "margin": "#D9D9D9",
 }
+_LEGEND = {
+    "uniform": ("one level for all matrices (its number)", "o", _BLUE),
+    "mixed": ("a level per matrix", "D", _ORANGE),
+    "diverged": ("diverged", "x", _RED),
+    "above": ("above the scale", "^", _GREY),
+}
 _MAX_LEVEL = 8
 _MAX_LAYERS_WITH_VALUES = 12
 # A budget this many times longer than the bars is said in words: to scale it would squash them.
 _LONGEST_BUDGET = 4
-_DPI = 150
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG beside `path` and rename it, so that no half picture is ever seen."""
     beside = path.with_name(path.name + ".part")
-    figure.savefig(beside, format="png", dpi=_DPI)
+    figure.savefig(beside, format="png", dpi=150)
     beside.replace(path)
 
 
-def draw_levels(
-    grid: Mapping[int, Mapping[str, int]], title: str, elsewhere: Mapping[str, int]
-) -> Figure:
+def draw_levels(grid: Mapping[int, Mapping[str, int]], title: str) -> Figure:
     """Draw the level of every matrix, layers by roles.
 
     Args:
         grid: Level by layer and role; what is missing does not fold.
         title: Says whose levels they are.
-        elsewhere: Levels of matrices outside the grid, by parameter name.
     """
     figure = _figure(6.4, min(11.0, 2.0 + 0.28 * max(6, len(grid))))
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11)
     most = max([_MAX_LEVEL, *(level for row in grid.values() for level in row.values())])
-    colours = mpl.colormaps["cividis"].resampled(most + 1)
-    palette = ListedColormap([colours(level) for level in range(most + 1)])
+    palette = ListedColormap(colormaps["viridis"](np.linspace(0, 1, most + 1)))
     layers = sorted(grid)
     values = [[grid[layer].get(role, math.nan) for role in ROLES] for layer in layers]
     axes.set_xticks(range(len(ROLES)), ROLES)
@@ -72,8 +76,10 @@ def draw_levels(
             cmap=palette,
             norm=BoundaryNorm([level - 0.5 for level in range(most + 2)], most + 1),
         )
-        bar = figure.colorbar(image, ax=axes, ticks=range(most + 1), label="fold level")
-        bar.ax.tick_params(length=0)
+        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 14 / len(layers)))
+        bar.set_ticks(range(most + 1))
+        bar.set_label("fold level")
+        bar.ax.tick_params(which="both", length=0)
     stride = 1 if len(layers) <= 40 else 4
     axes.set_yticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
     axes.set_ylabel("layer")
@@ -84,10 +90,6 @@ def draw_levels(
     axes.tick_params(which="both", length=0)
     if len(layers) <= _MAX_LAYERS_WITH_VALUES:
         _print_values(axes, values, palette)
-    if elsewhere:
-        names = [f"{name} at level {level}" for name, level in sorted(elsewhere.items())]
-        more = [f"and {len(names) - 3} more"] if len(names) > 3 else []
-        axes.set_xlabel("\n".join(["also folded:", *names[:3], *more]), fontsize=9)
     return figure
 
 
@@ -101,7 +103,8 @@ def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
     figure = _figure(8.4, 2.3 + 0.75 * len(accounts))
     figure.suptitle("Predicted peak memory of one device", fontsize=12)
     axes = figure.add_subplot()
-    longest = max(account.peak_bytes for account in accounts.values())
+    peaks = {label: account.peak_bytes for label, account in accounts.items()}
+    longest = max(peaks.values())
     is_drawn = budget_bytes <= _LONGEST_BUDGET * longest
     width = 1.04 * (max(longest, budget_bytes) if is_drawn else longest)
     used: dict[str, None] = {}
@@ -114,10 +117,8 @@ def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
             left += num_bytes
     axes.set_xlim(0, width)
     axes.set_ylim(len(accounts) - 0.5, -0.5)
-    axes.set_yticks(
-        range(len(accounts)),
-        [f"{label}\n{in_words(account.peak_bytes)}" for label, account in accounts.items()],
-    )
+    names = [f"{label}\n{in_words(peak)}" for label, peak in peaks.items()]
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_words(int(value))))
@@ -125,14 +126,13 @@ def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
     budget = f"budget {in_words(budget_bytes)}"
     if is_drawn:
         axes.axvline(budget_bytes, color="black", linestyle="--", linewidth=1.5)
-        side = "right" if budget_bytes > width / 2 else "left"
-        _above(axes, budget_bytes, budget, side)
     else:
-        times = budget_bytes / longest
-        _above(axes, width, f"{budget}, {times:.0f} times the longest bar: not drawn", "right")
+        budget += f", {budget_bytes / longest:.0f} times the longest bar: not drawn"
+    # Wherever the line is, the text ends there: it is never cut off at the right.
+    end = budget_bytes if is_drawn else width
+    axes.text(end, 1.02, budget, transform=axes.get_xaxis_transform(), ha="right", va="bottom")
     axes.legend(
-        handles=[axes.containers[0][0].__class__((0, 0), 1, 1, color=_TERM_COLOURS[t]) for t in used],
-        labels=[term.replace("_", " ") for term in used],
+        handles=[Patch(color=_TERM_COLOURS[term], label=term.replace("_", " ")) for term in used],
         loc="upper center",
         bbox_to_anchor=(0.5, -0.2),
         ncols=4,
@@ -162,37 +162,40 @@ def draw_search(
 
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure)
     return figure
 
 
-def _ink(colour: str | tuple[float, ...]) -> str:
+def _ink(colour: str | tuple[float, float, float, float]) -> str:
     """Choose black or white, whichever reads better on a colour."""
     red, green, blue = to_rgb(colour)
-    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "black"
-
-
-def _above(axes: Axes, x: float, text: str, side: str) -> None:
-    axes.text(x, 1.02, text, transform=axes.get_xaxis_transform(), ha=side, va="bottom")
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
 
 
 def _print_values(axes: Axes, values: list[list[float]], palette: ListedColormap) -> None:
     for row, levels in enumerate(values):
         for column, level in enumerate(levels):
-            if math.isnan(level):
-                axes.text(column, row, "-", ha="center", va="center")
-            else:
-                ink = _ink(palette(int(level)))
-                axes.text(column, row, str(level), ha="center", va="center", color=ink)
+            folds = not math.isnan(level)
+            ink = _ink(palette(int(level))) if folds else "black"
+            text = str(level) if folds else "-"
+            axes.text(column, row, text, ha="center", va="center", color=ink)
 
 
 def _segment(axes: Axes, row: int, left: int, num_bytes: int, term: str, width: float) -> None:
     colour = _TERM_COLOURS[term]
     axes.barh(row, num_bytes, left=left, height=0.6, color=colour, edgecolor="white", linewidth=0.5)
-    if num_bytes > 0.1 * width:
-        middle = left + num_bytes / 2
+    if num_bytes > 0.105 * width:
         axes.text(
-            middle, row, in_words(num_bytes), ha="center", va="center", fontsize=9, color=_ink(colour)
+            left + num_bytes / 2,
+            row,
+            in_words(num_bytes),
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=_ink(colour),
+            # Keeps the line of the budget from crossing the digits.
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+            zorder=5,
         )
 
 
@@ -202,7 +205,9 @@ def _draw_runs(axes: Axes, searched: Sequence[Searched], adam_state_bytes: int) 
     axes.set_xlabel("state of the matrices, as a share of Adam's")
     losses = [run.loss for run in searched if run.loss is not None]
     low, high = _scale_of(losses)
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.2 * (high - low))
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.16 * (high - low))
+    if not losses:
+        axes.set_yticks([])
     shares = [run.state_bytes / adam_state_bytes for run in searched] or [1.0]
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(shares) / 1.6, max(shares) * 1.6)
@@ -211,32 +216,42 @@ def _draw_runs(axes: Axes, searched: Sequence[Searched], adam_state_bytes: int) 
     axes.xaxis.set_major_formatter(FuncFormatter(_fraction))
     axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
-    at_edge: dict[float, count[int]] = {}
-    for run, share in zip(searched, shares, strict=False):
-        if run.loss is not None and run.loss <= high:
-            _draw_run(axes, run, share)
-            continue
-        # Runs at the edge stand side by side: their height says nothing.
-        beside = next(at_edge.setdefault(share, count())) * 10
-        _draw_at_edge(axes, run, share, beside)
-    legend = {
-        "uniform (number: its level)": ("o", _BLUE),
-        "mixed": ("D", _ORANGE),
-        "diverged": ("x", _RED),
-        "above the scale": ("^", _GREY),
-    }
-    kinds = {_kind(run, high) for run in searched}
-    for label, (marker, colour) in legend.items():
-        if label.split(" (")[0] in kinds:
+    kinds = [_kind(run, high) for run in searched]
+    num_at_edge = Counter[float]()
+    for run, kind, share in zip(searched, kinds, shares, strict=False):
+        if run.loss is None or run.loss > high:
+            _mark_at_edge(axes, share, kind, num_at_edge[share])
+            num_at_edge[share] += 1
+        else:
+            _mark_run(axes, share, run.loss, run.level)
+    for kind, (label, marker, colour) in _LEGEND.items():
+        if kind in kinds:
             axes.plot([], [], marker=marker, color=colour, linestyle="", label=label)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
+    if kinds:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+
+
+def _mark_run(axes: Axes, share: float, loss: float, level: int | None) -> None:
+    _, marker, colour = _LEGEND["mixed" if level is None else "uniform"]
+    axes.scatter(share, loss, s=70 if level is None else 190, marker=marker, color=colour, ec="w")
+    if level is not None:
+        number = str(level)
+        axes.text(share, loss, number, ha="center", va="center_baseline", color="w", fontsize=9)
+
+
+def _mark_at_edge(axes: Axes, share: float, kind: str, num_before: int) -> None:
+    """Mark a run whose height says nothing, beside those before it at the same share."""
+    _, marker, colour = _LEGEND[kind]
+    shift = ScaledTranslation(num_before * 11 / 72, -9 / 72, axes.figure.dpi_scale_trans)
+    place = axes.get_xaxis_transform() + shift
+    axes.plot(share, 1, marker=marker, markersize=8, mew=2, color=colour, transform=place)
 
 
 def _kind(run: Searched, high: float) -> str:
     if run.loss is None:
         return "diverged"
     if run.loss > high:
-        return "above the scale"
+        return "above"
     return "mixed" if run.level is None else "uniform"
 
 
@@ -246,8 +261,39 @@ def _scale_of(losses: Sequence[float]) -> tuple[float, float]:
         return 0.0, 1.0
     low = min(losses)
     limit = low + max(4 * (statistics.median(losses) - low), 0.02)
-    return low, max(max(loss for loss in losses if loss <= limit), low + 0.02)
+    high = max(loss for loss in losses if loss <= limit)
+    lacking = max(0.0, 0.02 - (high - low))
+    return low - lacking / 2, high + lacking / 2
 
 
 def _fraction(share: float, _position: int | None) -> str:
     return "1" if share == 1 else f"{share:g}" if share > 1 else f"1/{round(1 / share)}"
+
+
+def _draw_finals(axes: Axes, differences: Mapping[str, Difference | None]) -> None:
+    axes.set_title("Finals: loss above the winner's", fontsize=11)
+    axes.set_xlabel("paired difference (nats per token), 95 % interval")
+    axes.axvline(0, color=_GREY, linewidth=1)
+    labels = []
+    for row, (label, difference) in enumerate(differences.items()):
+        if difference is None:
+            axes.plot(0, row, "*", markersize=16, color=_BLUE)
+            labels.append(f"{label}\n(winner)")
+        elif math.isnan(difference.mean):
+            edge = axes.get_yaxis_transform()
+            axes.plot(0.96, row, "x", markersize=9, mew=2, color=_RED, transform=edge)
+            labels.append(f"{label}\ndiverged")
+        else:
+            fill = _BLUE if difference.is_decided else "white"
+            axes.errorbar(difference.mean, row, xerr=difference.half_width, capsize=5, color=_BLUE)
+            axes.plot(difference.mean, row, "o", markersize=8, color=_BLUE, mfc=fill)
+            labels.append(f"{label}\n{difference}")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="x", color="#E5E5E5")
+    axes.set_axisbelow(True)
+    if any(d and not d.is_decided and not math.isnan(d.mean) for d in differences.values()):
+        note = "hollow: the interval holds zero, so nothing is decided"
+        axes.text(0.5, -0.17, note, transform=axes.transAxes, ha="center", va="top")

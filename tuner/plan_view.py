@@ -1,0 +1,186 @@
+"""One plan for people and for scripts: memory, levers and levels, as a table or as JSON."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from foam_lightning.memory.account import Account
+from foam_lightning.memory.trace import TERMS
+from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.roles import ROLES, layer_of, role_of
+from foam_lightning.units import in_words
+
+SCHEMA = "foam-lightning/plan/1"
+BREAKDOWN = (*TERMS, "context", "margin")
+
+_BAR_WIDTH = 24
+_Grid = dict[int, dict[str, int]]
+
+
+def plan_table(
+    plan: FoldPlan, account: Account, budget_bytes: int | None, minimum_bytes: int | None
+) -> Group:
+    """Lay a plan out for the terminal: memory, levers and levels.
+
+    Args:
+        plan: The plan.
+        account: Its predicted peak.
+        budget_bytes: The budget, None where none was given.
+        minimum_bytes: The smallest budget that works, None where it was not looked for.
+    """
+    parts: list[RenderableType] = [_memory_table(account)]
+    parts += [Text(line) for line in _verdict(account, budget_bytes, minimum_bytes)]
+    levers = Table.grid(padding=(0, 2))
+    for name, value in _levers_in_words(plan.levers).items():
+        levers.add_row(name, value)
+    parts += [Text(), levers, Text()]
+    rows = level_rows(plan.levels)
+    if rows:
+        grid = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in ("level in layers", *ROLES):
+            grid.add_column(column, justify="left" if column not in ROLES else "right")
+        for row in rows:
+            grid.add_row(*row)
+        parts.append(grid)
+    parts += [Text(line) for line in levels_in_words(plan.levels)]
+    return Group(*parts)
+
+
+def plan_json(
+    plan: FoldPlan, account: Account, budget_bytes: int | None, minimum_bytes: int | None
+) -> str:
+    """Write a plan and its account as one JSON object, for scripts.
+
+    Args:
+        plan: The plan, whether it fits or not.
+        account: Its predicted peak.
+        budget_bytes: The budget, None where none was given: then everything is feasible.
+        minimum_bytes: The smallest budget that works, None where it was not looked for.
+    """
+    content = {
+        "schema": SCHEMA,
+        "feasible": budget_bytes is None or account.peak_bytes <= budget_bytes,
+        "budget_bytes": None if budget_bytes is None else int(budget_bytes),
+        "predicted_peak_bytes": account.peak_bytes,
+        "minimum_budget_bytes": None if minimum_bytes is None else int(minimum_bytes),
+        "binding": account.binding,
+        "breakdown": {term: account.breakdown[term] for term in BREAKDOWN},
+        "levers": asdict(plan.levers),
+        "levels": dict(plan.levels),
+    }
+    return json.dumps(content, indent=2)
+
+
+def level_grid(levels: Mapping[str, int]) -> tuple[_Grid, dict[str, int]]:
+    """Sort levels by layer and role.
+
+    Args:
+        levels: By parameter name.
+
+    Returns:
+        The level by layer and role, and apart, by name, of what has no such place.
+    """
+    grid: _Grid = {}
+    elsewhere: dict[str, int] = {}
+    for name, level in levels.items():
+        layer, role = layer_of(name), role_of(name)
+        if layer is None or role not in ROLES:
+            elsewhere[name] = level
+        else:
+            grid.setdefault(layer, {})[role] = level
+    return grid, elsewhere
+
+
+def level_rows(levels: Mapping[str, int]) -> list[list[str]]:
+    """Give the grid as text, neighbouring layers that are equal as one row: "0-11".
+
+    Args:
+        levels: By parameter name.
+
+    Returns:
+        Rows of the layers and a cell per role; none if a single level says it all.
+    """
+    if len(set(levels.values())) < 2:
+        return []
+    grid, _ = level_grid(levels)
+    rows = []
+    for cells, run in groupby(
+        sorted(grid), key=lambda layer: [str(grid[layer].get(role, "-")) for role in ROLES]
+    ):
+        layers = list(run)
+        first, last = layers[0], layers[-1]
+        rows.append([str(first) if first == last else f"{first}-{last}", *cells])
+    return rows
+
+
+def levels_in_words(levels: Mapping[str, int]) -> list[str]:
+    """Say in lines what the rows of `level_rows` do not.
+
+    Args:
+        levels: By parameter name.
+    """
+    if not levels:
+        return ["No matrix folds."]
+    if len(set(levels.values())) == 1:
+        level = next(iter(levels.values()))
+        meaning = f"{2**level} columns share their state" if level else "the state is Adam's"
+        return [f"Every matrix at level {level}: {meaning}."]
+    _, elsewhere = level_grid(levels)
+    return [f"{name} at level {level}" for name, level in sorted(elsewhere.items())]
+
+
+def _memory_table(account: Account) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("memory at the peak")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("", width=_BAR_WIDTH)
+    largest = max(account.breakdown.values())
+    for term in BREAKDOWN:
+        share = account.breakdown[term] / account.peak_bytes
+        table.add_row(
+            term.replace("_", " "),
+            in_words(account.breakdown[term]),
+            f"{share:.1%}",
+            "#" * round(_BAR_WIDTH * account.breakdown[term] / largest),
+        )
+    table.add_section()
+    table.add_row("predicted peak", in_words(account.peak_bytes), "100.0%", "")
+    return table
+
+
+def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | None) -> list[str]:
+    lines = []
+    if budget_bytes is not None:
+        left = budget_bytes - account.peak_bytes
+        budget = in_words(budget_bytes)
+        lines.append(
+            f"Fits the budget of {budget}, with {in_words(left)} left."
+            if left >= 0
+            else f"Does not fit the budget of {budget}: {in_words(-left)} more are needed."
+        )
+    if minimum_bytes is not None:
+        lines.append(f"The smallest budget that works is {in_words(minimum_bytes)}.")
+    return lines
+
+
+def _levers_in_words(levers: Levers) -> dict[str, str]:
+    words = {
+        "micro-batch": f"{levers.micro_batch_size} x {levers.accumulate_grad_batches} accumulated",
+        "chunked loss": _on_off(levers.chunked_loss),
+        "activation checkpointing": _on_off(levers.activation_checkpointing),
+        "state": levers.state_dtype,
+    }
+    if levers.gradient_release:
+        words["gradient release"] = "on"
+    return words
+
+
+def _on_off(value: bool) -> str:
+    return "on" if value else "off"
