@@ -128,6 +128,7 @@ def load(folder: str) -> "LlamaForCausalLM":
     Raises:
         CheckpointError: The folder is not a LLaMA, or its weights are missing or do not fit it.
     """
+    from safetensors import SafetensorError
     from transformers import LlamaForCausalLM
 
     config = read_config(folder)
@@ -137,15 +138,21 @@ def load(folder: str) -> "LlamaForCausalLM":
             config=config,
             dtype=torch.get_default_dtype(),
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the weights in {folder}: {_line(error)}") from error
     model, report = loaded
     if report["missing_keys"]:
         raise CheckpointError(
             f"{folder} lacks {len(report['missing_keys'])} weights, the first is "
             f"{min(report['missing_keys'])}"
+        )
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{folder} has {name} of shape {tuple(found)}, its config.json asks for {tuple(wanted)}"
         )
     return _without_mask(model)
 
@@ -198,8 +205,8 @@ def keep_rope_float32(model: "LlamaForCausalLM") -> None:
     rope = model.model.rotary_emb
     if rope.inv_freq.dtype == torch.float32:
         return
-    device = rope.inv_freq.device
-    fresh = type(rope)(rope.config, device=device)
+    with rope.inv_freq.device:
+        fresh = type(rope)(rope.config)
     rope.inv_freq = fresh.inv_freq.float()
     rope.original_inv_freq = fresh.inv_freq.float().clone()
 

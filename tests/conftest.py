@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from foam_lightning.job import Job
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
 
@@ -26,6 +28,63 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The data settings of a small text that a model learns fast, and a cache to share."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{i} and {i * i % 97} make {i * 3}.\n" for i in range(1000)))
+    return {"files": [str(text)], "cache_dir": str(folder / "cache")}
+
+
+@pytest.fixture(scope="session")
+def new_job(corpus: dict[str, Any]) -> Callable[..., Job]:
+    """Give `new_job(**settings)`: a job of seconds; settings by section, such as model={...}."""
+
+    def make(
+        *,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> Job:
+        return Job(
+            model={
+                "hidden_size": 32,
+                "intermediate_size": 44,  # ragged from level 3 on
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "vocab_size": 300,
+                "state_dtype": "float32",
+                **(model or {}),
+            },
+            data={
+                **corpus,
+                "vocab_size": 300,
+                "sequence_length": 16,
+                "batch_size": 8,
+                "micro_batch_size": None,
+                "validation_sequences": 20,
+                **(data or {}),
+            },
+            trainer={
+                "accelerator": "cpu",
+                "max_steps": 8,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                **(trainer or {}),
+            },
+            seed=seed,
+        )
+
+    return make
+
+
+@pytest.fixture
+def job(new_job: Callable[..., Job]) -> Job:
+    return new_job()
 
 
 @pytest.fixture

@@ -1,0 +1,213 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from foam_lightning import model as llama
+from foam_lightning.data.module import TextData
+from foam_lightning.errors import CheckpointError, ConfigError
+from foam_lightning.job import Job
+
+# FOAM.md section 4: layers, hidden, intermediate, heads; vocabulary 32000.
+SIZES = {
+    "60M": (8, 512, 1376, 8, 58.07),
+    "130M": (12, 768, 2048, 12, 134.11),
+    "350M": (24, 1024, 2736, 16, 367.97),
+    "1.3B": (24, 2048, 5461, 32, 1339.08),
+    "3B": (32, 2560, 6848, 32, 2685.83),
+    "7B": (32, 4096, 11008, 32, 6738.42),
+    "13B": (40, 5120, 13824, 40, 13015.86),
+}
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 32,
+}
+
+
+def tiny(**sizes: Any) -> LlamaConfig:
+    return llama.describe(**{**TINY, **sizes})
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_sizes_of_the_paper_have_its_parameter_counts(name: str) -> None:
+    layers, h, i, heads, millions = SIZES[name]
+    config = llama.describe(
+        hidden_size=h,
+        intermediate_size=i,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=None,
+        vocab_size=32000,
+        max_position_embeddings=2048,
+    )
+    with torch.device("meta"):
+        count = sum(p.numel() for p in llama.lay_out(config).parameters())
+    assert count == layers * (4 * h * h + 3 * h * i) + (2 * layers + 1) * h + 2 * 32000 * h
+    assert round(count / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 18}, "hidden_size 18 must be an even multiple of"),
+        ({"hidden_size": 12}, "hidden_size 12 must be an even multiple of"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of"),
+        ({"vocab_size": 0}, r"model\.vocab_size must be 1 or more, got 0"),
+        ({"num_attention_heads": -1}, r"model\.num_attention_heads must be 1 or more, got -1"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(**sizes)
+
+
+def weights(model: LlamaForCausalLM) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    first = weights(llama.build(tiny(), seed=3))
+    before = torch.random.get_rng_state()
+    assert torch.equal(first, weights(llama.build(tiny(), seed=3)))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not torch.equal(first, weights(llama.build(tiny(), seed=4)))
+    assert 0.015 < float(first.std()) < 0.25  # ones in the norms, 0.02 elsewhere
+
+
+def test_a_new_model_computes_what_transformers_computes() -> None:
+    ours = llama.build(tiny(), seed=0).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 50, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+class Frequencies(Callback):
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def look(self, module: Any, moment: str) -> None:
+        self.seen[moment] = module.model.model.rotary_emb.inv_freq.clone()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self.look(module, "training")
+
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self.look(module, "validation")
+
+
+def test_rope_stays_float32_in_a_bfloat16_run(new_job: Callable[..., Job]) -> None:
+    job = new_job(trainer={"precision": "bf16-true"})
+    module = job.new_module()
+    module.follow(job.plan_at(1))
+    frequencies = Frequencies()
+    trainer = job.new_trainer(job.levers, [frequencies], bare=True, max_steps=1)
+    data = job.new_data(job.levers)
+    trainer.fit(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    expected = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+    assert set(frequencies.seen) == {"training", "validation"}
+    for found in frequencies.seen.values():
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Make a LLaMA folder by transformers alone."""
+    torch.manual_seed(5)
+    config = LlamaConfig(**TINY, rope_theta=5000.0, rms_norm_eps=1e-5)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_hugging_face_folder_survives_load_and_save(
+    folder: Path, tmp_path: Path, corpus: dict[str, Any]
+) -> None:
+    model = llama.load(str(folder))
+    tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
+    llama.save(model, tokenizer, tmp_path / "saved")
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(weights(again), weights(original))
+    ids = torch.randint(0, 50, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, original(ids).logits)
+    for one in (again.config, again.generation_config):
+        assert one.eos_token_id == tokenizer.eos_token_id
+        assert one.use_cache
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_loading_takes_the_default_dtype(folder: Path) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = llama.load(str(folder))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def damaged(folder: Path, how: str) -> None:
+    file = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "no folder":
+        folder.rename(folder.with_name("elsewhere"))
+    elif how == "config cut off":
+        (folder / "config.json").write_text('{"model_type": "lla')
+    elif how == "no weights":
+        file.unlink()
+    elif how == "weights cut off":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif how == "weights empty":
+        file.write_bytes(b"")
+    elif how == "other architecture":
+        GPT2Config().save_pretrained(folder)
+    elif how == "unknown architecture":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
+    elif how == "other shapes":
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    elif how == "more layers":
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no config", r"llama has no config\.json; pass a local"),
+        ("no folder", r"llama has no config\.json; pass a local"),
+        ("config cut off", r"cannot read .*config\.json"),
+        ("no weights", "cannot load the weights in .*llama"),
+        ("weights cut off", "cannot load the weights in .*llama"),
+        ("weights empty", "cannot load the weights in .*llama"),
+        ("other architecture", "holds a gpt2 model; only llama is supported"),
+        ("unknown architecture", r"cannot read .*config\.json: .*unheard-of"),
+        ("other shapes", r"layers\.0\.mlp\.down_proj\.weight of shape \(16, 24\), .*\(16, 40\)"),
+        ("more layers", r"lacks 9 weights, the first is model\.layers\.2\."),
+    ],
+)
+def test_a_folder_that_is_no_llama_is_one_line(folder: Path, how: str, message: str) -> None:
+    damaged(folder, how)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        llama.load(str(folder))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: dict[str, Any]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
+    with pytest.raises(CheckpointError, match="cannot write .*file/hf"):
+        llama.save(llama.build(tiny(), seed=0), tokenizer, tmp_path / "file" / "hf")

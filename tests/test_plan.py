@@ -1,0 +1,171 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foam_lightning.errors import PlanError
+from foam_lightning.plan import FoldPlan, Levers
+
+PLAN = FoldPlan(
+    model={"num_hidden_layers": 1, "hidden_size": 8, "tie_word_embeddings": False},
+    levels={"model.layers.0.q_proj.weight": 0, "model.layers.0.k_proj.weight": 3},
+    scales={3: 0.25, 0: 0.1},
+    lr=0.01,
+    levers=Levers(micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True),
+)
+CONTENT = json.loads(PLAN.to_json())
+
+positive = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@st.composite
+def plans(draw: Callable[..., Any]) -> FoldPlan:
+    levels = draw(st.dictionaries(st.text(), st.integers(0, 40)))
+    scales = {level: draw(positive) for level in levels.values()}
+    return FoldPlan(
+        model=draw(st.dictionaries(st.text(), st.integers() | st.booleans())),
+        levels=levels,
+        scales=scales | draw(st.dictionaries(st.integers(0, 40), positive)),
+        lr=draw(positive),
+        levers=Levers(
+            micro_batch_size=draw(st.integers(1, 10**6)),
+            accumulate_grad_batches=draw(st.integers(1, 10**6)),
+            chunked_loss=draw(st.booleans()),
+            activation_checkpointing=draw(st.booleans()),
+            state_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        ),
+    )
+
+
+@given(plans())
+def test_a_plan_survives_json(plan: FoldPlan) -> None:
+    text = plan.to_json()
+    assert FoldPlan.from_json(text) == plan
+    assert FoldPlan.from_json(text).to_json() == text
+
+
+def test_equal_plans_are_equal_texts() -> None:
+    assert replace(PLAN, scales={0: 0.1, 3: 0.25}).to_json() == PLAN.to_json()
+
+
+def test_the_format_stays_what_it_is(golden: Callable[[str, Any], None]) -> None:
+    golden("plan_v1", CONTENT)
+
+
+def changed(**fields: Any) -> str:
+    return json.dumps({**CONTENT, **fields})
+
+
+def with_levers(**fields: Any) -> str:
+    return changed(levers={**CONTENT["levers"], **fields})
+
+
+def without(key: str) -> str:
+    return json.dumps({name: value for name, value in CONTENT.items() if name != key})
+
+
+MALFORMED = {
+    "empty": "",
+    "cut off": PLAN.to_json()[:-20],
+    "too deep": "[" * 100_000,
+    "null": "null",
+    "a list": "[]",
+    "no schema": without("schema"),
+    "another schema": changed(schema="foam-lightning/fold-plan/2"),
+    "no levels": without("levels"),
+    "no levers": without("levers"),
+    "no lr": without("lr"),
+    "unknown field": json.dumps({**CONTENT, "new\nfield": 1}),
+    "unknown lever": with_levers(offload=True),
+    "missing lever": changed(levers={}),
+    "levers of a list": changed(levers=[1]),
+    "model of a list": changed(model=[1]),
+    "model of texts": changed(model={"hidden_size": "8"}),
+    "levels of a list": changed(levels=[1]),
+    "fractional level": changed(levels={"a": 1.5}),
+    "negative level": changed(levels={"a\nb": -1}),
+    "bool for a level": changed(levels={"a": True}),
+    "level without scale": changed(levels={"a": 7}),
+    "scale of no level": changed(scales={"x": 1.0}),
+    "scales of a list": changed(scales=[1.0]),
+    "scale of zero": changed(scales={"0": 0.1, "3": 0}),
+    "scale of a text": changed(scales={"0": 0.1, "3": "1"}),
+    "lr not a number": changed(lr=float("nan")),
+    "lr infinite": changed(lr=float("inf")),
+    "lr null": changed(lr=None),
+    "micro-batch of zero": with_levers(micro_batch_size=0),
+    "micro-batch of a text": with_levers(micro_batch_size="4"),
+    "chunked loss of one": with_levers(chunked_loss=1),
+    "unknown dtype": with_levers(state_dtype="float64"),
+    "list for a dtype": with_levers(state_dtype=[]),
+    "gradient release": with_levers(gradient_release=True),
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_text_is_one_line_that_names_the_source(text: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        FoldPlan.from_json(text, source="my.json")
+    assert str(caught.value).startswith("my.json is not ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+def test_any_other_json_is_a_plan_error(content: Any) -> None:
+    for text in (json.dumps(content), changed(levels=content), changed(levers=content)):
+        with pytest.raises(PlanError):
+            FoldPlan.from_json(text)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["absent", "binary"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PlanError, match=r"cannot read the fold plan .*plan\.json"):
+        FoldPlan.load(path)
+
+
+def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    def write_half(self: Path, text: str, **_: Any) -> int:
+        self.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        replace(PLAN, lr=1.0).save(path)
+    assert FoldPlan.load(path) == PLAN
+
+
+def test_a_plan_fits_the_model_it_was_made_for() -> None:
+    PLAN.check_model(dict(reversed(PLAN.model.items())), set(PLAN.levels))
+
+
+@pytest.mark.parametrize(
+    ("model", "foldable", "message"),
+    [
+        ({**PLAN.model, "hidden_size": 16}, PLAN.levels, "hidden_size 8, this one has 16"),
+        (
+            {**PLAN.model, "num_hidden_layers": 2, "hidden_size": 16},
+            [],
+            "num_hidden_layers 1, this one has 2",
+        ),
+        ({**PLAN.model, "new": 1}, PLAN.levels, "new None, this one has 1"),
+        (PLAN.model, [*PLAN.levels, "z"], "z folds in the model only"),
+        (PLAN.model, list(PLAN.levels)[1:], "q_proj.weight folds in the fold plan only"),
+    ],
+)
+def test_the_first_difference_to_the_model_is_named(
+    model: dict[str, int], foldable: list[str], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        PLAN.check_model(model, foldable)
