@@ -29,17 +29,19 @@ FOAM_LIGHTNING_LAYERS = [
     {"training"},
 ]
 TUNER_LAYERS = [
-    {"relaxation"},
+    {"relaxation", "usage"},
     {"knapsack"},
     {"allocate"},
     {"space"},
     {"fitting", "probe"},
     {"objective"},
     {"study"},
-    {"run"},
+    {"finals"},
+    {"search"},
     {"pictures", "plan_view"},
     {"report", "rehearsal"},
-    {"pipeline"},
+    {"run"},
+    {"settings"},
 ]
 
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from foam_lightning.memory.account import Account
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES
+from tuner.finals import Candidate
 from tuner.objective import ShortRun, paired_difference
 from tuner.report import plan_json, plan_table, write_report
-from tuner.run import Candidate, Outcome, Searched
+from tuner.search import Outcome, Searched
 
 ADAM_STATE = 4_096_000
 BREAKDOWN = {

@@ -136,7 +136,8 @@ class Fitting:
             self.uniform(0),
             levels=levels,
             scales={
-                level: hp["scale"] if level else hp["unfolded_scale"] for level in set(levels.values())
+                level: hp["scale"] if level else hp["unfolded_scale"]
+                for level in set(levels.values())
             },
         )
 

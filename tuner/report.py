@@ -8,6 +8,7 @@ from foam_lightning.memory.account import Account
 from foam_lightning.roles import ROLES
 from foam_lightning.run_folder import write_text
 from foam_lightning.units import in_words
+from tuner.finals import Candidate
 from tuner.objective import SEED_DEVIATION, Difference
 from tuner.pictures import draw_levels, draw_memory, draw_search, save
 from tuner.plan_view import (
@@ -18,7 +19,7 @@ from tuner.plan_view import (
     plan_json,
     plan_table,
 )
-from tuner.run import FINAL_LENGTH, Candidate, Outcome
+from tuner.search import FINAL_LENGTH, Outcome
 
 __all__ = ["plan_json", "plan_table", "write_report"]
 

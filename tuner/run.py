@@ -1,399 +1,106 @@
-"""tune(): account, probe, allocate, study, finals, decision, in this order and nothing else."""
+"""tune(): account, probe, allocate, study, rehearse, report, in this order and nothing else."""
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import optuna
-from optuna.trial import FrozenTrial
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foam_lightning.job import Job
+from foam_lightning.memory.account import Account
 from foam_lightning.plan import FoldPlan
-from foam_lightning.run_folder import write_json
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.units import ByteSize, in_words
 from tuner.fitting import Fitting
-from tuner.objective import Bench, Difference, ShortRun, paired_difference
-from tuner.probe import UpdateProbe
-from tuner.space import Knobs, as_params, suggest
-from tuner.study import Params, Study, run_of
-
-# Of the trials, how many look for learning rate, scale and level together; those are one choice
-# and matter ten times more than which matrix gets which level (docs/log.md).
-UNIFORM_SHARE = 0.7
-# A gap between short runs shrinks on longer ones, so finalists run twice as long, on another seed.
-FINAL_LENGTH = 2
-_WIDEST = 2.5
-
-Kind = Literal["reference", "uniform", "mixed"]
-_SIMPLICITY: tuple[Kind, ...] = ("reference", "uniform", "mixed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneOptions:
-    """How much to search.
-
-    Args:
-        trials: Short runs of the search, 4 or more; a handful of finalists runs again.
-        steps: Optimizer steps of a short run; under 150, rankings are noise.
-    """
-
-    trials: int = 10
-    steps: int = 160
+from tuner.rehearsal import rehearse
+from tuner.report import plan_table, write_report
+from tuner.search import Outcome, TuneOptions, num_steps, search
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A plan that may win.
+class Tuned:
+    """The plan for the full run, and what it rests on.
 
     Attributes:
-        kind: "reference" is Adam at its best, "uniform" one level, "mixed" a level per matrix.
         plan: The plan.
-        run: Its final run.
-        state_bytes: Of both moments of every parameter that folds.
+        account: Its predicted peak.
+        outcome: What the search found.
+        pictures: PNG files of plan and search, by title.
     """
 
-    kind: Kind
     plan: FoldPlan
-    run: ShortRun
-    state_bytes: int
-
-    @property
-    def label(self) -> str:
-        """A name for tables."""
-        levels = set(self.plan.levels.values())
-        if self.kind == "uniform":
-            return f"uniform level {levels.pop()}"
-        if self.kind == "mixed":
-            return f"mixed levels {min(levels)}-{max(levels)}"
-        return "split-lr Adam"
+    account: Account
+    outcome: Outcome
+    pictures: Mapping[str, Path]
 
 
-@dataclass(frozen=True)
-class Searched:
-    """One short run of the search, for the report.
-
-    Attributes:
-        stage: "uniform" or "mixed".
-        description: What was tried.
-        level: The uniform level, None for a mixed plan.
-        state_bytes: Of the matrices that fold.
-        loss: In nats per token; None if the run diverged.
-    """
-
-    stage: str
-    description: str
-    level: int | None
-    state_bytes: int
-    loss: float | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What tuning found.
-
-    Attributes:
-        winner: The plan to train by.
-        finalists: All that ran the final length, the winner among them.
-        against_winner: Paired difference of every other finalist to the winner, by label.
-        searched: Every short run of the search.
-        update_rms: From the probe: RMS of Adam's and FOAM's update, by role and level.
-        adam_state_bytes: Of the matrices that fold, at level 0: what to compare bytes of state to.
-        short_run_steps: Optimizer steps of a short run; finalists took `FINAL_LENGTH` times that.
-        reason: Why the winner won, in one sentence.
-    """
-
-    winner: Candidate
-    finalists: Sequence[Candidate]
-    against_winner: Mapping[str, Difference]
-    searched: Sequence[Searched]
-    update_rms: Mapping[str, Mapping[int, float]]
-    adam_state_bytes: int
-    short_run_steps: int
-    reason: str
-
-    def loss_of(self, kind: Kind) -> float | None:
-        """Give the lowest final loss of a kind, None where none ran to its end."""
-        losses = [
-            c.run.loss for c in self.finalists if c.kind == kind and math.isfinite(c.run.loss)
-        ]
-        return min(losses, default=None)
-
-
-def tune(
-    job: Job,
-    fitting: Fitting,
-    folder: Path,
-    options: TuneOptions,
-    *,
-    on_step: Callable[[], None] = lambda: None,
-    on_run: Callable[[str, float], None] = lambda *_: None,
-) -> Outcome:
-    """Find the plan for a budget: lr, scale and level first, then which matrix gets which level.
+def tune(job: Job, budget_bytes: int, folder: RunFolder, options: TuneOptions) -> Tuned:
+    """Find the plan for a budget, prove it on two real steps, and write it down.
 
     Calling it again on the same folder takes up where it was left.
 
     Args:
         job: What to train.
-        fitting: Its plans that fit the budget; no other is ever run.
-        folder: Gets `study.db` and `probe.json`.
+        budget_bytes: The memory of one device.
+        folder: Gets `fold_plan.json` and `tuning/`.
         options: How much to search.
-        on_step: Called after every optimizer step, for a progress bar.
-        on_run: Called after every run with what it was and its loss.
 
     Raises:
         InfeasibleBudgetError: No plan fits.
+        FoamError: The rehearsal needs more than was predicted, and more than the budget.
     """
-    search = _Search(job, fitting, folder, options, Bench(job, on_step), on_run)
-    search.uniform_stage()
-    search.mixed_stage()
-    finalists = search.finals()
-    winner, reason = decide(finalists)
-    return Outcome(
-        winner=winner,
-        finalists=finalists,
-        against_winner={
-            c.label: paired_difference([c.run], [winner.run]) for c in finalists if c is not winner
-        },
-        searched=search.searched,
-        update_rms=search.update_rms,
-        adam_state_bytes=fitting.folded_bytes(fitting.uniform(0)),
-        short_run_steps=options.steps,
-        reason=reason,
+    console = Console(soft_wrap=True)
+    fitting = Fitting(job, budget_bytes)
+    levels = fitting.uniform_levels
+    console.print(
+        f"run folder {folder.path}; uniform levels that fit {ByteSize(budget_bytes)}: "
+        f"{levels[0]} to {levels[-1]}"
     )
-
-
-def num_steps(options: TuneOptions) -> int:
-    """Count the optimizer steps of a search, at most four finalists included."""
-    return options.trials * options.steps + 4 * FINAL_LENGTH * options.steps
-
-
-def decide(finalists: Sequence[Candidate]) -> tuple[Candidate, str]:
-    """Choose the winner: the best one that the evidence tells apart, else the simplest.
-
-    Of all finalists that the interval does not tell from the one of lowest loss, the simplest
-    wins (Adam before uniform before mixed), then the one with fewer bytes. One that diverged never
-    wins, unless all did.
-
-    Args:
-        finalists: At least one, runs paired.
-
-    Returns:
-        The winner, and why it won.
-    """
-    finalists = [c for c in finalists if math.isfinite(c.run.loss)] or finalists
-    best = min(finalists, key=lambda c: c.run.loss)
-    tied = [
-        c for c in finalists if c is best or not paired_difference([c.run], [best.run]).is_decided
-    ]
-    winner = min(tied, key=lambda c: (_SIMPLICITY.index(c.kind), c.state_bytes, c.run.loss))
-    if winner is best and len(tied) == 1:
-        return winner, f"{winner.label} is better than every other finalist beyond its interval"
-    others = ", ".join(c.label for c in tied if c is not winner)
-    why = (
-        "is the simplest of them"
-        if all(c.kind != winner.kind for c in tied if c is not winner)
-        else "needs the fewest bytes among the simplest of them"
+    folder.tuning.mkdir(exist_ok=True)
+    outcome = _search(console, job, fitting, folder.tuning, options)
+    plan = outcome.winner.plan
+    account = fitting.accountant.account(plan)
+    console.print(f"{outcome.reason[0].upper()}{outcome.reason[1:]}.")
+    pictures = write_report(
+        folder.tuning,
+        outcome,
+        account,
+        fitting.accountant.account(fitting.uniform(0)),
+        budget_bytes,
     )
-    return winner, f"{winner.label} cannot be told from {others}, and {why}"
+    measured = rehearse(
+        job,
+        plan,
+        folder,
+        predicted_bytes=account.peak_bytes,
+        budget_bytes=budget_bytes,
+    )
+    console.print(plan_table(plan, account, budget_bytes, None))
+    console.print(
+        f"rehearsal: {in_words(measured)} measured, {in_words(account.peak_bytes)} predicted"
+    )
+    plan.save(folder.plan)
+    return Tuned(plan, account, outcome, pictures)
 
 
-class _Search:
-    def __init__(
-        self,
-        job: Job,
-        fitting: Fitting,
-        folder: Path,
-        options: TuneOptions,
-        bench: Bench,
-        on_run: Callable[[str, float], None],
-    ) -> None:
-        self.searched: list[Searched] = []
-        self.update_rms: dict[str, dict[int, float]] = {}
-        self._runs: dict[str, ShortRun] = {}
-        self._job = job
-        self._fitting = fitting
-        self._options = options
-        self._bench = bench
-        self._on_run = on_run
-        self._levels = fitting.uniform_levels
-        self._probe_file = folder / "probe.json"
-        database = folder / "study.db"
-        self._uniform = Study(database, "uniform", seed=job.seed)
-        self._mixed = Study(database, "mixed", seed=job.seed)
-        self._final = Study(database, "final", seed=job.seed)
+def _search(
+    console: Console, job: Job, fitting: Fitting, folder: Path, options: TuneOptions
+) -> Outcome:
+    columns = (
+        TextColumn("tuning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("tuning", total=num_steps(options))
 
-    # ---- stage 1: learning rate, scale and uniform level are one choice
+        def on_step() -> None:
+            progress.advance(task)
 
-    def uniform_stage(self) -> None:
-        openers: list[Params] = []
-        if self._levels[0] == 0:
-            # Adam prefers a higher lr at a lower scale; both must be there for a fair reference.
-            openers += [_point(0), _point(0, lr_factor=2.0, scale_factor=0.5)]
-        folded = [level for level in self._levels if level]
-        openers += [_point(level) for level in (*folded[:3], *folded[-1:])]
-        self._uniform.search(
-            openers,
-            num_trials=max(1, round(self._options.trials * UNIFORM_SHARE)),
-            evaluate=self._run_uniform,
-            on_trial=lambda trial: self._note(
-                "uniform", _describe_uniform(self._plan_of(trial)), trial, self._plan_of(trial)
-            ),
-        )
-        if self._probe_file.exists():
-            rms = json.loads(self._probe_file.read_text(encoding="utf-8"))
-            self.update_rms = {
-                role: {int(level): value for level, value in by_level.items()}
-                for role, by_level in rms.items()
-            }
+        def on_run(description: str, loss: float) -> None:
+            console.print(f"  {description:<48} loss {loss:.4f}", highlight=False)
 
-    def _run_uniform(self, trial: optuna.Trial) -> ShortRun:
-        trial.suggest_categorical("level", self._levels)
-        trial.suggest_float("lr_factor", 1 / _WIDEST, _WIDEST, log=True)
-        trial.suggest_float("scale_factor", 1 / _WIDEST, _WIDEST, log=True)
-        plan = self._plan_of(trial)
-        if self._probe_file.exists() or set(plan.levels.values()) != {0}:
-            return self._short(plan)
-        probe = UpdateProbe(at_step=self._options.steps * 2 // 3)
-        run = self._short(plan, probe)
-        write_json(self._probe_file, probe.rms)
-        return run
-
-    def _plan_of(self, trial: "optuna.Trial | FrozenTrial") -> FoldPlan:
-        level = trial.params["level"]
-        plan = self._fitting.uniform(level)
-        return replace(
-            plan,
-            lr=_rounded(plan.lr * trial.params["lr_factor"]),
-            scales={level: _rounded(plan.scales[level] * trial.params["scale_factor"])},
-        )
-
-    # ---- stage 2: which matrix gets which level, at the bytes of the best uniform plan
-
-    def mixed_stage(self) -> None:
-        best = self._best_uniform(lambda _: True)
-        if best is None or self._uniform_level(best) == 0:
-            return  # Adam fits and leads: folding some matrices is no way to catch up
-        # The two kinds of plan that beat uniform in the first measurements: low levels for q and k,
-        # and low levels for early layers (docs/log.md).
-        knobs = [Knobs(exponent=4.0, q=4.0, k=4.0), Knobs(exponent=4.0, depth_slope=-1.0)]
-        self._mixed.search(
-            [as_params(k) for k in knobs],
-            num_trials=max(1, self._options.trials - len(self._uniform.finished())),
-            evaluate=lambda trial: self._short(self._mixed_plan(suggest(trial))),
-            on_trial=lambda trial: self._note(
-                "mixed",
-                f"mixed {trial.number}",
-                trial,
-                self._mixed_plan(Knobs(**trial.params)),
-            ),
-        )
-
-    def _mixed_plan(self, knobs: Knobs) -> FoldPlan:
-        base = self._best_uniform(lambda level: level > 0)
-        assert base is not None
-        level = self._uniform_level(base)
-        # The budget binds between two uniform levels: then mixed plans may use what is left.
-        binds = level == self._levels[0]
-        room = self._fitting.state_allowance if binds else self._fitting.folded_bytes(base)
-        levels = self._fitting.decoded(knobs, room)
-        unfolded = self._best_uniform(lambda level: level == 0)
-        # An unfolded matrix keeps the step size that suits Adam, whatever the learning rate is.
-        at_zero = unfolded or self._fitting.uniform(0)
-        scale_at_zero = _rounded(at_zero.scales[0] * at_zero.lr / base.lr)
-        return replace(
-            base,
-            levels=levels,
-            scales={
-                used: base.scales[level] if used else scale_at_zero
-                for used in sorted(set(levels.values()))
-            },
-        )
-
-    # ---- the finals: longer runs on another seed
-
-    def finals(self) -> list[Candidate]:
-        plans: list[tuple[Kind, FoldPlan]] = []
-        if (adam := self._best_uniform(lambda level: level == 0)) is not None:
-            plans.append(("reference", adam))
-        if (uniform := self._best_uniform(lambda level: level > 0)) is not None:
-            plans.append(("uniform", uniform))
-            half = self._uniform_level(uniform) + 1
-            if half in self._levels:
-                tried = self._best_uniform(lambda level: level == half)
-                scale = uniform.scales[half - 1]
-                plans.append(
-                    (
-                        "uniform",
-                        tried
-                        or replace(
-                            self._fitting.uniform(half), lr=uniform.lr, scales={half: scale}
-                        ),
-                    )
-                )
-        mixed = self._mixed.best()
-        if mixed is not None:
-            plan = self._mixed_plan(Knobs(**mixed.params))
-            if len(set(plan.levels.values())) > 1:
-                plans.append(("mixed", plan))
-        return [self._final_run(kind, plan) for kind, plan in plans]
-
-    def _final_run(self, kind: Kind, plan: FoldPlan) -> Candidate:
-        name = plan.to_json()
-        run = self._final.recorded(name)
-        if run is None:
-            run = self._bench.run(
-                plan,
-                num_steps=self._options.steps * FINAL_LENGTH,
-                seed=self._job.seed + 1,
-            )
-            self._final.record(name, run)
-        candidate = Candidate(kind, plan, run, self._fitting.folded_bytes(plan))
-        self._on_run(f"final: {candidate.label}", run.loss)
-        return candidate
-
-    # ---- shared
-
-    def _short(self, plan: FoldPlan, *callbacks: UpdateProbe) -> ShortRun:
-        known = self._runs.get(plan.to_json())  # different knobs may decode to one plan
-        return known or self._bench.run(
-            plan, num_steps=self._options.steps, seed=self._job.seed, callbacks=callbacks
-        )
-
-    def _best_uniform(self, wanted: Callable[[int], bool]) -> FoldPlan | None:
-        trial = self._uniform.best(lambda t: wanted(t.params["level"]))
-        return None if trial is None else self._plan_of(trial)
-
-    def _uniform_level(self, plan: FoldPlan) -> int:
-        return next(iter(plan.levels.values()))
-
-    def _note(self, stage: str, description: str, trial: FrozenTrial, plan: FoldPlan) -> None:
-        run = run_of(trial)
-        loss = run.loss
-        self._runs[plan.to_json()] = run
-        levels = set(plan.levels.values())
-        self.searched.append(
-            Searched(
-                stage,
-                description,
-                levels.pop() if len(levels) == 1 else None,
-                self._fitting.folded_bytes(plan),
-                loss if math.isfinite(loss) else None,
-            )
-        )
-        self._on_run(description, loss)
-
-
-def _point(level: int, *, lr_factor: float = 1.0, scale_factor: float = 1.0) -> Params:
-    return {"level": level, "lr_factor": lr_factor, "scale_factor": scale_factor}
-
-
-def _describe_uniform(plan: FoldPlan) -> str:
-    ((level, scale),) = plan.scales.items()
-    return f"uniform level {level}, lr {plan.lr:g}, scale {scale:g}"
-
-
-def _rounded(value: float) -> float:
-    """Keep three digits: a plan is read by people, and more are noise."""
-    return float(f"{value:.3g}")
+        return search(job, fitting, folder, options, on_step=on_step, on_run=on_run)

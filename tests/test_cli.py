@@ -1,0 +1,257 @@
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import cli
+from tests.tiny import REPOSITORY, write_settings
+from tuner.settings import make_parser, parse
+from tuner.usage import COMMANDS, OWN, SHARED, general_help
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
+
+Check = Callable[..., str]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    return write_settings(tmp_path)
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Check:
+    """Run a command that must end in one line on stderr and nothing else."""
+
+    def check(*words: str | Path, code: int = 2) -> str:
+        assert cli.main([str(word) for word in words]) == code
+        out, err = capfd.readouterr()
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert "Traceback" not in out + err
+        return err
+
+    return check
+
+
+def test_help_and_a_bad_budget_import_nothing_slow() -> None:
+    for words in (["--help"], ["fit", "--help"], ["fit", "--memory-budget", "24 potatoes"]):
+        code = (
+            "import sys, cli\n"
+            f"cli.main({words!r})\n"
+            "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_help_lists_every_command_and_no_flag_that_does_not_exist() -> None:
+    assert all(command in general_help() for command in COMMANDS)
+    for command in COMMANDS:
+        known = {
+            option.replace("-", "_")
+            for action in make_parser(command)._actions
+            for option in action.option_strings
+        }
+        for flag in {**OWN[command], **SHARED}:
+            assert flag.split()[0].replace("-", "_") in known, (command, flag)
+
+
+@pytest.mark.parametrize("budget", ["24 potatoes", "-1GB", "0", "24", "", "GB"])
+def test_a_bad_budget_is_one_line(budget: str, refused: Check) -> None:
+    assert "memory" in refused("fit", f"--memory-budget={budget}")
+
+
+def test_a_budget_without_a_value_is_one_line(refused: Check) -> None:
+    refused("fit", "--memory-budget")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "cannot read"),
+        ("", "holds no settings"),
+        ("just words", "holds no settings"),
+        ("model: [1", "is not YAML"),
+        ("modle:\n  lr: 1\n", "modle"),
+        ("model:\n  learning: 1\n", "learning"),
+        ("model:\n  lr: high\n", "lr"),
+        ("trainer:\n  max_steps: many\n", "max_steps"),
+    ],
+    ids=["missing", "empty", "no-mapping", "no-yaml", "unknown", "nested", "type", "trainer"],
+)
+def test_a_bad_configuration_is_one_line(
+    text: str | None, expected: str, tmp_path: Path, refused: Check
+) -> None:
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    assert expected in refused("plan", "--config", path, "--memory-budget", "1GB")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.txt", None, "missing.txt"),
+        ("empty.txt", b"", "empty"),
+        ("short.txt", b"x = 1\n", "fewer"),
+        ("garbage.txt", bytes(range(256)) * 10, "text"),
+        ("other.jsonl", b'{"body": "no text here"}\n', "body"),
+        ("text.docx", b"abc", ".docx"),
+    ],
+)
+def test_bad_data_is_one_line(
+    name: str,
+    content: bytes | None,
+    expected: str,
+    settings: Path,
+    tmp_path: Path,
+    refused: Check,
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert expected in refused("fit", "--config", settings, "--data.files", path)
+    assert not list(tmp_path.glob("runs/*/*/checkpoints/*"))
+
+
+def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
+    settings: Path, refused: Check, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("plan", "fit", "tune"):
+        line = refused(command, "--config", settings, "--memory-budget", "100kB", code=3)
+    enough = line.split("at least ")[1].split()[0]
+    assert cli.main(["plan", "--config", str(settings), "--memory-budget", enough]) == 0
+    assert not list(settings.parent.glob("runs/*/*/fold_plan.json"))
+    capfd.readouterr()
+    assert (
+        cli.main(
+            ["plan", "--config", str(settings), "--memory-budget", "100kB", "--format", "json"]
+        )
+        == 3
+    )
+    content = json.loads(capfd.readouterr().out)
+    assert content["feasible"] is False
+    assert content["minimum_budget_bytes"] <= cli.ByteSize(enough)
+
+
+def test_plan_as_json_is_one_object_whose_terms_add_up(
+    settings: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--config", str(settings), "--memory-budget", "24GB", "--format", "json"]
+    assert cli.main(words) == 0
+    content = json.loads(capfd.readouterr().out)
+    assert content["feasible"] is True
+    assert sum(content["breakdown"].values()) == content["predicted_peak_bytes"]
+    assert set(content["levels"].values()) == {0}
+    assert cli.main([*words, "--uniform-level", "3"]) == 0
+    assert set(json.loads(capfd.readouterr().out)["levels"].values()) == {3}
+
+
+_SECTION_4 = {  # layers, hidden, intermediate; the vocabulary is 32000
+    "60m": (8, 512, 1376),
+    "130m": (12, 768, 2048),
+    "350m": (24, 1024, 2736),
+    "1b": (24, 2048, 5461),
+    "3b": (32, 2560, 6848),
+    "7b": (32, 4096, 11008),
+    "13b": (40, 5120, 13824),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", _SECTION_4)
+def test_plan_gives_the_papers_bytes(size: str, capfd: pytest.CaptureFixture[str]) -> None:
+    layers, h, i = _SECTION_4[size]
+    vocabulary = 32000
+    parameters = layers * (4 * h * h + 3 * h * i) + (2 * layers + 1) * h + 2 * vocabulary * h
+    for level in (1, 2, 3, 4, 8):
+        # One sequence at a time: the bytes asked for do not depend on it, and it is quick.
+        words = ["plan", "--config", f"configs/llama_{size}.yaml", "--format", "json"]
+        words += ["--uniform-level", str(level), "--data.micro_batch_size", "1"]
+        assert cli.main(words) == 0
+        found = json.loads(capfd.readouterr().out)["breakdown"]
+        blocks_h, blocks_i = -(-h // 2**level), -(-i // 2**level)
+        matrices = layers * (4 * h * blocks_h + 2 * i * blocks_h + h * blocks_i)
+        state = 4 * (matrices + (2 * layers + 1) * h + 2 * vocabulary * h)
+        assert found["weights"] == 2 * parameters
+        assert found["optimizer_state"] == state
+
+
+def test_a_plan_for_another_model_is_one_line(settings: Path, refused: Check) -> None:
+    from foam_lightning.plan import FoldPlan
+
+    job = parse("fit", ["--config", str(settings)], default=None).job()
+    path = settings.parent / "plan.json"
+    job.plan_at(1).save(path)
+    line = refused(
+        "fit", "--config", settings, "--fold-plan", path, "--model.intermediate_size", "96"
+    )
+    assert "intermediate_size 88" in line
+    path.write_text("{", encoding="utf-8")
+    assert "not JSON" in refused("fit", "--config", settings, "--fold-plan", path)
+    assert FoldPlan.from_json(job.plan_at(1).to_json()) == job.plan_at(1)
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(settings: Path, refused: Check) -> None:
+    (settings.parent / "runs").write_text("a file, not a folder", encoding="utf-8")
+    assert "run folder" in refused("fit", "--config", settings)
+
+
+def test_bad_checkpoints_are_one_line(settings: Path, tmp_path: Path, refused: Check) -> None:
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(b"PK\x03\x04 and then nothing")
+    for path in (tmp_path / "none.ckpt", damaged):
+        for command in ("validate", "generate", "fit"):
+            assert path.name in refused(command, "--config", settings, "--ckpt_path", path)
+        refused("export", "--ckpt_path", path, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_words_are_one_line(refused: Check) -> None:
+    assert "fit" in refused("train")
+    assert "--model.foo" in refused("plan", "--model.foo", "3")
+    refused("export")
+
+
+def test_interruption_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check_at_once", interrupted)
+    assert cli.main(["fit"]) == 130
+    assert "same command" in capfd.readouterr().err
+
+
+def test_every_recipe_parses_and_its_first_line_is_its_command(tmp_path: Path) -> None:
+    recipes = sorted((REPOSITORY / "configs").glob("*.yaml"))
+    assert len(recipes) >= 11
+    for path in recipes:
+        first, second, *_ = path.read_text(encoding="utf-8").splitlines()
+        assert first.startswith("# python cli.py fit "), path
+        assert second.startswith("# "), path
+        words = first.removeprefix("# python cli.py fit ").split()
+        assert f"configs/{path.name}" in words or path.name == "default.yaml"
+        model = tmp_path / "model"
+        text = first.removeprefix("# python cli.py fit ")
+        options = text.replace("DIR", str(model)).replace("FILE", "a.txt").split()
+        parsed = parse("fit", options, default=cli._default_config(options))
+        assert parsed.memory_budget is not None
+        job = parsed.job()
+        if job.model["pretrained"] is None:
+            assert job.new_module().llama_config().vocab_size == job.data["vocab_size"]
+        assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= {
+            "name", "model", "data", "trainer", "tune"
+        }  # fmt: skip
+
+
+def test_help_is_quick() -> None:
+    start = time.monotonic()
+    subprocess.run([sys.executable, "cli.py", "--help"], check=True, cwd=REPOSITORY, stdout=-3)
+    assert time.monotonic() - start < 2

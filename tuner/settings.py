@@ -1,0 +1,142 @@
+"""Settings: YAML and command line, read by Lightning's configuration layer into one job."""
+
+import json
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+from lightning.pytorch import Trainer
+
+from foam_lightning.data.module import TextData
+from foam_lightning.errors import ConfigError
+from foam_lightning.job import Job
+from foam_lightning.module import LlamaFoam
+from foam_lightning.units import ByteSize
+from tuner.search import TuneOptions
+
+# Options of single commands; all others are shared, so that one YAML serves every command.
+_OWN = ("ckpt_path", "format", "uniform_level", "prompt", "max_new_tokens", "temperature", "output")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command was asked to do.
+
+    Attributes:
+        values: Every setting by name; nested ones in the form of the YAML.
+        text: The settings that all commands share, as YAML; equal texts are the same run.
+    """
+
+    values: Namespace
+    text: str
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.values, name)
+
+    @property
+    def tune(self) -> TuneOptions:
+        """How much to search."""
+        return TuneOptions(**self.values.tune.as_dict())
+
+    def job(self) -> Job:
+        """Make the training job of these settings.
+
+        Raises:
+            ConfigError: The settings contradict each other.
+        """
+        model = self.values.model.as_dict()
+        return Job(
+            model=model,
+            data={**self.values.data.as_dict(), "vocab_size": model["vocab_size"]},
+            trainer=self.values.trainer.as_dict(),
+            seed=self.values.seed_everything,
+        )
+
+
+def parse(command: str, options: Sequence[str], *, default: Path | None) -> Settings:
+    """Read the options of a command.
+
+    Args:
+        command: The command.
+        options: The words after it.
+        default: A configuration to begin with.
+
+    Raises:
+        ConfigError: An option or a key is unknown, missing, or of the wrong type.
+    """
+    parser = make_parser(command)
+    try:
+        beginning = ("--config", str(default)) if default else ()
+        values = parser.parse_args([*beginning, *_with_lists(options)])
+        shared = values.clone()
+        for key in ("config", *_OWN):
+            shared.pop(key, None)
+        return Settings(parser.instantiate(values), str(parser.dump(shared, skip_validation=True)))
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _with_lists(options: Sequence[str]) -> list[str]:
+    """Turn `--data.files a.txt b.txt` into the one word that jsonargparse reads as a list."""
+    words: list[str] = []
+    files: list[str] | None = None
+    for word in (*options, "--"):
+        if word.startswith("--") and files is not None:
+            words.append(files[0] if files[:1] == ["null"] else json.dumps(files))
+            files = None
+        if files is not None and not word.startswith("["):
+            files.append(word)
+            continue
+        files = None
+        words.append(word)
+        if word in ("--data.files", "--data.validation_files"):
+            files = []
+    return words[:-1]
+
+
+def make_parser(command: str) -> ArgumentParser:
+    """Build the parser of one command.
+
+    Args:
+        command: One of fit, plan, tune, validate, generate, export.
+    """
+    register_type(ByteSize, serializer=str, deserializer=ByteSize, fail_already_registered=False)
+    parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--memory_budget", "--memory-budget", type=ByteSize, default=None)
+    parser.add_argument("--fold_plan", "--fold-plan", type=str | None, default=None)
+    parser.add_argument("--seed_everything", type=int, default=0)
+    parser.add_argument("--name", type=str, default="default")
+    parser.add_argument("--runs", type=str, default="runs")
+    parser.add_class_arguments(TuneOptions, "tune", instantiate=False)
+    parser.add_class_arguments(LlamaFoam, "model", instantiate=False, skip={"seed"})
+    parser.add_class_arguments(TextData, "data", instantiate=False, skip={"seed", "vocab_size"})
+    parser.add_class_arguments(
+        Trainer,
+        "trainer",
+        instantiate=False,
+        fail_untyped=False,
+        skip={"logger", "default_root_dir"},
+    )
+    _add_own(parser, command)
+    return parser
+
+
+def _add_own(parser: ArgumentParser, command: str) -> None:
+    if command == "fit":
+        parser.add_argument("--ckpt_path", type=str | None, default=None)
+    if command in ("validate", "generate", "export"):
+        parser.add_argument("--ckpt_path", type=str, required=True)
+    if command == "plan":
+        parser.add_argument("--format", choices=["table", "json"], default="table")
+        parser.add_argument("--uniform_level", "--uniform-level", type=int | None, default=None)
+    if command == "generate":
+        parser.add_argument("--prompt", type=str, default="")
+        parser.add_argument("--max_new_tokens", type=int, default=200)
+        parser.add_argument("--temperature", type=float, default=0.8)
+    if command == "export":
+        parser.add_argument("--output", type=str, required=True)

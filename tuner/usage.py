@@ -1,0 +1,118 @@
+"""What the command line answers before anything slow is imported: help, and obvious mistakes."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from foam_lightning.errors import ConfigError
+from foam_lightning.units import ByteSize
+
+COMMANDS = {
+    "fit": "plan, tune, rehearse, train, export",
+    "plan": "say what fits a budget, without training and without a GPU",
+    "tune": "fit, up to and including the rehearsal",
+    "validate": "unbiased perplexity of a checkpoint",
+    "generate": "text from a checkpoint",
+    "export": "a Hugging Face folder from a checkpoint",
+}
+
+SHARED = {
+    "--config FILE": "settings as YAML, repeatable; configs/default.yaml where none is given",
+    "--memory-budget SIZE": "memory of one device, such as 24GB (24e9) or 24GiB (24 * 2**30)",
+    "--fold-plan FILE": "train by this fold_plan.json; nothing is tuned",
+    "--seed_everything N": "seed of weights, data order and search",
+    "--name NAME": "the run goes to runs/NAME/version_<n>",
+    "--runs DIR": "the folder of all runs",
+    "--tune.trials N": "short runs of the search",
+    "--tune.steps N": "optimizer steps of a short run; under 150 misleads",
+    "--trainer.max_steps N": "optimizer steps of the full run",
+    "--data.files PATH": "text to train on (.txt, .jsonl, .parquet); none: Python's own library",
+    "--data.dataset NAME": "a dataset on the Hugging Face Hub",
+    "--data.tokenizer PATH": "a local tokenizer or one on the Hub; none trains one",
+    "--model.level L": "fold level of every matrix where there is no budget",
+    "--model.pretrained DIR": "start from a local Hugging Face LLaMA folder",
+}
+OWN: dict[str, dict[str, str]] = {
+    "fit": {"--ckpt_path FILE": "continue from this checkpoint"},
+    "plan": {
+        "--format FORMAT": "table or json",
+        "--uniform-level L": "account for this level everywhere instead of choosing levels",
+    },
+    "tune": {},
+    "validate": {"--ckpt_path FILE": "the checkpoint (required)"},
+    "generate": {
+        "--ckpt_path FILE": "the checkpoint (required)",
+        "--prompt TEXT": "what the text begins with",
+        "--max_new_tokens N": "how much to write",
+        "--temperature T": "0 always takes the likeliest token",
+    },
+    "export": {
+        "--ckpt_path FILE": "the checkpoint (required)",
+        "--output DIR": "the folder to write (required)",
+    },
+}
+
+
+def general_help() -> str:
+    """Say what commands there are."""
+    rows = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    return (
+        "Train LLaMA inside the memory you have.\n\n"
+        "usage: python cli.py COMMAND [options]\n\n"
+        f"{rows}\n\n"
+        "  python cli.py fit --memory-budget 24GB     the whole way, on text of this machine\n"
+        "  python cli.py COMMAND --help               the options of a command\n"
+        "  python cli.py COMMAND --print_config       every setting there is, with its value"
+    )
+
+
+def command_help(command: str) -> str:
+    """Say what options a command has."""
+    options = {**OWN[command], **SHARED}
+    rows = "\n".join(f"  {flag:<24} {text}" for flag, text in options.items())
+    return (
+        f"usage: python cli.py {command} [options]\n\n{COMMANDS[command]}\n\n{rows}\n\n"
+        "Every setting of the configuration is an option too, in the form --model.lr 0.01;\n"
+        f"`python cli.py {command} --print_config` lists them all with their values."
+    )
+
+
+def check_at_once(options: Sequence[str]) -> None:
+    """Refuse a bad budget or configuration file before anything slow is imported.
+
+    Raises:
+        ConfigError: One of them is bad.
+    """
+    for value in values_of(options, "--memory-budget", "--memory_budget"):
+        try:
+            ByteSize(value)
+        except ValueError as error:
+            raise ConfigError(f"--memory-budget: {error}") from error
+    for value in values_of(options, "--config"):
+        _check_config(Path(value))
+
+
+def values_of(options: Sequence[str], *flags: str) -> Iterator[str]:
+    """Yield the values that options give to a flag, as `--flag value` or `--flag=value`."""
+    for position, option in enumerate(options):
+        flag, equals, value = option.partition("=")
+        if flag in flags:
+            if not equals and position + 1 == len(options):
+                raise ConfigError(f"{flag} needs a value")
+            yield value if equals else options[position + 1]
+
+
+def _check_config(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the configuration {path} is not YAML: {reason}") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(
+            f"the configuration {path} holds no settings; see configs/default.yaml for their form"
+        )
