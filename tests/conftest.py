@@ -13,6 +13,8 @@ from foam_lightning.job import Job
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
+# Threads that wait for each other are slow where other processes run, and tensors here are small.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -159,29 +159,27 @@ def test_loading_takes_the_default_dtype(folder: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def damaged(folder: Path, how: str) -> None:
-    file = folder / "model.safetensors"
-    config = json.loads((folder / "config.json").read_text())
-    if how == "no config":
-        (folder / "config.json").unlink()
-    elif how == "no folder":
-        folder.rename(folder.with_name("elsewhere"))
-    elif how == "config cut off":
-        (folder / "config.json").write_text('{"model_type": "lla')
-    elif how == "no weights":
-        file.unlink()
-    elif how == "weights cut off":
-        file.write_bytes(file.read_bytes()[:-1000])
-    elif how == "weights empty":
-        file.write_bytes(b"")
-    elif how == "other architecture":
-        GPT2Config().save_pretrained(folder)
-    elif how == "unknown architecture":
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
-    elif how == "other shapes":
-        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    elif how == "more layers":
-        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+def set_config(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def cut_off(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "no folder": lambda folder: folder.rename(folder.with_name("elsewhere")),
+    "config cut off": lambda folder: cut_off(folder / "config.json", 20),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights cut off": lambda folder: cut_off(folder / "model.safetensors", 5000),
+    "weights empty": lambda folder: cut_off(folder / "model.safetensors", 0),
+    "other architecture": lambda folder: GPT2Config().save_pretrained(folder),
+    "unknown architecture": lambda folder: set_config(folder, model_type="unheard-of"),
+    "other shapes": lambda folder: set_config(folder, intermediate_size=40),
+    "more layers": lambda folder: set_config(folder, num_hidden_layers=3),
+}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,7 @@ def damaged(folder: Path, how: str) -> None:
     ],
 )
 def test_a_folder_that_is_no_llama_is_one_line(folder: Path, how: str, message: str) -> None:
-    damaged(folder, how)
+    DAMAGE[how](folder)
     with pytest.raises(CheckpointError, match=message) as caught:
         llama.load(str(folder))
     assert len(str(caught.value).splitlines()) == 1
@@ -209,5 +207,5 @@ def test_a_folder_that_is_no_llama_is_one_line(folder: Path, how: str, message: 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: dict[str, Any]) -> None:
     (tmp_path / "file").write_text("in the way")
     tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
-    with pytest.raises(CheckpointError, match="cannot write .*file/hf"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*file/hf"):
         llama.save(llama.build(tiny(), seed=0), tokenizer, tmp_path / "file" / "hf")

@@ -262,7 +262,8 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 def autocast_for(precision: Precision) -> AbstractContextManager[object]:
     """Give the forward context of a precision, on the CPU where the trace runs."""
     if precision == "bf16-mixed":
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        # As Lightning has it: without the cache, which would keep a copy of every weight.
+        return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext()
 
 

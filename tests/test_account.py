@@ -1,0 +1,226 @@
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foam_lightning import FOAM
+from foam_lightning.memory.account import (
+    GPU_CONTEXT_BYTES,
+    GPU_MARGIN,
+    Account,
+    Accountant,
+    optimizer_state_bytes,
+)
+from foam_lightning.memory.trace import (
+    Peak,
+    Precision,
+    autocast_for,
+    state_bytes,
+    track_step,
+    weight_dtype,
+)
+from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.groups import foldable, param_groups
+from foam_lightning.plan import FoldPlan, Levers, StateDtype
+from tests.test_model import SIZES
+
+MODEL_20M = {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 32000}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def plan_for(module: LlamaFoam, levels: int | str, levers: Levers) -> FoldPlan:
+    if isinstance(levels, int):
+        return module.uniform_plan(levels, levers)
+    mixed = {name: (0, 3, 1, 8)[i % 4] for i, name in enumerate(module.foldable)}
+    scales = dict.fromkeys(mixed.values(), 0.1)
+    return replace(module.uniform_plan(0, levers), levels=mixed, scales=scales)
+
+
+def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Peak:
+    """Take one real step on the CPU, and measure it."""
+    module = LlamaFoam(**settings)
+    module.follow(plan)
+    with default_dtype(weight_dtype(precision)):
+        module.configure_model()
+
+    def make_batch() -> tuple[Tensor, Tensor]:
+        ids = torch.randint(0, module.hparams["vocab_size"], (plan.levers.micro_batch_size, length))
+        return ids, ids
+
+    assert module.model is not None
+    return track_step(
+        module,
+        module.make_optimizer(module.model.named_parameters(), plan),
+        make_batch,
+        accumulate_grad_batches=plan.levers.accumulate_grad_batches,
+        autocast=autocast_for(precision),
+    )
+
+
+# Precision, checkpointing, chunked loss, micro-batches per step, levels, state: every pair of the
+# first four occurs.
+CASES: list[tuple[Precision, bool, bool, int, int | str, StateDtype]] = [
+    ("32-true", False, False, 1, 0, "float32"),
+    ("32-true", False, True, 2, 2, "float32"),
+    ("32-true", True, False, 2, "mixed", "float32"),
+    ("32-true", True, True, 1, 2, "bfloat16"),
+    ("bf16-true", False, False, 2, 2, "bfloat16"),
+    ("bf16-true", False, True, 1, "mixed", "float32"),
+    ("bf16-true", True, False, 1, 0, "bfloat16"),
+    ("bf16-true", True, True, 2, 2, "float32"),
+    ("bf16-mixed", False, True, 1, 2, "float32"),
+    ("bf16-mixed", True, False, 2, "mixed", "float32"),
+]
+
+
+def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> None:
+    precision, checkpointing, chunked, accumulate, levels, state_dtype = case
+    levers = Levers(
+        micro_batch_size=batch // accumulate,
+        accumulate_grad_batches=accumulate,
+        activation_checkpointing=checkpointing,
+        chunked_loss=chunked,
+        state_dtype=state_dtype,
+    )
+    module = LlamaFoam(**settings)
+    plan = plan_for(module, levels, levers)
+    accountant = Accountant(
+        module, num_layers=4, sequence_length=length, precision=precision, on_gpu=False
+    )
+    predicted = accountant.account(plan)
+    measured = really(settings, plan, length, precision)
+    assert predicted.peak_bytes == pytest.approx(measured.total_bytes, rel=0.01)
+    for term in ("weights", "optimizer_state"):
+        assert predicted.breakdown[term] == measured.terms[term]
+
+
+def ids_of(case: Any) -> str:
+    precision, checkpointing, chunked, accumulate, levels, state_dtype = case
+    levers = ["checkpointing"] * checkpointing + ["chunked"] * chunked
+    return "-".join([precision, *levers, f"x{accumulate}", f"level {levels}", state_dtype])
+
+
+def quick(*chosen: int) -> list[Any]:
+    """Mark all cases slow but the chosen ones."""
+    return [
+        case if index in chosen else pytest.param(case, marks=pytest.mark.slow)
+        for index, case in enumerate(CASES)
+    ]
+
+
+@pytest.mark.parametrize("case", quick(0, 1, 2, 5, 7, 9), ids=ids_of)
+def test_the_account_is_what_a_real_step_takes(case: Any) -> None:
+    check_case({}, 8, 64, case)
+
+
+@pytest.mark.parametrize("case", quick(6), ids=ids_of)
+def test_the_account_is_what_a_real_step_of_20m_takes(case: Any) -> None:
+    check_case(MODEL_20M, 4, 128, case)
+
+
+def accountant_of(module: LlamaFoam, *, on_gpu: bool) -> Accountant:
+    return Accountant(module, num_layers=4, sequence_length=64, precision="32-true", on_gpu=on_gpu)
+
+
+def test_a_gpu_adds_its_context_and_a_margin() -> None:
+    module = LlamaFoam()
+    plan = module.uniform_plan(2, Levers(micro_batch_size=2))
+    bare = accountant_of(module, on_gpu=False).account(plan)
+    full = accountant_of(module, on_gpu=True).account(plan)
+    margin = int(bare.peak_bytes * GPU_MARGIN)
+    assert full.breakdown == {**bare.breakdown, "context": GPU_CONTEXT_BYTES, "margin": margin}
+    assert list(full.breakdown) == [
+        *("weights", "gradients", "optimizer_state", "activations", "loss"),
+        *("workspace", "context", "margin"),
+    ]
+    assert full.peak_bytes == sum(full.breakdown.values())
+
+
+def test_the_largest_term_binds() -> None:
+    assert Account({"weights": 3, "gradients": 7, "loss": 5}).binding == "gradients"
+
+
+def test_a_byte_of_state_raises_the_peak_by_itself_and_its_margin() -> None:
+    module = LlamaFoam()
+    for on_gpu in (False, True):
+        accountant = accountant_of(module, on_gpu=on_gpu)
+        plans = [module.uniform_plan(level, Levers(micro_batch_size=8)) for level in (2, 3)]
+        peaks = [accountant.account(plan).peak_bytes for plan in plans]
+        states = [optimizer_state_bytes(module.shapes, p.levels, "float32") for p in plans]
+        expected = (states[0] - states[1]) * accountant.bytes_per_state_byte
+        assert peaks[0] - peaks[1] == pytest.approx(expected, abs=2)
+
+
+SHAPES = {
+    "q_proj": (6, 37),
+    "up_proj": (3, 1),
+    "down_proj": (5, 256),
+    "experts": (2, 3, 19),
+    "norm": (11,),
+    "lm_head": (7, 13),
+    "scalar": (),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", range(9))
+def test_predicted_state_is_allocated_state(
+    level: int, param_dtype: torch.dtype, dtype: StateDtype
+) -> None:
+    named = [(n, nn.Parameter(torch.randn(s, dtype=param_dtype))) for n, s in SHAPES.items()]
+    levels = dict.fromkeys(foldable(named), level)
+    groups = param_groups(named, levels, {level: 0.1}, 0.0)
+    optimizer = FOAM(groups, state_dtype=getattr(torch, dtype))
+    for _, parameter in named:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert optimizer_state_bytes(SHAPES, levels, dtype) == state_bytes(optimizer)
+
+
+# FOAM.md section 4: weights and state in bfloat16, GB of 1e9 bytes.
+TABLE = {
+    "60M": (0.348, 0.298, 0.273, 0.260, 0.254, 0.248, 0.247),
+    "130M": (0.805, 0.635, 0.550, 0.507, 0.486, 0.466, 0.465),
+    "350M": (2.208, 1.603, 1.301, 1.149, 1.074, 1.003, 0.999),
+    "1.3B": (8.034, 5.619, 4.411, 3.807, 3.505, 3.222, 3.205),
+    "3B": (16.115, 11.071, 8.550, 7.289, 6.658, 6.067, 6.031),
+    "7B": (40.430, 27.478, 21.002, 17.764, 16.145, 14.628, 14.532),
+    "13B": (78.095, 52.720, 40.032, 33.688, 30.516, 27.542, 27.353),
+}
+ROW_FOLD = 20  # wider than any matrix: one block in a row
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_weights_and_state_are_those_of_the_paper(name: str) -> None:
+    layers, h, i, heads, _ = SIZES[name]
+    module = LlamaFoam(
+        hidden_size=h,
+        intermediate_size=i,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=32000,
+    )
+    weights = 2 * sum(math.prod(shape) for shape in module.shapes.values())
+    rest = (2 * layers + 1) * h + 2 * 32000 * h
+    for level, gigabytes in zip((0, 1, 2, 3, 4, 8, ROW_FOLD), TABLE[name], strict=True):
+        levels = dict.fromkeys(module.foldable, level)
+        found = weights + optimizer_state_bytes(module.shapes, levels, "bfloat16")
+        narrow, wide = math.ceil(h / 2**level), math.ceil(i / 2**level)
+        folded = layers * (4 * h * narrow + 2 * i * narrow + h * wide)
+        assert found == weights + 4 * (folded + rest)
+        assert round(found / 1e9, 3) == gigabytes

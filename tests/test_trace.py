@@ -1,0 +1,252 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foam_lightning import FOAM
+from foam_lightning.errors import ConfigError
+from foam_lightning.memory.trace import (
+    Precision,
+    Repeat,
+    StorageTracker,
+    autocast_for,
+    fake_tensors,
+    state_bytes,
+    track_optimizer_step,
+    track_step,
+    weight_dtype,
+)
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import Levers
+
+KB = 1000
+
+
+def block(kilobytes: int = 1) -> Tensor:
+    return torch.zeros(kilobytes * 250)
+
+
+def test_the_peak_is_what_was_alive_at_once() -> None:
+    with StorageTracker() as tracker:
+        a = block(3)
+        b = block(2)
+        del a
+        c = block(2)
+        del b, c
+        d = block(4)
+    del d
+    assert tracker.peak().total_bytes == 5 * KB
+
+
+def test_views_and_changes_in_place_add_nothing() -> None:
+    with StorageTracker() as tracker:
+        a = block(3)
+        views = [a[10:], a.view(10, -1).T, a.detach()]
+        a.add_(1)
+        del a
+        b = block(1)  # the views keep the storage of a alive
+    del views, b
+    assert tracker.peak().total_bytes == 4 * KB
+
+
+def test_every_output_of_an_operator_counts() -> None:
+    with StorageTracker() as tracker:
+        values, indices = block(1).sort()
+    assert tracker.peak().total_bytes == (1 + 1 + 2) * KB
+    del values, indices
+
+
+def test_a_storage_belongs_to_the_phase_of_its_birth_or_to_who_claims_it() -> None:
+    weights = block(5)
+    tracker = StorageTracker()
+    tracker.claim([weights, None], "weights")
+    with tracker:
+        activations = block(1)
+        tracker.term = "loss"
+        loss = block(2)
+        gradients = block(3)
+    tracker.claim([gradients], "gradients")
+    assert tracker.peak().terms == {
+        "weights": 5 * KB,
+        "gradients": 3 * KB,
+        "optimizer_state": 0,
+        "activations": 1 * KB,
+        "loss": 2 * KB,
+        "workspace": 0,
+    }
+    del activations, loss
+
+
+def test_state_counts_as_if_it_had_been_there_from_the_start() -> None:
+    tracker = StorageTracker()
+    with tracker:
+        forward = block(6)
+        del forward
+        state = block(2)
+    tracker.claim([state], "optimizer_state")
+    assert tracker.peak().terms["activations"] == 6 * KB
+    assert tracker.peak().total_bytes == 8 * KB
+
+
+def test_a_repeated_stretch_counts_as_often_as_it_happens() -> None:
+    tracker = StorageTracker()
+    with tracker:
+        kept = [block(1)]
+        tracker.mark("start")
+        kept.append(block(2))
+        passing = block(3)
+        del passing
+        tracker.mark("stop")
+        tracker.mark("start")  # a name keeps its first moment
+        kept.append(block(1))
+    assert tracker.peak().total_bytes == 6 * KB
+    assert tracker.peak([Repeat("start", "stop", 1)]).total_bytes == 6 * KB
+    # Four of the kept blocks, and the one that passes beside the last of them.
+    assert tracker.peak([Repeat("start", "stop", 4)]).total_bytes == (1 + 4 * 2 + 3) * KB
+
+
+def test_what_dies_in_another_repeated_stretch_is_balanced() -> None:
+    tracker = StorageTracker()
+    with tracker:
+        tracker.mark("forward")
+        saved = block(2)
+        tracker.mark("loss")
+        tracker.mark("backward")
+        gradient = block(1)
+        del saved
+        tracker.mark("step")
+        workspace = block(7)
+    repeats = [Repeat("forward", "loss", 3), Repeat("backward", "step", 3)]
+    assert tracker.peak(repeats).total_bytes == (3 * 1 + 7) * KB
+    del gradient, workspace
+
+
+@pytest.mark.parametrize("is_fake", [False, True], ids=["real", "fake"])
+def test_fake_tensors_are_counted_like_real_ones(is_fake: bool) -> None:
+    def run() -> int:
+        layer = nn.Linear(64, 64)
+        tracker = StorageTracker()
+        tracker.claim(layer.parameters(), "weights")
+        with tracker:
+            layer(torch.ones(8, 64)).relu().sum().backward()  # type: ignore[no-untyped-call]
+        return tracker.peak().total_bytes
+
+    if is_fake:
+        with fake_tensors("32-true"):
+            assert run() == expected()
+    else:
+        assert run() == expected()
+
+
+def expected() -> int:
+    weights = 4 * (64 * 64 + 64)
+    rows = 4 * 8 * 64
+    # Weights and their gradients, input and gradient of the layer, the loss and its gradient.
+    return 2 * weights + 2 * rows + 8
+
+
+class Chain(nn.Module):
+    """Three alike layers between an embedding and a head, as the trace wants them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 7)
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        for layer in self.blocks:
+            hidden = hidden + layer(hidden).relu()
+        return hidden  # type: ignore[no-any-return]
+
+    def mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), labels.flatten())
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(4, 5, dtype=torch.int64)
+    return ids, ids
+
+
+def test_a_step_trains_and_frees_the_gradients() -> None:
+    module = Chain()
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    peak = track_step(module, optimizer, batch, accumulate_grad_batches=2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert all(p.grad is None for p in module.parameters())
+    weights = sum(p.nbytes for p in module.parameters())
+    assert peak.terms["weights"] == weights
+    assert peak.terms["gradients"] <= weights
+
+
+def test_the_state_is_counted_to_the_byte() -> None:
+    parameters = [nn.Parameter(torch.randn(6, 11)), nn.Parameter(torch.randn(5))]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = FOAM(parameters, level=2)
+    workspace = track_optimizer_step(optimizer)
+    assert state_bytes(optimizer) == 2 * 4 * (6 * 3 + 5)
+    assert workspace >= 2 * 4 * 6 * 11  # two temporaries of the size of the matrix
+
+
+def test_the_dtype_of_the_weights() -> None:
+    assert weight_dtype("bf16-true") == torch.bfloat16
+    assert weight_dtype("bf16-mixed") == weight_dtype("32-true") == torch.float32
+    with pytest.raises(ConfigError, match="'16-mixed' is not supported; use 32-true, bf16-true"):
+        weight_dtype("16-mixed")  # type: ignore[arg-type]
+    with fake_tensors("bf16-true"):
+        assert torch.empty(1).dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+
+
+LEVERS = {
+    "plain": Levers(micro_batch_size=4),
+    "chunked": Levers(micro_batch_size=16, chunked_loss=True),
+    "accumulating": Levers(micro_batch_size=4, accumulate_grad_batches=2),
+    "checkpointing": Levers(micro_batch_size=4, activation_checkpointing=True),
+    "all": Levers(
+        micro_batch_size=16,
+        accumulate_grad_batches=2,
+        chunked_loss=True,
+        activation_checkpointing=True,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "32-true") for name in LEVERS), ("plain", "bf16-mixed"), ("all", "bf16-mixed")],
+)
+def test_three_layers_stand_for_all(name: str, precision: Precision) -> None:
+    levers = LEVERS[name]
+    module = LlamaFoam(hidden_size=64, intermediate_size=172, vocab_size=300)
+    peaks = []
+    for layers in (3, 6):
+        with fake_tensors(precision):
+            peaks.append(
+                dict(
+                    track_step(
+                        module.layered(levers, layers),
+                        None,
+                        lambda: (torch.zeros(levers.micro_batch_size, 32, dtype=torch.int64),) * 2,
+                        accumulate_grad_batches=levers.accumulate_grad_batches,
+                        autocast=autocast_for(precision),
+                        num_layers=6,
+                    ).terms
+                )
+            )
+    for peak in peaks:
+        del peak["weights"]  # of the layers that were laid out
+    assert peaks[0] == peaks[1]
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    yield
+    assert torch.get_default_dtype() == torch.float32
