@@ -37,7 +37,7 @@ class TuneOptions:
     """
 
     trials: int = 10
-    steps: int = 160
+    steps: int = 150
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Search:
             # Adam prefers a higher lr at a lower scale; both must be there for a fair reference.
             openers += [_point(0), _point(0, lr_factor=2.0, scale_factor=0.5)]
         folded = [level for level in self._levels if level]
-        openers += [_point(level) for level in (*folded[:3], *folded[-1:])]
+        openers += [_point(level) for level in (*folded[:2], *folded[-1:])]
         self._uniform.search(
             openers,
             num_trials=max(1, round(self._options.trials * UNIFORM_SHARE)),

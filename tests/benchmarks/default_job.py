@@ -1,0 +1,109 @@
+"""Does what the tuner chose hold on the full run? Three seeds, everything paired.
+
+    python -m tests.benchmarks.default_job [--memory-budget 24GB] [--seeds 3] [--output FILE]
+
+Tunes the default job once, on seed 0 as `fit` does, then trains every finalist (split-lr Adam, the
+best uniform level, the uniform level at half the bytes, the best mixed plan at equal bytes) for
+the full length on every seed, and prints one table. Interrupted, it starts the seeds again but
+not the search.
+"""
+
+import argparse
+import datetime
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from foam_lightning.training import versions
+from foam_lightning.units import ByteSize, in_words
+from tuner.fitting import Fitting
+from tuner.objective import Bench, paired_difference
+from tuner.search import search
+from tuner.settings import parse
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory-budget", default="24GB")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    settings = parse("fit", [], default=ROOT / "configs" / "default.yaml")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    job = settings.job()
+    fitting = Fitting(job, ByteSize(arguments.memory_budget))
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = search(
+            job, fitting, Path(folder), settings.tune, on_run=lambda *run: print(*run, flush=True)
+        )
+    bench = Bench(job)
+    runs = {
+        finalist.label: [
+            bench.run(finalist.plan, num_steps=job.max_steps, seed=seed)
+            for seed in range(arguments.seeds)
+        ]
+        for finalist in outcome.finalists
+    }
+    reference = runs[outcome.finalists[0].label]
+    lines = [
+        "# The default job: short run against full run",
+        "",
+        f"- command: `python -m tests.benchmarks.default_job {' '.join(sys.argv[1:])}`".rstrip(),
+        f"- commit {_commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}",
+        f"- {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+        f"- budget {arguments.memory_budget}, search on seed 0: {settings.tune.trials} short runs "
+        f"of {settings.tune.steps} steps, finals on seed 1; full runs of {job.max_steps} steps on "
+        f"seeds 0 to {arguments.seeds - 1}",
+        f"- the search chose: {outcome.reason}",
+        "",
+        "Validation loss in nats per token. The difference is paired with the first row, same "
+        "weights and batches; its interval holds evaluation batches and a seed deviation of 0.01.",
+        "",
+        "| plan | lr | scale | state of the matrices | "
+        + " | ".join(f"seed {seed}" for seed in range(arguments.seeds))
+        + " | mean | difference | |",
+        "|---|---|---|---|" + "---|" * (arguments.seeds + 3),
+    ]
+    for finalist in outcome.finalists:
+        of_plan = runs[finalist.label]
+        plan = finalist.plan
+        scales = ", ".join(f"{scale:g}" for scale in sorted(set(plan.scales.values())))
+        difference = "0" if of_plan is reference else str(paired_difference(of_plan, reference))
+        losses = [run.loss for run in of_plan]
+        lines.append(
+            f"| {finalist.label} | {plan.lr:g} | {scales} | {in_words(finalist.state_bytes)} | "
+            + " | ".join(f"{loss:.4f}" for loss in losses)
+            + f" | {sum(losses) / len(losses):.4f} | {difference} | "
+            + ("chosen |" if finalist is outcome.winner else "|")
+        )
+    table = "\n".join(lines) + "\n"
+    print(table)
+    if arguments.output is not None:
+        arguments.output.write_text(table, encoding="utf-8")
+
+
+def _commit() -> str:
+    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cli
+from tests.tiny import start, write_settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
+
+
+def finished(settings: Path, *words: str) -> Path:
+    process = start("fit", "--config", settings, "--memory-budget", "24GB", *words)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return settings.parent / "runs" / "default"
+
+
+def killed_when(settings: Path, reached: str) -> None:
+    """Start the run and kill it as soon as a file appears."""
+    process = start("fit", "--config", settings, "--memory-budget", "24GB")
+    deadline = time.monotonic() + 200
+    while not list(settings.parent.glob(reached)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+    calm = write_settings(tmp_path / "calm")
+    killed = write_settings(tmp_path / "killed")
+    undisturbed = finished(calm) / "version_0"
+
+    killed_when(killed, "runs/default/version_0/tuning/probe.json")
+    assert not list(killed.parent.glob("runs/default/*/fold_plan.json"))
+    killed_when(killed, "runs/default/version_0/checkpoints/last.ckpt")
+    folder = finished(killed)
+    assert [path.name for path in folder.iterdir()] == ["version_0"]
+    resumed = folder / "version_0"
+
+    plan = (undisturbed / "fold_plan.json").read_text()
+    assert (resumed / "fold_plan.json").read_text() == plan
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (undisturbed, resumed)]
+    for figure in ("final_validation_loss", "reference_loss", "uniform_loss", "tuned_loss"):
+        assert summaries[0][figure] == summaries[1][figure]
+    weights = [
+        torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for f in (undisturbed, resumed)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises_and_its_commands_work(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = write_settings(tmp_path)
+    words = ["--config", str(settings), "--memory-budget", "24GB"]
+    assert cli.main(["tune", *words]) == 0
+    folder = tmp_path / "runs" / "default" / "version_0"
+    plan = (folder / "fold_plan.json").read_text()
+    assert cli.main(["fit", *words]) == 0  # goes on with what tune found
+    assert (folder / "fold_plan.json").read_text() == plan
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) >= {
+        "predicted_peak_bytes",
+        "measured_peak_bytes",
+        "reference_loss",
+        "tuned_loss",
+        "uniform_loss",
+        "final_validation_loss",
+        "tokens_per_second",
+        "versions",
+        "seed",
+    }
+    for name in ("config.yaml", "hf/config.json", "tuning/study.db", "tuning/report.md"):
+        assert (folder / name).is_file()
+    for name in ("levels.png", "memory.png", "search.png"):
+        assert (folder / "tuning" / name).read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    assert {"train/loss", "validation/loss"} <= set(events.Tags()["scalars"])
+    assert len(events.Tags()["images"]) == 3
+
+    checkpoint = str(folder / "checkpoints" / "last.ckpt")
+    capfd.readouterr()
+    assert cli.main(["validate", "--ckpt_path", checkpoint]) == 0
+    assert f"loss {summary['final_validation_loss']:.4f} nats" in capfd.readouterr().out
+    options = ["--prompt", "import ", "--max_new_tokens", "8"]
+    assert cli.main(["generate", "--ckpt_path", checkpoint, *options]) == 0
+    assert capfd.readouterr().out.startswith("import ")
+    output = tmp_path / "exported"
+    assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(output)]) == 0
+    assert (output / "model.safetensors").is_file()
+    capfd.readouterr()
+    assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(output)]) == 2
+
+    # The same command after a finished run starts the next version; a plan skips the search.
+    given = ["--config", str(settings), "--fold-plan", str(folder / "fold_plan.json")]
+    assert cli.main(["fit", *given]) == 0
+    again = folder.parent / "version_1"
+    assert (again / "fold_plan.json").read_text() == plan
+    assert not (again / "tuning").exists()
+    found = json.loads((again / "summary.json").read_text())
+    assert found["final_validation_loss"] == summary["final_validation_loss"]
+
+
+def test_the_benchmark_of_the_default_job_starts() -> None:
+    words = ["-m", "tests.benchmarks.default_job", "--help"]
+    import sys
+
+    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+    assert "--seeds" in done.stdout
