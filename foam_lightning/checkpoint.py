@@ -13,6 +13,8 @@ from foam_lightning.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_KEYS = {"fold_plan", "state_dict", "hyper_parameters"}
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load the content of a checkpoint, tensors on the CPU.
@@ -30,7 +32,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"cannot read the checkpoint {path}: it is truncated or no checkpoint "
             f"({type(error).__name__}); use an older one"
         ) from error
-    if not isinstance(content, dict) or "fold_plan" not in content:
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise CheckpointError(f"{path} holds no fold plan: it is not a checkpoint of this tool")
     return content
 
@@ -54,7 +56,8 @@ def load_module(path: Path) -> LlamaFoam:
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights in {path} do not fit its model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the weights in {path} do not fit its model: {reason}") from error
     return module
 
 

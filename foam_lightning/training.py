@@ -81,7 +81,7 @@ def train(
     memory, throughput = MemoryWatch(predicted_bytes), Throughput()
     trainer = job.new_trainer(
         plan.levers,
-        [*_callbacks(folder, job.max_steps), memory, throughput, Export(folder.hf)],
+        [*_callbacks(folder, job), memory, throughput, Export(folder.hf)],
         logger=logger,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
@@ -89,6 +89,8 @@ def train(
         default_root_dir=folder.path,
     )
     trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
+    if trainer.global_step % _steps_between_checkpoints(job):
+        trainer.save_checkpoint(folder.last_checkpoint)
     loss, num_tokens = validate(trainer, module, data)
     return Trained(memory.measured_bytes, loss, num_tokens, throughput.tokens_per_second)
 
@@ -129,18 +131,23 @@ class _TokenCount(Callback):
             self.num_tokens += int(outputs["num_tokens"])
 
 
-def _callbacks(folder: RunFolder, max_steps: int) -> Sequence[Callback]:
+def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
+    wants_bar = job.trainer.get("enable_progress_bar") is not False
     return [
         ModelCheckpoint(
             folder.checkpoints,
-            every_n_train_steps=max(1, min(1000, max_steps // 8)),
+            every_n_train_steps=_steps_between_checkpoints(job),
             save_top_k=0,
             save_last=True,
             enable_version_counter=False,
         ),
         ResidualEnergy(),
-        StepBar(leave=True),
+        *([StepBar(leave=True)] if wants_bar else []),
     ]
+
+
+def _steps_between_checkpoints(job: Job) -> int:
+    return max(1, min(1000, job.max_steps // 8))
 
 
 def _show(logger: TensorBoardLogger, title: str, path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 
 from foam_lightning.job import Job
+from foam_lightning.training import train
+from tests.runs import Finished, open_folder, small
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
@@ -87,6 +89,21 @@ def new_job(corpus: dict[str, Any]) -> Callable[..., Job]:
 @pytest.fixture
 def job(new_job: Callable[..., Job]) -> Job:
     return new_job()
+
+
+@pytest.fixture(scope="session")
+def finished(new_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One full run, whose results many tests look at and none changes."""
+    from matplotlib.image import imsave
+
+    job = small(new_job)
+    plan = job.plan_at(2)
+    folder = open_folder(tmp_path_factory.mktemp("finished"))
+    picture = folder.path / "picture.png"
+    imsave(picture, torch.rand(4, 4, 3).numpy())
+    predicted = job.new_accountant().account(plan).peak_bytes
+    trained = train(job, plan, folder, predicted_bytes=predicted, pictures={"plan": picture})
+    return Finished(job, plan, folder, trained)
 
 
 @pytest.fixture

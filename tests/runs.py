@@ -1,0 +1,48 @@
+"""Runs that several tests look at: settings small enough for seconds, and what came of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from foam_lightning.job import Job
+from foam_lightning.loss import token_loss
+from foam_lightning.plan import FoldPlan
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.training import Trained
+
+NewJob = Callable[..., Job]
+STEPS = 17  # no multiple of the steps between two checkpoints
+
+
+class Finished(NamedTuple):
+    """A full run that has ended."""
+
+    job: Job
+    plan: FoldPlan
+    folder: RunFolder
+    trained: Trained
+
+
+def small(new_job: NewJob, **trainer: Any) -> Job:
+    return new_job(
+        data={"micro_batch_size": 4},
+        trainer={"max_steps": STEPS, "val_check_interval": 4, **trainer},
+    )
+
+
+def open_folder(root: Path) -> RunFolder:
+    return RunFolder.open(root, "run", "")
+
+
+def validation_loss(model: Any, head: Any, job: Job) -> float:
+    data = job.new_data(job.levers)
+    data.setup()
+    nats = count = 0.0
+    for batch in data.val_dataloader():
+        with torch.no_grad():
+            hidden = model(input_ids=batch["input_ids"]).last_hidden_state
+            total, num_tokens = token_loss(hidden, head, batch["labels"])
+        nats, count = nats + float(total), count + int(num_tokens)
+    return nats / count

@@ -1,0 +1,176 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from foam_lightning.callbacks.export import Export
+from foam_lightning.callbacks.folding import ResidualEnergy
+from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.throughput import Throughput
+from foam_lightning.job import Job
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import Levers
+from foam_lightning.roles import ROLES
+
+NewJob = Callable[..., Job]
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Collect what a module logs."""
+    values: dict[str, float] = {}
+
+    def log(_self: Any, name: str, value: float, **_: Any) -> None:
+        values[name] = float(value)
+
+    monkeypatch.setattr(LlamaFoam, "log", log)
+    return values
+
+
+def at_step(step: int) -> Any:
+    return SimpleNamespace(global_step=step, world_size=2)
+
+
+@pytest.mark.parametrize("level", [1, 2, 4, 8])
+def test_random_gradients_leave_what_the_formula_says(level: int, logged: dict[str, float]) -> None:
+    module = LlamaFoam(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+    module.follow(module.uniform_plan(level, Levers(micro_batch_size=1)))
+    module.configure_model()
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    ResidualEnergy().on_before_optimizer_step(at_step(0), module, None)  # type: ignore[arg-type]
+    assert set(logged) == {f"folding/residual_{role}" for role in ROLES}
+    for value in logged.values():
+        assert value == pytest.approx(math.sqrt(1 - 2.0**-level), abs=0.01)
+
+
+def test_gradients_that_agree_leave_nothing(logged: dict[str, float]) -> None:
+    module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
+    plan = module.uniform_plan(3, Levers(micro_batch_size=1))
+    # One role stays unfolded, and one has no gradient.
+    unfolded = {name: 0 if "q_proj" in name else level for name, level in plan.levels.items()}
+    module.follow(replace(plan, levels=unfolded, scales={0: 0.1, 3: 0.25}))
+    module.configure_model()
+    for name, parameter in module.named_parameters():
+        parameter.grad = (
+            torch.zeros_like(parameter) if "k_proj" in name else torch.ones_like(parameter)
+        )
+    watch = ResidualEnergy(every_n_steps=5)
+    watch.on_before_optimizer_step(at_step(4), module, None)  # type: ignore[arg-type]
+    assert logged == {}
+    watch.on_before_optimizer_step(at_step(5), module, None)  # type: ignore[arg-type]
+    assert set(logged) == {f"folding/residual_{role}" for role in ROLES if role not in "qk"}
+    assert max(logged.values()) < 1e-3
+
+
+def test_throughput_counts_everything_but_evaluation(
+    logged: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    throughput, module = Throughput(), LlamaFoam()
+    batch = {"input_ids": torch.zeros(4, 10)}
+
+    def end_batch() -> None:
+        throughput.on_train_batch_end(at_step(0), module, None, batch, 0)
+
+    assert throughput.tokens_per_second is None
+    now = 100.0
+    throughput.on_train_start(at_step(0), module)
+    now = 102.0
+    end_batch()
+    assert throughput.tokens_per_second == 80 / 2
+    now = 105.0  # the data came late
+    end_batch()
+    assert throughput.tokens_per_second == 160 / 5
+    now = 200.0
+    throughput.on_validation_end(at_step(0), module)
+    now = 201.0
+    end_batch()
+    assert throughput.tokens_per_second == 240 / 6
+    assert logged == {"train/tokens_per_second": 40.0}
+
+
+def run(job: Job, memory: MemoryWatch, levers: Levers, level: int, **settings: Any) -> None:
+    module = job.new_module()
+    module.follow(module.uniform_plan(level, levers))
+    trainer = job.new_trainer(levers, [memory], bare=True, limit_val_batches=0, **settings)
+    trainer.fit(module, datamodule=job.new_data(levers))
+
+
+LEVERS = {
+    "plain": Levers(micro_batch_size=8),
+    "accumulating": Levers(micro_batch_size=4, accumulate_grad_batches=2),
+    "checkpointing": Levers(
+        micro_batch_size=8, activation_checkpointing=True, chunked_loss=True, state_dtype="bfloat16"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "level"),
+    [
+        ("plain", "32-true", 0),
+        ("plain", "bf16-mixed", 2),
+        ("accumulating", "bf16-true", 2),
+        ("checkpointing", "32-true", 1),
+        ("checkpointing", "bf16-mixed", 2),
+    ],
+)
+def test_a_real_run_takes_what_the_account_says(
+    new_job: NewJob, name: str, precision: str, level: int
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3}
+    job = new_job(
+        model=sizes, data={"sequence_length": 64}, trainer={"precision": precision, "max_steps": 4}
+    )
+    memory = MemoryWatch()
+    run(job, memory, LEVERS[name], level)
+    predicted = job.new_accountant().account(job.new_module().uniform_plan(level, LEVERS[name]))
+    assert memory.measured_bytes == pytest.approx(predicted.peak_bytes, rel=0.01)
+
+
+class StopError(Exception):
+    pass
+
+
+def test_an_exception_ends_the_watch(job: Job) -> None:
+    class Stop(MemoryWatch):
+        def on_train_batch_start(self, *_: Any) -> None:
+            raise StopError
+
+    memory = Stop()
+    with pytest.raises(StopError):
+        run(job, memory, job.levers, 1)
+    assert memory.measured_bytes is not None
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_a_run_of_one_step_is_measured(job: Job) -> None:
+    memory = MemoryWatch()
+    run(job, memory, job.levers, 1, max_steps=1)
+    assert memory.measured_bytes is not None
+
+
+def test_the_export_is_loaded_by_others(job: Job, tmp_path: Path) -> None:
+    module = job.new_module()
+    module.follow(job.plan_at(1))
+    trainer = job.new_trainer(
+        job.levers, [Export(tmp_path / "hf")], bare=True, max_steps=1, limit_val_batches=0
+    )
+    trainer.fit(module, datamodule=job.new_data(job.levers))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert module.model is not None
+    for name, parameter in module.model.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    ids = torch.tensor([tokenizer("12 and 47")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, module.model.eval()(ids).logits)

@@ -1,0 +1,216 @@
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.functional import cross_entropy
+
+from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.data.module import TextData
+from foam_lightning.errors import CheckpointError, ConfigError, PlanError
+from foam_lightning.job import Job
+from foam_lightning.module import LlamaFoam, warmup_cosine
+from foam_lightning.plan import FoldPlan
+
+NewJob = Callable[..., Job]
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "final"), [(100, 0.1, 0.1), (8, 0.25, 0.0), (7, 1.0, 0.5)]
+)
+def test_the_schedule_rises_to_one_and_falls_to_its_end(
+    steps: int, warmup: float, final: float
+) -> None:
+    factor = warmup_cosine(steps, warmup_fraction=warmup, final_fraction=final)
+    values = [factor(step) for step in range(steps)]
+    peak = round(steps * warmup) - 1
+    assert values[peak] == 1.0
+    assert values[: peak + 1] == pytest.approx([(i + 1) / (peak + 1) for i in range(peak + 1)])
+    assert all(a > b for a, b in zip(values[peak:], values[peak + 1 :], strict=False))
+    if peak + 1 < steps:
+        assert values[-1] == pytest.approx(final)
+        middle = (peak + steps - 1) / 2
+        if middle.is_integer():
+            assert values[int(middle)] == pytest.approx((1 + final) / 2)
+
+
+@given(st.integers(1, 500), st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
+def test_the_schedule_never_leaves_its_range(
+    steps: int, warmup: float, final: float, step: int
+) -> None:
+    factor = warmup_cosine(steps, warmup_fraction=warmup, final_fraction=final)(step)
+    assert 0 <= factor <= 1
+    if step >= steps - 1 and round(steps * warmup) < steps and steps > 1:
+        assert factor == pytest.approx(final)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": 0}, {"warmup_fraction": 1.5}, {"final_lr_fraction": -0.1}]
+)
+def test_a_schedule_out_of_range_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.lr"):
+        LlamaFoam(**settings)  # type: ignore[arg-type]
+
+
+class Watch(Callback):
+    """Note the losses, and whether gradients are there after each batch."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.losses: list[float] = []
+        self.has_gradients: list[bool] = []
+        self.rates: list[float] = []
+        self._folder = folder
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.has_gradients.append(any(p.grad is not None for p in module.parameters()))
+        self.rates.append(float(trainer.callback_metrics["train/learning_rate"]))
+        if self._folder is not None:
+            trainer.save_checkpoint(self._folder / f"{trainer.global_step}.ckpt")
+
+
+def fit(
+    job: Job, plan: FoldPlan, watch: Watch, **settings: Any
+) -> tuple[LlamaFoam, TextData, Trainer]:
+    module = job.new_module()
+    module.follow(plan)
+    data = job.new_data(plan.levers)
+    trainer = job.new_trainer(plan.levers, [watch], bare=True, limit_val_batches=0, **settings)
+    trainer.fit(module, datamodule=data)
+    trainer.limit_val_batches = 1.0
+    return module, data, trainer
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_training_learns(new_job: NewJob, precision: str) -> None:
+    job = new_job(trainer={"max_steps": 40, "precision": precision})
+    watch = Watch()
+    module, *_ = fit(job, job.plan_at(2), watch)
+    first, last = sum(watch.losses[:3]) / 3, sum(watch.losses[-3:]) / 3
+    assert first == pytest.approx(math.log(300), abs=0.2)
+    assert last < first - 1
+    assert not any(watch.has_gradients)
+    expected = warmup_cosine(40, warmup_fraction=0.1, final_fraction=0.1)
+    assert watch.rates == pytest.approx([0.01 * expected(step) for step in range(40)])
+    state_dtypes = {s["exp_avg"].dtype for s in module.trainer.optimizers[0].state.values()}
+    assert state_dtypes == {torch.float32}
+
+
+def test_gradients_live_until_the_optimizer_step(new_job: NewJob) -> None:
+    job = new_job(data={"micro_batch_size": 4}, trainer={"max_steps": 3})
+    watch = Watch()
+    fit(job, job.plan_at(1), watch)
+    assert watch.has_gradients == [True, False] * 3
+
+
+def test_accumulation_changes_nothing_but_memory(new_job: NewJob) -> None:
+    found = []
+    for micro in (8, 4):
+        job = new_job(data={"micro_batch_size": micro}, trainer={"max_steps": 4})
+        watch = Watch()
+        module, *_ = fit(job, job.plan_at(1), watch)
+        losses = torch.tensor(watch.losses).view(4, -1).sum(1)  # Lightning has divided them
+        found.append((losses, torch.cat([p.detach().flatten() for p in module.parameters()])))
+    for whole, split in zip(*found, strict=True):
+        torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lever", ["chunked_loss", "activation_checkpointing"])
+def test_a_lever_changes_nothing_but_memory(job: Job, lever: str) -> None:
+    weights = []
+    for pulled in (False, True):
+        plan = job.plan_at(1)
+        plan = replace(plan, levers=replace(plan.levers, **{lever: pulled}))
+        module, *_ = fit(job, plan, Watch(), max_steps=3)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_validation_loss_is_over_tokens_not_batches(new_job: NewJob, tmp_path: Path) -> None:
+    # 20 rows in batches of 8, and rows of one document each, so that no two batches are alike.
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(
+        "".join(json.dumps({"text": f"{i} and " * (1 + i % 9)}) + "\n" for i in range(600))
+    )
+    job = new_job(data={"files": [str(documents)], "packing": False, "sequence_length": 24})
+    module, data, trainer = fit(job, job.plan_at(2), Watch())
+    (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
+    nats, counts = 0.0, []
+    model = module.model
+    assert model is not None
+    for batch in data.val_dataloader():
+        with torch.no_grad():
+            logits = model(batch["input_ids"]).logits[:, :-1].double().flatten(0, 1)
+        targets = batch["labels"][:, 1:].flatten()
+        nats += float(cross_entropy(logits, targets, reduction="sum"))
+        counts.append(int((targets != -100).sum()))
+    assert len(set(counts)) > 1
+    assert metrics["validation/loss"] == pytest.approx(nats / sum(counts), rel=1e-5)
+    assert metrics["validation/perplexity"] == pytest.approx(math.exp(nats / sum(counts)), rel=1e-5)
+    (again,) = trainer.validate(module, datamodule=data, verbose=False)
+    assert again == metrics
+
+
+def test_a_checkpoint_holds_the_plan(job: Job, tmp_path: Path) -> None:
+    plan = job.plan_at(3)
+    fit(job, plan, Watch(tmp_path), max_steps=1)
+    content = read_checkpoint(tmp_path / "1.ckpt")
+    assert FoldPlan.from_json(content["fold_plan"]) == plan
+
+
+def resume(job: Job, plan: FoldPlan | None, path: Path) -> LlamaFoam:
+    module = job.new_module()
+    if plan is not None:
+        module.follow(plan)
+    trainer = job.new_trainer(job.levers, [], bare=True, max_steps=2, limit_val_batches=0)
+    trainer.fit(module, datamodule=job.new_data(job.levers), ckpt_path=str(path), weights_only=True)
+    return module
+
+
+def test_a_checkpoint_of_another_level_is_refused(job: Job, tmp_path: Path) -> None:
+    fit(job, job.plan_at(3), Watch(tmp_path), max_steps=1)
+    message = r"fold level 3 for model\.layers\.0\.\S+, this run asks for 1; pass the"
+    with pytest.raises(CheckpointError, match=message):
+        resume(job, job.plan_at(1), tmp_path / "1.ckpt")
+
+
+def test_a_checkpoint_without_a_plan_is_refused(job: Job, tmp_path: Path) -> None:
+    fit(job, job.plan_at(3), Watch(tmp_path), max_steps=1)
+    content = read_checkpoint(tmp_path / "1.ckpt")
+    del content["fold_plan"]
+    torch.save(content, tmp_path / "1.ckpt")
+    with pytest.raises(CheckpointError, match="holds no fold plan"):
+        resume(job, job.plan_at(3), tmp_path / "1.ckpt")
+
+
+def test_a_plan_of_another_model_is_refused(new_job: NewJob) -> None:
+    plan = new_job(model={"num_hidden_layers": 3}).plan_at(1)
+    with pytest.raises(PlanError, match="num_hidden_layers 3, this one has 2"):
+        new_job().new_module().follow(plan)
+
+
+def test_training_without_a_plan_or_a_model_is_refused(job: Job) -> None:
+    with pytest.raises(ConfigError, match=r"call configure_model\(\) first"):
+        job.new_module().layers()
+    module = job.new_module()
+    module.configure_model()
+    with pytest.raises(ConfigError, match=r"call follow\(plan\)"):
+        module.mean_loss(torch.zeros(1, 4, 32), torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_uniform_plan_takes_the_scale_of_its_level(new_job: NewJob) -> None:
+    job = new_job(model={"scale": 0.3, "unfolded_scale": 0.2, "lr": 0.5, "exclude": "embed|head|q"})
+    for level, scale in ((0, 0.2), (4, 0.3)):
+        plan = job.plan_at(level)
+        assert (plan.scales, plan.lr) == ({level: scale}, 0.5)
+        assert len(plan.levels) == 2 * 6
+        assert not any("q_proj" in name for name in plan.levels)

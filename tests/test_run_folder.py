@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from foam_lightning.errors import ConfigError
+from foam_lightning.run_folder import RunFolder, write_json, write_text
+
+
+def test_runs_are_numbered_and_named(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path / "runs", "mine", "settings")
+    assert folder.path == tmp_path / "runs" / "mine" / "version_0"
+    assert RunFolder.open(tmp_path / "runs", "other", "settings").path.name == "version_0"
+    assert {p.relative_to(folder.path).as_posix() for p in every_path(folder)} == {
+        "config.yaml",
+        "fold_plan.json",
+        "tuning",
+        "checkpoints",
+        "checkpoints/last.ckpt",
+        "tokenizer",
+        "hf",
+        "summary.json",
+    }
+
+
+def every_path(folder: RunFolder) -> list[Path]:
+    return [
+        folder.config,
+        folder.plan,
+        folder.tuning,
+        folder.checkpoints,
+        folder.last_checkpoint,
+        folder.tokenizer,
+        folder.hf,
+        folder.summary,
+    ]
+
+
+def test_an_unfinished_run_of_the_same_settings_goes_on(tmp_path: Path) -> None:
+    first = RunFolder.open(tmp_path, "run", "lr: 1")
+    assert RunFolder.open(tmp_path, "run", "lr: 1") == first
+
+
+def test_a_finished_run_is_followed_by_the_next(tmp_path: Path) -> None:
+    first = RunFolder.open(tmp_path, "run", "lr: 1")
+    write_json(first.summary, {})
+    assert RunFolder.open(tmp_path, "run", "lr: 1").path.name == "version_1"
+
+
+def test_other_settings_are_another_run(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, "run", "lr: 1")
+    assert RunFolder.open(tmp_path, "run", "lr: 2").path.name == "version_1"
+    assert RunFolder.open(tmp_path, "run", "lr: 2").path.name == "version_1"
+    # Only the newest is looked at: what came before it was left behind.
+    assert RunFolder.open(tmp_path, "run", "lr: 1").path.name == "version_2"
+
+
+def test_versions_are_numbers_not_texts(tmp_path: Path) -> None:
+    for name in ("version_9", "version_10", "version_x", "version_"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    assert RunFolder.open(tmp_path, "run", "").path.name == "version_11"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{"])
+def test_a_damaged_record_of_the_settings_is_another_run(tmp_path: Path, content: str) -> None:
+    folder = RunFolder.open(tmp_path, "run", "")
+    (folder.path / ".settings.json").write_text(content)
+    assert RunFolder.open(tmp_path, "run", "").path.name == "version_1"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        ConfigError, match=r"cannot write the run folder .*choose another"
+    ) as caught:
+        RunFolder.open(tmp_path / "file", "run", "")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+
+    def fail(*_: object) -> None:
+        raise OSError("killed here")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="killed here"):
+        write_text(path, "new")
+    assert path.read_text() == '{\n  "a": 1\n}\n'

@@ -1,0 +1,140 @@
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from foam_lightning.checkpoint import folder_of, read_checkpoint
+from foam_lightning.errors import CheckpointError
+from foam_lightning.plan import FoldPlan
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.training import train, versions
+from tests.runs import STEPS, Finished, NewJob, open_folder, small, validation_loss
+
+
+def test_training_gives_its_figures(finished: Finished) -> None:
+    job, plan, _, trained = finished
+    assert 1 < trained.final_validation_loss < math.log(300)
+    assert trained.validation_tokens == 20 * 15
+    assert trained.tokens_per_second is not None
+    assert trained.tokens_per_second > 100
+    predicted = job.new_accountant().account(plan).peak_bytes
+    assert trained.measured_peak_bytes == pytest.approx(predicted, rel=0.1)
+
+
+def test_the_events_hold_every_figure(finished: Finished) -> None:
+    _, _, folder, trained = finished
+    events = EventAccumulator(str(folder.path), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/tokens_per_second",
+        "validation/loss",
+        "validation/perplexity",
+        "memory/predicted_bytes",
+        "memory/measured_bytes",
+        "folding/residual_q",
+    } <= set(tags["scalars"])
+    assert tags["images"] == ["plan"]
+    assert len(events.Scalars("train/loss")) == STEPS
+    losses = [event.value for event in events.Scalars("validation/loss")]
+    assert len(losses) == STEPS // 4 + 1  # every fourth step, and at the end
+    assert losses[-1] == pytest.approx(trained.final_validation_loss)
+    perplexity = events.Scalars("validation/perplexity")[-1].value
+    assert perplexity == pytest.approx(math.exp(trained.final_validation_loss), rel=1e-5)
+    rates = [event.value for event in events.Scalars("train/learning_rate")]
+    assert max(rates) == pytest.approx(0.01)
+
+
+def test_the_last_checkpoint_is_of_the_last_step(finished: Finished) -> None:
+    _, plan, folder, _ = finished
+    content = read_checkpoint(folder.last_checkpoint)
+    assert content["global_step"] == STEPS
+    assert FoldPlan.from_json(content["fold_plan"]) == plan
+    assert folder_of(folder.last_checkpoint).path == folder.path.resolve()
+
+
+def test_the_exported_folder_has_the_loss_of_the_run(finished: Finished) -> None:
+    job, _, folder, trained = finished
+    model = AutoModelForCausalLM.from_pretrained(folder.hf)
+    found = validation_loss(model.model, model.lm_head, job)
+    assert found == pytest.approx(trained.final_validation_loss, abs=1e-3)
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAfter(Callback):
+    """Die in the middle of a run, as a process that is killed."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            raise StopError
+
+
+def final_weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = read_checkpoint(folder.last_checkpoint)["state_dict"]
+    return weights
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    new_job: NewJob, tmp_path: Path, precision: str
+) -> None:
+    plan = small(new_job).plan_at(1)
+    whole = open_folder(tmp_path / "whole")
+    expected = train(small(new_job, precision=precision), plan, whole)
+    broken = open_folder(tmp_path / "broken")
+    with pytest.raises(StopError):
+        train(small(new_job, precision=precision, callbacks=[StopAfter(7)]), plan, broken)
+    assert read_checkpoint(broken.last_checkpoint)["global_step"] == 6
+    found = train(small(new_job, precision=precision), plan, broken)
+    assert found.final_validation_loss == expected.final_validation_loss
+    for name, tensor in final_weights(whole).items():
+        assert torch.equal(tensor, final_weights(broken)[name]), name
+    assert sorted(p.name for p in broken.checkpoints.iterdir()) == ["last.ckpt"]
+
+
+# What Lightning then forgets is of the best checkpoints, and here the last is the only one.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_finished_run_is_only_evaluated_again(finished: Finished, tmp_path: Path) -> None:
+    job, plan, folder, trained = finished
+    copy = RunFolder(tmp_path / "copy")
+    shutil.copytree(folder.path, copy.path)
+    again = train(job, plan, copy)
+    assert again.measured_peak_bytes is None
+    assert again.tokens_per_second is None
+    assert again.final_validation_loss == trained.final_validation_loss
+
+
+@pytest.mark.parametrize(("change", "key"), [({"lr": 0.5}, "lr"), ({"scales": {2: 0.5}}, "scales")])
+def test_a_checkpoint_of_another_plan_is_refused(
+    finished: Finished, change: dict[str, Any], key: str
+) -> None:
+    job, plan, folder, _ = finished
+    with pytest.raises(CheckpointError, match=f"trained by another plan: its {key} differ"):
+        train(job, replace(plan, **change), folder)
+
+
+def test_a_truncated_checkpoint_is_one_line(finished: Finished, tmp_path: Path) -> None:
+    job, plan, folder, _ = finished
+    checkpoint = tmp_path / "cut.ckpt"
+    checkpoint.write_bytes(folder.last_checkpoint.read_bytes()[:10_000])
+    with pytest.raises(CheckpointError, match="truncated or no checkpoint") as caught:
+        train(job, plan, folder, ckpt_path=checkpoint)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_versions_are_of_what_the_result_depends_on() -> None:
+    assert {"python", "torch", "lightning", "transformers"} <= set(versions())
