@@ -1,5 +1,6 @@
 """Plans that fit: the cheapest levers, the bytes left for state, and levels that fill them."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -75,11 +76,12 @@ class Fitting:
     def state_allowance(self) -> int:
         """The bytes that the state of the matrices that fold may take, at most.
 
-        What the plan needs beside them is measured at the highest level; `decoded` looks again.
+        What the plan needs beside them is measured at the highest level, and the last byte may be
+        one too many: `decoded` looks again.
         """
         plan = self.uniform(MAX_LEVEL)
         slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
-        return self.folded_bytes(plan) + int(slack / self.accountant.bytes_per_state_byte)
+        return self.folded_bytes(plan) + math.ceil(slack / self.accountant.bytes_per_state_byte)
 
     def uniform(self, level: int) -> FoldPlan:
         """Make the plan with every matrix at one level."""

@@ -90,8 +90,9 @@ class Study:
         return min(done, key=lambda t: (t.values[0], t.number), default=None)
 
     def recorded(self, name: str) -> ShortRun | None:
-        """Look up a run that was recorded by name."""
-        trial = self.best(lambda t: t.user_attrs.get("run") == name)
+        """Look up a run that was recorded by name, diverged or not."""
+        found = (trial for trial in self.finished() if trial.user_attrs.get("run") == name)
+        trial = next(found, None)
         return None if trial is None else run_of(trial)
 
     def record(self, name: str, run: ShortRun) -> None:

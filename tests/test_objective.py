@@ -1,0 +1,106 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from foam_lightning.job import Job
+from tuner.objective import SEED_DEVIATION, Bench, Difference, ShortRun, paired_difference
+
+TOKENS = [10, 10, 5]
+
+
+def run_of(*losses: float, tokens: list[int] = TOKENS) -> ShortRun:
+    """Make a run from the mean loss of each batch."""
+    return ShortRun([a * b for a, b in zip(losses, tokens, strict=True)], tokens)
+
+
+def test_the_loss_is_over_tokens_not_batches() -> None:
+    assert run_of(1.0, 2.0, 4.0).loss == pytest.approx((10 + 20 + 20) / 25)
+    assert math.isnan(run_of(1.0, math.nan, 4.0).loss)
+
+
+def test_equal_gaps_leave_only_the_seed_to_doubt() -> None:
+    gap = paired_difference([run_of(1.5, 2.5, 4.5)], [run_of(1.0, 2.0, 4.0)])
+    assert gap.mean == pytest.approx(0.5)
+    assert gap.half_width == pytest.approx(1.96 * SEED_DEVIATION)
+    assert gap.is_decided
+
+
+def test_the_interval_follows_from_batches_and_seeds() -> None:
+    tokens = [8, 8, 8, 8]
+    gaps = [[0.1, 0.3, -0.1, 0.1], [0.2, 0.2, 0.4, 0.0]]
+    others = [run_of(1.0, 2.0, 3.0, 4.0, tokens=tokens) for _ in gaps]
+    runs = [run_of(*(i + 1.0 + gap for i, gap in enumerate(row)), tokens=tokens) for row in gaps]
+    found = paired_difference(runs, others)
+    assert found.mean == pytest.approx(0.15)
+    # Of equal batches, the variance of a mean is that of the gaps over their number.
+    of_batches = [float(torch.tensor(row).var()) / 4 for row in gaps]
+    variance = (SEED_DEVIATION**2 + sum(of_batches) / 2) / 2
+    assert found.half_width == pytest.approx(1.96 * math.sqrt(variance), rel=1e-5)
+
+
+def test_the_difference_turns_round_with_its_sides() -> None:
+    one, other = run_of(1.1, 2.0, 4.2), run_of(1.0, 2.1, 4.0)
+    there, back = paired_difference([one], [other]), paired_difference([other], [one])
+    assert there.mean == pytest.approx(-back.mean)
+    assert there.half_width == pytest.approx(back.half_width)
+
+
+def test_one_batch_is_enough() -> None:
+    gap = paired_difference([ShortRun([3.0], [2])], [ShortRun([2.0], [2])])
+    assert gap == Difference(mean=0.5, half_width=pytest.approx(1.96 * SEED_DEVIATION))
+
+
+@pytest.mark.parametrize(
+    ("runs", "others", "message"),
+    [
+        ([], [], "0 runs do not pair with 0"),
+        ([run_of(1, 1, 1)], [], "1 runs do not pair with 0"),
+        ([run_of(1, 1, 1)], [run_of(1, 1, 1, tokens=[10, 10, 6])], "different batches"),
+        ([run_of(1, 1, 1)], [run_of(1, 1, tokens=[10, 10])], "different batches"),
+    ],
+)
+def test_runs_that_do_not_pair_are_refused(
+    runs: list[ShortRun], others: list[ShortRun], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_difference(runs, others)
+
+
+def test_a_difference_reads_well() -> None:
+    assert str(Difference(mean=-0.0123, half_width=0.02)) == "-0.0123 +- 0.0200"
+    assert not Difference(mean=-0.0123, half_width=0.02).is_decided
+    assert Difference(mean=-0.03, half_width=0.02).is_decided
+
+
+def test_the_same_plan_and_seed_give_the_same_run(new_job: Callable[..., Job]) -> None:
+    job = new_job(data={"micro_batch_size": 4})
+    plan, steps = job.plan_at(2), []
+    bench = Bench(job, on_step=lambda: steps.append(1))
+    first = bench.run(plan, num_steps=5, seed=3)
+    assert bench.run(plan, num_steps=5, seed=3) == first
+    assert Bench(job).run(plan, num_steps=5, seed=3) == first
+    assert bench.run(plan, num_steps=5, seed=4) != first
+    assert len(steps) == 3 * 5
+    assert sum(first.num_tokens) == 20 * 15
+    assert len(first.num_tokens) == 5
+
+
+def test_plans_of_one_seed_pair(job: Job) -> None:
+    bench = Bench(job)
+    adam, folded = (bench.run(job.plan_at(level), num_steps=8, seed=0) for level in (0, 2))
+    # A plan at no learning rate shows the weights that both started from.
+    still = [
+        bench.run(replace(job.plan_at(level), lr=1e-30), num_steps=1, seed=0) for level in (0, 2)
+    ]
+    assert still[0] == still[1]
+    assert still[0].loss > folded.loss != adam.loss
+    assert paired_difference([folded], [adam]).half_width < 0.1
+
+
+def test_a_short_run_is_a_complete_schedule(job: Job) -> None:
+    # Half of a long run is not a short run: the short one has come to rest.
+    bench, plan = Bench(job), job.plan_at(2)
+    assert bench.run(plan, num_steps=4, seed=0) != bench.run(plan, num_steps=8, seed=0)

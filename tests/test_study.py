@@ -1,0 +1,176 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tuner.objective import ShortRun
+from tuner.study import Params, Study, run_of
+
+OPENERS: list[Params] = [{"level": 2, "x": 0.5}, {"level": 0, "x": 1.5}]
+TRIALS = 9
+
+
+def run_at(loss: float) -> ShortRun:
+    return ShortRun([loss * 4, loss * 4], [4, 4])
+
+
+def bowl(trial: optuna.Trial) -> ShortRun:
+    level = trial.suggest_categorical("level", [0, 1, 2])
+    x = trial.suggest_float("x", 0.1, 10, log=True)
+    return run_at(3 + (math.log(x) - 0.3) ** 2 + 0.1 * abs(level - 1))
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_at(number: int) -> Callable[[optuna.Trial], ShortRun]:
+    """Evaluate until the process dies in the middle of this trial."""
+    done = 0
+
+    def evaluate(trial: optuna.Trial) -> ShortRun:
+        nonlocal done
+        run = bowl(trial)
+        if done == number:
+            raise KilledError
+        done += 1
+        return run
+
+    return evaluate
+
+
+def search(study: Study, evaluate: Any = bowl, num_trials: int = TRIALS) -> None:
+    study.search(OPENERS, num_trials=num_trials, evaluate=evaluate)
+
+
+def params_of(study: Study) -> list[Params]:
+    return [trial.params for trial in study.finished()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Params]:
+    study = Study(tmp_path_factory.mktemp("study") / "study.db", "uniform", seed=1)
+    search(study)
+    return params_of(study)
+
+
+def test_openers_come_first_and_the_sampler_learns(undisturbed: list[Params]) -> None:
+    assert undisturbed[:2] == OPENERS
+    assert len(undisturbed) == TRIALS
+    assert len({str(params) for params in undisturbed}) == TRIALS
+
+
+@pytest.mark.parametrize("kills", [[0], [2], [4, 0, 3]])
+def test_a_search_that_was_killed_ends_as_one_that_was_not(
+    tmp_path: Path, undisturbed: list[Params], kills: list[int]
+) -> None:
+    path = tmp_path / "study.db"
+    for number in kills:
+        with pytest.raises(KilledError):
+            search(Study(path, "uniform", seed=1), killed_at(number))
+    study = Study(path, "uniform", seed=1)
+    search(study)
+    assert params_of(study) == undisturbed
+
+
+def test_a_search_goes_on_in_the_same_process(tmp_path: Path, undisturbed: list[Params]) -> None:
+    study = Study(tmp_path / "study.db", "uniform", seed=1)
+    search(study, num_trials=4)
+    search(study)
+    search(study)  # nothing left to do
+    assert params_of(study) == undisturbed
+
+
+def test_a_kill_between_asking_and_evaluating_is_forgotten(
+    tmp_path: Path, undisturbed: list[Params]
+) -> None:
+    path = tmp_path / "study.db"
+    study = Study(path, "uniform", seed=1)
+    search(study, num_trials=1)
+    study._study.enqueue_trial(OPENERS[1])  # waiting
+    study._study.ask()  # running, taken from the queue
+    study._study.enqueue_trial({"level": 1, "x": 9.0})  # waiting
+    study = Study(path, "uniform", seed=1)
+    states = [trial.state for trial in study._study.trials]
+    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
+    search(study)
+    assert params_of(study) == undisturbed
+
+
+def test_another_seed_is_another_search(tmp_path: Path, undisturbed: list[Params]) -> None:
+    study = Study(tmp_path / "study.db", "uniform", seed=2)
+    search(study)
+    assert params_of(study)[:2] == undisturbed[:2]
+    assert params_of(study) != undisturbed
+
+
+def test_a_run_that_diverged_is_finished_but_never_the_best(tmp_path: Path) -> None:
+    study = Study(tmp_path / "study.db", "uniform", seed=1)
+
+    def evaluate(trial: optuna.Trial) -> ShortRun:
+        run = bowl(trial)
+        return run_at(math.nan) if trial.params["level"] == 2 else run
+
+    search(study, evaluate)
+    first, *_ = study.finished()
+    assert first.state is TrialState.PRUNED
+    assert math.isnan(run_of(first).loss)
+    best = study.best()
+    assert best is not None
+    assert best.params["level"] != 2
+    assert study.best(lambda trial: trial.params["level"] == 2) is None
+
+
+def test_every_trial_is_shown_once_and_those_found_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    search(Study(path, "uniform", seed=1), num_trials=3)
+    shown: list[int] = []
+    Study(path, "uniform", seed=1).search(
+        OPENERS,
+        num_trials=5,
+        evaluate=bowl,
+        on_trial=lambda trial: shown.append(trial.number),
+    )
+    assert shown == [0, 1, 2, 3, 4]
+
+
+def test_the_best_is_the_earliest_of_the_lowest(tmp_path: Path) -> None:
+    study = Study(tmp_path / "study.db", "uniform", seed=1)
+    assert study.best() is None
+    search(study, lambda trial: bowl(trial) and run_at(3.0), num_trials=4)
+    best = study.best()
+    assert best is not None
+    assert best.number == 0
+    later = study.best(lambda trial: trial.number > 1)
+    assert later is not None
+    assert later.number == 2
+
+
+def test_stages_share_a_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    search(Study(path, "uniform", seed=1), num_trials=2)
+    assert Study(path, "mixed", seed=1).finished() == []
+    assert len(Study(path, "uniform", seed=1).finished()) == 2
+
+
+def test_a_run_without_a_sampler_is_kept_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    study = Study(path, "final", seed=1)
+    assert study.recorded("a plan") is None
+    study.record("a plan", run_at(3.25))
+    study.record("another", run_at(3.5))
+    study = Study(path, "final", seed=1)
+    assert study.recorded("a plan") == run_at(3.25)
+    assert study.recorded("another") == run_at(3.5)
+
+
+def test_a_recorded_run_that_diverged_is_not_run_again(tmp_path: Path) -> None:
+    study = Study(tmp_path / "study.db", "final", seed=1)
+    study.record("a plan", run_at(math.nan))
+    found = study.recorded("a plan")
+    assert found is not None
+    assert math.isnan(found.loss)
