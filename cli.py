@@ -140,11 +140,17 @@ def _tune(settings: "Settings") -> None:
 
 
 def _fit(settings: "Settings") -> None:
+    from foam_lightning.checkpoint import read_checkpoint
     from foam_lightning.plan import FoldPlan
     from foam_lightning.training import train
 
     job = settings.job()
-    given = None if settings.fold_plan is None else FoldPlan.load(Path(settings.fold_plan))
+    given = None
+    if settings.ckpt_path is not None:  # its levels are those of its optimizer state
+        saved = read_checkpoint(Path(settings.ckpt_path))["fold_plan"]
+        given = FoldPlan.from_json(saved, source=settings.ckpt_path)
+    elif settings.fold_plan is not None:
+        given = FoldPlan.load(Path(settings.fold_plan))
     if given is not None:
         job.new_module().follow(given)  # refuse another model's plan before a folder is made
     folder = _open_folder(settings)

@@ -97,10 +97,10 @@ def _search(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=num_steps(options))
 
-        def on_step() -> None:
-            progress.advance(task)
+        def on_steps(count: int) -> None:
+            progress.advance(task, count)
 
         def on_run(description: str, loss: float) -> None:
             console.print(f"  {description:<48} loss {loss:.4f}", highlight=False)
 
-        return search(job, fitting, folder, options, on_step=on_step, on_run=on_run)
+        return search(job, fitting, folder, options, on_steps=on_steps, on_run=on_run)

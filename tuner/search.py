@@ -97,7 +97,7 @@ def search(
     folder: Path,
     options: TuneOptions,
     *,
-    on_step: Callable[[], None] = lambda: None,
+    on_steps: Callable[[int], None] = lambda _: None,
     on_run: Callable[[str, float], None] = lambda *_: None,
 ) -> Outcome:
     """Find the plan for a budget: lr, scale and level first, then which matrix gets which level.
@@ -109,13 +109,15 @@ def search(
         fitting: Its plans that fit the budget; no other is ever run.
         folder: Gets `study.db` and `probe.json`.
         options: How much to search.
-        on_step: Called after every optimizer step, for a progress bar.
+        on_steps: Called with the optimizer steps just done, or found done, for a progress bar.
         on_run: Called after every run with what it was and its loss.
 
     Raises:
         InfeasibleBudgetError: No plan fits.
     """
-    stages = _Search(job, fitting, folder, options, Bench(job, on_step), on_run)
+    bench = Bench(job, lambda: on_steps(1))
+    stages = _Search(job, fitting, folder, options, bench, on_run)
+    on_steps(stages.steps_found())
     stages.uniform_stage()
     stages.mixed_stage()
     finalists = stages.finals()
@@ -163,6 +165,11 @@ class _Search:
         self._uniform = Study(database, "uniform", seed=job.seed)
         self._mixed = Study(database, "mixed", seed=job.seed)
         self._final = Study(database, "final", seed=job.seed)
+
+    def steps_found(self) -> int:
+        """Count the optimizer steps that an earlier process has done."""
+        short = len(self._uniform.finished()) + len(self._mixed.finished())
+        return self._options.steps * (short + FINAL_LENGTH * len(self._final.finished()))
 
     # ---- stage 1: learning rate, scale and uniform level are one choice
 
