@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from foam_lightning import __version__
 from foam_lightning.errors import CheckpointError, ConfigError, FoamError
-from foam_lightning.units import ByteSize, in_words
+from foam_lightning.units import in_words
 from tuner.usage import COMMANDS, check_at_once, command_help, general_help, values_of
 
 if TYPE_CHECKING:
@@ -129,39 +129,45 @@ def _plan(settings: "Settings") -> None:
 
 
 def _tune(settings: "Settings") -> None:
+    from tuner.fitting import Fitting
+    from tuner.run import tune
+
     job = settings.job()
     if settings.memory_budget is None:
         raise ConfigError("tune needs --memory-budget SIZE, such as 24GB")
-    folder = _open_folder(settings)
-    tuned = _tuned(settings, job, folder)
+    fitting = Fitting(job, settings.memory_budget)
+    fitting.refuse_if_infeasible()
+    folder = _open_folder(settings, job)
+    tuned = tune(job, fitting, folder, settings.tune)
+    _name_plan(settings, folder)
     print(f"plan    {folder.plan}: {tuned.outcome.reason}")
     print(f"report  {folder.tuning / 'report.md'}")
     print("next    the same command with fit instead of tune")
 
 
 def _fit(settings: "Settings") -> None:
-    from foam_lightning.checkpoint import read_checkpoint
-    from foam_lightning.plan import FoldPlan
     from foam_lightning.training import train
+    from tuner.fitting import Fitting
+    from tuner.run import tune
 
     job = settings.job()
-    given = None
-    if settings.ckpt_path is not None:  # its levels are those of its optimizer state
-        saved = read_checkpoint(Path(settings.ckpt_path))["fold_plan"]
-        given = FoldPlan.from_json(saved, source=settings.ckpt_path)
-    elif settings.fold_plan is not None:
-        given = FoldPlan.load(Path(settings.fold_plan))
-    if given is not None:
-        job.new_module().follow(given)  # refuse another model's plan before a folder is made
-    folder = _open_folder(settings)
-    tuned: Tuned | None = None
-    if given is None and settings.memory_budget is not None:
-        tuned = _tuned(settings, job, folder)
-        plan, predicted = tuned.plan, tuned.account.peak_bytes
+    fitting = Fitting(job, settings.memory_budget or sys.maxsize)
+    plan = _given_plan(settings, job)
+    if plan is None and settings.memory_budget is None:
+        plan = job.plan_at(job.model["level"])
+    if plan is None:
+        fitting.refuse_if_infeasible()
     else:
-        plan = given or job.plan_at(job.model["level"])
-        predicted = _predicted(job, plan, settings.memory_budget)
+        fitting.check(plan)
+    folder = _open_folder(settings, job)
+    tuned = None
+    if plan is None:
+        tuned = tune(job, fitting, folder, settings.tune)
+        plan = tuned.plan
+    else:
         plan.save(folder.plan)
+    _name_plan(settings, folder)
+    predicted = fitting.accountant.account(plan).peak_bytes
     print(f"training {job.max_steps} steps in {folder.path}, predicted peak {in_words(predicted)}")
     trained = train(
         job,
@@ -236,30 +242,39 @@ def _export(settings: "Settings") -> None:
 # ---- parts of fit
 
 
-def _open_folder(settings: "Settings") -> "RunFolder":
+def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
+    """Take the plan that the user has, from a checkpoint or a file, and refuse another model's."""
+    from foam_lightning.checkpoint import read_checkpoint
+    from foam_lightning.plan import FoldPlan
+
+    if settings.ckpt_path is not None:  # its levels are those of its optimizer state
+        saved = read_checkpoint(Path(settings.ckpt_path))["fold_plan"]
+        plan = FoldPlan.from_json(saved, source=settings.ckpt_path)
+    elif settings.fold_plan is not None:
+        plan = FoldPlan.load(Path(settings.fold_plan))
+    else:
+        return None
+    job.new_module().follow(plan)
+    return plan
+
+
+def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
+    """Open the run folder, once nothing that the user gave can still be wrong."""
     from foam_lightning.run_folder import RunFolder, write_text
 
+    job.new_data(job.levers).setup()
     folder = RunFolder.open(Path(settings.runs), settings.name, settings.text)
-    if settings.fold_plan is None and settings.memory_budget is None:
-        resolved = settings.text
-    else:
-        resolved = settings.text.replace("fold_plan: null", f"fold_plan: {folder.plan}")
-    write_text(folder.config, resolved)
+    if not folder.plan.exists():
+        write_text(folder.config, settings.text)
     return folder
 
 
-def _tuned(settings: "Settings", job: "Job", folder: "RunFolder") -> "Tuned":
-    from tuner.run import tune
+def _name_plan(settings: "Settings", folder: "RunFolder") -> None:
+    """Put the plan into the configuration of the run, so that it alone repeats the run."""
+    from foam_lightning.run_folder import write_text
 
-    return tune(job, settings.memory_budget, folder, settings.tune)
-
-
-def _predicted(job: "Job", plan: "FoldPlan", budget: ByteSize | None) -> int:
-    from tuner.fitting import Fitting
-
-    fitting = Fitting(job, budget or sys.maxsize)
-    fitting.check(plan)
-    return fitting.accountant.account(plan).peak_bytes
+    others = [line for line in settings.text.splitlines() if not line.startswith("fold_plan:")]
+    write_text(folder.config, "\n".join([f"fold_plan: {folder.plan}", *others, ""]))
 
 
 def _with_tokenizer(job: "Job", tokenizer: str) -> "Job":

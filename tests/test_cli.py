@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import cli
+from foam_lightning.units import ByteSize
 from tests.tiny import REPOSITORY, write_settings
 from tuner.settings import make_parser, parse
 from tuner.usage import COMMANDS, OWN, SHARED, general_help
@@ -116,7 +117,7 @@ def test_bad_data_is_one_line(
     if content is not None:
         path.write_bytes(content)
     assert expected in refused("fit", "--config", settings, "--data.files", path)
-    assert not list(tmp_path.glob("runs/*/*/checkpoints/*"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
@@ -126,7 +127,7 @@ def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
         line = refused(command, "--config", settings, "--memory-budget", "100kB", code=3)
     enough = line.split("at least ")[1].split()[0]
     assert cli.main(["plan", "--config", str(settings), "--memory-budget", enough]) == 0
-    assert not list(settings.parent.glob("runs/*/*/fold_plan.json"))
+    assert not (settings.parent / "runs").exists()
     capfd.readouterr()
     assert (
         cli.main(
@@ -136,7 +137,7 @@ def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
     )
     content = json.loads(capfd.readouterr().out)
     assert content["feasible"] is False
-    assert content["minimum_budget_bytes"] <= cli.ByteSize(enough)
+    assert content["minimum_budget_bytes"] <= ByteSize(enough)
 
 
 def test_plan_as_json_is_one_object_whose_terms_add_up(

@@ -106,8 +106,11 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
     capfd.readouterr()
     assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(output)]) == 2
 
+    # The configuration of the run holds its plan; the same words are another run only if finished.
+    assert f"fold_plan: {folder / 'fold_plan.json'}" in (folder / "config.yaml").read_text()
+
     # The same command after a finished run starts the next version; a plan skips the search.
-    given = ["--config", str(settings), "--fold-plan", str(folder / "fold_plan.json")]
+    given = ["--config", str(folder / "config.yaml")]
     assert cli.main(["fit", *given]) == 0
     again = folder.parent / "version_1"
     assert (again / "fold_plan.json").read_text() == plan

@@ -87,6 +87,14 @@ class Fitting:
         """Make the plan with every matrix at one level."""
         return self.module.uniform_plan(level, self.levers)
 
+    def refuse_if_infeasible(self) -> None:
+        """Make sure that some plan fits.
+
+        Raises:
+            InfeasibleBudgetError: None does.
+        """
+        self.uniform(MAX_LEVEL)
+
     def fits(self, plan: FoldPlan) -> bool:
         """Tell whether the predicted peak of a plan is within the budget."""
         return self.accountant.account(plan).peak_bytes <= self.budget_bytes

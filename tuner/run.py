@@ -35,14 +35,14 @@ class Tuned:
     pictures: Mapping[str, Path]
 
 
-def tune(job: Job, budget_bytes: int, folder: RunFolder, options: TuneOptions) -> Tuned:
+def tune(job: Job, fitting: Fitting, folder: RunFolder, options: TuneOptions) -> Tuned:
     """Find the plan for a budget, prove it on two real steps, and write it down.
 
     Calling it again on the same folder takes up where it was left.
 
     Args:
         job: What to train.
-        budget_bytes: The memory of one device.
+        fitting: Its plans that fit the memory of one device.
         folder: Gets `fold_plan.json` and `tuning/`.
         options: How much to search.
 
@@ -51,7 +51,7 @@ def tune(job: Job, budget_bytes: int, folder: RunFolder, options: TuneOptions) -
         FoamError: The rehearsal needs more than was predicted, and more than the budget.
     """
     console = Console(soft_wrap=True)
-    fitting = Fitting(job, budget_bytes)
+    budget_bytes = fitting.budget_bytes
     levels = fitting.uniform_levels
     console.print(
         f"run folder {folder.path}; uniform levels that fit {ByteSize(budget_bytes)}: "
