@@ -263,7 +263,9 @@ def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
     from foam_lightning.run_folder import RunFolder, write_text
 
     job.new_data(job.levers).setup()
-    folder = RunFolder.open(Path(settings.runs), settings.name, settings.text)
+    start = settings.values.get("ckpt_path")
+    identity = settings.text if start is None else f"{settings.text}ckpt_path: {start}\n"
+    folder = RunFolder.open(Path(settings.runs), settings.name, identity)
     if not folder.plan.exists():
         write_text(folder.config, settings.text)
     return folder

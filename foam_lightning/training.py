@@ -62,12 +62,12 @@ def train(
         folder: Gets checkpoints, TensorBoard events, the tokenizer and the Hugging Face folder.
         predicted_bytes: The account's peak, shown beside the measured one.
         pictures: PNG files to show in TensorBoard, by title.
-        ckpt_path: Continue from this checkpoint instead of the folder's last.
+        ckpt_path: Where to begin while the folder has no checkpoint of its own.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another plan.
     """
-    source = ckpt_path or (folder.last_checkpoint if folder.last_checkpoint.exists() else None)
+    source = folder.last_checkpoint if folder.last_checkpoint.exists() else ckpt_path
     if source is not None:
         _check_plan(source, plan)
     module = job.new_module()

@@ -118,6 +118,12 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
     found = json.loads((again / "summary.json").read_text())
     assert found["final_validation_loss"] == summary["final_validation_loss"]
 
+    # From a checkpoint of the last step there is nothing left to train, in a version of its own.
+    assert cli.main(["fit", "--config", str(settings), "--ckpt_path", checkpoint]) == 0
+    last = json.loads((folder.parent / "version_2" / "summary.json").read_text())
+    assert last["final_validation_loss"] == summary["final_validation_loss"]
+    assert last["tokens_per_second"] is None
+
 
 def test_the_benchmark_of_the_default_job_starts() -> None:
     words = ["-m", "tests.benchmarks.default_job", "--help"]
