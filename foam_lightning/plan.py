@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Self, get_args
 
 from foam_lightning.errors import PlanError
+from foam_lightning.run_folder import write_text
 
 SCHEMA = "foam-lightning/fold-plan/1"
 
@@ -113,9 +114,7 @@ class FoldPlan:
 
     def save(self, path: Path) -> None:
         """Write the plan beside `path` and rename it, so that no half plan is ever seen."""
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(self.to_json(), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, self.to_json())
 
     def check_model(self, model: Fingerprint, foldable: Collection[str]) -> None:
         """Refuse a model that the plan was not made for.

@@ -20,7 +20,8 @@ FILES = sorted(
 FOAM_LIGHTNING_LAYERS = [
     {"units", "roles", "loss"},
     {"errors"},
-    {"plan", "run_folder"},
+    {"run_folder"},
+    {"plan"},
     {"optim"},
     {"memory"},
     {"model", "data"},

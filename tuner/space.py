@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from foam_lightning.memory.levers import MAX_LEVEL
 from foam_lightning.optim.fold import folded_shape
 from foam_lightning.roles import ROLES, layer_of, role_of
 from tuner.allocate import allocate
 
 if TYPE_CHECKING:
     import optuna
-
-MAX_LEVEL = 8
-"""State beyond level 8 buys nothing: 1/256 of Adam's is left."""
 
 _LARGEST_MULTIPLIER = 8.0
 _LARGEST_EXPONENT = 8.0
