@@ -42,6 +42,8 @@ CASES = {
     "fewer bytes": ([uniform(3.0, 2), uniform(3.005, 3)], 1),
     "fewer bytes, worse": ([uniform(3.0, 2), uniform(3.05, 3)], 0),
     "simpler before fewer bytes": ([uniform(3.01, 1), mixed(3.0, 10)], 0),
+    "not for sure better than Adam": ([adam(3.03), uniform(3.0, 1), uniform(3.015, 2)], 1),
+    "nothing is better than Adam for sure": ([adam(3.01), uniform(3.0), mixed(3.002)], 0),
     "alone": ([uniform(3.0)], 0),
     "one diverged": ([adam(math.nan), uniform(3.0)], 1),
     "the first diverged, the rest tie": ([adam(math.inf), mixed(3.0), uniform(3.001)], 2),
@@ -65,6 +67,10 @@ def test_the_reason_names_who_was_close() -> None:
         reason
         == "uniform level 2 cannot be told from mixed levels 2-3, and is the simplest of them"
     )
+    _, reason = decide([adam(3.03), uniform(3.0, 1), uniform(3.015, 2)])
+    assert reason == "uniform level 1 alone is better than split-lr Adam beyond its interval"
+    _, reason = decide([adam(3.01), uniform(3.0)])
+    assert reason == "split-lr Adam fits, and nothing is better beyond its interval"
     _, reason = decide([uniform(3.0, 2), uniform(3.005, 3), mixed(3.01)])
     assert reason == (
         "uniform level 3 cannot be told from uniform level 2, mixed levels 2-3, and needs the "

@@ -40,10 +40,11 @@ class Candidate:
 
 
 def decide(finalists: Sequence[Candidate]) -> tuple[Candidate, str]:
-    """Choose the winner: the best one that the evidence tells apart, else the simplest.
+    """Choose the winner: a plan that is better than Adam for sure, and of those the simplest.
 
-    Of all finalists that the interval does not tell from the one of lowest loss, the simplest
-    wins (Adam before uniform before mixed), then the one with fewer bytes. One that diverged never
+    Adam, where it fits, is displaced only by a plan whose own interval says that it is better. Of
+    the plans that may displace it, those that cannot be told from the one of lowest loss tie; a
+    tie goes to the simplest (uniform before mixed), then to fewer bytes. One that diverged never
     wins, unless all did.
 
     Args:
@@ -53,17 +54,27 @@ def decide(finalists: Sequence[Candidate]) -> tuple[Candidate, str]:
         The winner, and why it won.
     """
     finalists = [c for c in finalists if math.isfinite(c.run.loss)] or finalists
-    best = min(finalists, key=lambda c: c.run.loss)
-    tied = [
-        c for c in finalists if c is best or not paired_difference([c.run], [best.run]).is_decided
-    ]
+    adam = next((c for c in finalists if c.kind == "reference"), None)
+    better = [c for c in finalists if adam is None or _is_better(c, adam)]
+    if not better:
+        best = min(finalists, key=lambda c: c.run.loss)
+        return adam or best, "split-lr Adam fits, and nothing is better beyond its interval"
+    best = min(better, key=lambda c: c.run.loss)
+    tied = [c for c in better if c is best or not _is_better(best, c)]
     winner = min(tied, key=lambda c: (_SIMPLICITY.index(c.kind), c.state_bytes, c.run.loss))
-    if winner is best and len(tied) == 1:
+    if len(tied) > 1:
+        others = ", ".join(c.label for c in tied if c is not winner)
+        why = (
+            "is the simplest of them"
+            if all(c.kind != winner.kind for c in tied if c is not winner)
+            else "needs the fewest bytes among the simplest of them"
+        )
+        return winner, f"{winner.label} cannot be told from {others}, and {why}"
+    if all(_is_better(winner, c) for c in finalists if c is not winner):
         return winner, f"{winner.label} is better than every other finalist beyond its interval"
-    others = ", ".join(c.label for c in tied if c is not winner)
-    why = (
-        "is the simplest of them"
-        if all(c.kind != winner.kind for c in tied if c is not winner)
-        else "needs the fewest bytes among the simplest of them"
-    )
-    return winner, f"{winner.label} cannot be told from {others}, and {why}"
+    return winner, f"{winner.label} alone is better than split-lr Adam beyond its interval"
+
+
+def _is_better(one: Candidate, other: Candidate) -> bool:
+    difference = paired_difference([one.run], [other.run])
+    return difference.is_decided and difference.mean < 0
