@@ -132,7 +132,7 @@ def test_a_truncated_checkpoint_is_one_line(finished: Finished, tmp_path: Path) 
     checkpoint = tmp_path / "cut.ckpt"
     checkpoint.write_bytes(folder.last_checkpoint.read_bytes()[:10_000])
     with pytest.raises(CheckpointError, match="truncated or no checkpoint") as caught:
-        train(job, plan, folder, ckpt_path=checkpoint)
+        train(job, plan, RunFolder(tmp_path / "new"), ckpt_path=checkpoint)
     assert len(str(caught.value).splitlines()) == 1
 
 

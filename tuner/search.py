@@ -231,7 +231,7 @@ class _Search:
             evaluate=lambda trial: self._short(self._mixed_plan(suggest(trial))),
             on_trial=lambda trial: self._note(
                 "mixed",
-                f"mixed {trial.number}",
+                f"mixed {sum(run.stage == 'mixed' for run in self.searched)}",
                 trial,
                 self._mixed_plan(Knobs(**trial.params)),
             ),
