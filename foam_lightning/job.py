@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, Trainer
 
 from foam_lightning.data.module import TextData
@@ -151,8 +150,3 @@ class Job:
     def plan_at(self, level: int) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at the settings' own levers."""
         return self.new_module().uniform_plan(level, self.levers)
-
-
-def device_name() -> str:
-    """Name what this machine trains on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
