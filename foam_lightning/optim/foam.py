@@ -122,7 +122,7 @@ class FOAM(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, group)
+                    self.update(param, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,7 +152,16 @@ class FOAM(torch.optim.Optimizer):
                     saved_state = state_dict["state"][key]
                     self.state[param] = restore(saved_state, param, group["state_dtype"])
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+    def update(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter from its gradient; what `step` does for each, one after the other.
+
+        Args:
+            param: A parameter of `group` that has a gradient.
+            group: The entry of `param_groups` that holds it.
+
+        Raises:
+            RuntimeError: There is no gradient, or it is sparse or complex.
+        """
         grad = param.grad
         if grad is None or grad.is_sparse or grad.is_complex():
             kind = "no" if grad is None else "a sparse" if grad.is_sparse else "a complex"
