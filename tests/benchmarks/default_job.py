@@ -12,8 +12,6 @@ import argparse
 import datetime
 import logging
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -23,12 +21,11 @@ import torch
 
 from foam_lightning.training import versions
 from foam_lightning.units import ByteSize, in_words
+from tests.benchmarks.heading import ROOT, commit, processor
 from tuner.fitting import Fitting
 from tuner.objective import Bench, paired_difference
 from tuner.search import search
 from tuner.settings import parse
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def main() -> None:
@@ -59,8 +56,8 @@ def main() -> None:
         "# The default job: short run against full run",
         "",
         f"- command: `python -m tests.benchmarks.default_job {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- commit {_commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}",
-        f"- {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}",
+        f"- {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
         f"- budget {arguments.memory_budget}, search on seed 0: {settings.tune.trials} short runs "
         f"of {settings.tune.steps} steps, finals on seed 1; full runs of {job.max_steps} steps on "
@@ -91,18 +88,6 @@ def main() -> None:
     print(table)
     if arguments.output is not None:
         arguments.output.write_text(table, encoding="utf-8")
-
-
-def _commit() -> str:
-    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

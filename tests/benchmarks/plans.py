@@ -9,15 +9,14 @@ weights, gradients and state, rows of 256 tokens.
 
 import argparse
 import datetime
-import subprocess
 from pathlib import Path
 
 from foam_lightning.memory.levers import leanest
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
+from tests.benchmarks.heading import ROOT, commit
 from tuner.settings import parse
 
-ROOT = Path(__file__).parent.parent.parent
 SIZES = ("60m", "130m", "350m", "1b", "3b", "7b", "13b")
 LEVELS = (0, 2, 8)
 
@@ -26,14 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
     found = versions()
     lines = [
         "# The smallest budget of each LLaMA",
         "",
         "- command: `python -m tests.benchmarks.plans`",
-        f"- commit {commit}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, no seed involved",
+        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, no seed involved",
         f"- predicted for a GPU, on a CPU: torch {found['torch']}, "
         f"transformers {found['transformers']}; context and margin are defaults, not measured",
         "",
