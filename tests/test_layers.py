@@ -18,7 +18,7 @@ FILES = sorted(
 
 # From low to high; the modules of one line do not import each other.
 FOAM_LIGHTNING_LAYERS = [
-    {"units", "roles", "loss"},
+    {"units", "roles", "loss", "schedule"},
     {"errors"},
     {"run_folder"},
     {"plan"},
@@ -30,7 +30,7 @@ FOAM_LIGHTNING_LAYERS = [
     {"training"},
 ]
 TUNER_LAYERS = [
-    {"relaxation", "usage"},
+    {"relaxation", "scales", "usage"},
     {"knapsack"},
     {"allocate"},
     {"space"},
@@ -38,6 +38,7 @@ TUNER_LAYERS = [
     {"objective"},
     {"study"},
     {"finals"},
+    {"outcome"},
     {"search"},
     {"pictures", "plan_view"},
     {"report", "rehearsal"},

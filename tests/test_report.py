@@ -13,8 +13,8 @@ from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES
 from tuner.finals import Candidate
 from tuner.objective import ShortRun, paired_difference
+from tuner.outcome import Outcome, Searched
 from tuner.report import plan_json, plan_table, write_report
-from tuner.search import Outcome, Searched
 
 ADAM_STATE = 4_096_000
 BREAKDOWN = {
@@ -70,6 +70,7 @@ def outcome_of(winner: Candidate, *others: Candidate, searched: list[Searched]) 
         against_winner={c.label: paired_difference([c.run], [winner.run]) for c in others},
         searched=searched,
         update_rms=RMS,
+        scales="Nothing rests on it.",
         adam_state_bytes=ADAM_STATE,
         short_run_steps=160,
         reason=f"{winner.label} is better than every other finalist beyond its interval",
@@ -288,6 +289,7 @@ def test_the_report_gives_figures_that_can_be_checked_by_hand(tmp_path: Path) ->
     assert any("| +0.0130 +- 0.0196 (undecided) |" in line for line in lines)
     assert "| role | level 0 | level 1 | level 2 | level 4 | level 8 |" in lines
     assert "| q | 0.440 | 0.620 | 0.650 | 0.670 | 0.680 |" in lines
+    assert any(line.endswith("FOAM would have taken. Nothing rests on it.") for line in lines)
     assert "| optimizer state | 10.6 MB | 3.1 MB |" in lines
     assert "| **peak** | **37.43 MB** | **29.93 MB** |" in lines
     assert "| 0-2 | 2 | 2 | 2 | 2 | 2 | 2 | 2 |" in lines
@@ -295,12 +297,13 @@ def test_the_report_gives_figures_that_can_be_checked_by_hand(tmp_path: Path) ->
 
 
 def test_the_report_says_what_diverged_and_what_was_not_measured(tmp_path: Path) -> None:
-    outcome = replace(ALL_DIVERGED, update_rms={})
+    outcome = replace(ALL_DIVERGED, update_rms={}, scales="So scales are per level.")
     write_report(tmp_path, outcome, *CASES["diverged"][1:])
     text = (tmp_path / "report.md").read_text(encoding="ascii")
     assert "2.048 MB (50.0% of Adam's) | diverged | diverged |" in text
     assert "| 2 | 1.024 MB (25.0% of Adam's) | diverged |" in text
-    assert "Not measured: no run of Adam fitted the budget." in text
+    assert "Not measured: it takes a run of Adam that fits the budget" in text
+    assert "So scales are per level." in text
     assert "nan" not in text
 
 

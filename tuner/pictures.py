@@ -20,7 +20,7 @@ from foam_lightning.memory.account import Account
 from foam_lightning.roles import ROLES
 from foam_lightning.units import in_words
 from tuner.objective import Difference
-from tuner.search import Searched
+from tuner.outcome import Searched
 
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _RED, _GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"

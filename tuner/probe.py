@@ -8,12 +8,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from foam_lightning.memory.levers import MAX_LEVEL
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.fold import fold
 from foam_lightning.optim.step import foam_direction
 from foam_lightning.roles import role_of
 
-LEVELS = (0, 1, 2, 4, 8)
+LEVELS = tuple(range(MAX_LEVEL + 1))
 
 
 class UpdateProbe(Callback):
@@ -26,7 +27,8 @@ class UpdateProbe(Callback):
         at_step: The optimizer step to look at, counted from 0.
 
     Attributes:
-        rms: Root mean square of the unscaled update, by role and level; empty before that step.
+        rms: Root mean square of the unscaled update, by role and level; empty before that step,
+            and for the square of means, which is not linear.
     """
 
     def __init__(self, at_step: int) -> None:
@@ -47,6 +49,8 @@ class UpdateProbe(Callback):
                 state = optimizer.state.get(parameter)
                 if name not in pl_module.foldable or not state or parameter.grad is None:
                     continue
+                if group["second_moment"] != "mean_square":
+                    return
                 beta1, beta2 = group["betas"]
                 grad = parameter.grad.float()
                 mean = state["exp_avg"].float().lerp(grad, 1 - beta1)

@@ -10,6 +10,7 @@ from foam_lightning.run_folder import write_text
 from foam_lightning.units import in_words
 from tuner.finals import Candidate
 from tuner.objective import SEED_DEVIATION, Difference
+from tuner.outcome import Outcome
 from tuner.pictures import draw_levels, draw_memory, draw_search, save
 from tuner.plan_view import (
     BREAKDOWN,
@@ -19,7 +20,7 @@ from tuner.plan_view import (
     plan_json,
     plan_table,
 )
-from tuner.search import FINAL_LENGTH, Outcome
+from tuner.search import FINAL_LENGTH
 
 __all__ = ["plan_json", "plan_table", "write_report"]
 
@@ -66,7 +67,7 @@ def write_report(
         *_finals_section(outcome, finalists),
         *_runs_section(outcome),
         *_levels_section(winner),
-        *_updates_section(outcome.update_rms),
+        *_updates_section(outcome.update_rms, outcome.scales),
         *_memory_section(accounts, budget_bytes),
     ]
     write_text(folder / "report.md", "\n\n".join(sections) + "\n")
@@ -135,9 +136,12 @@ def _levels_section(winner: Candidate) -> list[str]:
     ]
 
 
-def _updates_section(rms: Mapping[str, Mapping[int, float]]) -> list[str]:
+def _updates_section(rms: Mapping[str, Mapping[int, float]], scales: str) -> list[str]:
     if not rms:
-        return ["## Size of the update\n\nNot measured: no run of Adam fitted the budget."]
+        return [
+            "## Size of the update\n\nNot measured: it takes a run of Adam that fits the budget "
+            f"and does not diverge, and model.second_moment mean_square. {scales}"
+        ]
     levels = sorted({level for by_level in rms.values() for level in by_level})
     rows = [
         [role, *(f"{rms[role][level]:.3f}" if level in rms[role] else "-" for level in levels)]
@@ -146,7 +150,7 @@ def _updates_section(rms: Mapping[str, Mapping[int, float]]) -> list[str]:
     return [
         "## Size of the update\n\nRoot mean square of the update before learning rate and scale, "
         "at one step of a run of Adam: its own (level 0), and the one FOAM would have taken. "
-        "This is for information; no decision rests on it.",
+        f"{scales}",
         _markdown_table(["role", *(f"level {level}" for level in levels)], rows),
     ]
 

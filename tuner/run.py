@@ -13,9 +13,10 @@ from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
 from foam_lightning.units import ByteSize, in_words
 from tuner.fitting import Fitting
+from tuner.outcome import Outcome
 from tuner.rehearsal import rehearse
 from tuner.report import plan_table, write_report
-from tuner.search import Outcome, TuneOptions, num_steps, search
+from tuner.search import TuneOptions, num_steps, search
 
 
 @dataclass(frozen=True)

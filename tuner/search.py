@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import write_json
 from tuner.finals import Candidate, Kind, decide
 from tuner.fitting import Fitting
-from tuner.objective import Bench, Difference, ShortRun, paired_difference
+from tuner.objective import Bench, ShortRun, paired_difference
+from tuner.outcome import Outcome, Searched
 from tuner.probe import UpdateProbe
+from tuner.scales import ScaleRule, equal_rms, per_level, rms_by_level, rounded, scales_in_words
 from tuner.space import Knobs, as_params, suggest
 from tuner.study import Params, Study, run_of
 
@@ -34,61 +36,15 @@ class TuneOptions:
     Args:
         trials: Short runs of the search, 4 or more; a handful of finalists runs again.
         steps: Optimizer steps of a short run; under 150, rankings are noise.
+        scales: How the levels of a mixed plan get their scales. "per_level": level 0 takes the step
+            size that suits Adam, folded levels the scale of the best uniform plan. "equal_rms":
+            every level takes steps as large (root mean square) as that plan's; where no run of
+            Adam could be measured, as "per_level".
     """
 
     trials: int = 10
     steps: int = 150
-
-
-@dataclass(frozen=True)
-class Searched:
-    """One short run of the search, for the report.
-
-    Attributes:
-        stage: "uniform" or "mixed".
-        description: What was tried.
-        level: The uniform level, None for a mixed plan.
-        state_bytes: Of the matrices that fold.
-        loss: In nats per token; None if the run diverged.
-    """
-
-    stage: str
-    description: str
-    level: int | None
-    state_bytes: int
-    loss: float | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What tuning found.
-
-    Attributes:
-        winner: The plan to train by.
-        finalists: All that ran the final length, the winner among them.
-        against_winner: Paired difference of every other finalist to the winner, by label.
-        searched: Every short run of the search.
-        update_rms: From the probe: RMS of Adam's and FOAM's update, by role and level.
-        adam_state_bytes: Of the matrices that fold, at level 0: what to compare bytes of state to.
-        short_run_steps: Optimizer steps of a short run; finalists took `FINAL_LENGTH` times that.
-        reason: Why the winner won, in one sentence.
-    """
-
-    winner: Candidate
-    finalists: Sequence[Candidate]
-    against_winner: Mapping[str, Difference]
-    searched: Sequence[Searched]
-    update_rms: Mapping[str, Mapping[int, float]]
-    adam_state_bytes: int
-    short_run_steps: int
-    reason: str
-
-    def loss_of(self, kind: Kind) -> float | None:
-        """Give the lowest final loss of a kind, None where none ran to its end."""
-        losses = [
-            c.run.loss for c in self.finalists if c.kind == kind and math.isfinite(c.run.loss)
-        ]
-        return min(losses, default=None)
+    scales: ScaleRule = "per_level"
 
 
 def search(
@@ -130,6 +86,7 @@ def search(
         },
         searched=stages.searched,
         update_rms=stages.update_rms,
+        scales=scales_in_words(options.scales, measured=bool(stages.level_rms)),
         adam_state_bytes=fitting.folded_bytes(fitting.uniform(0)),
         short_run_steps=options.steps,
         reason=reason,
@@ -153,6 +110,7 @@ class _Search:
     ) -> None:
         self.searched: list[Searched] = []
         self.update_rms: dict[str, dict[int, float]] = {}
+        self.level_rms: dict[int, float] = {}
         self._runs: dict[str, ShortRun] = {}
         self._job = job
         self._fitting = fitting
@@ -194,6 +152,7 @@ class _Search:
                 role: {int(level): value for level, value in by_level.items()}
                 for role, by_level in rms.items()
             }
+            self.level_rms = rms_by_level(self.update_rms, self._fitting.module.foldable)
 
     def _run_uniform(self, trial: optuna.Trial) -> ShortRun:
         trial.suggest_categorical("level", self._levels)
@@ -204,7 +163,8 @@ class _Search:
             return self._short(plan)
         probe = UpdateProbe(at_step=self._options.steps * 2 // 3)
         run = self._short(plan, probe)
-        write_json(self._probe_file, probe.rms)
+        if math.isfinite(run.loss):  # otherwise another run of Adam may still get through
+            write_json(self._probe_file, probe.rms)
         return run
 
     def _plan_of(self, trial: "optuna.Trial | FrozenTrial") -> FoldPlan:
@@ -212,8 +172,8 @@ class _Search:
         plan = self._fitting.uniform(level)
         return replace(
             plan,
-            lr=_rounded(plan.lr * trial.params["lr_factor"]),
-            scales={level: _rounded(plan.scales[level] * trial.params["scale_factor"])},
+            lr=rounded(plan.lr * trial.params["lr_factor"]),
+            scales={level: rounded(plan.scales[level] * trial.params["scale_factor"])},
         )
 
     # ---- stage 2: which matrix gets which level, at the bytes of the best uniform plan
@@ -245,18 +205,7 @@ class _Search:
         binds = level == self._levels[0]
         room = self._fitting.state_allowance if binds else self._fitting.folded_bytes(base)
         levels = self._fitting.decoded(knobs, room)
-        unfolded = self._best_uniform(lambda level: level == 0)
-        # An unfolded matrix keeps the step size that suits Adam, whatever the learning rate is.
-        at_zero = unfolded or self._fitting.uniform(0)
-        scale_at_zero = _rounded(at_zero.scales[0] * at_zero.lr / base.lr)
-        return replace(
-            base,
-            levels=levels,
-            scales={
-                used: base.scales[level] if used else scale_at_zero
-                for used in sorted(set(levels.values()))
-            },
-        )
+        return replace(base, levels=levels, scales=self._scales(base, levels.values()))
 
     # ---- the finals: longer runs on another seed
 
@@ -269,16 +218,9 @@ class _Search:
             half = self._uniform_level(uniform) + 1
             if half in self._levels:
                 tried = self._best_uniform(lambda level: level == half)
-                scale = uniform.scales[half - 1]
-                plans.append(
-                    (
-                        "uniform",
-                        tried
-                        or replace(
-                            self._fitting.uniform(half), lr=uniform.lr, scales={half: scale}
-                        ),
-                    )
-                )
+                scales = self._scales(uniform, [half])
+                untried = replace(self._fitting.uniform(half), lr=uniform.lr, scales=scales)
+                plans.append(("uniform", tried or untried))
         mixed = self._mixed.best()
         if mixed is not None:
             plan = self._mixed_plan(Knobs(**mixed.params))
@@ -307,6 +249,17 @@ class _Search:
         return known or self._bench.run(
             plan, num_steps=self._options.steps, seed=self._job.seed, callbacks=callbacks
         )
+
+    def _scales(self, base: FoldPlan, levels: Collection[int]) -> dict[int, float]:
+        """Give levels their scales, at the learning rate and step size of a folded uniform plan."""
+        ((base_level, scale),) = base.scales.items()
+        if self._options.scales == "equal_rms" and self.level_rms:
+            target = scale * self.level_rms[base_level]
+            return equal_rms(levels, target=target, rms=self.level_rms)
+        # An unfolded matrix keeps the step size that suits Adam, whatever the learning rate is.
+        adam = self._best_uniform(lambda level: level == 0) or self._fitting.uniform(0)
+        unfolded = rounded(adam.scales[0] * adam.lr / base.lr)
+        return per_level(levels, unfolded=unfolded, folded=scale)
 
     def _best_uniform(self, wanted: Callable[[int], bool]) -> FoldPlan | None:
         trial = self._uniform.best(lambda t: wanted(t.params["level"]))
@@ -339,8 +292,3 @@ def _point(level: int, *, lr_factor: float = 1.0, scale_factor: float = 1.0) -> 
 def _describe_uniform(plan: FoldPlan) -> str:
     ((level, scale),) = plan.scales.items()
     return f"uniform level {level}, lr {plan.lr:g}, scale {scale:g}"
-
-
-def _rounded(value: float) -> float:
-    """Keep three digits: a plan is read by people, and more are noise."""
-    return float(f"{value:.3g}")
