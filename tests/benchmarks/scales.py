@@ -1,0 +1,360 @@
+"""Do levels train better at one scale for Adam and one for folded, or with updates of one RMS?
+
+    python -m tests.benchmarks.scales [--seeds 2] [--mixed 3] [--steps 300] [--output FILE]
+
+Every plan of the default job runs with the scales of each rule, from the same weights on the same
+batches. "per level" is .1 at level 0 and .25 above; "equal RMS" divides a target by the RMS of the
+update at the level, measured in the run of split-lr Adam; "equal RMS by role" does so for each role
+apart. The target is that of uniform level 2. Interrupted, it goes on from the runs in FILE.json;
+delete that after a change of the code.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan
+from foam_lightning.roles import ROLES, layer_of, role_of
+from foam_lightning.run_folder import write_json
+from foam_lightning.training import versions
+from foam_lightning.units import in_words
+from tests.benchmarks.heading import ROOT, commit, processor
+from tuner.fitting import Fitting
+from tuner.objective import Bench, ShortRun, paired_difference
+from tuner.probe import UpdateProbe
+from tuner.scales import RmsByRole, equal_rms, per_level, rms_by_level
+from tuner.settings import parse
+
+BASE = 2  # the uniform level whose scale sets the target
+ADAM = "split-lr Adam"
+# What the search of the default job found for Adam (docs/log.md): twice the rate, half the scale.
+FASTER_ADAM = "split-lr Adam, lr x 2, scale / 2"
+
+PER_LEVEL, EQUAL, BY_ROLE = "per level", "equal RMS", "equal RMS by role"
+HALF = ", half the target"
+MIXED: dict[str, Callable[[str], int]] = {
+    "q, k at level 0, rest 3": lambda name: 0 if role_of(name) in ("q", "k") else 3,
+    "first layer at level 1, rest 3": lambda name: 1 if layer_of(name) == 0 else 3,
+    "alternately level 0 and 3": lambda name: (
+        3 * ((len(ROLES) * (layer_of(name) or 0) + ROLES.index(role_of(name))) % 2)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: The levels.
+        rule: Where the scales come from.
+        plan: What is run.
+        scales: By parameter name, in place of the plan's.
+    """
+
+    name: str
+    rule: str
+    plan: FoldPlan
+    scales: Mapping[str, float] | None = None
+
+    def key(self, seed: int, num_steps: int) -> str:
+        text = json.dumps([self.plan.to_json(), self.scales, seed, num_steps], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ScaleByName(Callback):
+    """Give every matrix a scale of its own, which a plan cannot.
+
+    Args:
+        scales: By parameter name.
+    """
+
+    def __init__(self, scales: Mapping[str, float]) -> None:
+        self._scales = scales
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        make = pl_module.make_optimizer
+
+        def scaled(*arguments: Any) -> Any:
+            optimizer = make(*arguments)
+            optimizer.param_groups = [
+                {
+                    **group,
+                    "params": [parameter],
+                    "param_names": [name],
+                    "scale": self._scales.get(name, group["scale"]),
+                }
+                for group in optimizer.param_groups
+                for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            ]
+            return optimizer
+
+        if stage == "fit":
+            pl_module.make_optimizer = scaled
+
+
+class Runs:
+    """The runs done so far, kept beside the results.
+
+    Args:
+        job: What to train.
+        num_steps: Optimizer steps of each run.
+        path: Where to keep them; None keeps none.
+    """
+
+    def __init__(self, job: Job, num_steps: int, path: Path | None) -> None:
+        self._bench = Bench(job)
+        self._num_steps = num_steps
+        self._path = path
+        self._done: dict[str, Any] = {}
+        if path is not None and path.exists():
+            self._done = json.loads(path.read_text(encoding="utf-8"))
+
+    def probed(self, row: Row, at_steps: Sequence[int]) -> dict[int, RmsByRole]:
+        """Run a row on seed 0 and measure the RMS of the update at these steps."""
+        probes = {step: UpdateProbe(step) for step in at_steps}
+        done = self._run(row, 0, list(probes.values()), lambda: [p.rms for p in probes.values()])
+        return {
+            step: {
+                role: {int(level): value for level, value in by_level.items()}
+                for role, by_level in rms.items()
+            }
+            for step, rms in zip(at_steps, done["rms"], strict=True)
+        }
+
+    def of(self, row: Row, seed: int) -> ShortRun:
+        """Give the run of a row, done now or before."""
+        done = self._run(row, seed, [])
+        return ShortRun(done["nats"], done["num_tokens"])
+
+    def _run(
+        self,
+        row: Row,
+        seed: int,
+        callbacks: Sequence[Callback],
+        measured: Callable[[], list[Any]] = list,
+    ) -> Any:
+        key = row.key(seed, self._num_steps)
+        if key not in self._done:
+            if row.scales is not None:
+                callbacks = [*callbacks, ScaleByName(row.scales)]
+            run = self._bench.run(
+                row.plan, num_steps=self._num_steps, seed=seed, callbacks=callbacks
+            )
+            self._done[key] = {
+                "row": f"{row.name}, {row.rule}",
+                "nats": list(run.nats),
+                "num_tokens": list(run.num_tokens),
+                "rms": measured(),
+            }
+            if self._path is not None:
+                write_json(self._path, self._done)
+            now = f"{datetime.datetime.now(tz=datetime.UTC):%H:%M:%S}"
+            print(f"{now} seed {seed}: {row.name}, {row.rule}: {run.loss:.4f}", flush=True)
+        return self._done[key]
+
+
+def adam_rows(job: Job) -> list[Row]:
+    adam = job.plan_at(0)
+    halved = {level: scale / 2 for level, scale in adam.scales.items()}
+    return [
+        Row(ADAM, PER_LEVEL, adam),
+        Row(FASTER_ADAM, PER_LEVEL, replace(adam, lr=2 * adam.lr, scales=halved)),
+    ]
+
+
+def rows_of(job: Job, by_role: RmsByRole, num_mixed: int) -> list[Row]:
+    """List all rows but those of Adam; the first is uniform level 2."""
+    base = job.plan_at(BASE)
+    (unfolded,), (folded,) = job.plan_at(0).scales.values(), base.scales.values()
+    shapes = job.new_module().foldable
+    rms = rms_by_level(by_role, shapes)
+    target = folded * rms[BASE]
+
+    def rowed(name: str, levels: Mapping[str, int], rule: str, factor: float = 1.0) -> Row:
+        used = levels.values()
+        scales = per_level(used, unfolded=factor * unfolded, folded=factor * folded)
+        by_name = None
+        if rule != PER_LEVEL:
+            scales = equal_rms(used, target=factor * target, rms=rms)
+        if rule == BY_ROLE:
+            by_name = {n: factor * target / by_role[role_of(n)][levels[n]] for n in levels}
+        words = rule if factor == 1 else rule + HALF
+        return Row(name, words, replace(base, levels=levels, scales=scales), by_name)
+
+    def uniform(level: int, rule: str) -> Row:
+        return rowed(f"uniform level {level}", dict.fromkeys(shapes, level), rule)
+
+    rows = [uniform(BASE, PER_LEVEL), uniform(BASE, BY_ROLE), uniform(0, EQUAL)]
+    rows += [uniform(level, rule) for level in (1, 3, 4) for rule in (PER_LEVEL, EQUAL)]
+    for name, level_of in list(MIXED.items())[:num_mixed]:
+        levels = {n: level_of(n) for n in shapes}
+        rows += [rowed(name, levels, rule) for rule in (PER_LEVEL, EQUAL, BY_ROLE)]
+        if 0 in levels.values():
+            rows += [rowed(name, levels, rule, 0.5) for rule in (PER_LEVEL, EQUAL)]
+    # Is what q and k gain at level 0 due to the state, or to the lower scale that comes with it?
+    is_qk = {n: role_of(n) in ("q", "k") for n in shapes}
+    higher = {n: BASE + 1 if is_qk[n] else BASE for n in shapes}
+    rows.append(
+        Row(
+            f"q, k at level {BASE + 1} and scale {unfolded:g}, rest level {BASE}",
+            "by hand",
+            replace(base, levels=higher, scales={BASE: folded, BASE + 1: unfolded}),
+        )
+    )
+    third = uniform(3, PER_LEVEL)
+    lower = {n: unfolded if is_qk[n] else folded for n in shapes}
+    name = f"uniform level 3, q, k at scale {unfolded:g}"
+    rows.append(replace(third, name=name, rule="by hand", scales=lower))
+    return rows
+
+
+def table(job: Job, rows: Sequence[Row], runs: Sequence[Sequence[ShortRun]]) -> list[str]:
+    """Lay the rows out, each with its runs by seed."""
+    fitting = Fitting(job, sys.maxsize)
+    num_seeds = len(runs[0])
+    base = next(i for i, row in enumerate(rows) if row.name == f"uniform level {BASE}")
+    lines = [
+        "| plan | scales | by level | state of the matrices | "
+        + " | ".join(f"seed {seed}" for seed in range(num_seeds))
+        + f" | mean | to the same levels, per level | to uniform level {BASE} |",
+        "|---|---|---|---|" + "---|" * (num_seeds + 3),
+    ]
+    for i, row in enumerate(rows):
+        same = next(
+            (
+                j
+                for j, other in enumerate(rows)
+                if other.plan.levels == row.plan.levels and other.rule == PER_LEVEL
+            ),
+            i,
+        )
+        state = fitting.folded_bytes(row.plan)
+        losses = [run.loss for run in runs[i]]
+        lines.append(
+            f"| {row.name} | {row.rule} | {_scales(row)} | {in_words(state)} | "
+            + " | ".join(f"{loss:.4f}" for loss in losses)
+            + f" | {sum(losses) / len(losses):.4f} | {_against(runs, i, same)} | "
+            + f"{_against(runs, i, base)} |"
+        )
+    return lines
+
+
+def _scales(row: Row) -> str:
+    if row.scales is None:
+        return ", ".join(f"{level}: {scale:.3g}" for level, scale in row.plan.scales.items())
+    by_role = {role: [row.scales[n] for n in row.scales if role_of(n) == role] for role in ROLES}
+    return "; ".join(
+        f"{role} " + ", ".join(f"{scale:.3g}" for scale in sorted(set(scales)))
+        for role, scales in by_role.items()
+    )
+
+
+def _against(runs: Sequence[Sequence[ShortRun]], one: int, other: int) -> str:
+    if one == other:
+        return "-"
+    difference = paired_difference(runs[one], runs[other])
+    return "diverged" if math.isnan(difference.mean) else str(difference)
+
+
+def rms_table(probed: Mapping[int, RmsByRole], at_step: int, job: Job) -> list[str]:
+    shapes = job.new_module().foldable
+    levels = range(5)
+    lines = [
+        "| update of " + " | ".join(f"level {level}" for level in levels) + " |",
+        "|---|" + "---|" * len(levels),
+    ]
+    for role, by_level in probed[at_step].items():
+        cells = " | ".join(f"{by_level[level]:.3f}" for level in levels)
+        lines.append(f"| {role}, step {at_step} | {cells} |")
+    for step, by_role in probed.items():
+        rms = rms_by_level(by_role, shapes)
+        cells = " | ".join(f"{rms[level]:.3f}" for level in levels)
+        lines.append(f"| all, step {step} | {cells} |")
+    return lines
+
+
+def measure(job: Job, *, num_seeds: int, num_mixed: int, num_steps: int, kept: Path | None) -> str:
+    """Run everything and write the two tables.
+
+    Args:
+        job: What to train.
+        num_seeds: Seeds from 0.
+        num_mixed: How many of the mixed plans.
+        num_steps: Optimizer steps of each run.
+        kept: Where to keep finished runs.
+    """
+    runs = Runs(job, num_steps, kept)
+    adams = adam_rows(job)
+    at_step = num_steps * 2 // 3  # as the tuner does
+    probed = runs.probed(adams[0], [num_steps // 6, num_steps // 3, at_step, num_steps - 1])
+    rows = [*adams, *rows_of(job, probed[at_step], num_mixed)]
+    by_seed = [[runs.of(row, seed) for row in rows] for seed in range(num_seeds)]
+    return "\n".join(
+        [
+            "Validation loss in nats per token. A difference is paired, same weights and batches; "
+            "its interval holds evaluation batches and a seed deviation of 0.01. Below zero the "
+            "row is better.",
+            "",
+            *table(job, rows, list(zip(*by_seed, strict=True))),
+            "",
+            f"RMS of the update before learning rate and scale, in the run of {ADAM} on seed 0; "
+            f"the scales above follow from step {at_step}.",
+            "",
+            *rms_table(probed, at_step, job),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--mixed", type=int, default=len(MIXED), help="how many mixed plans")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    job = parse("fit", [], default=ROOT / "configs" / "default.yaml").job()
+    output = arguments.output
+    found = measure(
+        job,
+        num_seeds=arguments.seeds,
+        num_mixed=arguments.mixed,
+        num_steps=arguments.steps,
+        kept=None if output is None else output.with_suffix(".json"),
+    )
+    lines = [
+        "# Scales: one for Adam and one for folded, or updates of one RMS",
+        "",
+        f"- command: `python -m tests.benchmarks.scales {' '.join(sys.argv[1:])}`".rstrip(),
+        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}",
+        f"- {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+        f"- the default job, complete schedules of {arguments.steps} steps, seeds 0 to "
+        f"{arguments.seeds - 1}",
+        "",
+        found,
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
