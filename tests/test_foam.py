@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from foam_lightning import FOAM
-from foam_lightning.optim import foam as foam_module
+from foam_lightning.optim import update
 from foam_lightning.optim.fold import folded_shape
 from tests.training import all_equal, parameters, train
 
@@ -24,9 +24,20 @@ BF16, F32 = torch.bfloat16, torch.float32
 def test_level_0_with_scale_1_is_adamw_to_the_last_bit(options, second_moment):
     ours, theirs = parameters(), parameters()
     options = {"weight_decay": 0.0, "lr": 1e-2, **options}
-    train(FOAM(ours, level=0, scale=1, second_moment=second_moment, **options), range(6))
+    options["second_moment"] = second_moment
+    train(FOAM(ours, level=0, scale=1, fused=False, **options), range(6))
+    del options["second_moment"]
     train(torch.optim.AdamW(theirs, foreach=False, **options), range(6))
     assert all_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("level", [0, 1, 3, 12])
+def test_fused_is_the_plain_update_but_for_the_last_bits(level):
+    fused, plain = parameters(), parameters()
+    train(FOAM(fused, level=level, weight_decay=0.1), range(6))
+    train(FOAM(plain, level=level, weight_decay=0.1, fused=False), range(6))
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 12])
@@ -34,9 +45,10 @@ def test_level_0_with_scale_1_is_adamw_to_the_last_bit(options, second_moment):
 def test_a_large_matrix_is_updated_in_parts_to_the_same_result(monkeypatch, level, dtype):
     shapes = [(9, 22), (4, 3, 10), (1, 64), (64,), (30, 9)]
     whole, parts = parameters(shapes, dtype), parameters(shapes, dtype)
-    train(FOAM(whole, level=level), range(3))
-    monkeypatch.setattr(foam_module, "_PART_ELEMENTS", 60)
-    train(FOAM(parts, level=level), range(3))
+    options = {"level": level, "fused": False, "stochastic_rounding": False}
+    train(FOAM(whole, **options), range(3))
+    monkeypatch.setattr(update, "_PART_ELEMENTS", 60)
+    train(FOAM(parts, **options), range(3))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -127,6 +139,99 @@ def test_a_deep_copy_trains_on_its_own():
         assert torch.equal(a["exp_avg"], b["exp_avg"])
 
 
+@pytest.mark.parametrize("state_dtype", [F32, BF16, torch.int8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize("level", [0, 2])
+def test_rounding_at_random_repeats_and_leaves_the_generator_alone(state_dtype, level):
+    first, second = parameters(dtype=BF16), parameters(dtype=BF16)
+    before = torch.get_rng_state()
+    train(FOAM(first, level=level, state_dtype=state_dtype), range(5))
+    assert torch.equal(before, torch.get_rng_state())
+    train(FOAM(second, level=level, state_dtype=state_dtype), range(5))
+    assert all_equal(first, second)
+
+
+def test_small_updates_of_bfloat16_weights_add_up_only_if_rounded_at_random():
+    def mean_after(**options):
+        (param,) = parameters([(64, 64)], BF16)
+        param.data.fill_(1.0)
+        optimizer = FOAM([param], lr=1e-4, scale=1.0, level=0, **options)
+        for _ in range(100):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        return param.float().mean().item()
+
+    # 100 steps of -1e-4, each below half a unit of the last place of 1.0 (1/512).
+    assert mean_after(stochastic_rounding=False) == 1.0
+    assert mean_after() == pytest.approx(0.99, abs=5e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_what_is_not_finite_stays_in_its_block(level, value, fused):
+    clean, broken = parameters([(4, 24)]), parameters([(4, 24)])
+    for params, entry in ((clean, 0.5), (broken, value)):
+        grad = torch.ones(4, 24)
+        grad[2, 9] = entry
+        params[0].grad = grad
+        FOAM(params, level=level, fused=fused).step()
+    block = slice(9 // 2**level * 2**level, (9 // 2**level + 1) * 2**level)
+    assert not broken[0][2, block].isfinite().any()
+    broken[0].data[2, block] = clean[0].data[2, block]
+    assert all_equal(clean, broken)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_any_strides_give_the_same(level, fused):
+    plain, strided = parameters([(6, 20)]), parameters([(20, 6)])
+    strided = [nn.Parameter(plain[0].detach().t().contiguous().t())]
+    assert not strided[0].is_contiguous()
+    for params in (plain, strided):
+        params[0].grad = torch.arange(120.0).view(20, 6).t().sin()
+    optimizers = [FOAM(params, level=level, fused=fused) for params in (plain, strided)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(plain[0], strided[0])
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0)])
+def test_a_parameter_without_elements_is_left_alone(shape):
+    param = nn.Parameter(torch.zeros(shape))
+    param.grad = torch.zeros(shape)
+    FOAM([param], level=2).step()
+    assert param.shape == shape
+
+
+def test_a_complex_gradient_is_refused():
+    param = nn.Parameter(torch.zeros(2, 4, dtype=torch.complex64))
+    param.grad = torch.zeros_like(param)
+    with pytest.raises(RuntimeError, match=r"a complex one for a parameter of shape \(2, 4\)"):
+        FOAM([param]).step()
+
+
+def test_groups_that_overlap_are_refused():
+    params = parameters([(3, 8)])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        FOAM([{"params": params}, {"params": params, "level": 1}])
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 1e3])
+def test_each_gradient_is_clipped_by_its_own_norm(clip_norm):
+    clipped, scaled = parameters(), parameters()
+    optimizers = FOAM(clipped, clip_norm=clip_norm), FOAM(scaled)
+    for step in range(3):
+        random = torch.Generator().manual_seed(step)
+        for a, b in zip(clipped, scaled, strict=True):
+            a.grad = torch.randn(a.shape, generator=random)
+            b.grad = a.grad * min(1.0, clip_norm / a.grad.norm().item())
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(clipped, scaled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_sparse_gradient_is_refused():
     embedding = nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
@@ -144,9 +249,12 @@ def test_a_sparse_gradient_is_refused():
         ({"scale": -0.25}, "scale must be a number of 0 or more"),
         ({"residual_scale": math.inf}, "residual_scale must be a number of 0 or more, got inf"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers .* got \(0.9, 1.0\)"),
-        ({"level": -1}, "fold level must be an integer of 0 or more, got -1"),
-        ({"second_moment": "max"}, "one of mean_square, square_mean, got 'max'"),
-        ({"state_dtype": torch.float16}, "one of torch.float32, torch.bfloat16, got torch.float16"),
+        ({"level": -1}, "fold level must be an integer from 0 to 62, got -1"),
+        ({"level": 1.5}, "fold level must be an integer from 0 to 62, got 1.5"),
+        ({"level": 10**9}, "fold level must be an integer from 0 to 62, got 1000000000"),
+        ({"second_moment": "max"}, "one of mean_square, square_mean, row, none, got 'max'"),
+        ({"state_dtype": torch.float16}, "torch.bfloat16, torch.int8, got torch.float16"),
+        ({"clip_norm": 0.0}, "clip_norm must be a number above 0 or None, got 0.0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -112,7 +112,7 @@ def test_level_0_copies_nothing():
 
 @pytest.mark.parametrize("level", [-1, 1.5, True, "2", None])
 def test_what_is_not_a_level_is_refused(level):
-    with pytest.raises(ValueError, match=r"integer of 0 or more, got "):
+    with pytest.raises(ValueError, match=r"integer from 0 to 62, got "):
         fold(torch.zeros(2, 2), level)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foam_lightning.optim.fold import fold, folded_shape
-from foam_lightning.optim.step import foam_direction, foam_step_
+from foam_lightning.optim.step import StepFactors, foam_direction, foam_step_
 from tests.reference import foam_paper
 from tests.reference.foam_paper import Settings, State
 
@@ -42,23 +42,29 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-def take_step(param, grad, exp_avg, exp_avg_sq, step, settings):
-    foam_step_(
+def take_step(param, grad, exp_avg, exp_avg_sq, step, settings, step_=foam_step_, **options):
+    second_moment = "mean_square" if settings.mean_square else "square_mean"
+    factors = StepFactors.at(
+        step,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        scale=settings.scale,
+        residual_scale=settings.rho,
+        bias_correct_moments_only=settings.correct_moments_only,
+    )
+    step_(
         param,
         grad,
-        exp_avg,
-        exp_avg_sq,
-        step=step,
-        lr=settings.lr,
+        {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        factors,
         beta1=settings.beta1,
         beta2=settings.beta2,
         eps=settings.eps,
-        weight_decay=settings.weight_decay,
         level=settings.level,
-        scale=settings.scale,
-        residual_scale=settings.rho,
-        second_moment="mean_square" if settings.mean_square else "square_mean",
-        bias_correct_moments_only=settings.correct_moments_only,
+        second_moment=second_moment,
+        **options,
     )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foam_lightning.cache_home import cache_home
 from foam_lightning.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,11 +25,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     Raises:
         DataError: The folder cannot be created.
     """
-    if cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base, "foam-lightning")
-    else:
-        folder = Path(cache_dir).expanduser()
+    folder = cache_home() if cache_dir is None else Path(cache_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from foam_lightning.errors import CheckpointError
-from foam_lightning.optim.fold import folded_shape
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from foam_lightning.optim.state import MOMENTS, layouts, read, write_
 
 
 class _Entry(NamedTuple):
@@ -52,18 +49,26 @@ def check_fit(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> N
             )
 
 
-def restore(saved: dict[str, Any], param: Tensor, state_dtype: torch.dtype) -> dict[str, Any]:
-    """Copy the saved state of one parameter to its device, the moments in `state_dtype`.
+def restore(saved: dict[str, Any], param: Tensor, fresh: dict[str, Tensor]) -> dict[str, Any]:
+    """Bring the saved state of one parameter to its device and to the dtypes of this run.
 
     Args:
         saved: `step` as an int or a tensor of one value, and tensors.
         param: The parameter it is for.
-        state_dtype: What the run stores moments in.
+        fresh: State tensors as the optimizer allocates them, which receive what is saved.
+
+    Returns:
+        The state: `fresh` filled, and `step`.
     """
-    return {
-        key: int(value) if key == "step" else value.to(param.device, state_dtype, copy=True)
-        for key, value in saved.items()
-    }
+    tensors = {key: value.to(param.device) for key, value in saved.items() if key != "step"}
+    same = all(key in tensors and tensors[key].dtype == fresh[key].dtype for key in fresh)
+    for moment in MOMENTS:
+        if moment in fresh and not same:
+            write_(fresh, moment, read(tensors, moment), None)
+    if same:
+        for key, value in fresh.items():
+            value.copy_(tensors[key])
+    return {"step": int(saved["step"]), **fresh}
 
 
 def _entries(groups: Sequence[dict[str, Any]], named: bool) -> dict[str, _Entry]:
@@ -91,10 +96,13 @@ def _check_meaning(label: str, entry: _Entry, saved: dict[str, Any]) -> None:
 
 
 def _check_shapes(label: str, entry: _Entry, saved_state: dict[str, Any]) -> None:
-    expected = folded_shape(entry.param.shape, entry.group["level"])
-    for key in _MOMENTS:
-        if key in saved_state and tuple(saved_state[key].shape) != expected:
+    group = entry.group
+    expected = layouts(
+        entry.param.shape, group["level"], group["state_dtype"], group["second_moment"]
+    )
+    for moment in MOMENTS:
+        if moment in saved_state and tuple(saved_state[moment].shape) != expected[moment].shape:
             raise CheckpointError(
-                f"the checkpoint has {key} of shape {tuple(saved_state[key].shape)} for {label}, "
-                f"this run needs {expected}; it was made for another model"
+                f"the checkpoint has {moment} of shape {tuple(saved_state[moment].shape)} for "
+                f"{label}, this run needs {expected[moment].shape}; it was made for another model"
             )

@@ -1,22 +1,18 @@
 """The FOAM optimizer: AdamW with moments folded along the columns of each matrix."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, get_args, overload
+from collections.abc import Callable, Mapping
+from typing import Any, cast, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from foam_lightning.optim.checkpoint import check_fit, restore
-from foam_lightning.optim.fold import check_level, folded_shape
-from foam_lightning.optim.step import SecondMoment, foam_step_
-
-_STATE_DTYPES = (torch.float32, torch.bfloat16)
-
-# A matrix larger than this is updated some rows at a time: 16 MiB for each float32 temporary, where
-# the embedding of a 7B model would take 0.5 GB for each.
-_PART_ELEMENTS = 2**22
+from foam_lightning.optim.fold import check_level
+from foam_lightning.optim.state import STATE_DTYPES, SecondMoment, layouts
+from foam_lightning.optim.step import StepFactors
+from foam_lightning.optim.update import update_
 
 
 class FOAM(torch.optim.Optimizer):
@@ -38,7 +34,12 @@ class FOAM(torch.optim.Optimizer):
     - The moments have the dtype that `state_dtype` says, whatever the dtype of the gradient.
 
     State of each parameter: `step` (int), `exp_avg` and `exp_avg_sq`, both of shape
-    `folded_shape(parameter.shape, level)`. Any argument but `params` may be set by group.
+    `folded_shape(parameter.shape, level)`, and with int8 their scales; see
+    `foam_lightning.optim.state`. Any argument but `params` may be set by group.
+
+    A gradient that is not finite makes its block of weights and moments not finite, and no other,
+    as in torch.optim.AdamW. A sharded parameter (a DTensor) is updated shard by shard, without
+    communication: rows may be sharded, folded columns may not.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups of either. With names, messages
@@ -50,9 +51,17 @@ class FOAM(torch.optim.Optimizer):
         level: Fold level, 0 or more: 2**level columns share one moment.
         scale: Factor of lr in the update of matrices, 0 or more. Its best value depends on level.
         residual_scale: Weight of the residual, 0 or more.
-        second_moment: "mean_square" or "square_mean".
-        state_dtype: torch.float32 or torch.bfloat16.
+        second_moment: "mean_square" or "square_mean"; "row" is a folded Adam-mini, one second
+            moment for each row; "none" is Muon with a folded momentum. Tensors with fewer than
+            two dimensions always have Adam's.
+        state_dtype: torch.float32, torch.bfloat16 or torch.int8 (with scales, 1.02 bytes a value).
         bias_correct_moments_only: Leave the residual out of the bias correction.
+        clip_norm: If set, each gradient is scaled down to at most this L2 norm, by itself.
+        stochastic_rounding: Round bfloat16 weights, and moments in bfloat16 or int8, at random
+            with the right mean. To the nearest, updates below 1/512 of a weight are lost.
+        fused: Update in one pass over memory where there is a way: in float32 on the CPU by a
+            kernel that is compiled once (a C++ compiler must be there), on a GPU by
+            torch.compile. It differs from the plain update in the last bits.
 
     Raises:
         ValueError: An argument, or an entry of a group, is out of range.
@@ -72,6 +81,9 @@ class FOAM(torch.optim.Optimizer):
         second_moment: SecondMoment = "mean_square",
         state_dtype: torch.dtype = torch.float32,
         bias_correct_moments_only: bool = False,
+        clip_norm: float | None = None,
+        stochastic_rounding: bool = True,
+        fused: bool = True,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -84,6 +96,9 @@ class FOAM(torch.optim.Optimizer):
             "second_moment": second_moment,
             "state_dtype": state_dtype,
             "bias_correct_moments_only": bias_correct_moments_only,
+            "clip_norm": clip_norm,
+            "stochastic_rounding": stochastic_rounding,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -140,8 +155,10 @@ class FOAM(torch.optim.Optimizer):
                 differs, or gives its number where names are not known.
         """
         check_fit(self.param_groups, state_dict)
+        # How the state is kept and computed is for the run to say; what an older version did not
+        # save takes the run's value too.
         saved_groups = [
-            {**saved, "state_dtype": group["state_dtype"]}
+            {**group, **saved, "state_dtype": group["state_dtype"], "fused": group["fused"]}
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
         # torch would cast the moments to the dtype of the parameter, so it is not given them.
@@ -149,8 +166,9 @@ class FOAM(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for param, key in zip(group["params"], saved["params"], strict=True):
                 if key in state_dict["state"]:
-                    saved_state = state_dict["state"][key]
-                    self.state[param] = restore(saved_state, param, group["state_dtype"])
+                    self.state[param] = restore(
+                        state_dict["state"][key], param, _zeros(param, group)
+                    )
 
     def update(self, param: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter from its gradient; what `step` does for each, one after the other.
@@ -163,56 +181,80 @@ class FOAM(torch.optim.Optimizer):
             RuntimeError: There is no gradient, or it is sparse or complex.
         """
         grad = param.grad
-        if grad is None or grad.is_sparse or grad.is_complex():
-            kind = "no" if grad is None else "a sparse" if grad.is_sparse else "a complex"
+        if grad is None or grad.layout != torch.strided or grad.is_complex():
+            kind = "no" if grad is None else "a complex" if grad.is_complex() else "a sparse"
             raise RuntimeError(
                 f"FOAM needs a dense real gradient, got {kind} one for a parameter of shape "
                 f"{tuple(param.shape)}"
             )
+        if param.numel() == 0:
+            return
         is_matrix = param.ndim >= 2
-        level = group["level"] if is_matrix else 0
         state = self.state[param]
         if not state:
             state["step"] = 0
-            state["exp_avg"] = _zero_moment(param, level, group["state_dtype"])
-            state["exp_avg_sq"] = _zero_moment(param, level, group["state_dtype"])
+            state |= _zeros(param, group)
         state["step"] += 1
-        for part in _row_parts(param, grad, state["exp_avg"], state["exp_avg_sq"]):
-            foam_step_(
-                *part,
-                step=state["step"],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                level=level,
-                scale=group["scale"] if is_matrix else 1.0,
-                residual_scale=group["residual_scale"],
-                second_moment=group["second_moment"],
-                bias_correct_moments_only=group["bias_correct_moments_only"],
-            )
+        if group["clip_norm"] is not None:
+            norm = _whole(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            grad = grad * (group["clip_norm"] / norm.clamp_min(group["clip_norm"])).to(grad.dtype)
+        beta1, beta2 = group["betas"]
+        factors = StepFactors.at(
+            state["step"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            scale=group["scale"] if is_matrix else 1.0,
+            residual_scale=group["residual_scale"],
+            bias_correct_moments_only=group["bias_correct_moments_only"],
+        )
+        update_(
+            _local(param.detach()),
+            _local(grad),
+            {key: _local(value) for key, value in state.items() if key != "step"},
+            factors,
+            seed=state["step"] if group["stochastic_rounding"] else None,
+            fused=group["fused"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            level=group["level"] if is_matrix else 0,
+            second_moment=group["second_moment"],
+        )
 
 
-def _zero_moment(param: Tensor, level: int, dtype: torch.dtype) -> Tensor:
-    shape = folded_shape(param.shape, level)
-    # Like a slice of the parameter, because a shape alone would not shard with a sharded parameter.
-    like = param if param.shape == shape else param.narrow(-1, 0, shape[-1])
-    return torch.zeros_like(like, dtype=dtype)
+def _zeros(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Allocate the moments of a parameter, sharded as it is."""
+    level = group["level"]
+    if (
+        level > 0
+        and param.ndim >= 2
+        and any(p.is_shard(param.ndim - 1) for p in getattr(param, "placements", ()))
+    ):
+        raise RuntimeError(
+            f"the columns of a parameter of shape {tuple(param.shape)} are sharded, so they cannot "
+            "fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
+        )
+    found = layouts(param.shape, level, group["state_dtype"], group["second_moment"])
+    return {
+        # Like a slice of the parameter, because a shape alone would not be sharded.
+        key: torch.zeros_like(
+            param.detach() if param.shape == shape else param.detach().narrow(-1, 0, shape[-1]),
+            dtype=dtype,
+        )
+        for key, (shape, dtype) in found.items()
+    }
 
 
-def _row_parts(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield views of the same rows of each, `_PART_ELEMENTS` of the parameter at most."""
-    # Rows of a sharded tensor (a DTensor) cannot be split without communication.
-    if param.ndim < 2 or param.numel() <= _PART_ELEMENTS or hasattr(param, "device_mesh"):
-        yield param, grad, exp_avg, exp_avg_sq
-        return
-    rows = max(1, _PART_ELEMENTS // (param.numel() // len(param)))
-    for start in range(0, len(param), rows):
-        part = slice(start, start + rows)
-        yield param[part], grad[part], exp_avg[part], exp_avg_sq[part]
+def _local(tensor: Tensor) -> Tensor:
+    """Give the shard of a DTensor that this process has, any other tensor as it is."""
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a DTensor, give any other tensor as it is."""
+    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -223,13 +265,16 @@ def _check_options(options: dict[str, Any]) -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers of 0 or more and below 1, got {betas}")
     check_level(options["level"])
+    clip_norm = options["clip_norm"]
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise ValueError(f"clip_norm must be a number above 0 or None, got {clip_norm}")
     if options["second_moment"] not in get_args(SecondMoment):
         raise ValueError(
             f"second_moment must be one of {', '.join(get_args(SecondMoment))}, "
             f"got {options['second_moment']!r}"
         )
-    if options["state_dtype"] not in _STATE_DTYPES:
+    if options["state_dtype"] not in STATE_DTYPES:
         raise ValueError(
-            f"state_dtype must be one of {', '.join(map(str, _STATE_DTYPES))}, "
+            f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, "
             f"got {options['state_dtype']}"
         )

@@ -16,6 +16,8 @@ from torch import Tensor
 # Up to this width, adding strided columns is up to 5 times faster on CPU than reducing over an
 # axis that short.
 _SHORT_BLOCK = 4
+# A block of 2**62 columns is the widest that 64 bits can count.
+_HIGHEST_LEVEL = 62
 
 
 def num_blocks(columns: int, level: int) -> int:
@@ -125,10 +127,13 @@ def check_level(level: int) -> None:
     """Refuse what is not a fold level.
 
     Raises:
-        ValueError: `level` is not an integer, or is below 0.
+        ValueError: `level` is not an integer from 0 to 62.
     """
-    if not isinstance(level, int) or isinstance(level, bool) or level < 0:
-        raise ValueError(f"a fold level must be an integer of 0 or more, got {level!r}")
+    if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level <= _HIGHEST_LEVEL:
+        raise ValueError(
+            f"a fold level must be an integer from 0 to {_HIGHEST_LEVEL}, got {level!r}; "
+            "a block wider than the row, from level 20 or so, is the whole row"
+        )
 
 
 def _blocks(x_RC: Tensor, level: int) -> list[Tensor]:

@@ -16,89 +16,156 @@ rho the residual scale and bc_i = 1 - beta_i**t:
 
 Departures from the released code: eps is added after bias correction and weight decay acts before
 the update, both as in torch.optim.AdamW. In float32, level 0 with scale 1 is AdamW to the last bit.
+
+What v is, is the only thing in which the variants differ:
+
+- "mean_square": as above. "square_mean": v averages fold(G)**2, as the paper prints.
+- "row": v is one value a row, the average of the row's mean of squares, and V = v without the
+  residual: the second moment of Adam-mini (Zhang et al. 2024, arXiv:2406.16793) under a folded
+  first one.
+- "none": no v. The update is M made orthogonal, as Muon does (Jordan et al. 2024) without its
+  Nesterov step: Muon with a folded momentum.
 """
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from foam_lightning.optim import rounding
 from foam_lightning.optim.fold import add_unfolded_, fold
+from foam_lightning.optim.state import SecondMoment, read, write_
 
-SecondMoment = Literal["mean_square", "square_mean"]
+# Quintic of Muon's reference implementation: five rounds bring singular values near 1.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+
+
+class StepFactors(NamedTuple):
+    """What changes from step to step.
+
+    Numbers, or tensors of no dimension for a compiled update, which a new number would compile
+    again.
+
+    Attributes:
+        shrink: 1 - lr * weight_decay.
+        size: lr * scale / bc1.
+        residual_mean: Of the residual in M: rho.
+        residual_square: Of its square in V: rho**2.
+        root_bias_correction2: sqrt(bc2).
+    """
+
+    shrink: float
+    size: float
+    residual_mean: float
+    residual_square: float
+    root_bias_correction2: float
+
+    @classmethod
+    def at(
+        cls,
+        step: int,
+        *,
+        beta1: float,
+        beta2: float,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        scale: float = 1.0,
+        residual_scale: float = 1.0,
+        bias_correct_moments_only: bool = False,
+    ) -> "StepFactors":
+        """Compute them for a step.
+
+        Args:
+            step: t, 1 at the first update.
+            beta1: Decay of m, in [0, 1).
+            beta2: Decay of v, in [0, 1).
+            lr: Learning rate.
+            weight_decay: Decoupled: the weights first shrink by the factor 1 - lr * weight_decay.
+            scale: Factor of lr in the update; weight decay does not see it.
+            residual_scale: rho. At 0 only the folded gradient acts.
+            bias_correct_moments_only: By default the whole of M and V is bias-corrected, residual
+                included. It needs no such correction, so it is damped by about
+                sqrt(1 - beta2**t): a warm-up over the first 1 / (1 - beta2) steps, without which
+                measured losses were worse. If set, M = unfold(m) / bc1 + rho * E and
+                V = unfold(v) / bc2 + rho**2 * E * E.
+        """
+        bias_correction1, bias_correction2 = 1 - beta1**step, 1 - beta2**step
+        residual_mean, residual_square = residual_scale, residual_scale**2
+        if bias_correct_moments_only:
+            # What the common division takes from the residual is given to it beforehand.
+            residual_mean *= bias_correction1
+            residual_square *= bias_correction2
+        return cls(
+            shrink=1 - lr * weight_decay,
+            size=lr * scale / bias_correction1,
+            residual_mean=residual_mean,
+            residual_square=residual_square,
+            root_bias_correction2=bias_correction2**0.5,
+        )
 
 
 @torch.no_grad()
 def foam_step_(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    state: Mapping[str, Tensor],
+    factors: StepFactors,
     *,
-    step: int,
-    lr: float,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
     level: int,
-    scale: float,
-    residual_scale: float,
-    second_moment: SecondMoment,
-    bias_correct_moments_only: bool,
+    second_moment: SecondMoment = "mean_square",
+    seed: int | Tensor | None = None,
 ) -> None:
-    """Update one tensor and its two moments in place.
+    """Update one tensor and its moments in place.
 
     Arithmetic is float32 whatever the dtypes: the update uses the moments before they are rounded
-    to the dtype they are stored in, and each stored value is rounded once. Temporaries in float32:
-    two of the size of the parameter, three if it is bfloat16; and of the size of a moment, the
-    folded gradient and, if they are bfloat16, the two moments.
+    to what they are stored in, and each stored value is rounded once.
 
     Args:
         param: The weights, shape (..., C), changed.
         grad: Their gradient, shape (..., C), left as it is.
-        exp_avg: m, shape (..., K), changed.
-        exp_avg_sq: v, shape (..., K), changed.
-        step: t, 1 at the first update.
-        lr: Learning rate.
+        state: The tensors that `state.layouts` describes, changed.
+        factors: What changes from step to step.
         beta1: Decay of m, in [0, 1).
         beta2: Decay of v, in [0, 1).
         eps: Added to the root of the bias-corrected V.
-        weight_decay: Decoupled: the weights first shrink by the factor 1 - lr * weight_decay.
         level: Fold level, 0 or more. For a tensor that must not fold, 0.
-        scale: Factor of lr in the update; weight decay does not see it.
-        residual_scale: rho, the weight of the residual. At 0 only the folded gradient acts.
-        second_moment: What v averages: "mean_square" is fold(G * G), "square_mean" fold(G)**2. At
-            level 0 they coincide.
-        bias_correct_moments_only: See `foam_direction`.
+        second_moment: What v is, see above. At level 0, "mean_square" and "square_mean" coincide.
+        seed: For rounding at random where weights or moments are bfloat16, and moments int8; see
+            `rounding`. None rounds to the nearest.
     """
+    # Each stored tensor takes noise of its own.
+    seeds = (None, None, None) if seed is None else (seed, seed + 1, seed + 2)
     folded_RK = fold(grad, level)
-    mean_RK = exp_avg.float().lerp_(folded_RK, 1 - beta1)
-    square_RK = exp_avg_sq.float().mul_(beta2)
-    if level == 0 or second_moment == "square_mean":
-        square_RK.addcmul_(folded_RK, folded_RK, value=1 - beta2)
+    mean_RK = read(state, "exp_avg").lerp_(folded_RK, 1 - beta1)
+    write_(state, "exp_avg", mean_RK, seeds[0])
+    if second_moment == "none" and grad.ndim >= 2:
+        residual_RC = _residual(grad, folded_RK, level)
+        momentum_RC = _first_moment(mean_RK, residual_RC, factors, level)
+        update = orthogonal(momentum_RC).mul_(-factors.size)
     else:
-        square_RK.add_(fold(grad.float().square(), level), alpha=1 - beta2)
-    # Where the state is float32, .float() is the state itself and this copies nothing.
-    exp_avg.copy_(mean_RK)
-    exp_avg_sq.copy_(square_RK)
-
-    numerator, denominator = _fraction(
-        grad,
-        folded_RK,
-        mean_RK,
-        square_RK,
-        bias_correction1=1 - beta1**step,
-        bias_correction2=1 - beta2**step,
-        eps=eps,
-        level=level,
-        residual_scale=residual_scale,
-        bias_correct_moments_only=bias_correct_moments_only,
-    )
-    weights = param.float()
-    if weight_decay != 0:
-        weights.mul_(1 - lr * weight_decay)
-    weights.addcdiv_(numerator, denominator, value=-lr * scale / (1 - beta1**step))
+        is_row = second_moment == "row" and grad.ndim >= 2
+        square_RK = read(state, "exp_avg_sq").mul_(beta2)
+        if is_row:
+            square_RK.add_(grad.float().square().mean(dim=-1, keepdim=True), alpha=1 - beta2)
+        elif level == 0 or second_moment == "square_mean":
+            square_RK.addcmul_(folded_RK, folded_RK, value=1 - beta2)
+        else:
+            square_RK.add_(fold(grad.float().square(), level), alpha=1 - beta2)
+        write_(state, "exp_avg_sq", square_RK, seeds[1])
+        residual_RC = _residual(grad, folded_RK, level)
+        denominator = _denominator(square_RK, None if is_row else residual_RC, factors, eps, level)
+        numerator = _first_moment(mean_RK, residual_RC, factors, level)
+        # The order of AdamW's addcdiv: any other differs in the last bit.
+        update = numerator.mul_(-factors.size).div_(denominator)
+    weights = param.float().mul_(factors.shrink).add_(update)
+    if param.dtype == torch.bfloat16 and seeds[2] is not None:
+        weights = rounding.to_bfloat16(weights, seeds[2])
     param.copy_(weights)
 
 
@@ -131,59 +198,66 @@ def foam_direction(
         eps: Added to the root of the bias-corrected V.
         level: Fold level, 0 or more.
         residual_scale: rho, the weight of the residual.
-        bias_correct_moments_only: By default the whole of M and V is bias-corrected, residual
-            included. It needs no such correction, so it is damped by about sqrt(1 - beta2**t): a
-            warm-up over the first 1 / (1 - beta2) steps, without which measured losses were worse.
-            If set, M = unfold(m) / bc1 + rho * E and V = unfold(v) / bc2 + rho**2 * E * E.
+        bias_correct_moments_only: See `StepFactors.at`.
 
     Returns:
         Shape (..., C), float32, a new tensor.
     """
-    bias_correction1 = 1 - beta1**step
-    numerator, denominator = _fraction(
-        grad_RC,
-        fold(grad_RC, level),
-        exp_avg_RK.float(),
-        exp_avg_sq_RK.float(),
-        bias_correction1=bias_correction1,
-        bias_correction2=1 - beta2**step,
-        eps=eps,
-        level=level,
+    factors = StepFactors.at(
+        step,
+        beta1=beta1,
+        beta2=beta2,
         residual_scale=residual_scale,
         bias_correct_moments_only=bias_correct_moments_only,
     )
-    return (numerator / denominator).div_(bias_correction1)
+    residual_RC = _residual(grad_RC, fold(grad_RC, level), level)
+    denominator = _denominator(exp_avg_sq_RK.float(), residual_RC, factors, eps, level)
+    numerator = _first_moment(exp_avg_RK.float(), residual_RC, factors, level)
+    return (numerator / denominator).mul_(factors.size)
 
 
-def _fraction(
-    grad_RC: Tensor,
-    folded_RK: Tensor,
-    mean_RK: Tensor,
-    square_RK: Tensor,
-    *,
-    bias_correction1: float,
-    bias_correction2: float,
-    eps: float,
-    level: int,
-    residual_scale: float,
-    bias_correct_moments_only: bool,
-) -> tuple[Tensor, Tensor]:
-    """Compute M and sqrt(V / bc2) + eps, without changing an argument.
+def orthogonal(m_RC: Tensor) -> Tensor:
+    """Bring the singular values of a matrix near 1 by Newton-Schulz iteration.
 
-    They come apart, and without bc1, because AdamW divides the step size by bc1 and fuses the
-    division of the two into the update: any other order differs in the last bit.
+    Source: Muon (Jordan et al. 2024); its scale for matrices with more rows than columns, the
+    root of R / C, is included. Departure: float32 instead of bfloat16.
+
+    Args:
+        m_RC: Two or more dimensions, float32; the last two are the matrix.
     """
+    rows, columns = m_RC.shape[-2:]
+    x = m_RC.mT if rows > columns else m_RC
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(_ROUNDS):
+        gram = x @ x.mT
+        x = _QUINTIC[0] * x + (_QUINTIC[1] * gram + _QUINTIC[2] * (gram @ gram)) @ x
+    found: Tensor = x.mT if rows > columns else x
+    return found * math.sqrt(max(1.0, rows / columns))
+
+
+def _residual(grad_RC: Tensor, folded_RK: Tensor, level: int) -> Tensor | None:
+    """Compute E in float32, a new tensor; None at level 0, where it is 0."""
     if level == 0:
-        return mean_RK, square_RK.sqrt().div_(bias_correction2**0.5).add_(eps)
-    mean_factor, square_factor = residual_scale, residual_scale**2
-    if bias_correct_moments_only:
-        # What the common division takes from the residual is given to it beforehand.
-        mean_factor *= bias_correction1
-        square_factor *= bias_correction2
-    residual_RC = grad_RC.to(torch.float32, copy=True)
-    add_unfolded_(residual_RC, folded_RK, level, alpha=-1)
-    v_RC = residual_RC.square().mul_(square_factor)
-    add_unfolded_(v_RC, square_RK, level)
-    m_RC = residual_RC.mul_(mean_factor)
-    add_unfolded_(m_RC, mean_RK, level)
-    return m_RC, v_RC.sqrt_().div_(bias_correction2**0.5).add_(eps)
+        return None
+    return add_unfolded_(grad_RC.to(torch.float32, copy=True), folded_RK, level, alpha=-1)
+
+
+def _denominator(
+    square_RK: Tensor, residual_RC: Tensor | None, factors: StepFactors, eps: float, level: int
+) -> Tensor:
+    """Compute sqrt(V / bc2) + eps; without a residual V is v. No argument changes."""
+    if residual_RC is None:
+        root = square_RK.sqrt()
+    else:
+        v_RC = residual_RC.square().mul_(factors.residual_square)
+        root = add_unfolded_(v_RC, square_RK, level).sqrt_()
+    return root.div_(factors.root_bias_correction2).add_(eps)
+
+
+def _first_moment(
+    mean_RK: Tensor, residual_RC: Tensor | None, factors: StepFactors, level: int
+) -> Tensor:
+    """Compute M, in the memory of the residual; without one it is a copy of m."""
+    if residual_RC is None:
+        return mean_RK.clone()
+    return add_unfolded_(residual_RC.mul_(factors.residual_mean), mean_RK, level)

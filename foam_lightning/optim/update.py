@@ -1,0 +1,92 @@
+"""The update of one tensor by the fastest way its device has, in parts that bound the memory."""
+
+from collections.abc import Iterator, Mapping
+from types import EllipsisType
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from foam_lightning.optim import native
+from foam_lightning.optim.compiled import compiled_step_
+from foam_lightning.optim.state import SecondMoment
+from foam_lightning.optim.step import StepFactors, foam_step_
+
+# A matrix larger than this is updated some rows at a time: 8 MiB for each float32 temporary, where
+# the embedding of a 7B model would take 0.5 GB for each.
+_PART_ELEMENTS = 2**21
+
+
+def update_(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    factors: StepFactors,
+    *,
+    seed: int | None,
+    fused: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    level: int,
+    second_moment: SecondMoment,
+) -> None:
+    """Update one tensor and its moments in place.
+
+    Args:
+        param: The weights, shape (..., C), changed.
+        grad: Their gradient, shape (..., C), left as it is.
+        state: The tensors that `state.layouts` describes, changed.
+        factors: What changes from step to step, as numbers.
+        seed: For rounding at random, another one every step; None rounds to the nearest.
+        fused: Take one pass over memory where there is a way.
+        beta1: Decay of m, in [0, 1).
+        beta2: Decay of v, in [0, 1).
+        eps: Added to the root of the bias-corrected V.
+        level: Fold level; for a tensor that must not fold, 0.
+        second_moment: See `step`.
+    """
+    if fused and native.takes(second_moment, param, grad, *state.values()):
+        # Nothing to compute on fake tensors, and no temporary that an account would have to see.
+        if not isinstance(param, FakeTensor):
+            native.native_step_(
+                param,
+                grad,
+                **state,
+                factors=factors,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                level=level,
+                second_moment=second_moment,
+            )
+        return
+    step_ = compiled_step_ if fused and param.is_cuda else foam_step_
+    for number, rows in enumerate(_parts(param, second_moment)):
+        step_(
+            param[rows],
+            grad[rows],
+            {key: tensor[rows] for key, tensor in state.items()},
+            factors,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            level=level,
+            second_moment=second_moment,
+            seed=None if seed is None else _mixed(seed, number),
+        )
+
+
+def _parts(param: Tensor, second_moment: SecondMoment) -> Iterator[slice | EllipsisType]:
+    """Yield indices of rows, `_PART_ELEMENTS` at most, that together are all of them."""
+    # What makes a matrix orthogonal needs all of it.
+    if param.ndim < 2 or param.numel() <= _PART_ELEMENTS or second_moment == "none":
+        yield ...
+        return
+    rows = max(1, _PART_ELEMENTS // (param.numel() // len(param)))
+    for start in range(0, len(param), rows):
+        yield slice(start, start + rows)
+
+
+def _mixed(seed: int, part: int) -> int:
+    """Spread both over 32 bits with a sign."""
+    return (seed * 0x9E3779B1 + part * 0x85EBCA77) % 2**32 - 2**31
