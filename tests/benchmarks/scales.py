@@ -275,7 +275,7 @@ def rms_table(probed: Mapping[int, RmsByRole], at_step: int, job: Job) -> list[s
     shapes = job.new_module().foldable
     levels = range(5)
     lines = [
-        "| update of " + " | ".join(f"level {level}" for level in levels) + " |",
+        "| update of | " + " | ".join(f"level {level}" for level in levels) + " |",
         "|---|" + "---|" * len(levels),
     ]
     for role, by_level in probed[at_step].items():
