@@ -26,7 +26,8 @@ class Levers:
         chunked_loss: Head and cross entropy run on a few tokens at a time, so that the logits of
             a whole micro-batch never exist at once.
         activation_checkpointing: Decoder layers keep only their input and recompute the rest.
-        gradient_release: The optimizer steps inside backward. Not offered yet: always false.
+        gradient_release: The optimizer steps inside backward, and each gradient dies at once; so
+            there is none to accumulate.
         state_dtype: The dtype of the two moments, "float32" or "bfloat16".
     """
 
@@ -36,6 +37,18 @@ class Levers:
     activation_checkpointing: bool = False
     gradient_release: bool = False
     state_dtype: StateDtype = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse levers that contradict each other.
+
+        Raises:
+            PlanError: Gradients would be released and accumulated.
+        """
+        if self.gradient_release and self.accumulate_grad_batches != 1:
+            raise PlanError(
+                "gradient_release needs accumulate_grad_batches 1, got "
+                f"{self.accumulate_grad_batches!r}; make micro_batch_size the whole batch"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -93,7 +106,7 @@ class FoldPlan:
             plan._check()
         except KeyError as error:
             raise PlanError(f"{source} is not a valid fold plan: it has no {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, PlanError) as error:
             # A name in the text may hold line breaks; a message is one line.
             reason = " ".join(str(error).split())
             raise PlanError(f"{source} is not a valid fold plan: {reason}") from error
@@ -156,7 +169,6 @@ class FoldPlan:
                 _expect(_is_count(value, 1), f"{field.name} must be 1 or more, got {value!r}")
             elif field.type is bool:
                 _expect(isinstance(value, bool), f"{field.name} must be a bool, got {value!r}")
-        _expect(not self.levers.gradient_release, "gradient_release is not offered yet")
         dtype = self.levers.state_dtype
         _expect(dtype in get_args(StateDtype), f"state_dtype {dtype!r} is not known")
 

@@ -17,13 +17,13 @@ from foam_lightning.memory.account import (
     optimizer_state_bytes,
 )
 from foam_lightning.memory.trace import (
-    Peak,
     Precision,
     autocast_for,
     state_bytes,
     track_step,
     weight_dtype,
 )
+from foam_lightning.memory.tracker import Moment
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.groups import foldable, param_groups
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
@@ -50,7 +50,7 @@ def plan_for(module: LlamaFoam, levels: int | str, levers: Levers) -> FoldPlan:
     return replace(module.uniform_plan(0, levers), levels=mixed, scales=scales)
 
 
-def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Peak:
+def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Moment:
     """Take one real step on the CPU, and measure it."""
     module = LlamaFoam(**settings)
     module.follow(plan)
@@ -67,12 +67,13 @@ def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Pre
         module.make_optimizer(module.model.named_parameters(), plan),
         make_batch,
         accumulate_grad_batches=plan.levers.accumulate_grad_batches,
+        gradient_release=plan.levers.gradient_release,
         autocast=autocast_for(precision),
-    )
+    ).peak
 
 
-# Precision, checkpointing, chunked loss, micro-batches per step, levels, state: every pair of the
-# first four occurs.
+# Precision, checkpointing, chunked loss, micro-batches per step (0: one, and gradients are
+# released), levels, state: every pair of the first four occurs.
 CASES: list[tuple[Precision, bool, bool, int, int | str, StateDtype]] = [
     ("32-true", False, False, 1, 0, "float32"),
     ("32-true", False, True, 2, 2, "float32"),
@@ -84,16 +85,23 @@ CASES: list[tuple[Precision, bool, bool, int, int | str, StateDtype]] = [
     ("bf16-true", True, True, 2, 2, "float32"),
     ("bf16-mixed", False, True, 1, 2, "float32"),
     ("bf16-mixed", True, False, 2, "mixed", "float32"),
+    ("32-true", False, False, 0, "mixed", "float32"),
+    ("32-true", True, True, 0, 2, "float32"),
+    ("bf16-true", False, True, 0, 0, "float32"),
+    ("bf16-true", True, False, 0, "mixed", "bfloat16"),
+    ("bf16-mixed", False, False, 0, 2, "bfloat16"),
+    ("bf16-mixed", True, True, 0, "mixed", "float32"),
 ]
 
 
 def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> None:
     precision, checkpointing, chunked, accumulate, levels, state_dtype = case
     levers = Levers(
-        micro_batch_size=batch // accumulate,
-        accumulate_grad_batches=accumulate,
+        micro_batch_size=batch // max(accumulate, 1),
+        accumulate_grad_batches=max(accumulate, 1),
         activation_checkpointing=checkpointing,
         chunked_loss=chunked,
+        gradient_release=accumulate == 0,
         state_dtype=state_dtype,
     )
     module = LlamaFoam(**settings)
@@ -103,7 +111,7 @@ def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> 
     )
     predicted = accountant.account(plan)
     measured = really(settings, plan, length, precision)
-    assert predicted.peak_bytes == pytest.approx(measured.total_bytes, rel=0.01)
+    assert 0.995 <= predicted.peak_bytes / measured.total_bytes <= 1.01
     for term in ("weights", "optimizer_state"):
         assert predicted.breakdown[term] == measured.terms[term]
 
@@ -111,7 +119,8 @@ def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> 
 def ids_of(case: Any) -> str:
     precision, checkpointing, chunked, accumulate, levels, state_dtype = case
     levers = ["checkpointing"] * checkpointing + ["chunked"] * chunked
-    return "-".join([precision, *levers, f"x{accumulate}", f"level {levels}", state_dtype])
+    batches = f"x{accumulate}" if accumulate else "release"
+    return "-".join([precision, *levers, batches, f"level {levels}", state_dtype])
 
 
 def quick(*chosen: int) -> list[Any]:
@@ -122,12 +131,12 @@ def quick(*chosen: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("case", quick(0, 1, 2, 5, 7, 9), ids=ids_of)
+@pytest.mark.parametrize("case", quick(0, 1, 2, 5, 7, 9, 10, 13, 15), ids=ids_of)
 def test_the_account_is_what_a_real_step_takes(case: Any) -> None:
     check_case({}, 8, 64, case)
 
 
-@pytest.mark.parametrize("case", quick(6), ids=ids_of)
+@pytest.mark.parametrize("case", quick(6, 12), ids=ids_of)
 def test_the_account_is_what_a_real_step_of_20m_takes(case: Any) -> None:
     check_case(MODEL_20M, 4, 128, case)
 

@@ -27,6 +27,7 @@ positive = st.floats(min_value=1e-300, max_value=1e300)
 def plans(draw: Callable[..., Any]) -> FoldPlan:
     levels = draw(st.dictionaries(st.text(), st.integers(0, 40)))
     scales = {level: draw(positive) for level in levels.values()}
+    releases = draw(st.booleans())
     return FoldPlan(
         model=draw(st.dictionaries(st.text(), st.integers() | st.booleans())),
         levels=levels,
@@ -34,9 +35,10 @@ def plans(draw: Callable[..., Any]) -> FoldPlan:
         lr=draw(positive),
         levers=Levers(
             micro_batch_size=draw(st.integers(1, 10**6)),
-            accumulate_grad_batches=draw(st.integers(1, 10**6)),
+            accumulate_grad_batches=1 if releases else draw(st.integers(1, 10**6)),
             chunked_loss=draw(st.booleans()),
             activation_checkpointing=draw(st.booleans()),
+            gradient_release=releases,
             state_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         ),
     )
@@ -103,8 +105,16 @@ MALFORMED = {
     "chunked loss of one": with_levers(chunked_loss=1),
     "unknown dtype": with_levers(state_dtype="float64"),
     "list for a dtype": with_levers(state_dtype=[]),
-    "gradient release": with_levers(gradient_release=True),
+    "gradient release of one": with_levers(gradient_release=1),
+    "release and accumulation": with_levers(gradient_release=True, accumulate_grad_batches=2),
 }
+
+
+def test_releasing_and_accumulating_contradict_each_other() -> None:
+    with pytest.raises(PlanError, match="needs accumulate_grad_batches 1, got 2; make"):
+        Levers(micro_batch_size=1, accumulate_grad_batches=2, gradient_release=True)
+    with pytest.raises(PlanError, match="test is not a valid fold plan: gradient_release needs"):
+        FoldPlan.from_json(MALFORMED["release and accumulation"], source="test")
 
 
 @pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED.keys())

@@ -8,8 +8,6 @@ from foam_lightning import FOAM
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.trace import (
     Precision,
-    Repeat,
-    StorageTracker,
     autocast_for,
     fake_tensors,
     state_bytes,
@@ -17,6 +15,7 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
+from foam_lightning.memory.tracker import Repeat, StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
 
@@ -106,6 +105,30 @@ def test_a_repeated_stretch_counts_as_often_as_it_happens() -> None:
     assert tracker.peak([Repeat("start", "stop", 4)]).total_bytes == (1 + 4 * 2 + 3) * KB
 
 
+def test_a_marked_moment_happens_as_often_as_the_stretch_around_it() -> None:
+    tracker = StorageTracker()
+    with tracker:
+        tracker.mark("nothing")
+        kept = [block(1)]
+        tracker.mark("start")
+        kept.append(block(2))
+        tracker.mark("within")
+        kept.append(block(3))
+        tracker.mark("stop")
+        kept.append(block(4))
+        tracker.mark("after")
+
+    def at(name: str, *repeats: Repeat) -> list[int]:
+        return [moment.total_bytes // KB for moment in tracker.at(name, repeats)]
+
+    thrice = Repeat("start", "stop", 3)
+    assert (at("nothing"), at("start"), at("within"), at("after")) == ([0], [1], [3], [10])
+    assert at("start", thrice) == [1]
+    assert at("within", thrice) == [3, 8, 13]
+    assert at("stop", thrice) == [6, 11, 16]
+    assert at("after", thrice) == [20]
+
+
 def test_what_dies_in_another_repeated_stretch_is_balanced() -> None:
     tracker = StorageTracker()
     with tracker:
@@ -176,13 +199,42 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_a_step_trains_and_frees_the_gradients() -> None:
     module = Chain()
     before = [p.detach().clone() for p in module.parameters()]
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    peak = track_step(module, optimizer, batch, accumulate_grad_batches=2)
+    peak = track_step(module, FOAM(module.parameters()), batch, accumulate_grad_batches=2).peak
     assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert all(p.grad is None for p in module.parameters())
     weights = sum(p.nbytes for p in module.parameters())
     assert peak.terms["weights"] == weights
     assert peak.terms["gradients"] <= weights
+
+
+def test_released_gradients_are_seen_one_by_one() -> None:
+    step = track_step(Chain(), None, batch, gradient_release=True)
+    gradients = [update.terms["gradients"] for update in step.updates]
+    layers = [m for m in Chain().modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    owners = [
+        (p.nbytes, sum(q.nbytes for q in m.parameters())) for m in layers for p in m.parameters()
+    ]
+    for (own, of_layer), alive in zip(owners, gradients, strict=True):
+        assert own <= alive <= of_layer  # weight and bias of a layer come together
+    assert step.peak.terms["gradients"] <= max(gradients)
+    assert max(update.total_bytes for update in step.updates) <= step.peak.total_bytes
+
+
+def test_the_update_is_workspace_and_the_phase_goes_on_after_it() -> None:
+    module, kept = Chain(), Chain()
+    optimizer = FOAM(module.parameters(), level=0)
+    released = track_step(module, optimizer, batch, gradient_release=True)
+    assert all(p.grad is None for p in module.parameters())
+    assert state_bytes(optimizer) == released.peak.terms["optimizer_state"]
+    ordinary = track_step(kept, FOAM(kept.parameters(), level=0), batch)
+    for term in ("weights", "optimizer_state"):
+        assert released.peak.terms[term] == ordinary.peak.terms[term]
+    assert released.peak.total_bytes < ordinary.peak.total_bytes
+    # Moments and temporaries are born in the middle of backward, and are not activations.
+    for update in released.updates:
+        assert update.terms["workspace"] <= 4 * max(p.nbytes for p in module.parameters())
+    first, last = (released.updates[i].terms for i in (-2, 0))
+    assert first["activations"] > last["activations"]
 
 
 def test_the_state_is_counted_to_the_byte() -> None:
@@ -216,34 +268,44 @@ LEVERS = {
         chunked_loss=True,
         activation_checkpointing=True,
     ),
+    "releasing": Levers(micro_batch_size=4, gradient_release=True),
+    "releasing all": Levers(
+        micro_batch_size=16,
+        chunked_loss=True,
+        activation_checkpointing=True,
+        gradient_release=True,
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((name, "32-true") for name in LEVERS), ("plain", "bf16-mixed"), ("all", "bf16-mixed")],
+    [
+        *((name, "32-true") for name in LEVERS),
+        *((name, "bf16-mixed") for name in ("plain", "all", "releasing all")),
+    ],
 )
 def test_three_layers_stand_for_all(name: str, precision: Precision) -> None:
     levers = LEVERS[name]
     module = LlamaFoam(hidden_size=64, intermediate_size=172, vocab_size=300)
-    peaks = []
+    found = []
     for layers in (3, 6):
         with fake_tensors(precision):
-            peaks.append(
-                dict(
-                    track_step(
-                        module.layered(levers, layers),
-                        None,
-                        lambda: (torch.zeros(levers.micro_batch_size, 32, dtype=torch.int64),) * 2,
-                        accumulate_grad_batches=levers.accumulate_grad_batches,
-                        autocast=autocast_for(precision),
-                        num_layers=6,
-                    ).terms
-                )
+            step = track_step(
+                module.layered(levers, layers),
+                None,
+                lambda: (torch.zeros(levers.micro_batch_size, 32, dtype=torch.int64),) * 2,
+                accumulate_grad_batches=levers.accumulate_grad_batches,
+                gradient_release=levers.gradient_release,
+                autocast=autocast_for(precision),
+                num_layers=6,
             )
-    for peak in peaks:
-        del peak["weights"]  # of the layers that were laid out
-    assert peaks[0] == peaks[1]
+        moments = [dict(moment.terms) for moment in (step.peak, *step.updates)]
+        for terms in moments:
+            del terms["weights"]  # of the layers that were laid out
+        found.append(moments)
+    assert found[0] == found[1]
+    assert len(found[0]) == 1 + (3 + 6 * 9) * levers.gradient_release
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foam_lightning.memory.account import Account
-from foam_lightning.memory.trace import TERMS
+from foam_lightning.memory.tracker import TERMS
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES, layer_of, role_of
 from foam_lightning.units import in_words
@@ -171,15 +171,13 @@ def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | No
 
 
 def _levers_in_words(levers: Levers) -> dict[str, str]:
-    words = {
+    return {
         "micro-batch": f"{levers.micro_batch_size} x {levers.accumulate_grad_batches} accumulated",
         "chunked loss": _on_off(levers.chunked_loss),
         "activation checkpointing": _on_off(levers.activation_checkpointing),
+        "gradient release": _on_off(levers.gradient_release),
         "state": levers.state_dtype,
     }
-    if levers.gradient_release:
-        words["gradient release"] = "on"
-    return words
 
 
 def _on_off(value: bool) -> str:

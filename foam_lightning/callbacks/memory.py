@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from foam_lightning.memory.trace import StorageTracker
+from foam_lightning.memory.tracker import StorageTracker
 
 # Steady from the second on: the first one creates the optimizer state.
 _TRACKED_STEPS = 2

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from foam_lightning.memory.trace import (
-    TERMS,
-    Peak,
     Precision,
+    Step,
     Traceable,
     autocast_for,
     fake_tensors,
@@ -19,6 +18,7 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
+from foam_lightning.memory.tracker import TERMS
 from foam_lightning.optim.fold import folded_shape
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 
@@ -75,7 +75,8 @@ class Accountant:
     """Predict the peak of plans for one model, on fake tensors and without a GPU.
 
     The forward and backward passes do not depend on the levels, and the optimizer's workspace
-    does not depend on the batch, so each is traced once and kept.
+    does not depend on the batch, so each is traced once and kept. With gradient release the
+    workspace of each parameter is added to what is alive at the moment of its update.
 
     Args:
         trainee: The model.
@@ -99,7 +100,7 @@ class Accountant:
         self._sequence_length = sequence_length
         self._precision = precision
         self._on_gpu = on_gpu
-        self._passes: dict[Levers, Peak] = {}
+        self._passes: dict[Levers, Step] = {}
         self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
 
     @property
@@ -128,17 +129,21 @@ class Accountant:
                 self._trainee.shapes, plan.levels, plan.levers.state_dtype
             ),
         }
-        passes: dict[str, int] = dict(self._pass_peak(plan.levers).terms.items())
-        in_passes = {**passes, **standing}
-        in_step: dict[str, int] = {
-            **dict.fromkeys(TERMS, 0),
-            **standing,
-            "gradients": standing["weights"],
-            "workspace": self._workspace(plan),
-        }
-        return max(in_passes, in_step, key=lambda terms: sum(terms.values()))
+        passes = self._traced_passes(plan.levers)
+        workspaces = [self._workspace(plan, *named) for named in self._trainee.shapes.items()]
+        moments: list[dict[str, int]] = [dict(passes.peak.terms.items())]
+        if plan.levers.gradient_release:
+            for update, workspace in zip(passes.updates, workspaces, strict=True):
+                terms: dict[str, int] = dict(update.terms.items())
+                moments.append({**terms, "workspace": terms["workspace"] + workspace})
+        else:  # updates come one after the other, when backward has left all gradients behind
+            step: dict[str, int] = {**dict.fromkeys(TERMS, 0), "workspace": max(workspaces)}
+            moments.append({**step, "gradients": standing["weights"]})
+        return max(
+            ({**terms, **standing} for terms in moments), key=lambda terms: sum(terms.values())
+        )
 
-    def _pass_peak(self, levers: Levers) -> Peak:
+    def _traced_passes(self, levers: Levers) -> Step:
         if levers not in self._passes:
             size = (levers.micro_batch_size, self._sequence_length)
 
@@ -152,27 +157,25 @@ class Accountant:
                     None,
                     make_batch,
                     accumulate_grad_batches=levers.accumulate_grad_batches,
+                    gradient_release=levers.gradient_release,
                     autocast=autocast_for(self._precision),
                     num_layers=self._num_layers,
                 )
         return self._passes[levers]
 
-    def _workspace(self, plan: FoldPlan) -> int:
-        """Find the parameter whose update needs most; updates come one after the other."""
-        most = 0
-        for name, shape in self._trainee.shapes.items():
-            key = (shape, plan.levels.get(name, 0), plan.levers.state_dtype)
-            if key not in self._workspaces:
-                with fake_tensors(self._precision):
-                    parameter = torch.nn.Parameter(torch.empty(shape))
-                    parameter.grad = torch.empty_like(parameter)
-                    levels = {name: key[1]} if name in plan.levels else {}
-                    optimizer = self._trainee.make_optimizer(
-                        [(name, parameter)], replace(plan, levels=levels)
-                    )
-                    self._workspaces[key] = track_optimizer_step(optimizer)
-            most = max(most, self._workspaces[key])
-        return most
+    def _workspace(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
+        """Trace what the update of one parameter needs beside it, its gradient and its state."""
+        key = (shape, plan.levels.get(name, 0), plan.levers.state_dtype)
+        if key not in self._workspaces:
+            with fake_tensors(self._precision):
+                parameter = torch.nn.Parameter(torch.empty(shape))
+                parameter.grad = torch.empty_like(parameter)
+                levels = {name: key[1]} if name in plan.levels else {}
+                optimizer = self._trainee.make_optimizer(
+                    [(name, parameter)], replace(plan, levels=levels)
+                )
+                self._workspaces[key] = track_optimizer_step(optimizer)
+        return self._workspaces[key]
 
 
 def optimizer_state_bytes(

@@ -6,26 +6,23 @@ happens inside one operator (a workspace of its own) is not seen, nor is what th
 allocator adds by rounding and caching; on a GPU the account's margin stands for those.
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from foam_lightning.errors import ConfigError
+from foam_lightning.memory.tracker import Moment, Repeat, StorageTracker, Term
+from foam_lightning.optim.foam import FOAM
+from foam_lightning.optim.release import release_gradients
 
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
-Term = Literal["weights", "gradients", "optimizer_state", "activations", "loss", "workspace"]
-TERMS: tuple[Term, ...] = get_args(Term)
-# What lives from the first step to the last counts as if it had been there from the start.
-_STANDING = (TERMS.index("weights"), TERMS.index("optimizer_state"))
 
 
 class Traceable(Protocol):
@@ -53,134 +50,41 @@ class Traceable(Protocol):
 
 
 @dataclass(frozen=True)
-class Peak:
-    """The moment at which most bytes were alive.
+class Step:
+    """What one optimizer step had alive.
 
     Attributes:
-        terms: Bytes alive at that moment, by term.
+        peak: At most.
+        updates: With gradient release, when the update of each parameter began, in the order of
+            the module's parameters at full depth: its gradient is alive, the workspace of the
+            update is still to come. Else none.
     """
 
-    terms: Mapping[Term, int]
-
-    @property
-    def total_bytes(self) -> int:
-        """All bytes alive at the peak."""
-        return sum(self.terms.values())
-
-
-class Repeat(NamedTuple):
-    """A stretch of the record, between two marks, that happens more often than it was seen."""
-
-    start: str
-    stop: str
-    times: int
-
-
-class StorageTracker(TorchDispatchMode):
-    """Record the birth and death of every tensor storage while active.
-
-    A storage born now belongs to `term`, the phase the step is in, unless `claim` says otherwise,
-    before or after.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.term: Term = "activations"
-        self._terms: list[int] = []  # of each storage ever seen, in order of birth
-        self._bytes: list[int] = []
-        self._changes: list[int] = []  # n: storage n is born; ~n: it dies
-        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address
-        self._marks: dict[str, int] = {}
-
-    def claim(self, tensors: Iterable[Tensor | None], term: Term) -> None:
-        """Say what these tensors are, such as gradients; None entries are skipped."""
-        for tensor in tensors:
-            if tensor is not None:
-                self._terms[self._index(tensor)] = TERMS.index(term)
-
-    def mark(self, name: str) -> None:
-        """Name this moment; a name that was given before keeps its first moment."""
-        self._marks.setdefault(name, len(self._changes))
-
-    def peak(self, repeats: Sequence[Repeat] = ()) -> Peak:
-        """Find the peak so far.
-
-        Weights and optimizer state count as if they had been there from the start: the peak is
-        that of any later step.
-
-        Args:
-            repeats: Stretches to count `times` over, in order of time and apart from each other.
-        """
-        births = np.array(self._changes, dtype=np.int64)
-        index = np.where(births >= 0, births, ~births)
-        terms, sizes = np.array(self._terms)[index], np.array(self._bytes)[index]
-        deltas = np.zeros((len(births), len(TERMS)), dtype=np.int64)
-        deltas[np.arange(len(births)), terms] = np.where(births >= 0, sizes, -sizes)
-        standing = np.zeros(len(TERMS), dtype=np.int64)
-        for term in _STANDING:
-            standing[term] = deltas[births >= 0, term].sum()
-            deltas[:, term] = 0
-        pieces, done = [], 0
-        for repeat in repeats:
-            start, stop = self._marks[repeat.start], self._marks[repeat.stop]
-            pieces += [deltas[done:start], np.tile(deltas[start:stop], (repeat.times, 1))]
-            done = stop
-        alive = np.cumsum(np.concatenate([*pieces, deltas[done:]]), axis=0) + standing
-        highest = alive[alive.sum(axis=1).argmax()]
-        return Peak({term: int(size) for term, size in zip(TERMS, highest, strict=True)})
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the operator and look at what it returns."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor):
-                self._index(leaf)
-        return result
-
-    def _index(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        known = self._alive.get(address)
-        if known is not None:
-            return known[0]
-        index = len(self._terms)
-        self._terms.append(TERMS.index(self.term))
-        self._bytes.append(storage.nbytes())
-        self._changes.append(index)
-
-        def bury(_: object) -> None:
-            del self._alive[address]
-            self._changes.append(~index)
-
-        self._alive[address] = (index, weakref.ref(storage, bury))
-        return index
+    peak: Moment
+    updates: Sequence[Moment] = ()
 
 
 def track_step(
     module: Traceable,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: FOAM | None,
     make_batch: Callable[[], tuple[Tensor, Tensor]],
     *,
     accumulate_grad_batches: int = 1,
+    gradient_release: bool = False,
     autocast: AbstractContextManager[object] | None = None,
     num_layers: int | None = None,
-) -> Peak:
-    """Run one optimizer step as the training loop runs it, and return its peak.
+) -> Step:
+    """Run one optimizer step as the training loop runs it, and watch it.
 
     The order is Lightning's, with gradients freed after the step: micro-batches forward and
     backward, step, free. From the second micro-batch on nothing changes, so two stand for all.
 
     Args:
         module: The model, its tensors real or fake.
-        optimizer: Made for the module's parameters; None leaves the step out.
+        optimizer: Made for the module's parameters; None leaves every update out.
         make_batch: Gives input ids and labels, both (B, S).
         accumulate_grad_batches: Micro-batches per step.
+        gradient_release: Update and free inside backward.
         autocast: The context of a mixed-precision forward pass.
         num_layers: The depth to give the peak for. Where it is more than the module has, the
             second of its layers, at least three, stands for those missing: decoder layers are
@@ -194,21 +98,27 @@ def track_step(
     num_seen = len(module.layers())
     times = (num_layers or num_seen) - num_seen + 1
     repeats = []
-    with tracker:
+    release = _updates_marked(tracker, parameters, optimizer) if gradient_release else nullcontext()
+    with tracker, release:
         for micro_batch in range(min(accumulate_grad_batches, 2)):
             with _layers_marked(tracker, module, f"{micro_batch}"):
                 _run_micro_batch(tracker, module, make_batch, accumulate_grad_batches, autocast)
             tracker.claim((p.grad for p in parameters), "gradients")
-            repeats += [
-                Repeat(f"{micro_batch} forward 1", f"{micro_batch} forward 2", times),
-                Repeat(f"{micro_batch} backward 1", f"{micro_batch} backward 0", times),
-            ]
+            if times > 1:
+                repeats += [
+                    Repeat(f"{micro_batch} forward 1", f"{micro_batch} forward 2", times),
+                    Repeat(f"{micro_batch} backward 1", f"{micro_batch} backward 0", times),
+                ]
         if optimizer is not None:
             tracker.term = "workspace"
             optimizer.step()
             tracker.claim(_state_tensors(optimizer), "optimizer_state")
             optimizer.zero_grad(set_to_none=True)
-    return tracker.peak(repeats if times > 1 else ())
+    peak = tracker.peak(repeats)
+    if not gradient_release:
+        return Step(peak)
+    updates = [tracker.at(f"update {index}", repeats) for index in range(len(parameters))]
+    return Step(peak, _at_full_depth(updates))
 
 
 def track_optimizer_step(optimizer: torch.optim.Optimizer) -> int:
@@ -290,6 +200,44 @@ def _layers_marked(tracker: StorageTracker, module: Traceable, prefix: str) -> I
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _updates_marked(
+    tracker: StorageTracker, parameters: Sequence[Tensor], optimizer: FOAM | None
+) -> Iterator[None]:
+    """Release gradients; mark the beginning of each update and tell its memory from the rest."""
+    phases: list[Term] = []
+
+    def begin(index: int, param: Tensor) -> None:
+        tracker.claim([param.grad], "gradients")
+        tracker.mark(f"update {index}")
+        phases.append(tracker.term)
+        tracker.term = "workspace"
+
+    def end(param: Tensor) -> None:
+        param.grad = None
+        tracker.term = phases.pop()
+
+    with ExitStack() as hooks:  # which run in the order in which they come here
+        for index, param in enumerate(parameters):
+            hooks.enter_context(param.register_post_accumulate_grad_hook(partial(begin, index)))
+        if optimizer is not None:
+            hooks.enter_context(release_gradients(optimizer))
+        for param in parameters:
+            hooks.enter_context(param.register_post_accumulate_grad_hook(end))
+        yield
+
+
+def _at_full_depth(updates: Iterable[Sequence[Moment]]) -> list[Moment]:
+    """Put updates in order, one per parameter, where those of one layer happened more than once."""
+    ordered: list[Moment] = []
+    for times, alike in groupby(updates, key=len):
+        layer = list(alike)
+        # Backward comes to the last layer first.
+        for time in reversed(range(times)):
+            ordered += [update[time] for update in layer]
+    return ordered
 
 
 def _run_micro_batch(
