@@ -151,6 +151,6 @@ def test_a_tight_budget_pulls_levers(fit: Fit, job: Job, span: tuple[int, int]) 
 
 def test_the_table_of_the_allocation_is_what_the_account_counts(fit: Fit) -> None:
     fitting = fit(10**12)
-    table = state_bytes_table(fitting.module.foldable, LEVELS, 4)
+    table = state_bytes_table(fitting.module.foldable, LEVELS, "float32")
     for level in LEVELS:
         assert int(table[:, level].sum()) == fitting.folded_bytes(fitting.uniform(level))

@@ -97,7 +97,7 @@ def test_levels_above_the_cap_may_not_be_chosen() -> None:
 
 
 def test_state_bytes_count_both_moments_with_a_ragged_last_block() -> None:
-    table = state_bytes_table({"w": (10, 86), "row": (3, 4)}, (0, 2, 8), dtype_bytes=2)
+    table = state_bytes_table({"w": (10, 86), "row": (3, 4)}, (0, 2, 8), "bfloat16")
     assert table.tolist() == [[3440, 880, 40], [48, 12, 12]]
 
 
@@ -112,7 +112,7 @@ def test_state_bytes_count_both_moments_with_a_ragged_last_block() -> None:
     st.floats(0, 1),
 )
 def test_any_knobs_decode_to_levels_that_fit(knobs: Knobs, fraction: float) -> None:
-    cost = state_bytes_table(SHAPES, LEVELS, 2)
+    cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
     low, high = int(cost[:, -1].sum()), int(cost[:, 0].sum())
     budget = low + int(fraction * (high - low))
     levels = decode(SHAPES, knobs, LEVELS, cost, budget)
@@ -121,14 +121,14 @@ def test_any_knobs_decode_to_levels_that_fit(knobs: Knobs, fraction: float) -> N
 
 
 def test_a_cap_the_budget_affords_is_kept_and_another_is_raised_just_enough() -> None:
-    cost = state_bytes_table(SHAPES, LEVELS, 2)
+    cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
     budget = int(cost[:, 3].sum())
     assert max(decode(SHAPES, Knobs(level_cap=5), LEVELS, cost, budget).values()) == 5
     assert set(decode(SHAPES, Knobs(level_cap=2), LEVELS, cost, budget).values()) == {3}
 
 
 def test_a_high_exponent_spreads_the_bytes_and_a_low_one_gathers_them() -> None:
-    cost = state_bytes_table(SHAPES, LEVELS, 2)
+    cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
     budget = int(cost[:, 2].sum())
     spread = decode(SHAPES, Knobs(exponent=8.0), LEVELS, cost, budget)
     gathered = decode(SHAPES, Knobs(exponent=1.0), LEVELS, cost, budget)
@@ -137,13 +137,13 @@ def test_a_high_exponent_spreads_the_bytes_and_a_low_one_gathers_them() -> None:
 
 
 def test_the_most_damaged_role_keeps_the_most_state() -> None:
-    cost = state_bytes_table(SHAPES, LEVELS, 2)
+    cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
     levels = decode(SHAPES, Knobs(v=8.0), LEVELS, cost, int(cost[:, 2].sum()))
     assert {level for name, level in levels.items() if role_of(name) == "v"} == {0}
 
 
 def test_no_levels_fit_a_budget_below_the_floor() -> None:
-    cost = state_bytes_table(SHAPES, LEVELS, 2)
+    cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
     with pytest.raises(AllocationError):
         decode(SHAPES, Knobs(), LEVELS, cost, int(cost[:, -1].sum()) - 1)
 

@@ -58,6 +58,7 @@ class Fitting:
 
         Raises:
             InfeasibleBudgetError: None do.
+            ConfigError: The settings contradict them.
         """
         found = cheapest(self.job.levers, self._fits_uniform)
         if found is None:
@@ -65,6 +66,7 @@ class Fitting:
             raise InfeasibleBudgetError(
                 self.budget_bytes, account.peak_bytes, account.binding, dict(account.breakdown)
             )
+        self.job.check(found)
         return found
 
     @cached_property
@@ -92,6 +94,7 @@ class Fitting:
 
         Raises:
             InfeasibleBudgetError: None does.
+            ConfigError: The settings contradict the one that does.
         """
         self.uniform(MAX_LEVEL)
 
@@ -104,7 +107,9 @@ class Fitting:
 
         Raises:
             InfeasibleBudgetError: Carries what the plan needs.
+            ConfigError: The settings contradict the plan's levers.
         """
+        self.job.check(plan.levers)
         account = self.accountant.account(plan)
         if account.peak_bytes > self.budget_bytes:
             raise InfeasibleBudgetError(
@@ -119,7 +124,7 @@ class Fitting:
             state_bytes: For the matrices that fold; at most the allowance is used.
         """
         shapes = self.module.foldable
-        costs = state_bytes_table(shapes, LEVELS, self._state_itemsize)
+        costs = state_bytes_table(shapes, LEVELS, self.levers.state_dtype)
         least = self.folded_bytes(self.uniform(MAX_LEVEL))
         allowed = min(state_bytes, self.state_allowance)
         while True:
@@ -150,10 +155,6 @@ class Fitting:
                 for level in set(levels.values())
             },
         )
-
-    @property
-    def _state_itemsize(self) -> int:
-        return {"float32": 4, "bfloat16": 2}[self.levers.state_dtype]
 
     def _fits_uniform(self, levers: Levers, level: int) -> bool:
         return self.fits(self.module.uniform_plan(level, levers))

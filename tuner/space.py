@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from foam_lightning.memory.levers import MAX_LEVEL
-from foam_lightning.optim.fold import folded_shape
+from foam_lightning.optim.state import state_bytes
+from foam_lightning.plan import StateDtype
 from foam_lightning.roles import ROLES, layer_of, role_of
 from tuner.allocate import allocate
 
@@ -134,21 +136,21 @@ def damage_table(
 
 
 def state_bytes_table(
-    shapes: Mapping[str, tuple[int, ...]], levels: Sequence[int], dtype_bytes: int
+    shapes: Mapping[str, tuple[int, ...]], levels: Sequence[int], dtype: StateDtype
 ) -> NDArray[np.int64]:
-    """Count the bytes of both moments of each matrix at each level.
+    """Count the bytes of the state of each matrix at each level.
 
     Args:
         shapes: The matrices to fold, by qualified name.
         levels: One column each.
-        dtype_bytes: Bytes of one number of the state.
+        dtype: The dtype of the moments.
 
     Returns:
         Shape (matrices, levels).
     """
     return np.array(
         [
-            [2 * dtype_bytes * math.prod(folded_shape(shape, level)) for level in levels]
+            [state_bytes(shape, level, getattr(torch, dtype)) for level in levels]
             for shape in shapes.values()
         ],
         dtype=np.int64,
