@@ -1,0 +1,225 @@
+"""Who steps in `optimizer_step`: one line a row, all at the same settings on the same weights."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+
+from foam_lightning.optim.foam import FOAM
+from foam_lightning.optim.groups import foldable, param_groups
+from foam_lightning.optim.state import SecondMoment
+
+FUSED = "torch AdamW, fused"  # what every row is compared with
+LR = 1e-4
+SCALE = 0.25
+# The share of the width that GaLore's and APOLLO's papers keep.
+RANK_SHARE = 4
+_NEVER = 10**9  # steps until the next projection
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What all rows train: weights with gradients, by qualified name."""
+
+    named: Mapping[str, torch.nn.Parameter]
+    num_heads: int
+
+    @classmethod
+    def draw(
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        num_heads: int,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> "Weights":
+        stream = torch.Generator(device).manual_seed(seed)
+        named = {}
+        for name, shape in shapes.items():
+            weight, grad = (
+                torch.empty(shape, device=device, dtype=dtype).normal_(std=std, generator=stream)
+                for std in (0.02, 1e-3)
+            )
+            named[name] = torch.nn.Parameter(weight)
+            named[name].grad = grad
+        return cls(named, num_heads)
+
+    @cached_property
+    def matrices(self) -> dict[str, torch.nn.Parameter]:
+        """Those that fold, and that low-rank rivals project."""
+        return {name: self.named[name] for name in foldable(self.named.items())}
+
+    @property
+    def rest(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.named.items() if name not in self.matrices]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.named.values() if p.grad is not None]
+
+    @property
+    def width(self) -> int:
+        return min(min(p.shape) for p in self.matrices.values())
+
+    @property
+    def device(self) -> str:
+        return next(iter(self.named.values())).device.type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.named.values())).dtype
+
+    @property
+    def num_elements(self) -> int:
+        return sum(math.prod(p.shape) for p in self.named.values())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        name: As in the table.
+        make: Makes what steps: one optimizer, or two that share the weights out.
+        compiled_on: Devices on which it goes through torch.compile.
+        package: What it comes from, besides torch and this project. It is imported before the
+            time begins, so that one that is missing or broken fails in its own row.
+        is_slow_on_cpu: A step of large matrices takes a CPU a minute or more.
+    """
+
+    name: str
+    make: Callable[[Weights], list[Optimizer]]
+    compiled_on: tuple[str, ...] = ()
+    package: str | None = None
+    is_slow_on_cpu: bool = False
+
+
+def _adamw(weights: Weights, *, fused: bool = False, foreach: bool = False) -> list[Optimizer]:
+    return [AdamW(weights.named.values(), LR, weight_decay=0.0, fused=fused, foreach=foreach)]
+
+
+def _torchao(weights: Weights) -> list[Optimizer]:
+    from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+
+    return [AdamW8bit(weights.named.values(), LR, weight_decay=0.0)]
+
+
+def _low_rank(weights: Weights, scale: float) -> list[dict[str, Any]]:
+    matrices: dict[str, Any] = {
+        "params": list(weights.matrices.values()),
+        "rank": weights.width // RANK_SHARE,
+        "update_proj_gap": _NEVER,
+        "scale": scale,
+        "projection_type": "std",
+    }
+    return [matrices, {"params": weights.rest}] if weights.rest else [matrices]
+
+
+def _galore(weights: Weights) -> list[Optimizer]:
+    from pytorch_optimizer import GaLore
+    from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
+
+    groups = _low_rank(weights, SCALE)
+    optimizer = GaLore(groups, LR)
+    # The first matrix finds its basis by SVD in the first step. The others are given one at
+    # random: a step costs the same on it, and hundreds of SVDs would take longer than the table.
+    options = {key: value for key, value in groups[0].items() if key != "params"}
+    for matrix in list(weights.matrices.values())[1:]:
+        projector = GaLoreProjector(**options)
+        projector.update_ortho_matrix(matrix.detach(), from_random_matrix=True)
+        optimizer.state[matrix]["projector"] = projector
+    return [optimizer]
+
+
+def _apollo(weights: Weights) -> list[Optimizer]:
+    from pytorch_optimizer import APOLLO
+
+    return [APOLLO(_low_rank(weights, 1.0), LR, scale_type="channel")]
+
+
+class _Model(torch.nn.Module):
+    """Adam-mini asks a model for names; a name of ours holds dots, which a module's may not."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        yield from self._weights.named.items()
+
+
+def _adam_mini(weights: Weights) -> list[Optimizer]:
+    from pytorch_optimizer import AdamMini
+
+    width, num_heads = weights.width, weights.num_heads
+    return [AdamMini(_Model(weights), LR, weight_decay=0.0, num_embeds=width, num_heads=num_heads)]
+
+
+def _muon(weights: Weights) -> list[Optimizer]:
+    optimizers: list[Optimizer] = [Muon(weights.matrices.values(), LR, weight_decay=0.0)]
+    return optimizers + ([AdamW(weights.rest, LR, fused=True)] if weights.rest else [])
+
+
+def _foam(weights: Weights, level: int, **options: Any) -> list[Optimizer]:
+    return foam_at(weights, dict.fromkeys(weights.matrices, level), **options)
+
+
+def foam_at(
+    weights: Weights,
+    levels: Mapping[str, int],
+    *,
+    second_moment: SecondMoment = "mean_square",
+    **options: Any,
+) -> list[Optimizer]:
+    """Make FOAM at these levels; what they do not name is left to Adam, as rivals leave it."""
+    scales = dict.fromkeys(levels.values(), SCALE)
+    groups = param_groups(weights.named.items(), levels, scales, weight_decay=0.0)
+    for group in groups:
+        if group["params"][0][0] in levels:
+            group["second_moment"] = second_moment
+    options = {"state_dtype": weights.dtype, **options}
+    return [FOAM(groups, LR, **options)]
+
+
+_TORCHAO_8BIT = Row("torchao AdamW8bit", _torchao, ("cpu", "cuda"), package="torchao.optim")
+
+ROWS = (
+    Row(FUSED, partial(_adamw, fused=True)),
+    Row("torch AdamW, foreach", partial(_adamw, foreach=True)),
+    Row("torch AdamW, loop", _adamw),
+    _TORCHAO_8BIT,
+    Row("GaLore", _galore, package="pytorch_optimizer"),
+    Row("APOLLO", _apollo, package="pytorch_optimizer"),
+    Row("Adam-mini", _adam_mini, package="pytorch_optimizer"),
+    Row("torch Muon", _muon, is_slow_on_cpu=True),
+    *(
+        Row(f"FOAM level {level}", partial(_foam, level=level), ("cuda",))
+        for level in (0, 1, 2, 3, 4, 8)
+    ),
+    Row("FOAM row fold", partial(_foam, level=20), ("cuda",)),
+    Row("FOAM level 2, eager", partial(_foam, level=2, fused=False)),
+    Row("FOAM level 2, int8", partial(_foam, level=2, state_dtype=torch.int8), ("cuda",)),
+    Row("FOAM level 2, Adam-mini", partial(_foam, level=2, second_moment="row"), ("cuda",)),
+    Row(
+        "FOAM level 2, Muon",
+        partial(_foam, level=2, second_moment="none"),
+        ("cuda",),
+        is_slow_on_cpu=True,
+    ),
+)
+
+
+def first_step_rows(levels: Mapping[str, int]) -> list[Row]:
+    """List who is timed on its first step alone, FOAM with these levels."""
+    return [
+        Row("FOAM", partial(foam_at, levels=levels), ("cuda",)),
+        _TORCHAO_8BIT,
+    ]

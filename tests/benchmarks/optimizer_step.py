@@ -1,0 +1,267 @@
+"""The optimizer step of FOAM beside its rivals': time, floor and memory, all in one run.
+
+    python -m tests.benchmarks.optimizer_step [--output FILE]
+    python -m tests.benchmarks.optimizer_step --device cuda --model llama_7b [--output FILE]
+    python -m tests.benchmarks.optimizer_step --first-step [--device cuda]
+
+Every row steps on the same weights and gradients, one step of each row in turn, so that whatever
+else the machine does falls on all of them. On a CPU: float32, 12 matrices of 2048 x 2048, or the
+matrices of a model. On a GPU: bfloat16, the matrices of a model, llama_1b if none is named.
+"""
+
+import argparse
+import datetime
+import math
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from foam_lightning.optim.groups import is_foldable
+from tests.benchmarks.contenders import FUSED, LR, RANK_SHARE, ROWS, Row, Weights, first_step_rows
+from tests.benchmarks.heading import ROOT, commit, packages, processor
+from tests.benchmarks.stepping import Stepped, cold_caches, first_steps, start_compiler, step_all
+
+SEED = 0
+THREADS = 2
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# Bytes per parameter that are alive at once: weights, gradients and the states of all rows. Where
+# they would take more than the room, a model is cut to its first layers.
+STANDING_BYTES = {"cpu": 80, "cuda": 40}
+ROOM_BYTES = {"cpu": 12 * 10**9, "cuda": 90 * 10**9}
+FIRST_STEP_MODEL, FIRST_STEP_LEVELS = "llama_7b", (1, 2, 3)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is stepped, how often and by whom; see `stepping.step_all`."""
+
+    label: str
+    shapes: Shapes
+    num_heads: int
+    rounds: int
+    copy_bytes: int
+    begin_seconds: float = math.inf
+    rows: Sequence[Row] = ROWS
+
+
+def choose_work(device: str, model: str | None, *, small: bool) -> Work:
+    if small:
+        shapes = square_matrices(1, 64) | {"model.embed_tokens.weight": (64, 64)}
+        return Work("5 matrices of 64 x 64", shapes, 4, rounds=2, copy_bytes=2**20)
+    bearable = [row for row in ROWS if not row.is_slow_on_cpu]
+    if model is None and device == "cpu":
+        shapes = square_matrices(3, 2048)
+        return Work(
+            "12 matrices of 2048 x 2048", shapes, 32, rounds=7, copy_bytes=2**28, rows=bearable
+        )
+    name = model or "llama_1b"
+    whole, num_heads = llama_shapes(name)
+    kept, layers = cut(whole, ROOM_BYTES[device] // STANDING_BYTES[device])
+    label = f"the {len(kept)} matrices of {name}, {layers}"
+    if device == "cpu":
+        return Work(label, kept, num_heads, rounds=3, copy_bytes=2**28, rows=bearable)
+    return Work(label, kept, num_heads, rounds=10, copy_bytes=2**30, begin_seconds=400)
+
+
+def square_matrices(num_layers: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"model.layers.{layer}.self_attn.{role}_proj.weight": (width, width)
+        for layer in range(num_layers)
+        for role in "qkvo"
+    }
+
+
+def llama_shapes(model: str) -> tuple[Shapes, int]:
+    """Read the shapes of the matrices, norms left out, and the number of heads from `configs/`."""
+    from foam_lightning.module import LlamaFoam
+
+    path = ROOT / "configs" / f"{model}.yaml"
+    if not path.exists():
+        raise SystemExit(f"--model {model} is no file of configs/, such as llama_7b")
+    module = LlamaFoam(**yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
+    shapes = {name: shape for name, shape in module.shapes.items() if len(shape) == 2}
+    return shapes, module.llama_config().num_attention_heads
+
+
+def cut(shapes: Shapes, num_elements: int) -> tuple[Shapes, str]:
+    """Keep the first layers that fit, and what belongs to no layer; say how many of how many."""
+    found = {name: re.search(r"layers\.(\d+)\.", name) for name in shapes}
+    layers = {name: int(match[1]) for name, match in found.items() if match}
+    num_layers = 1 + max(layers.values())
+    for kept in range(num_layers, 0, -1):
+        fitting = {name: shape for name, shape in shapes.items() if layers.get(name, 0) < kept}
+        if sum(map(math.prod, fitting.values())) <= num_elements:
+            return fitting, f"{kept} of its {num_layers} layers"
+    raise SystemExit(f"one layer has more than the {num_elements} elements that there is room for")
+
+
+# ---- the tables
+
+
+def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
+    weights = Weights.draw(
+        work.shapes, work.num_heads, device=device, dtype=DTYPES[device], seed=SEED
+    )
+    rows = chosen(names, ROWS) if names else work.rows
+    found, bandwidth = step_all(
+        rows,
+        weights,
+        rounds=work.rounds,
+        copy_bytes=work.copy_bytes,
+        begin_seconds=work.begin_seconds,
+    )
+    watched = (
+        "allocated in a step at most, beyond what was there before it"
+        if device == "cuda"
+        else "tensors alive in a step at most that were not before it; what compiled code or a "
+        "kernel takes inside itself is not seen"
+    )
+    left_out = [] if names else [row.name for row in ROWS if row not in rows]
+    return [
+        f"- {work.label}, {weights.num_elements / 1e6:.4g} million weights in "
+        f"{str(weights.dtype).removeprefix('torch.')}; learning rate {LR:g}, no weight decay, "
+        "all else at its default",
+        "",
+        f"Time: median of {work.rounds} steps, one of each row in turn, after three to warm up. "
+        "Floor: reading and writing weights and state and reading gradients at the higher of the "
+        f"speeds of a copy, {bandwidth.copy / 1e9:.4g} GB/s, and of a multiplication in place, "
+        f"{bandwidth.in_place / 1e9:.4g} GB/s, measured between the steps. "
+        f"Temporaries: {watched}. First step: from making the optimizer to the end of its first "
+        "step; nothing was compiled before but what a row above uses too.",
+        "",
+        f"GaLore and APOLLO keep 1/{RANK_SHARE} of the width. GaLore takes one SVD, of its first "
+        "matrix, in its first step; the other matrices begin on a random basis, on which a step "
+        "costs the same. No timed step holds an SVD."
+        + (f" Too slow for a CPU: {', '.join(left_out)}." if left_out else ""),
+        "",
+        *table(found, weights, max(bandwidth)),
+    ]
+
+
+def table(found: Sequence[Stepped], weights: Weights, bandwidth: float) -> list[str]:
+    weight_bytes = weights.num_elements * weights.dtype.itemsize
+    fused = [row.median_seconds for row in found if row.name == FUSED and row.failure is None]
+    lines = [
+        "| optimizer | ms | of fused AdamW | of the floor | temporaries, MB | state, MB | "
+        "first step, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        if row.failure is not None:
+            lines.append(f"| {row.name} | {row.failure} | | | | | |")
+            continue
+        floor = (3 * weight_bytes + 2 * row.state_bytes) / bandwidth
+        seen = row.temporary_bytes
+        lines.append(
+            f"| {row.name} | {row.median_seconds * 1e3:.4g} | "
+            f"{f'{row.median_seconds / fused[0]:.2f}' if fused else '-'} | "
+            f"{row.median_seconds / floor:.2f} | "
+            f"{'not seen' if seen is None else f'{seen / 1e6:.4g}'} | "
+            f"{row.state_bytes / 1e6:.4g} | {row.first_seconds:.3g} |"
+        )
+    return lines
+
+
+def first_step_table(names: Sequence[str], device: str, *, small: bool) -> list[str]:
+    """Time the first step over every distinct shape of a 7B model, each at levels 1, 2 and 3."""
+    shapes, num_heads = llama_shapes(FIRST_STEP_MODEL)
+    # Whole ones are large for a CPU; fewer rows leave as many distinct shapes.
+    share = 256 if small else 16 if device == "cpu" else 1
+    distinct: dict[tuple[int, int, int], str] = {}
+    for name, (height, width) in shapes.items():
+        for level in FIRST_STEP_LEVELS if is_foldable(name, (height, width)) else (0,):
+            distinct.setdefault((height // share, width, level), f"{name} {level}")
+    weights = Weights.draw(
+        {name: (height, width) for (height, width, _), name in distinct.items()},
+        num_heads,
+        device=device,
+        dtype=DTYPES[device],
+        seed=SEED,
+    )
+    levels = {name: level for (_, _, level), name in distinct.items() if name in weights.matrices}
+    rows = first_step_rows(levels)
+    rows = chosen(names, rows) if names else rows
+    start_compiler(rows, device)
+    return [
+        f"- one matrix of every shape of {FIRST_STEP_MODEL} at every level of "
+        f"{', '.join(map(str, FIRST_STEP_LEVELS))}, {len(distinct)} in all, in "
+        f"{str(weights.dtype).removeprefix('torch.')}"
+        + (f", with 1/{share} of their rows" if share > 1 else ""),
+        "",
+        "From making the optimizer to the end of its first step, with nothing compiled before.",
+        "",
+        "| optimizer | first step, s |",
+        "|---|---|",
+        *(
+            f"| {row.name} | {row.failure or f'{row.first_seconds:.3g}'} |"
+            for row in (first_steps(one, weights) for one in rows)
+        ),
+    ]
+
+
+def heading(words: Sequence[str], device: str) -> list[str]:
+    machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine}"
+    command = shlex.join(["python", "-m", "tests.benchmarks.optimizer_step", *words])
+    return [
+        "# The optimizer step",
+        "",
+        f"- command: `{command}`",
+        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, seed {SEED}",
+        f"- {machine}",
+        f"- {packages('torch', 'torchao', 'pytorch-optimizer')}",
+    ]
+
+
+def chosen(names: Sequence[str], rows: Sequence[Row]) -> list[Row]:
+    """Pick the rows in whose name one of these is found."""
+    for name in names:
+        if not any(name.lower() in row.name.lower() for row in rows):
+            known = ", ".join(row.name for row in rows)
+            raise SystemExit(f"--only {name} is in no row's name; the rows are: {known}")
+    return [row for row in rows if any(name.lower() in row.name.lower() for name in names)]
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=tuple(DTYPES), default="cpu")
+    parser.add_argument("--model", help="a file of configs/, such as llama_7b, for the shapes")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, for a test")
+    parser.add_argument("--first-step", action="store_true", help="only the first step, 7B shapes")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="rows to run")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args(words)
+    device, small = arguments.device, arguments.small
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch finds none; leave it out for the CPU")
+    warnings.simplefilter("ignore")
+    if device == "cpu":
+        torch.set_num_threads(THREADS)
+    lines = heading(words, device)
+    with cold_caches():
+        if arguments.first_step:
+            lines += first_step_table(arguments.only, device, small=small)
+        else:
+            work = choose_work(device, arguments.model, small=small)
+            lines += full_table(arguments.only, work, device)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,228 @@
+"""Take optimizer steps and measure them: time, temporaries, bytes of state."""
+
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from foam_lightning.memory.tracker import StorageTracker
+from tests.benchmarks.contenders import Row, Weights
+
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+class Bandwidth(NamedTuple):
+    """Bytes a second, read and written, of a copy and of a multiplication in place.
+
+    On a CPU a copy is the slower one, because a cache line is read before it is written over.
+    """
+
+    copy: float
+    in_place: float
+
+
+@dataclass
+class Stepped:
+    """What was measured of one row.
+
+    Attributes:
+        name: Of the row.
+        optimizers: What steps.
+        first_seconds: To make the optimizers and to take the first step.
+        temporary_bytes: Alive in a step at most and not before it; None where that is not seen.
+        state_bytes: Of the state, after the first steps.
+        seconds: Of the timed steps.
+        failure: Why there is nothing of the above.
+    """
+
+    name: str
+    optimizers: list[Optimizer] = field(default_factory=list)
+    first_seconds: float = 0.0
+    temporary_bytes: int | None = None
+    state_bytes: int = 0
+    seconds: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    def fail(self, error: Exception) -> None:
+        line = (str(error).strip() or "no message").splitlines()[0].replace("|", "/")
+        self.failure = f"failed: {type(error).__name__}: {line}"[:200]
+        self.optimizers = []
+
+
+def step_all(
+    rows: Sequence[Row],
+    weights: Weights,
+    *,
+    rounds: int,
+    copy_bytes: int,
+    begin_seconds: float = math.inf,
+) -> tuple[list[Stepped], Bandwidth]:
+    """Measure the rows, one timed step of each in turn.
+
+    Args:
+        rows: Who steps.
+        weights: What is stepped.
+        rounds: Timed steps of each row.
+        copy_bytes: Size of what the bandwidth is measured on, once a round.
+        begin_seconds: No row begins later than this, so that the table ends in time.
+
+    Returns:
+        What was found, by row, and the bandwidth.
+    """
+    begin = time.monotonic()
+    start_compiler(rows, weights.device)
+    found = []
+    for row in rows:
+        if time.monotonic() - begin > begin_seconds:
+            found.append(Stepped(row.name, failure="not begun: the time was up"))
+        else:
+            found.append(first_steps(row, weights))
+        say(f"{row.name}: {found[-1].failure or f'first step {found[-1].first_seconds:.2f} s'}")
+    source = torch.ones(copy_bytes // 4, device=weights.device)
+    target = torch.zeros_like(source)
+    copies, products = [], []
+    for number in range(rounds):
+        copies.append(seconds_of(lambda: target.copy_(source), weights.device))
+        products.append(seconds_of(lambda: target.mul_(0.5), weights.device))
+        for stepped in found:
+            if stepped.failure is None:
+                try:
+                    stepped.seconds.append(seconds_of(stepping(stepped), weights.device))
+                except Exception as error:  # as in `first_steps`
+                    stepped.fail(error)
+        say(f"round {number + 1} of {rounds}, {time.monotonic() - begin:.0f} s")
+    return found, Bandwidth(
+        copy=2 * copy_bytes / statistics.median(copies),
+        in_place=2 * copy_bytes / statistics.median(products),
+    )
+
+
+def first_steps(row: Row, weights: Weights) -> Stepped:
+    """Make the optimizers of a row and step three times: cold, watched, and warm."""
+    stepped = Stepped(row.name)
+    untouched = [grad._version for grad in weights.gradients]
+
+    def begin() -> None:
+        stepped.optimizers = row.make(weights)
+        stepping(stepped)()
+
+    try:
+        if row.package is not None:
+            import_module(row.package)
+        stepped.first_seconds = seconds_of(begin, weights.device)
+        if weights.device == "cuda":
+            stepped.temporary_bytes = _temporaries_on_cuda(stepped)
+        elif weights.device not in row.compiled_on:
+            stepped.temporary_bytes = _temporaries_on_cpu(stepped, weights)
+        stepping(stepped)()
+        stepped.state_bytes = state_bytes(stepped.optimizers)
+        if [grad._version for grad in weights.gradients] != untouched:
+            raise RuntimeError("it changes the gradients, which all rows share")
+    except Exception as error:  # whatever a rival raises belongs into its row
+        stepped.fail(error)
+    return stepped
+
+
+def stepping(stepped: Stepped) -> Callable[[], None]:
+    """Give what takes one step of a row."""
+
+    def step() -> None:
+        for optimizer in stepped.optimizers:
+            optimizer.step()
+
+    return step
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Time some work, on a GPU from idle to idle."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def state_bytes(optimizers: Sequence[Optimizer]) -> int:
+    """Add up the storages, each once: what a view keeps alive is all of what it views."""
+    storages = [tensor.untyped_storage() for tensor in _state_tensors(optimizers)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def start_compiler(rows: Sequence[Row], device: str) -> None:
+    """Pay what the first compilation of a process costs, so that no row is charged with it."""
+    if any(device in row.compiled_on for row in rows):
+        torch.compile(torch.square)(torch.ones(8, device=device))
+
+
+@contextmanager
+def cold_caches() -> Iterator[None]:
+    """Hide what earlier processes compiled."""
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        patch.dict(os.environ, {name: f"{folder}/{name.lower()}" for name in _CACHES}),
+    ):
+        yield
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def _temporaries_on_cpu(stepped: Stepped, weights: Weights) -> int:
+    tracker = StorageTracker()
+    tracker.claim([*weights.named.values(), *weights.gradients], "weights")
+    tracker.claim(_state_tensors(stepped.optimizers), "optimizer_state")
+    tracker.term = "workspace"
+    with tracker:
+        stepping(stepped)()
+    tracker.claim(_state_tensors(stepped.optimizers), "optimizer_state")
+    return tracker.peak().terms["workspace"]
+
+
+def _temporaries_on_cuda(stepped: Stepped) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stepping(stepped)()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _state_tensors(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [tensor for state in states for tensor in _tensors_in(state)]
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Find every plain tensor: in containers, in objects, inside tensor subclasses."""
+    if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit moments
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors_in(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors_in(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors_in(entry)
+    elif hasattr(value, "__dict__"):  # the projector of GaLore and APOLLO
+        yield from _tensors_in(vars(value))

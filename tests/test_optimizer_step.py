@@ -1,0 +1,222 @@
+"""The benchmark of the optimizer step, at its smallest."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from tests.benchmarks import contenders, optimizer_step
+from tests.benchmarks.contenders import ROWS, Row, Weights
+from tests.benchmarks.stepping import Stepped, first_steps, step_all
+
+EAGER = [row for row in ROWS if "cpu" not in row.compiled_on]
+COMPILED = [row for row in ROWS if "cpu" in row.compiled_on]
+SHAPE = (64, 64)
+COUNT, ELEMENTS = 5, 5 * 64 * 64
+
+
+@pytest.fixture
+def weights() -> Weights:
+    work = optimizer_step.choose_work("cpu", None, small=True)
+    assert set(work.shapes.values()) == {SHAPE}
+    assert len(work.shapes) == COUNT
+    return Weights.draw(
+        work.shapes, work.num_heads, device="cpu", dtype=torch.float32, seed=optimizer_step.SEED
+    )
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def stepped(name: str, weights: Weights) -> Stepped:
+    row = next(row for row in ROWS if row.name == name)
+    found = first_steps(row, weights)
+    assert found.failure is None
+    return found
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """Read the table: the columns of a row by its name."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {name: rest for name, *rest in lines[1:]}
+
+
+@pytest.mark.parametrize("row", EAGER, ids=lambda row: row.name)
+def test_each_row_steps_and_leaves_the_gradients_alone(row: Row, weights: Weights) -> None:
+    gradients = [grad.clone() for grad in weights.gradients]
+    before = [p.detach().clone() for p in weights.named.values()]
+
+    found = first_steps(row, weights)
+
+    assert found.failure is None
+    assert all(torch.equal(a, b) for a, b in zip(gradients, weights.gradients, strict=True))
+    moved = [
+        (p.detach() - b).abs().max() for p, b in zip(weights.named.values(), before, strict=True)
+    ]
+    assert min(moved) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # Two moments and a step number in float32 for each matrix.
+        ("torch AdamW, fused", 8 * ELEMENTS + 4 * COUNT),
+        # One moment for each matrix, AdamW for the embedding.
+        ("torch Muon", 4 * ELEMENTS + 4 * 64 * 64 + 4),
+        # A basis and two moments of a quarter of the width; the embedding unprojected.
+        ("GaLore", 4 * (COUNT - 1) * (16 * 64 + 2 * 64 * 16) + 8 * 64 * 64),
+        ("FOAM level 0", 8 * ELEMENTS),
+        ("FOAM level 2", 8 * (ELEMENTS - 64 * 64) // 4 + 8 * 64 * 64),
+        # Codes of a byte and a scale for each row; the embedding likewise.
+        ("FOAM level 2, int8", 2 * (COUNT - 1) * 64 * (16 + 4) + 2 * 64 * (64 + 4)),
+        # One second moment for each row, or none; Adam's for the embedding.
+        ("FOAM level 2, Adam-mini", 4 * (COUNT - 1) * 64 * (16 + 1) + 8 * 64 * 64),
+        ("FOAM level 2, Muon", 4 * (COUNT - 1) * 64 * 16 + 8 * 64 * 64),
+        ("FOAM row fold", 8 * (COUNT - 1) * 64 + 8 * 64 * 64),
+    ],
+)
+def test_state_bytes_are_those_of_the_formula(name: str, expected: int, weights: Weights) -> None:
+    assert stepped(name, weights).state_bytes == expected
+
+
+def test_temporaries_are_the_tensors_that_a_step_makes(weights: Weights) -> None:
+    matrix_bytes = 4 * 64 * 64
+
+    assert stepped("torch AdamW, fused", weights).temporary_bytes == 0
+    # All denominators at once, each of a matrix; the loop holds no more than a few.
+    assert stepped("torch AdamW, foreach", weights).temporary_bytes == COUNT * matrix_bytes
+    loop = stepped("torch AdamW, loop", weights).temporary_bytes
+    assert loop is not None
+    assert matrix_bytes <= loop < COUNT * matrix_bytes
+
+
+def test_a_row_that_fails_says_why_and_the_others_go_on(weights: Weights) -> None:
+    def refuse(_: Weights) -> list[torch.optim.Optimizer]:
+        raise RuntimeError("no such | device\nand more")
+
+    rows = [Row("broken", refuse), EAGER[0], Row("absent", refuse, package="no_such_package")]
+    found, bandwidth = step_all(rows, weights, rounds=2, copy_bytes=2**12)
+
+    assert found[0].failure == "failed: RuntimeError: no such / device"
+    assert len(found[1].seconds) == 2
+    assert found[2].failure == "failed: ModuleNotFoundError: No module named 'no_such_package'"
+    lines = optimizer_step.table(found, weights, max(bandwidth))
+    assert lines[2] == "| broken | failed: RuntimeError: no such / device | | | | | |"
+    assert lines[3].startswith("| torch AdamW, fused | ")
+
+
+def test_a_rival_that_changes_the_gradients_is_found_out(weights: Weights) -> None:
+    def halve(*_: object) -> None:
+        for grad in weights.gradients:
+            grad.mul_(0.5)
+
+    def greedy(weights: Weights) -> list[torch.optim.Optimizer]:
+        optimizer = SGD(weights.named.values())
+        optimizer.register_step_pre_hook(halve)
+        return [optimizer]
+
+    found = first_steps(Row("greedy", greedy), weights)
+
+    assert found.failure == "failed: RuntimeError: it changes the gradients, which all rows share"
+
+
+def test_rows_that_would_begin_too_late_say_so(weights: Weights) -> None:
+    found, _ = step_all(EAGER[:2], weights, rounds=1, copy_bytes=2**12, begin_seconds=-1.0)
+
+    assert [row.failure for row in found] == ["not begun: the time was up"] * 2
+
+
+def test_ratios_and_the_floor_are_those_of_the_numbers(weights: Weights) -> None:
+    found = [
+        Stepped(contenders.FUSED, seconds=[0.002, 0.004, 0.003], state_bytes=8 * ELEMENTS),
+        Stepped("other", seconds=[0.006], temporary_bytes=1000, state_bytes=0, first_seconds=1.5),
+    ]
+    # Weights twice, gradients once, both moments twice: 28 bytes an element.
+    bandwidth = 28 * ELEMENTS / 0.001
+
+    lines = optimizer_step.table(found, weights, bandwidth)
+
+    assert lines[2] == f"| {contenders.FUSED} | 3 | 1.00 | 3.00 | not seen | 0.1638 | 0 |"
+    assert lines[3] == "| other | 6 | 2.00 | 14.00 | 0.001 | 0 | 1.5 |"
+
+
+def test_a_model_is_cut_to_the_layers_that_there_is_room_for() -> None:
+    shapes = {f"model.layers.{i}.w": (10, 10) for i in range(12)} | {"lm_head.weight": (5, 10)}
+
+    kept, words = optimizer_step.cut(shapes, 1000)
+    whole, _ = optimizer_step.cut(shapes, 1250)
+
+    assert sum(map(math.prod, kept.values())) == 950
+    assert "lm_head.weight" in kept
+    assert words == "9 of its 12 layers"
+    assert whole == shapes
+    with pytest.raises(SystemExit, match="room"):
+        optimizer_step.cut(shapes, 100)
+
+
+def test_rows_that_do_not_exist_are_named() -> None:
+    with pytest.raises(SystemExit, match="--only FROM is in no row's name; the rows are: torch"):
+        optimizer_step.chosen(["FROM"], ROWS)
+
+
+def test_rows_that_take_minutes_on_a_cpu_run_where_they_are_named() -> None:
+    default = optimizer_step.choose_work("cpu", None, small=False).rows
+
+    assert [row.name for row in ROWS if row not in default] == ["torch Muon", "FOAM level 2, Muon"]
+    assert optimizer_step.choose_work("cpu", None, small=True).rows == ROWS
+    assert [row.name for row in optimizer_step.chosen(["torch muon"], ROWS)] == ["torch Muon"]
+
+
+@pytest.mark.usefixtures("_threads")
+def test_the_file_holds_the_machine_the_command_and_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--small", "--only", "fused", "foam level 2", "--output", str(tmp_path / "table.md")]
+
+    optimizer_step.main(words)
+
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert text == capsys.readouterr().out.rstrip("\n") + "\n"
+    assert "- command: `python -m tests.benchmarks.optimizer_step --small --only fused" in text
+    assert f"torch {torch.__version__}, torchao 0" in text
+    found = cells(text)
+    names = [row.name for row in optimizer_step.chosen(words[2:4], ROWS)]
+    assert list(found) == names
+    assert found[contenders.FUSED][1] == "1.00"
+    assert all(float(rest[0]) > 0 for rest in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_threads")
+def test_compiled_rows_step_and_their_state_is_counted_inside_their_tensors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    optimizer_step.main(["--small", "--only", *(row.name for row in COMPILED)])
+
+    found = cells(capsys.readouterr().out)
+    assert list(found) == [row.name for row in COMPILED]
+    torchao = found["torchao AdamW8bit"]
+    # Codes of a byte, a scale for 256 of them, a table of 256 values; and the step number.
+    each = 2 * (64 * 64 + 4 * 64 * 64 // 256 + 4 * 256) + 4
+    assert torchao[4] == f"{COUNT * each / 1e6:.4g}"
+    assert torchao[3] == "not seen"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_threads")
+def test_the_first_step_is_timed_over_the_shapes_of_a_large_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    optimizer_step.main(["--small", "--first-step", "--only", "FOAM"])
+
+    text = capsys.readouterr().out
+    # Three shapes fold, each at three levels; embedding and head are of one shape.
+    assert "at every level of 1, 2, 3, 10 in all, in float32, with 1/256 of their rows" in text
+    assert all(float(rest[0]) > 0 for rest in cells(text).values())
