@@ -74,17 +74,44 @@ class Job:
 
     @cached_property
     def levers(self) -> Levers:
-        """The levers that the settings ask for."""
+        """The levers that the settings ask for.
+
+        Raises:
+            ConfigError: The settings contradict each other.
+        """
         micro = int(self.data["micro_batch_size"] or self.batch_size)
         if micro < 1 or self.batch_size % micro:
             raise ConfigError(
                 f"data.micro_batch_size {micro} must divide data.batch_size {self.batch_size}"
             )
-        return Levers(
+        releases = bool(self.model.get("gradient_release"))
+        if releases and micro != self.batch_size:
+            raise ConfigError(
+                f"model.gradient_release cannot accumulate micro-batches of {micro} to "
+                f"data.batch_size {self.batch_size}; make both equal, or leave "
+                "data.micro_batch_size out"
+            )
+        levers = Levers(
             micro_batch_size=micro,
             accumulate_grad_batches=self.batch_size // micro,
+            gradient_release=releases,
             state_dtype=self.model["state_dtype"],
         )
+        self.check(levers)
+        return levers
+
+    def check(self, levers: Levers) -> None:
+        """Refuse levers that the settings contradict.
+
+        Raises:
+            ConfigError: Gradients would be released that the trainer is to clip.
+        """
+        clip_val = self.trainer.get("gradient_clip_val")
+        if levers.gradient_release and clip_val:
+            raise ConfigError(
+                f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
+                "release keeps none; set model.clip_norm instead, which clips each by itself"
+            )
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
         """Make the module; weights come with `configure_model`.

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -16,7 +18,9 @@ from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.loss import token_loss
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import DEFAULT_EXCLUDE, foldable, param_groups
+from foam_lightning.optim.release import release_gradients
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
+from foam_lightning.schedule import warmup_cosine
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,6 +58,11 @@ class LlamaFoam(LightningModule):
             code; "square_mean" squares the average, as the paper prints.
         bias_correct_moments_only: Leave the residual out of the bias correction.
         state_dtype: The dtype of the two moments.
+        clip_norm: The gradient of each parameter is scaled down to this norm where it is above;
+            none leaves it as it is. Unlike trainer.gradient_clip_val it does not need the
+            gradients of all parameters at once.
+        gradient_release: Step inside backward, parameter by parameter, so that gradients never
+            pile up; a step is then one micro-batch. A memory budget turns it on where need be.
         warmup_fraction: Share of the steps over which the learning rate rises.
         final_lr_fraction: Where the cosine ends, as a share of the peak.
         exclude: Regular expression on the names of matrices that never fold.
@@ -82,6 +91,8 @@ class LlamaFoam(LightningModule):
         second_moment: str = "mean_square",
         bias_correct_moments_only: bool = False,
         state_dtype: StateDtype = "float32",
+        clip_norm: float | None = None,
+        gradient_release: bool = False,
         warmup_fraction: float = 0.1,
         final_lr_fraction: float = 0.1,
         exclude: str = DEFAULT_EXCLUDE,
@@ -93,6 +104,8 @@ class LlamaFoam(LightningModule):
                 f"model.lr {lr} must be above 0, model.warmup_fraction {warmup_fraction} and "
                 f"model.final_lr_fraction {final_lr_fraction} between 0 and 1"
             )
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise ConfigError(f"model.clip_norm must be above 0, or null for none; got {clip_norm}")
         self.save_hyperparameters()
         self.model: LlamaForCausalLM | None = None
         self.plan: FoldPlan | None = None
@@ -187,6 +200,7 @@ class LlamaFoam(LightningModule):
             second_moment=hp["second_moment"],
             bias_correct_moments_only=hp["bias_correct_moments_only"],
             state_dtype=getattr(torch, plan.levers.state_dtype),
+            clip_norm=hp["clip_norm"],
         )
 
     @override
@@ -233,7 +247,9 @@ class LlamaFoam(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # For one step at a time: what a checkpoint or an error replaces or leaves is never hooked.
+        with release_gradients(optimizer.optimizer) if self._releases else nullcontext():
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Lightning frees gradients after the next forward pass, whose peak would then hold them.
         optimizer.zero_grad(set_to_none=True)
 
@@ -262,6 +278,21 @@ class LlamaFoam(LightningModule):
         self._keep_rope_float32()
 
     @override
+    def on_train_start(self) -> None:
+        trainer = self.trainer
+        if self._releases and (
+            trainer.gradient_clip_val
+            or trainer.accumulate_grad_batches != 1
+            or not isinstance(trainer.strategy, SingleDeviceStrategy)
+        ):
+            raise ConfigError(
+                "gradient release needs one device, trainer.accumulate_grad_batches 1 and no "
+                "trainer.gradient_clip_val (model.clip_norm clips each parameter by itself); got "
+                f"{type(trainer.strategy).__name__}, {trainer.accumulate_grad_batches} and "
+                f"{trainer.gradient_clip_val}"
+            )
+
+    @override
     def on_validation_start(self) -> None:
         self._keep_rope_float32()
 
@@ -287,6 +318,10 @@ class LlamaFoam(LightningModule):
             raise ConfigError("no fold plan is set; call follow(plan) before training")
         return self.plan
 
+    @property
+    def _releases(self) -> bool:
+        return self._plan().levers.gradient_release
+
     def _built(self) -> "LlamaForCausalLM":
         if self.model is None:
             raise ConfigError("the model is not built; call configure_model() first")
@@ -305,24 +340,3 @@ class LlamaFoam(LightningModule):
 
     def _keep_rope_float32(self) -> None:
         llama.keep_rope_float32(self._built())
-
-
-def warmup_cosine(
-    num_steps: int, *, warmup_fraction: float, final_fraction: float
-) -> Callable[[int], float]:
-    """Give the learning-rate factor of every step: linear rise, then half a cosine.
-
-    Args:
-        num_steps: Optimizer steps of the whole run; the last one trains at `final_fraction`.
-        warmup_fraction: Share of the steps that rise from near zero to 1.
-        final_fraction: The factor at the end.
-    """
-    warmup_steps = max(1, round(num_steps * warmup_fraction))
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps))
-        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor

@@ -24,9 +24,10 @@ class Memory:
         rows = levers.micro_batch_size
         layers = self.activations * rows // (8 if levers.activation_checkpointing else 1)
         loss = self.logits * (min(rows, 1) if levers.chunked_loss else rows)
+        gradients = self.gradients // (10 if levers.gradient_release else 1)
         # Gradients are there in the forward pass only if there was one before it.
-        held = self.gradients if levers.accumulate_grad_batches > 1 else 0
-        return self.state // 2**level + max(held + layers + loss, self.gradients)
+        held = gradients if levers.accumulate_grad_batches > 1 else 0
+        return self.state // 2**level + max(held + layers + loss, gradients)
 
 
 def divisors(batch: int) -> list[int]:
@@ -42,9 +43,16 @@ def in_order_of_price(start: Levers) -> list[Levers]:
         )
 
     sizes = [size for size in divisors(start.batch_size) if size <= start.micro_batch_size]
+    if start.gradient_release:
+        sizes = [start.batch_size]
     chunked = replace(start, chunked_loss=True)
     saving = replace(chunked, activation_checkpointing=True)
-    return [start, *(split(chunked, s) for s in sizes), *(split(saving, s) for s in sizes)]
+    return [
+        start,
+        *(split(chunked, s) for s in sizes),
+        *(split(saving, s) for s in sizes),
+        replace(split(saving, start.batch_size), gradient_release=True),
+    ]
 
 
 def first_that_fits(start: Levers, fits: Callable[[Levers, int], bool]) -> Levers | None:
@@ -68,6 +76,12 @@ starts = st.builds(
     chunked_loss=st.booleans(),
     activation_checkpointing=st.booleans(),
     state_dtype=st.sampled_from(["float32", "bfloat16"]),
+) | st.builds(
+    Levers,
+    micro_batch_size=st.sampled_from([1, 2, 12]),
+    chunked_loss=st.booleans(),
+    activation_checkpointing=st.booleans(),
+    gradient_release=st.just(True),
 )
 memories = st.builds(Memory, state=sizes, gradients=sizes, activations=sizes, logits=sizes)
 
@@ -85,7 +99,10 @@ def test_nothing_the_start_asks_for_is_let_go(memory: Memory, start: Levers, bud
     found = cheapest(start, below(memory, budget))
     for levers in [found, *leanest(start)] if found else leanest(start):
         assert levers.batch_size == start.batch_size
-        assert levers.micro_batch_size <= start.micro_batch_size
+        # What is released cannot be accumulated: the batch is whole.
+        whole = start.batch_size if levers.gradient_release else 1
+        assert whole <= levers.micro_batch_size <= max(start.micro_batch_size, whole)
+        assert levers.gradient_release >= start.gradient_release
         assert levers.chunked_loss >= start.chunked_loss
         assert levers.activation_checkpointing >= start.activation_checkpointing
         assert levers.state_dtype == start.state_dtype
@@ -113,6 +130,38 @@ def test_levers_are_pulled_in_the_order_of_their_price() -> None:
         (1, True, False),
         (6, True, True),
     ]
+
+
+def test_gradients_are_released_last_and_in_one_micro_batch() -> None:
+    memory = Memory(state=0, gradients=1000, activations=8, logits=1)
+    held, released = (
+        memory.of(levers, TARGET_LEVEL) for levers in (START, in_order_of_price(START)[-1])
+    )
+    assert (held, released) == (1000, 100)
+    for start in (START, replace(START, micro_batch_size=3, accumulate_grad_batches=4)):
+        found = cheapest(start, below(memory, 999))
+        assert found == Levers(
+            micro_batch_size=12,
+            chunked_loss=True,
+            activation_checkpointing=True,
+            gradient_release=True,
+            state_dtype="bfloat16",
+        )
+        assert cheapest(start, below(memory, 100)) == found
+        assert cheapest(start, below(memory, 99)) is None
+    assert cheapest(START, below(memory, 1000)) == START
+
+
+def test_what_is_released_is_never_split() -> None:
+    start = replace(START, gradient_release=True)
+    tried = []
+
+    def fits(levers: Levers, level: int) -> bool:
+        tried.append(levers)
+        return False
+
+    assert cheapest(start, fits) is None
+    assert {levers.micro_batch_size for levers in [*tried, *leanest(start)]} == {12}
 
 
 def test_the_largest_micro_batch_that_fits_is_found_in_few_trials() -> None:

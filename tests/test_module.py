@@ -16,8 +16,9 @@ from foam_lightning.checkpoint import read_checkpoint
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError, PlanError
 from foam_lightning.job import Job
-from foam_lightning.module import LlamaFoam, warmup_cosine
+from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
+from foam_lightning.schedule import warmup_cosine
 
 NewJob = Callable[..., Job]
 

@@ -18,7 +18,8 @@ def cheapest(start: Levers, fits: Fits) -> Levers | None:
     """Find the cheapest levers that fit.
 
     The order of price: nothing, chunked loss, smaller micro-batches with more accumulation,
-    activation checkpointing (with the largest micro-batch that then fits).
+    activation checkpointing (with the largest micro-batch that then fits), gradient release (with
+    the whole batch in one micro-batch, since there is nothing to accumulate).
 
     Args:
         start: The levers that the configuration asks for; none of them is ever let go.
@@ -39,7 +40,8 @@ def leanest(start: Levers) -> list[Levers]:
     """List the levers of which one needs the least memory, the cheapest first.
 
     Which one depends on the model: a lever that saves activations may cost gradients, such as
-    accumulation, which holds them during the forward passes.
+    accumulation, which holds them during the forward passes, or gradient release, which cannot
+    split the batch.
     """
     ends = (levers for stage in _stages(start) for levers in (stage[0], stage[-1]))
     return list(dict.fromkeys(ends))
@@ -50,10 +52,21 @@ def _stages(start: Levers) -> Iterator[list[Levers]]:
     yield [start]
     chunked = replace(start, chunked_loss=True)
     yield _micro_batches(chunked)
-    yield _micro_batches(replace(chunked, activation_checkpointing=True))
+    checkpointing = replace(chunked, activation_checkpointing=True)
+    yield _micro_batches(checkpointing)
+    yield [
+        replace(
+            checkpointing,
+            micro_batch_size=start.batch_size,
+            accumulate_grad_batches=1,
+            gradient_release=True,
+        )
+    ]
 
 
 def _micro_batches(levers: Levers) -> list[Levers]:
+    if levers.gradient_release:
+        return [levers]
     batch = levers.batch_size
     sizes = (size for size in range(levers.micro_batch_size, 0, -1) if batch % size == 0)
     return [

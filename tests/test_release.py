@@ -1,0 +1,466 @@
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+
+from foam_lightning import FOAM
+from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.errors import ConfigError
+from foam_lightning.job import Job
+from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.release import release_gradients
+from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.training import train
+from tests.runs import STEPS, NewJob, open_folder, small
+from tests.test_training import StopAfter, StopError, final_weights
+from tuner.fitting import Fitting
+
+STEPS_OF_A_NET = 4
+
+
+class Net(nn.Module):
+    """A net with what can go wrong: a tied head, a layer used twice, one not always used."""
+
+    def __init__(self, *, checkpointing: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.twice = nn.Linear(6, 6)
+        self.odd = nn.Linear(6, 6, bias=False)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.norm = nn.Parameter(torch.ones(6))
+        self._checkpointing = checkpointing
+
+    def block(self, hidden: Tensor) -> Tensor:
+        return hidden + self.frozen(self.twice(hidden)).tanh() * self.norm
+
+    def forward(self, ids: Tensor, *, with_odd: bool = True) -> Tensor:
+        hidden = self.embed(ids)
+        for _ in range(2):
+            if self._checkpointing:
+                hidden = checkpoint(self.block, hidden, use_reentrant=False)
+            else:
+                hidden = self.block(hidden)
+        if with_odd:
+            hidden = hidden + self.odd(hidden)
+        loss: Tensor = nn.functional.cross_entropy(hidden @ self.embed.weight.T, ids)
+        return loss
+
+    def run(self, optimizer: FOAM, *, releases: bool, steps: int = STEPS_OF_A_NET) -> list[float]:
+        """Train with a schedule, the odd layer in every second step only."""
+        schedule = LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        losses = []
+        with release_gradients(optimizer) if releases else nullcontext():
+            for step in range(steps):
+                loss = self(torch.arange(11).roll(step), with_odd=step % 2 == 0)
+                loss.backward()
+                assert releases == all(p.grad is None for p in self.parameters())
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses
+
+
+def groups(net: Net, **options: Any) -> list[dict[str, Any]]:
+    """Put matrices and the rest into groups of their own, with rates of their own."""
+    matrices = [p for p in net.parameters() if p.ndim == 2]
+    rest = [p for p in net.parameters() if p.ndim < 2]
+    return [{"params": matrices, **options}, {"params": rest, "lr": 0.03}]
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Compare to the last bit what a `state_dict` may hold."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+@given(
+    level=st.integers(0, 3),
+    checkpointing=st.booleans(),
+    clip_norm=st.sampled_from([None, 0.01, 100.0]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    fused=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+)
+def test_releasing_changes_not_one_bit(
+    level: int,
+    checkpointing: bool,
+    clip_norm: float | None,
+    weight_decay: float,
+    fused: bool,
+    dtype: torch.dtype,
+) -> None:
+    found = []
+    for releases in (False, True):
+        net = Net(checkpointing=checkpointing).to(dtype)
+        optimizer = FOAM(
+            groups(net, level=level, clip_norm=clip_norm),
+            lr=0.05,
+            weight_decay=weight_decay,
+            fused=fused,
+        )
+        losses = net.run(optimizer, releases=releases)
+        found.append(
+            {"losses": losses, "weights": net.state_dict(), "state": optimizer.state_dict()}
+        )
+        assert {s["step"] for s in optimizer.state.values()} == {STEPS_OF_A_NET, 2}
+        assert len(optimizer.state) == 5  # embed, twice (2), odd, norm
+    assert_same(*found)
+
+
+def test_a_clipped_parameter_is_as_if_its_gradient_had_been_clipped() -> None:
+    weights = []
+    for releases in (False, True):
+        net = Net()
+        optimizer = FOAM(net.parameters(), lr=0.05, clip_norm=0.01 if releases else None)
+        with release_gradients(optimizer) if releases else nullcontext():
+            net(torch.arange(11)).backward()
+        for param in net.parameters():
+            if param.grad is not None:
+                torch.nn.utils.clip_grad_norm_(param, 0.01)
+        optimizer.step()
+        weights.append(nn.utils.parameters_to_vector(net.parameters()))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_step_finds_nothing_left_to_do() -> None:
+    net = Net()
+    optimizer = FOAM(net.parameters())
+    with release_gradients(optimizer):
+        net(torch.arange(11)).backward()
+        assert all(p.grad is None for p in net.parameters())
+        before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+        optimizer.step()
+    assert_same(before[0], net.state_dict())
+    assert_same(before[1]["state"], optimizer.state_dict()["state"])
+
+
+def test_after_the_context_gradients_are_kept_again() -> None:
+    net = Net()
+    optimizer = FOAM(net.parameters())
+    with pytest.raises(StopError), release_gradients(optimizer):
+        raise StopError
+    before = copy.deepcopy(net.state_dict())
+    net(torch.arange(11)).backward()
+    assert net.norm.grad is not None
+    assert_same(before, net.state_dict())
+    assert not optimizer.state
+
+
+def test_a_second_backward_before_the_step_is_refused() -> None:
+    net = Net()
+    optimizer = FOAM(net.parameters())
+    with release_gradients(optimizer):
+        net(torch.arange(11)).backward()
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(
+            ConfigError, match=r"second gradient before optimizer\.step\(\)"
+        ) as caught:
+            net(torch.arange(11)).backward()
+        assert "accumulate_grad_batches 1" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+        assert_same(before, net.state_dict())
+
+
+def test_two_backwards_of_two_halves_are_one_step() -> None:
+    left, right = nn.Linear(3, 3), nn.Linear(3, 3)
+    optimizer = FOAM([*left.parameters(), *right.parameters()])
+    with release_gradients(optimizer):
+        for half in (left, right):
+            half(torch.ones(3)).sum().backward()
+        optimizer.step()
+    assert {state["step"] for state in optimizer.state.values()} == {1}
+
+
+def test_options_are_those_of_the_groups_at_that_moment() -> None:
+    """A state that is loaded replaces the groups, and a schedule changes them."""
+    nets = [Net(), Net()]
+    for net, releases in zip(nets, (False, True), strict=True):
+        optimizer = FOAM(groups(net), lr=0.05)
+        with release_gradients(optimizer) if releases else nullcontext():
+            saved = optimizer.state_dict()
+            for group in saved["param_groups"]:
+                group["lr"] = 0.5
+            optimizer.load_state_dict(saved)
+            net(torch.arange(11)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.param_groups[1]["lr"] = 0.0
+            net(torch.arange(11)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(nets[0].state_dict(), nets[1].state_dict())
+
+
+def test_copies_are_not_hooked() -> None:
+    net = Net()
+    optimizer = FOAM(net.parameters())
+    with release_gradients(optimizer):
+        twin, twins_optimizer = copy.deepcopy((net, optimizer))
+        twin(torch.arange(11)).backward()
+        assert twin.norm.grad is not None
+        assert_same(twin.state_dict(), net.state_dict())
+        twins_optimizer.step()
+        net(torch.arange(11)).backward()
+    assert_same(twin.state_dict(), net.state_dict())
+
+
+def test_a_sparse_gradient_is_refused() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = FOAM(embedding.parameters())
+    with (
+        release_gradients(optimizer),
+        pytest.raises(RuntimeError, match="dense real gradient, got a sparse"),
+    ):
+        embedding(torch.tensor([1])).sum().backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_weight_that_backward_still_needs_is_not_changed_unseen(fused: bool) -> None:
+    weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(4, requires_grad=True)
+    optimizer = FOAM([weight], fused=fused)
+    # The gradient of the weight comes first, and that of x still needs the old weight.
+    loss = (weight @ (weight.detach() @ x)).sum()
+    with release_gradients(optimizer), pytest.raises(RuntimeError, match="modified by an inplace"):
+        loss.backward()
+
+
+def test_the_peak_is_without_the_gradients_of_all_layers() -> None:
+    size, count = 64, 12
+    matrix = 4 * size * size
+
+    def peak(*, releases: bool) -> int:
+        net = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(count)))
+        optimizer = FOAM(net.parameters(), level=8)
+        tracker = StorageTracker()
+        tracker.claim(net.parameters(), "weights")
+        with release_gradients(optimizer) if releases else nullcontext(), tracker:
+            net(torch.ones(1, size)).sum().backward()
+            optimizer.step()
+        return tracker.peak().total_bytes - count * matrix
+
+    kept, released = peak(releases=False), peak(releases=True)
+    assert kept >= count * matrix
+    assert released <= kept - (count - 2) * matrix
+
+
+# ---- LLaMA under Lightning
+
+
+class Losses(Callback):
+    """Note losses, rates, and whether gradients are left by backward and by the step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.left: list[bool] = []
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        self.left.append(any(p.grad is not None for p in module.parameters()))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.rates.append(float(trainer.callback_metrics["train/learning_rate"]))
+        assert all(p.grad is None for p in module.parameters())
+        assert not any(p._post_accumulate_grad_hooks for p in module.parameters())
+
+
+def releasing(plan: FoldPlan, **levers: Any) -> FoldPlan:
+    return replace(plan, levers=replace(plan.levers, gradient_release=True, **levers))
+
+
+def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaFoam:
+    module = job.new_module()
+    module.follow(plan)
+    trainer = job.new_trainer(
+        plan.levers, list(watches), bare=True, limit_val_batches=0, **settings
+    )
+    trainer.fit(module, datamodule=job.new_data(plan.levers))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("precision", "level", "clip_norm", "levers"),
+    [
+        ("32-true", 0, None, {}),
+        ("32-true", 2, 0.1, {"chunked_loss": True, "activation_checkpointing": True}),
+        ("bf16-true", 1, None, {"activation_checkpointing": True}),
+        ("bf16-mixed", 3, None, {"chunked_loss": True}),
+    ],
+)
+def test_a_run_is_the_same_with_and_without(
+    new_job: NewJob, precision: str, level: int, clip_norm: float | None, levers: dict[str, bool]
+) -> None:
+    job = new_job(
+        model={"clip_norm": clip_norm},
+        data={"sequence_length": 80},
+        trainer={"precision": precision},
+    )
+    plan = job.plan_at(level)
+    plan = replace(plan, levers=replace(plan.levers, **levers))
+    kept, released = Losses(), Losses()
+    expected = fit(job, plan, kept)
+    found = fit(job, releasing(plan), released)
+    assert (kept.left, released.left) == ([True] * 8, [False] * 8)
+    assert released.losses == kept.losses
+    assert released.rates == kept.rates
+    assert len(set(released.rates)) > 6
+    assert_same(found.state_dict(), expected.state_dict())
+
+
+def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "tied"
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    job = new_job(model={"pretrained": str(folder)}, trainer={"max_steps": 3})
+    plan, memory = job.plan_at(2), MemoryWatch()
+    modules = [fit(job, plan), fit(job, releasing(plan), memory)]
+    assert_same(modules[0].state_dict(), modules[1].state_dict())
+    model: Any = modules[1].model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_predicted(job, releasing(plan), memory)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(new_job: NewJob, tmp_path: Path) -> None:
+    plan = releasing(small(new_job).plan_at(1), micro_batch_size=8, accumulate_grad_batches=1)
+    kept = replace(plan, levers=replace(plan.levers, gradient_release=False))
+    runs = {name: open_folder(tmp_path / name) for name in ("kept", "whole", "broken")}
+    train(small(new_job), kept, runs["kept"])
+    expected = train(small(new_job), plan, runs["whole"])
+    with pytest.raises(StopError):
+        train(small(new_job, callbacks=[StopAfter(7)]), plan, runs["broken"])
+    found = train(small(new_job), plan, runs["broken"])
+    assert found.final_validation_loss == expected.final_validation_loss
+    assert_same(final_weights(runs["broken"]), final_weights(runs["whole"]))
+    assert_same(final_weights(runs["whole"]), final_weights(runs["kept"]))
+    assert STEPS > 7
+
+
+def assert_predicted(job: Job, plan: FoldPlan, memory: MemoryWatch) -> int:
+    assert memory.measured_bytes is not None
+    predicted = job.new_accountant().account(plan).peak_bytes
+    assert 0.995 <= predicted / memory.measured_bytes <= 1.01
+    return memory.measured_bytes
+
+
+def test_a_run_takes_what_the_account_says_and_less_than_without(new_job: NewJob) -> None:
+    job = new_job(
+        model={"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6},
+        data={"sequence_length": 32, "batch_size": 1},
+        trainer={"max_steps": 3},
+    )
+    plan = job.plan_at(8)
+    peaks = []
+    for case in (plan, releasing(plan)):
+        memory = MemoryWatch()
+        fit(job, case, memory)
+        peaks.append(assert_predicted(job, case, memory))
+    weights = 4 * sum(p.numel() for p in fit(job, plan).parameters())
+    assert peaks[1] < peaks[0] - 0.5 * weights
+
+
+# ---- what is refused
+
+
+def test_the_settings_ask_for_it(new_job: NewJob) -> None:
+    levers = new_job(model={"gradient_release": True}).levers
+    assert (levers.gradient_release, levers.micro_batch_size) == (True, 8)
+    assert not new_job().levers.gradient_release
+
+
+def test_settings_that_accumulate_are_refused(new_job: NewJob) -> None:
+    job = new_job(model={"gradient_release": True}, data={"micro_batch_size": 4})
+    with pytest.raises(ConfigError, match=r"cannot accumulate micro-batches of 4 to data\.batch"):
+        _ = job.levers
+
+
+@pytest.fixture
+def clipping(new_job: NewJob) -> Callable[..., Job]:
+    return lambda **model: new_job(model=model, trainer={"gradient_clip_val": 1.0})
+
+
+MESSAGE = r"trainer\.gradient_clip_val 1\.0 needs all gradients at once.* set model\.clip_norm"
+
+
+def test_settings_that_clip_all_gradients_are_refused(clipping: Callable[..., Job]) -> None:
+    with pytest.raises(ConfigError, match=MESSAGE):
+        _ = clipping(gradient_release=True).levers
+    assert clipping().levers.batch_size == 8
+
+
+def test_a_plan_or_a_budget_that_releases_what_is_to_be_clipped_is_refused(
+    clipping: Callable[..., Job],
+) -> None:
+    # Two short rows, so that gradients are most of the peak.
+    job = clipping(hidden_size=128, intermediate_size=344, num_hidden_layers=3)
+    job = replace(job, data={**job.data, "batch_size": 2})
+    rich, poor = Fitting(job, 10**12), Fitting(job, 1)
+    plan = rich.uniform(8)
+    rich.check(plan)
+    with pytest.raises(ConfigError, match=MESSAGE):
+        rich.check(releasing(plan))
+    assert rich.minimum.plan.levers.gradient_release
+    poor.accountant = rich.accountant  # traces once for both
+    poor.budget_bytes = rich.minimum.account.peak_bytes
+    with pytest.raises(ConfigError, match=MESSAGE):
+        poor.refuse_if_infeasible()
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [
+        ({"gradient_clip_val": 0.5}, "SingleDeviceStrategy, 1 and 0.5"),
+        ({"accumulate_grad_batches": 4}, "SingleDeviceStrategy, 4 and None"),
+        ({"strategy": DDPStrategy(process_group_backend="gloo")}, "DDPStrategy, 1 and None"),
+    ],
+    ids=["clipping", "accumulation", "strategy"],
+)
+def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got: str) -> None:
+    module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, **settings)
+    module.trainer = trainer
+    plan = module.uniform_plan(1, Levers(micro_batch_size=1))
+    module.follow(plan)
+    module.on_train_start()
+    module.follow(releasing(plan))
+    with pytest.raises(ConfigError, match="gradient release needs one device") as caught:
+        module.on_train_start()
+    assert str(caught.value).endswith(f"got {got}")
+    assert "model.clip_norm" in str(caught.value)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_norm_that_cannot_clip_is_refused(clip_norm: float) -> None:
+    with pytest.raises(ConfigError, match=r"model\.clip_norm must be above 0, or null for none"):
+        LlamaFoam(clip_norm=clip_norm)
