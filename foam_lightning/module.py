@@ -57,7 +57,7 @@ class LlamaFoam(LightningModule):
         second_moment: "mean_square" averages squared gradients over a block, as the released
             code; "square_mean" squares the average, as the paper prints.
         bias_correct_moments_only: Leave the residual out of the bias correction.
-        state_dtype: The dtype of the two moments.
+        state_dtype: The dtype of the two moments: float32, bfloat16, or int8 codes with scales.
         clip_norm: The gradient of each parameter is scaled down to this norm where it is above;
             none leaves it as it is. Unlike trainer.gradient_clip_val it does not need the
             gradients of all parameters at once.

@@ -11,7 +11,7 @@ from foam_lightning.run_folder import write_text
 
 SCHEMA = "foam-lightning/fold-plan/1"
 
-StateDtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16", "int8"]
 Fingerprint = Mapping[str, int | bool]
 
 
@@ -28,7 +28,7 @@ class Levers:
         activation_checkpointing: Decoder layers keep only their input and recompute the rest.
         gradient_release: The optimizer steps inside backward, and each gradient dies at once; so
             there is none to accumulate.
-        state_dtype: The dtype of the two moments, "float32" or "bfloat16".
+        state_dtype: The dtype of the two moments, "float32", "bfloat16" or "int8".
     """
 
     micro_batch_size: int

@@ -82,7 +82,7 @@ CASES: list[tuple[Precision, bool, bool, int, int | str, StateDtype]] = [
     ("bf16-true", False, False, 2, 2, "bfloat16"),
     ("bf16-true", False, True, 1, "mixed", "float32"),
     ("bf16-true", True, False, 1, 0, "bfloat16"),
-    ("bf16-true", True, True, 2, 2, "float32"),
+    ("bf16-true", True, True, 2, 2, "int8"),
     ("bf16-mixed", False, True, 1, 2, "float32"),
     ("bf16-mixed", True, False, 2, "mixed", "float32"),
     ("32-true", False, False, 0, "mixed", "float32"),
@@ -185,7 +185,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", range(9))
 def test_predicted_state_is_allocated_state(

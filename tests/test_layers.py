@@ -18,7 +18,7 @@ FILES = sorted(
 
 # From low to high; the modules of one line do not import each other.
 FOAM_LIGHTNING_LAYERS = [
-    {"units", "roles", "loss", "schedule"},
+    {"units", "roles", "loss", "cache_home", "schedule"},
     {"errors"},
     {"run_folder"},
     {"plan"},

@@ -39,7 +39,7 @@ def plans(draw: Callable[..., Any]) -> FoldPlan:
             chunked_loss=draw(st.booleans()),
             activation_checkpointing=draw(st.booleans()),
             gradient_release=releases,
-            state_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+            state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
         ),
     )
 

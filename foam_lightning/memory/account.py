@@ -19,7 +19,7 @@ from foam_lightning.memory.trace import (
     weight_dtype,
 )
 from foam_lightning.memory.tracker import TERMS
-from foam_lightning.optim.fold import folded_shape
+from foam_lightning.optim.state import state_bytes
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 
 # What a CUDA process holds outside torch's counters: its context and the modules loaded into it.
@@ -181,16 +181,14 @@ class Accountant:
 def optimizer_state_bytes(
     shapes: Mapping[str, tuple[int, ...]], levels: Mapping[str, int], dtype: StateDtype
 ) -> int:
-    """Count the bytes of both moments of every parameter, by formula.
-
-    `2 * itemsize * sum(numel(folded_shape(shape, level)))`, exactly what the optimizer allocates.
+    """Count the bytes of the state of every parameter, by formula: what the optimizer allocates.
 
     Args:
         shapes: Shape of every parameter by name, in elements.
         levels: Fold level by name; a parameter that is not named is not folded.
         dtype: The dtype of the moments.
     """
-    numbers = sum(
-        math.prod(folded_shape(shape, levels.get(name, 0))) for name, shape in shapes.items()
+    return sum(
+        state_bytes(shape, levels.get(name, 0), getattr(torch, dtype))
+        for name, shape in shapes.items()
     )
-    return 2 * int(getattr(torch, dtype).itemsize) * numbers

@@ -46,10 +46,11 @@ def compiled_step_(
     )
 
 
+# Typed here because torch's stub does not know `isolate_recompiles`.
+_compile: Callable[..., Callable[..., None]] = torch.compile
+
+
 @cache
 def _program(*key: Hashable) -> Callable[..., None]:
     """Give each key a program of its own: programs in one would count as recompilations of it."""
-    program: Callable[..., None] = torch.compile(  # type: ignore[call-overload]
-        foam_step_, fullgraph=True, isolate_recompiles=True
-    )
-    return program
+    return _compile(foam_step_, fullgraph=True, isolate_recompiles=True)

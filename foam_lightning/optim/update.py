@@ -1,6 +1,6 @@
 """The update of one tensor by the fastest way its device has, in parts that bound the memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import EllipsisType
 
 from torch import Tensor
@@ -11,9 +11,11 @@ from foam_lightning.optim.compiled import compiled_step_
 from foam_lightning.optim.state import SecondMoment
 from foam_lightning.optim.step import StepFactors, foam_step_
 
-# A matrix larger than this is updated some rows at a time: 8 MiB for each float32 temporary, where
-# the embedding of a 7B model would take 0.5 GB for each.
-_PART_ELEMENTS = 2**21
+# A matrix larger than this is updated some rows at a time, so that all temporaries together stay
+# below 64 MB, where the embedding of a 7B model would take 0.5 GB for each. A fused update has no
+# temporary of the size of the matrix, and pays for each call: its parts are larger.
+_PART_ELEMENTS = 2**20
+_FUSED_PART_ELEMENTS = 2**23
 
 
 def update_(
@@ -60,8 +62,12 @@ def update_(
                 second_moment=second_moment,
             )
         return
-    step_ = compiled_step_ if fused and param.is_cuda else foam_step_
-    for number, rows in enumerate(_parts(param, second_moment)):
+    compiles = fused and param.is_cuda
+    step_ = compiled_step_ if compiles else foam_step_
+    limit = _FUSED_PART_ELEMENTS if compiles else _PART_ELEMENTS
+    # What makes a matrix orthogonal needs all of it.
+    parts = [...] if second_moment == "none" else _row_parts(param, limit)
+    for number, rows in enumerate(parts):
         step_(
             param[rows],
             grad[rows],
@@ -76,15 +82,12 @@ def update_(
         )
 
 
-def _parts(param: Tensor, second_moment: SecondMoment) -> Iterator[slice | EllipsisType]:
-    """Yield indices of rows, `_PART_ELEMENTS` at most, that together are all of them."""
-    # What makes a matrix orthogonal needs all of it.
-    if param.ndim < 2 or param.numel() <= _PART_ELEMENTS or second_moment == "none":
-        yield ...
-        return
-    rows = max(1, _PART_ELEMENTS // (param.numel() // len(param)))
-    for start in range(0, len(param), rows):
-        yield slice(start, start + rows)
+def _row_parts(param: Tensor, limit: int) -> list[slice | EllipsisType]:
+    """List indices of rows, `limit` elements at most, that together are all of them."""
+    if param.ndim < 2 or param.numel() <= limit:
+        return [...]
+    rows = max(1, limit // (param.numel() // len(param)))
+    return [slice(start, start + rows) for start in range(0, len(param), rows)]
 
 
 def _mixed(seed: int, part: int) -> int:
