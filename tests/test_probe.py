@@ -56,6 +56,31 @@ def probed(new_job: Callable[..., Job]) -> tuple[Job, UpdateProbe, Witness]:
     return job, probe, witness
 
 
+@pytest.mark.parametrize("model", [{"clip_norm": 1e-3}, {"state_dtype": "int8"}], ids=str)
+def test_the_probe_sees_what_the_optimizer_makes_of_gradient_and_state(
+    new_job: Callable[..., Job], model: dict[str, Any]
+) -> None:
+    job = new_job(model=model)
+    plan = replace(job.plan_at(0), scales={0: 1.0})
+    probe, witness = UpdateProbe(AT_STEP), Witness()
+    Bench(job).run(plan, num_steps=6, seed=0, callbacks=[probe, witness])
+    expected = rms_by_role({n: u / witness.rate for n, u in witness.updates.items()})
+    for role in ROLES:
+        assert probe.rms[role][0] == pytest.approx(expected[role], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "model", [{"second_moment": "square_mean"}, {"gradient_release": True}], ids=str
+)
+def test_what_cannot_be_measured_is_left_empty(
+    new_job: Callable[..., Job], model: dict[str, Any]
+) -> None:
+    job = new_job(model=model)
+    probe = UpdateProbe(AT_STEP)
+    Bench(job).run(job.plan_at(0), num_steps=6, seed=0, callbacks=[probe])
+    assert probe.rms == {}
+
+
 def rms_by_role(updates: dict[str, Tensor]) -> dict[str, float]:
     return {
         role: float(

@@ -11,6 +11,7 @@ from typing_extensions import override
 from foam_lightning.memory.levers import MAX_LEVEL
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.fold import fold
+from foam_lightning.optim.state import read
 from foam_lightning.optim.step import foam_direction
 from foam_lightning.roles import role_of
 
@@ -28,7 +29,7 @@ class UpdateProbe(Callback):
 
     Attributes:
         rms: Root mean square of the unscaled update, by role and level; empty before that step,
-            and for the square of means, which is not linear.
+            for other second moments, which are not linear, and where gradients are released.
     """
 
     def __init__(self, at_step: int) -> None:
@@ -53,8 +54,10 @@ class UpdateProbe(Callback):
                     return
                 beta1, beta2 = group["betas"]
                 grad = parameter.grad.float()
-                mean = state["exp_avg"].float().lerp(grad, 1 - beta1)
-                square = state["exp_avg_sq"].float().lerp(grad.square(), 1 - beta2)
+                if (limit := group["clip_norm"]) is not None:  # as the optimizer will
+                    grad = grad * (limit / torch.linalg.vector_norm(grad).clamp_min(limit))
+                mean = read(state, "exp_avg").lerp(grad, 1 - beta1)
+                square = read(state, "exp_avg_sq").lerp(grad.square(), 1 - beta2)
                 role = role_of(name)
                 counts[role] += grad.numel()
                 for level in LEVELS:

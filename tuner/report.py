@@ -140,7 +140,8 @@ def _updates_section(rms: Mapping[str, Mapping[int, float]], scales: str) -> lis
     if not rms:
         return [
             "## Size of the update\n\nNot measured: it takes a run of Adam that fits the budget "
-            f"and does not diverge, and model.second_moment mean_square. {scales}"
+            "and does not diverge, with gradients kept until the step and model.second_moment "
+            f"mean_square. {scales}"
         ]
     levels = sorted({level for by_level in rms.values() for level in by_level})
     rows = [
