@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -58,6 +58,8 @@ class LlamaFoam(LightningModule):
             code; "square_mean" squares the average, as the paper prints.
         bias_correct_moments_only: Leave the residual out of the bias correction.
         state_dtype: The dtype of the two moments: float32, bfloat16, or int8 codes with scales.
+        stochastic_rounding: Round bfloat16 weights, and moments in bfloat16 or int8, at random
+            with the right mean; to the nearest, small updates are lost.
         clip_norm: The gradient of each parameter is scaled down to this norm where it is above;
             none leaves it as it is. Unlike trainer.gradient_clip_val it does not need the
             gradients of all parameters at once.
@@ -88,10 +90,11 @@ class LlamaFoam(LightningModule):
         scale: float = 0.25,
         unfolded_scale: float = 0.1,
         residual_scale: float = 1.0,
-        second_moment: str = "mean_square",
+        second_moment: Literal["mean_square", "square_mean"] = "mean_square",
         bias_correct_moments_only: bool = False,
         state_dtype: StateDtype = "float32",
         clip_norm: float | None = None,
+        stochastic_rounding: bool = True,
         gradient_release: bool = False,
         warmup_fraction: float = 0.1,
         final_lr_fraction: float = 0.1,
@@ -201,6 +204,7 @@ class LlamaFoam(LightningModule):
             bias_correct_moments_only=hp["bias_correct_moments_only"],
             state_dtype=getattr(torch, plan.levers.state_dtype),
             clip_norm=hp["clip_norm"],
+            stochastic_rounding=hp["stochastic_rounding"],
         )
 
     @override

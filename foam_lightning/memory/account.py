@@ -174,6 +174,10 @@ class Accountant:
                 optimizer = self._trainee.make_optimizer(
                     [(name, parameter)], replace(plan, levels=levels)
                 )
+                for group in optimizer.param_groups:
+                    # The kernel of the CPU has no temporary; an update compiled for a GPU has some,
+                    # within what the plain one has.
+                    group["fused"] = not self._on_gpu
                 self._workspaces[key] = track_optimizer_step(optimizer)
         return self._workspaces[key]
 
