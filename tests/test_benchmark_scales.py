@@ -5,7 +5,8 @@ import pytest
 
 from foam_lightning.job import Job
 from foam_lightning.roles import ROLES, role_of
-from tests.benchmarks.scales import BY_ROLE, EQUAL, ScaleByName, adam_rows, measure, rows_of
+from tests.benchmarks.kept_runs import ScaleByName
+from tests.benchmarks.scales import BY_ROLE, EQUAL, adam_rows, measure, rows_of
 from tuner.objective import Bench
 from tuner.scales import rms_by_level
 

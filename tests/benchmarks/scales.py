@@ -5,37 +5,31 @@
 Every plan of the default job runs with the scales of each rule, from the same weights on the same
 batches. "per level" is .1 at level 0 and .25 above; "equal RMS" divides a target by the RMS of the
 update at the level, measured in the run of split-lr Adam; "equal RMS by role" does so for each role
-apart. The target is that of uniform level 2. Interrupted, it goes on from the runs in FILE.json;
-delete that after a change of the code.
+apart. The target is that of uniform level 2. The runs are kept beside FILE, as .json: interrupted, it
+goes on from them. Delete them after a change of the code.
 """
 
 import argparse
 import datetime
-import hashlib
-import json
 import logging
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan
 from foam_lightning.roles import ROLES, layer_of, role_of
-from foam_lightning.run_folder import write_json
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.heading import ROOT, commit, processor
+from tests.benchmarks.kept_runs import Row, Runs
 from tuner.fitting import Fitting
-from tuner.objective import Bench, ShortRun, paired_difference
-from tuner.probe import UpdateProbe
+from tuner.objective import ShortRun, paired_difference
 from tuner.scales import RmsByRole, equal_rms, per_level, rms_by_level
 from tuner.settings import parse
 
@@ -46,126 +40,14 @@ FASTER_ADAM = "split-lr Adam, lr x 2, scale / 2"
 
 PER_LEVEL, EQUAL, BY_ROLE = "per level", "equal RMS", "equal RMS by role"
 HALF = ", half the target"
+QK_LOW, ALTERNATELY = "q, k at level 0, rest 3", "alternately level 0 and 3"
 MIXED: dict[str, Callable[[str], int]] = {
-    "q, k at level 0, rest 3": lambda name: 0 if role_of(name) in ("q", "k") else 3,
+    QK_LOW: lambda name: 0 if role_of(name) in ("q", "k") else 3,
     "first layer at level 1, rest 3": lambda name: 1 if layer_of(name) == 0 else 3,
-    "alternately level 0 and 3": lambda name: (
+    ALTERNATELY: lambda name: (
         3 * ((len(ROLES) * (layer_of(name) or 0) + ROLES.index(role_of(name))) % 2)
     ),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: The levels.
-        rule: Where the scales come from.
-        plan: What is run.
-        scales: By parameter name, in place of the plan's.
-    """
-
-    name: str
-    rule: str
-    plan: FoldPlan
-    scales: Mapping[str, float] | None = None
-
-    def key(self, seed: int, num_steps: int) -> str:
-        text = json.dumps([self.plan.to_json(), self.scales, seed, num_steps], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class ScaleByName(Callback):
-    """Give every matrix a scale of its own, which a plan cannot.
-
-    Args:
-        scales: By parameter name.
-    """
-
-    def __init__(self, scales: Mapping[str, float]) -> None:
-        self._scales = scales
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        make = pl_module.make_optimizer
-
-        def scaled(*arguments: Any) -> Any:
-            optimizer = make(*arguments)
-            optimizer.param_groups = [
-                {
-                    **group,
-                    "params": [parameter],
-                    "param_names": [name],
-                    "scale": self._scales.get(name, group["scale"]),
-                }
-                for group in optimizer.param_groups
-                for name, parameter in zip(group["param_names"], group["params"], strict=True)
-            ]
-            return optimizer
-
-        if stage == "fit":
-            pl_module.make_optimizer = scaled
-
-
-class Runs:
-    """The runs done so far, kept beside the results.
-
-    Args:
-        job: What to train.
-        num_steps: Optimizer steps of each run.
-        path: Where to keep them; None keeps none.
-    """
-
-    def __init__(self, job: Job, num_steps: int, path: Path | None) -> None:
-        self._bench = Bench(job)
-        self._num_steps = num_steps
-        self._path = path
-        self._done: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self._done = json.loads(path.read_text(encoding="utf-8"))
-
-    def probed(self, row: Row, at_steps: Sequence[int]) -> dict[int, RmsByRole]:
-        """Run a row on seed 0 and measure the RMS of the update at these steps."""
-        probes = {step: UpdateProbe(step) for step in at_steps}
-        done = self._run(row, 0, list(probes.values()), lambda: [p.rms for p in probes.values()])
-        return {
-            step: {
-                role: {int(level): value for level, value in by_level.items()}
-                for role, by_level in rms.items()
-            }
-            for step, rms in zip(at_steps, done["rms"], strict=True)
-        }
-
-    def of(self, row: Row, seed: int) -> ShortRun:
-        """Give the run of a row, done now or before."""
-        done = self._run(row, seed, [])
-        return ShortRun(done["nats"], done["num_tokens"])
-
-    def _run(
-        self,
-        row: Row,
-        seed: int,
-        callbacks: Sequence[Callback],
-        measured: Callable[[], list[Any]] = list,
-    ) -> Any:
-        key = row.key(seed, self._num_steps)
-        if key not in self._done:
-            if row.scales is not None:
-                callbacks = [*callbacks, ScaleByName(row.scales)]
-            run = self._bench.run(
-                row.plan, num_steps=self._num_steps, seed=seed, callbacks=callbacks
-            )
-            self._done[key] = {
-                "row": f"{row.name}, {row.rule}",
-                "nats": list(run.nats),
-                "num_tokens": list(run.num_tokens),
-                "rms": measured(),
-            }
-            if self._path is not None:
-                write_json(self._path, self._done)
-            now = f"{datetime.datetime.now(tz=datetime.UTC):%H:%M:%S}"
-            print(f"{now} seed {seed}: {row.name}, {row.rule}: {run.loss:.4f}", flush=True)
-        return self._done[key]
 
 
 def adam_rows(job: Job) -> list[Row]:
@@ -206,21 +88,24 @@ def rows_of(job: Job, by_role: RmsByRole, num_mixed: int) -> list[Row]:
         rows += [rowed(name, levels, rule) for rule in (PER_LEVEL, EQUAL, BY_ROLE)]
         if 0 in levels.values():
             rows += [rowed(name, levels, rule, 0.5) for rule in (PER_LEVEL, EQUAL)]
+
+    def by_hand(name: str, levels: Mapping[str, int], qk_scale: float) -> Row:
+        scales = per_level(levels.values(), unfolded=unfolded, folded=folded)
+        by_name = {n: qk_scale if is_qk[n] else scales[levels[n]] for n in levels}
+        return Row(name, "by hand", replace(base, levels=levels, scales=scales), by_name)
+
     # Is what q and k gain at level 0 due to the state, or to the lower scale that comes with it?
     is_qk = {n: role_of(n) in ("q", "k") for n in shapes}
     higher = {n: BASE + 1 if is_qk[n] else BASE for n in shapes}
-    rows.append(
-        Row(
-            f"q, k at level {BASE + 1} and scale {unfolded:g}, rest level {BASE}",
-            "by hand",
-            replace(base, levels=higher, scales={BASE: folded, BASE + 1: unfolded}),
-        )
-    )
-    third = uniform(3, PER_LEVEL)
-    lower = {n: unfolded if is_qk[n] else folded for n in shapes}
-    name = f"uniform level 3, q, k at scale {unfolded:g}"
-    rows.append(replace(third, name=name, rule="by hand", scales=lower))
-    return rows
+    lower, alternate = ({n: MIXED[name](n) for n in shapes} for name in (QK_LOW, ALTERNATELY))
+    third = dict.fromkeys(shapes, 3)
+    return [
+        *rows,
+        by_hand(f"q, k at level {BASE + 1} and scale {unfolded:g}, rest {BASE}", higher, unfolded),
+        by_hand(f"uniform level 3, q, k at scale {unfolded:g}", third, unfolded),
+        by_hand(f"{QK_LOW}, q, k at scale {folded:g}", lower, folded),
+        by_hand(f"{ALTERNATELY}, q, k at scale {folded:g}", alternate, folded),
+    ]
 
 
 def table(job: Job, rows: Sequence[Row], runs: Sequence[Sequence[ShortRun]]) -> list[str]:

@@ -1,0 +1,131 @@
+"""The runs of one measurement, kept beside its results so that an interrupted one goes on."""
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan
+from foam_lightning.run_folder import write_json
+from tuner.objective import Bench, ShortRun
+from tuner.probe import UpdateProbe
+from tuner.scales import RmsByRole
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: The levels.
+        rule: Where the scales come from.
+        plan: What is run.
+        scales: By parameter name, in place of the plan's.
+    """
+
+    name: str
+    rule: str
+    plan: FoldPlan
+    scales: Mapping[str, float] | None = None
+
+    def key(self, seed: int, num_steps: int) -> str:
+        text = json.dumps([self.plan.to_json(), self.scales, seed, num_steps], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ScaleByName(Callback):
+    """Give every matrix a scale of its own, which a plan cannot.
+
+    Args:
+        scales: By parameter name.
+    """
+
+    def __init__(self, scales: Mapping[str, float]) -> None:
+        self._scales = scales
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        make = pl_module.make_optimizer
+
+        def scaled(*arguments: Any) -> Any:
+            optimizer = make(*arguments)
+            optimizer.param_groups = [
+                {
+                    **group,
+                    "params": [parameter],
+                    "param_names": [name],
+                    "scale": self._scales.get(name, group["scale"]),
+                }
+                for group in optimizer.param_groups
+                for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            ]
+            return optimizer
+
+        if stage == "fit":
+            pl_module.make_optimizer = scaled
+
+
+class Runs:
+    """The runs done so far, kept beside the results.
+
+    Args:
+        job: What to train.
+        num_steps: Optimizer steps of each run.
+        path: Where to keep them; None keeps none.
+    """
+
+    def __init__(self, job: Job, num_steps: int, path: Path | None) -> None:
+        self._bench = Bench(job)
+        self._num_steps = num_steps
+        self._path = path
+        self._done: dict[str, Any] = {}
+        if path is not None and path.exists():
+            self._done = json.loads(path.read_text(encoding="utf-8"))
+
+    def probed(self, row: Row, at_steps: Sequence[int]) -> dict[int, RmsByRole]:
+        """Run a row on seed 0 and measure the RMS of the update at these steps."""
+        probes = {step: UpdateProbe(step) for step in at_steps}
+        done = self._run(row, 0, list(probes.values()), lambda: [p.rms for p in probes.values()])
+        return {
+            step: {
+                role: {int(level): value for level, value in by_level.items()}
+                for role, by_level in rms.items()
+            }
+            for step, rms in zip(at_steps, done["rms"], strict=True)
+        }
+
+    def of(self, row: Row, seed: int) -> ShortRun:
+        """Give the run of a row, done now or before."""
+        done = self._run(row, seed, [])
+        return ShortRun(done["nats"], done["num_tokens"])
+
+    def _run(
+        self,
+        row: Row,
+        seed: int,
+        callbacks: Sequence[Callback],
+        measured: Callable[[], list[Any]] = list,
+    ) -> Any:
+        key = row.key(seed, self._num_steps)
+        if key not in self._done:
+            if row.scales is not None:
+                callbacks = [*callbacks, ScaleByName(row.scales)]
+            run = self._bench.run(
+                row.plan, num_steps=self._num_steps, seed=seed, callbacks=callbacks
+            )
+            self._done[key] = {
+                "row": f"{row.name}, {row.rule}",
+                "nats": list(run.nats),
+                "num_tokens": list(run.num_tokens),
+                "rms": measured(),
+            }
+            if self._path is not None:
+                write_json(self._path, self._done)
+            now = f"{datetime.datetime.now(tz=datetime.UTC):%H:%M:%S}"
+            print(f"{now} seed {seed}: {row.name}, {row.rule}: {run.loss:.4f}", flush=True)
+        return self._done[key]
