@@ -55,5 +55,5 @@ class InfeasibleBudgetError(FoamError):
             f"a budget of {ByteSize(budget_bytes)} is too small: with every lever pulled this "
             f"model needs {at_least(minimum_bytes)} ({terms}); the largest term is "
             f"{binding.replace('_', ' ')}; raise --memory-budget to at least "
-            f"{at_least(minimum_bytes)} or choose a smaller model"
+            f"{at_least(minimum_bytes)}, lower data.batch_size, or choose a smaller model"
         )

@@ -2,16 +2,20 @@
 
     python -m tests.benchmarks.plans [--output FILE]
 
-Every lever is pulled (chunked loss, one sequence at a time, activation checkpointing); Adam, level
-2 and level 8 differ in nothing but the fold level. The recipes are those of `configs/`: bfloat16
-weights, gradients and state, rows of 256 tokens.
+Chunked loss and activation checkpointing are on, and either gradients are kept, and the recipe's
+512 sequences a step are accumulated one by one, or they are released, and a step is 4 sequences.
+Adam, level 2 and level 8 differ in nothing but the fold level. The recipes are those of `configs/`:
+bfloat16 weights, gradients and state, rows of 256 tokens.
 """
 
 import argparse
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
+from foam_lightning.job import Job
 from foam_lightning.memory.levers import leanest
+from foam_lightning.plan import Levers
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.heading import ROOT, commit
@@ -19,6 +23,7 @@ from tuner.settings import parse
 
 SIZES = ("60m", "130m", "350m", "1b", "3b", "7b", "13b")
 LEVELS = (0, 2, 8)
+RELEASED_BATCH = 4
 
 
 def main() -> None:
@@ -34,36 +39,45 @@ def main() -> None:
         f"- predicted for a GPU, on a CPU: torch {found['torch']}, "
         f"transformers {found['transformers']}; context and margin are defaults, not measured",
         "",
-        "| model | weights | state, Adam | state, level 2 | peak, Adam | peak, level 2 | "
-        "peak, level 8 | largest term at level 8 |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for size in SIZES:
-        job = parse("plan", [], default=ROOT / "configs" / f"llama_{size}.yaml").job()
-        module, accountant = job.new_module(), job.new_accountant()
-        accounts = [
-            min(
-                (
-                    accountant.account(module.uniform_plan(level, levers))
-                    for levers in leanest(job.levers)[-2:]
-                ),
-                key=lambda account: account.peak_bytes,
-            )
-            for level in LEVELS
-        ]
-        adam, folded, highest = accounts
-        lines.append(
-            f"| {size} | {in_words(adam.breakdown['weights'])} | "
-            f"{in_words(adam.breakdown['optimizer_state'])} | "
-            f"{in_words(folded.breakdown['optimizer_state'])} | {in_words(adam.peak_bytes)} | "
-            f"{in_words(folded.peak_bytes)} | {in_words(highest.peak_bytes)} | "
-            f"{highest.binding.replace('_', ' ')} |"
-        )
+    jobs = {
+        size: parse("plan", [], default=ROOT / "configs" / f"llama_{size}.yaml").job()
+        for size in SIZES
+    }
+    lines += ["## Gradients kept, 512 sequences a step", "", *_HEAD]
+    for size, job in jobs.items():
+        lines.append(_row(size, job, leanest(job.levers)[-2]))
+        print(lines[-1], flush=True)
+    lines += ["", f"## Gradients released, {RELEASED_BATCH} sequences a step", "", *_HEAD]
+    for size, job in jobs.items():
+        few = replace(job, data={**job.data, "batch_size": RELEASED_BATCH})
+        lines.append(_row(size, few, leanest(few.levers)[-1]))
         print(lines[-1], flush=True)
     table = "\n".join(lines) + "\n"
     print(table)
     if arguments.output is not None:
         arguments.output.write_text(table, encoding="utf-8")
+
+
+_HEAD = (
+    "| model | weights | state, Adam | state, level 2 | peak, Adam | peak, level 2 | "
+    "peak, level 8 | largest term at level 8 |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def _row(size: str, job: Job, levers: Levers) -> str:
+    module, accountant = job.new_module(), job.new_accountant()
+    adam, folded, highest = (
+        accountant.account(module.uniform_plan(level, levers)) for level in LEVELS
+    )
+    return (
+        f"| {size} | {in_words(adam.breakdown['weights'])} | "
+        f"{in_words(adam.breakdown['optimizer_state'])} | "
+        f"{in_words(folded.breakdown['optimizer_state'])} | {in_words(adam.peak_bytes)} | "
+        f"{in_words(folded.peak_bytes)} | {in_words(highest.peak_bytes)} | "
+        f"{highest.binding.replace('_', ' ')} |"
+    )
 
 
 if __name__ == "__main__":
