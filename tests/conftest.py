@@ -107,17 +107,22 @@ def finished(new_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
-    """Give `golden(name, value)`: the value must equal tests/golden/<name>.json."""
+def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Give `golden(name, value)`: the value must equal tests/golden/<name>.json.
 
-    def check(name: str, value: Any) -> None:
+    With `within`, numbers may be that far off: the last bits differ from processor to processor.
+    """
+
+    def check(name: str, value: Any, within: float = 0.0) -> None:
         path = GOLDEN / f"{name}.json"
         text = json.dumps(value, indent=2) + "\n"
         if request.config.getoption("--update-golden"):
             path.write_text(text, encoding="utf-8")
         assert path.exists(), f"{path} is missing; write it with pytest --update-golden"
         # Through JSON, so that tuples equal lists and keys are texts.
-        expected = json.loads(path.read_text(encoding="utf-8"))
-        assert json.loads(text) == expected, f"{name} changed; if meant, rerun with --update-golden"
+        found, expected = json.loads(text), json.loads(path.read_text(encoding="utf-8"))
+        if within:
+            expected = pytest.approx(expected, abs=within)
+        assert found == expected, f"{name} changed; if meant, rerun with --update-golden"
 
     return check

@@ -101,7 +101,8 @@ def native_step_(
         *(tensor.data_ptr() for tensor in (param, grad, exp_avg, exp_avg_sq)),
         ctypes.byref(
             _Factors(
-                *(1 - beta1, beta2, 1 - beta2, eps, factors.shrink, factors.size),
+                *(1 - beta1, beta2, 1 - beta2, eps, factors.shrink),
+                factors.size / factors.bias_correction1,
                 *(factors.residual_mean, factors.residual_square),
                 1 / factors.root_bias_correction2,
             )

@@ -51,7 +51,8 @@ class StepFactors(NamedTuple):
 
     Attributes:
         shrink: 1 - lr * weight_decay.
-        size: lr * scale / bc1.
+        size: lr * scale.
+        bias_correction1: bc1.
         residual_mean: Of the residual in M: rho.
         residual_square: Of its square in V: rho**2.
         root_bias_correction2: sqrt(bc2).
@@ -59,6 +60,7 @@ class StepFactors(NamedTuple):
 
     shrink: float
     size: float
+    bias_correction1: float
     residual_mean: float
     residual_square: float
     root_bias_correction2: float
@@ -100,7 +102,8 @@ class StepFactors(NamedTuple):
             residual_square *= bias_correction2
         return cls(
             shrink=1 - lr * weight_decay,
-            size=lr * scale / bias_correction1,
+            size=lr * scale,
+            bias_correction1=bias_correction1,
             residual_mean=residual_mean,
             residual_square=residual_square,
             root_bias_correction2=bias_correction2**0.5,
@@ -147,6 +150,7 @@ def foam_step_(
     if second_moment == "none" and grad.ndim >= 2:
         residual_RC = _residual(grad, folded_RK, level)
         momentum_RC = _first_moment(mean_RK, residual_RC, factors, level)
+        # A bias correction would change nothing: what is made orthogonal has no length.
         update = orthogonal(momentum_RC).mul_(-factors.size)
     else:
         is_row = second_moment == "row" and grad.ndim >= 2
@@ -162,7 +166,7 @@ def foam_step_(
         denominator = _denominator(square_RK, None if is_row else residual_RC, factors, eps, level)
         numerator = _first_moment(mean_RK, residual_RC, factors, level)
         # The order of AdamW's addcdiv: any other differs in the last bit.
-        update = numerator.mul_(-factors.size).div_(denominator)
+        update = numerator.mul_(-factors.size / factors.bias_correction1).div_(denominator)
     weights = param.float().mul_(factors.shrink).add_(update)
     if param.dtype == torch.bfloat16 and seeds[2] is not None:
         weights = rounding.to_bfloat16(weights, seeds[2])
@@ -213,7 +217,7 @@ def foam_direction(
     residual_RC = _residual(grad_RC, fold(grad_RC, level), level)
     denominator = _denominator(exp_avg_sq_RK.float(), residual_RC, factors, eps, level)
     numerator = _first_moment(exp_avg_RK.float(), residual_RC, factors, level)
-    return (numerator / denominator).mul_(factors.size)
+    return (numerator / denominator).div_(factors.bias_correction1)
 
 
 def orthogonal(m_RC: Tensor) -> Tensor:
