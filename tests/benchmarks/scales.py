@@ -5,7 +5,7 @@
 Every plan of the default job runs with the scales of each rule, from the same weights on the same
 batches. "per level" is .1 at level 0 and .25 above; "equal RMS" divides a target by the RMS of the
 update at the level, measured in the run of split-lr Adam; "equal RMS by role" does so for each role
-apart. The target is that of uniform level 2. The runs are kept beside FILE, as .json: interrupted, it
+apart. The target is that of uniform level 2. Runs are kept beside FILE, as .json: interrupted, it
 goes on from them. Delete them after a change of the code.
 """
 
