@@ -105,6 +105,7 @@ def rows_of(job: Job, by_role: RmsByRole, num_mixed: int) -> list[Row]:
         by_hand(f"uniform level 3, q, k at scale {unfolded:g}", third, unfolded),
         by_hand(f"{QK_LOW}, q, k at scale {folded:g}", lower, folded),
         by_hand(f"{ALTERNATELY}, q, k at scale {folded:g}", alternate, folded),
+        by_hand(f"{ADAM}, q, k at scale {folded:g}", dict.fromkeys(shapes, 0), folded),
     ]
 
 
