@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from foam_lightning.optim.step import StepFactors, foam_step_
 
@@ -48,6 +49,12 @@ def compiled_step_(
 
 # Typed here because torch's stub does not know `isolate_recompiles`.
 _compile: Callable[..., Callable[..., None]] = torch.compile
+
+
+@cache
+def available() -> bool:
+    """Tell whether torch can compile for the GPU: that takes Triton, which not every system has."""
+    return has_triton()
 
 
 @cache

@@ -6,8 +6,7 @@ from types import EllipsisType
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from foam_lightning.optim import native
-from foam_lightning.optim.compiled import compiled_step_
+from foam_lightning.optim import compiled, native
 from foam_lightning.optim.state import SecondMoment
 from foam_lightning.optim.step import StepFactors, foam_step_
 
@@ -62,8 +61,8 @@ def update_(
                 second_moment=second_moment,
             )
         return
-    compiles = fused and param.is_cuda
-    step_ = compiled_step_ if compiles else foam_step_
+    compiles = fused and param.is_cuda and compiled.available()
+    step_ = compiled.compiled_step_ if compiles else foam_step_
     limit = _FUSED_PART_ELEMENTS if compiles else _PART_ELEMENTS
     # What makes a matrix orthogonal needs all of it.
     parts = [...] if second_moment == "none" else _row_parts(param, limit)
