@@ -78,12 +78,15 @@ class Fitting:
     def state_allowance(self) -> int:
         """The bytes that the state of the matrices that fold may take, at most.
 
-        What the plan needs beside them is measured at the highest level, and the last byte may be
-        one too many: `decoded` looks again.
+        What a plan needs beside them depends a little on the levels, so this is the most that any
+        uniform plan leaves, and may be too much: `decoded` looks again.
         """
-        plan = self.uniform(MAX_LEVEL)
-        slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
-        return self.folded_bytes(plan) + math.ceil(slack / self.accountant.bytes_per_state_byte)
+
+        def allowance(plan: FoldPlan) -> int:
+            slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
+            return self.folded_bytes(plan) + math.ceil(slack / self.accountant.bytes_per_state_byte)
+
+        return max(allowance(self.uniform(level)) for level in LEVELS)
 
     def uniform(self, level: int) -> FoldPlan:
         """Make the plan with every matrix at one level."""
@@ -133,8 +136,9 @@ class Fitting:
             excess = self.accountant.account(plan).peak_bytes - self.budget_bytes
             if excess <= 0 or allowed == least:
                 return levels
-            # The optimizer's workspace is larger at low levels than at the one it was measured at,
-            # perhaps by more than the state that is left to fold.
+            # The optimizer's workspace may be larger at these levels than at the one that leaves
+            # most, perhaps by more than the state that is left to fold.
+            excess = math.ceil(excess / self.accountant.bytes_per_state_byte)
             allowed = max(least, self.folded_bytes(plan) - excess)
 
     def folded_bytes(self, plan: FoldPlan) -> int:
