@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,7 @@ def test_the_file_holds_the_machine_the_command_and_the_table(
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert text == capsys.readouterr().out.rstrip("\n") + "\n"
     assert "- command: `python -m tests.benchmarks.optimizer_step --small --only fused" in text
-    assert f"torch {torch.__version__}, torchao 0" in text
+    assert f"torch {torch.__version__}, torchao " in text
     found = cells(text)
     names = [row.name for row in optimizer_step.chosen(words[2:4], ROWS)]
     assert list(found) == names
@@ -194,6 +195,9 @@ def test_the_file_holds_the_machine_the_command_and_the_table(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("torchao") is None, reason="torchao is not there: pip install -e '.[rivals]'"
+)
 @pytest.mark.usefixtures("_threads")
 def test_compiled_rows_step_and_their_state_is_counted_inside_their_tensors(
     capsys: pytest.CaptureFixture[str],
