@@ -54,6 +54,6 @@ class InfeasibleBudgetError(FoamError):
         super().__init__(
             f"a budget of {ByteSize(budget_bytes)} is too small: with every lever pulled this "
             f"model needs {at_least(minimum_bytes)} ({terms}); the largest term is "
-            f"{binding.replace('_', ' ')}; raise --memory-budget to at least "
-            f"{at_least(minimum_bytes)}, lower data.batch_size, or choose a smaller model"
+            f"{binding.replace('_', ' ')}; lower data.batch_size, choose a smaller model, or raise "
+            f"--memory-budget to at least {at_least(minimum_bytes)}"
         )
