@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -29,8 +30,8 @@ _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
-# A matrix smaller than this is done before a second thread has woken up.
-_ELEMENTS_PER_THREAD = 2**16
+# A tensor smaller than this is done before a second thread has woken up.
+_THREADED_ELEMENTS = 2**16
 
 _log = logging.getLogger(__name__)
 _Kernel = Callable[..., None]
@@ -94,7 +95,8 @@ def native_step_(
     kernel = _kernel()
     assert kernel is not None
     columns = param.shape[-1] if param.ndim >= 2 else 1
-    threads = min(torch.get_num_threads(), 1 + param.numel() // _ELEMENTS_PER_THREAD)
+    # One or all, because OpenMP stops and starts threads where their number changes.
+    threads = torch.get_num_threads() if param.numel() >= _THREADED_ELEMENTS else 1
     kernel(
         *(param.numel() // columns, columns, min(2**level, columns), threads),
         second_moment == "mean_square",
@@ -136,7 +138,7 @@ def _kernel() -> _Kernel | None:
 
 def _compiled() -> Path:
     """Give the shared library for this machine, compiled if it is not in the cache."""
-    command = [os.environ.get("CXX", "g++"), *_FLAGS]
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS]
     # -march=native means another thing on another processor.
     facts = (_SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _processor())
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]

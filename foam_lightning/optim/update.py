@@ -90,5 +90,5 @@ def _row_parts(param: Tensor, limit: int) -> list[slice | EllipsisType]:
 
 
 def _mixed(seed: int, part: int) -> int:
-    """Spread both over 32 bits with a sign."""
-    return (seed * 0x9E3779B1 + part * 0x85EBCA77) % 2**32 - 2**31
+    """Spread both over 32 bits with a sign, a few at the end kept free to count up from it."""
+    return (seed * 0x9E3779B1 + part * 0x85EBCA77) % (2**32 - 8) - 2**31
