@@ -1,0 +1,220 @@
+"""Gradient release in a run: Lightning, plan, account and settings."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.errors import ConfigError
+from foam_lightning.job import Job
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.training import train
+from tests.runs import STEPS, NewJob, open_folder, small
+from tests.test_release import assert_same
+from tests.test_training import StopAfter, StopError, final_weights
+from tuner.fitting import Fitting
+
+
+class Losses(Callback):
+    """Note losses, rates, and whether gradients are left by backward and by the step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.left: list[bool] = []
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        self.left.append(any(p.grad is not None for p in module.parameters()))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.rates.append(float(trainer.callback_metrics["train/learning_rate"]))
+        assert all(p.grad is None for p in module.parameters())
+        assert not any(p._post_accumulate_grad_hooks for p in module.parameters())
+
+
+def releasing(plan: FoldPlan, **levers: Any) -> FoldPlan:
+    return replace(plan, levers=replace(plan.levers, gradient_release=True, **levers))
+
+
+def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaFoam:
+    module = job.new_module()
+    module.follow(plan)
+    trainer = job.new_trainer(
+        plan.levers, list(watches), bare=True, limit_val_batches=0, **settings
+    )
+    trainer.fit(module, datamodule=job.new_data(plan.levers))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("precision", "level", "clip_norm", "levers"),
+    [
+        ("32-true", 0, None, {}),
+        ("32-true", 2, 0.1, {"chunked_loss": True, "activation_checkpointing": True}),
+        ("bf16-true", 1, None, {"activation_checkpointing": True}),
+        ("bf16-mixed", 3, None, {"chunked_loss": True}),
+    ],
+)
+def test_a_run_is_the_same_with_and_without(
+    new_job: NewJob, precision: str, level: int, clip_norm: float | None, levers: dict[str, bool]
+) -> None:
+    job = new_job(
+        model={"clip_norm": clip_norm},
+        data={"sequence_length": 80},
+        trainer={"precision": precision},
+    )
+    plan = job.plan_at(level)
+    plan = replace(plan, levers=replace(plan.levers, **levers))
+    kept, released = Losses(), Losses()
+    expected = fit(job, plan, kept)
+    found = fit(job, releasing(plan), released)
+    assert (kept.left, released.left) == ([True] * 8, [False] * 8)
+    assert released.losses == kept.losses
+    assert released.rates == kept.rates
+    assert len(set(released.rates)) > 6
+    assert_same(found.state_dict(), expected.state_dict())
+
+
+def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "tied"
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    job = new_job(model={"pretrained": str(folder)}, trainer={"max_steps": 3})
+    plan, memory = job.plan_at(2), MemoryWatch()
+    modules = [fit(job, plan), fit(job, releasing(plan), memory)]
+    assert_same(modules[0].state_dict(), modules[1].state_dict())
+    model: Any = modules[1].model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_predicted(job, releasing(plan), memory)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(new_job: NewJob, tmp_path: Path) -> None:
+    plan = releasing(small(new_job).plan_at(1), micro_batch_size=8, accumulate_grad_batches=1)
+    kept = replace(plan, levers=replace(plan.levers, gradient_release=False))
+    runs = {name: open_folder(tmp_path / name) for name in ("kept", "whole", "broken")}
+    train(small(new_job), kept, runs["kept"])
+    expected = train(small(new_job), plan, runs["whole"])
+    with pytest.raises(StopError):
+        train(small(new_job, callbacks=[StopAfter(7)]), plan, runs["broken"])
+    found = train(small(new_job), plan, runs["broken"])
+    assert found.final_validation_loss == expected.final_validation_loss
+    assert_same(final_weights(runs["broken"]), final_weights(runs["whole"]))
+    assert_same(final_weights(runs["whole"]), final_weights(runs["kept"]))
+    assert STEPS > 7
+
+
+def assert_predicted(job: Job, plan: FoldPlan, memory: MemoryWatch) -> int:
+    assert memory.measured_bytes is not None
+    predicted = job.new_accountant().account(plan).peak_bytes
+    assert 0.995 <= predicted / memory.measured_bytes <= 1.01
+    return memory.measured_bytes
+
+
+def test_a_run_takes_what_the_account_says_and_less_than_without(new_job: NewJob) -> None:
+    job = new_job(
+        model={"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6},
+        data={"sequence_length": 32, "batch_size": 1},
+        trainer={"max_steps": 3},
+    )
+    plan = job.plan_at(8)
+    peaks = []
+    for case in (plan, releasing(plan)):
+        memory = MemoryWatch()
+        fit(job, case, memory)
+        peaks.append(assert_predicted(job, case, memory))
+    weights = 4 * sum(p.numel() for p in fit(job, plan).parameters())
+    assert peaks[1] < peaks[0] - 0.5 * weights
+
+
+# ---- what is refused
+
+
+def test_the_settings_ask_for_it(new_job: NewJob) -> None:
+    levers = new_job(model={"gradient_release": True}).levers
+    assert (levers.gradient_release, levers.micro_batch_size) == (True, 8)
+    assert not new_job().levers.gradient_release
+
+
+def test_settings_that_accumulate_are_refused(new_job: NewJob) -> None:
+    job = new_job(model={"gradient_release": True}, data={"micro_batch_size": 4})
+    with pytest.raises(ConfigError, match=r"cannot accumulate micro-batches of 4 to data\.batch"):
+        _ = job.levers
+
+
+@pytest.fixture
+def clipping(new_job: NewJob) -> Callable[..., Job]:
+    return lambda **model: new_job(model=model, trainer={"gradient_clip_val": 1.0})
+
+
+MESSAGE = r"trainer\.gradient_clip_val 1\.0 needs all gradients at once.* set model\.clip_norm"
+
+
+def test_settings_that_clip_all_gradients_are_refused(clipping: Callable[..., Job]) -> None:
+    with pytest.raises(ConfigError, match=MESSAGE):
+        _ = clipping(gradient_release=True).levers
+    assert clipping().levers.batch_size == 8
+
+
+def test_a_plan_or_a_budget_that_releases_what_is_to_be_clipped_is_refused(
+    clipping: Callable[..., Job],
+) -> None:
+    # Two short rows, so that gradients are most of the peak.
+    job = clipping(hidden_size=128, intermediate_size=344, num_hidden_layers=3)
+    job = replace(job, data={**job.data, "batch_size": 2})
+    rich, poor = Fitting(job, 10**12), Fitting(job, 1)
+    plan = rich.uniform(8)
+    rich.check(plan)
+    with pytest.raises(ConfigError, match=MESSAGE):
+        rich.check(releasing(plan))
+    assert rich.minimum.plan.levers.gradient_release
+    poor.accountant = rich.accountant  # traces once for both
+    poor.budget_bytes = rich.minimum.account.peak_bytes
+    with pytest.raises(ConfigError, match=MESSAGE):
+        poor.refuse_if_infeasible()
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [
+        ({"gradient_clip_val": 0.5}, "SingleDeviceStrategy, 1 and 0.5"),
+        ({"accumulate_grad_batches": 4}, "SingleDeviceStrategy, 4 and None"),
+        ({"strategy": DDPStrategy(process_group_backend="gloo")}, "DDPStrategy, 1 and None"),
+    ],
+    ids=["clipping", "accumulation", "strategy"],
+)
+def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got: str) -> None:
+    module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, **settings)
+    module.trainer = trainer
+    plan = module.uniform_plan(1, Levers(micro_batch_size=1))
+    module.follow(plan)
+    module.on_train_start()
+    module.follow(releasing(plan))
+    with pytest.raises(ConfigError, match="gradient release needs one device") as caught:
+        module.on_train_start()
+    assert str(caught.value).endswith(f"got {got}")
+    assert "model.clip_norm" in str(caught.value)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_norm_that_cannot_clip_is_refused(clip_norm: float) -> None:
+    with pytest.raises(ConfigError, match=r"model\.clip_norm must be above 0, or null for none"):
+        LlamaFoam(clip_norm=clip_norm)
