@@ -166,6 +166,29 @@ def test_the_traced_update_is_the_plain_one(level, dtypes, second_moment, monkey
     compiled._program.cache_clear()
 
 
+def test_where_compiling_fails_the_plain_update_runs_and_one_line_says_so(monkeypatch, caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    def fails(function, **options):
+        return torch.compile(function, backend=broken, **options)
+
+    monkeypatch.setattr(compiled, "_compile", fails)
+    monkeypatch.setattr(compiled, "_failures", [])
+    monkeypatch.setattr(compiled, "_has_triton", lambda: True)
+    compiled._program.cache_clear()
+    assert compiled.available()
+    plain, other = tensors((6, 22), 1), tensors((6, 22), 1)
+    foam_step_(*plain, factors_at(1), seed=None, **constants(1))
+    with caplog.at_level(logging.WARNING, logger=compiled.__name__):
+        compiled.compiled_step_(*other, factors_at(1), seed=None, **constants(1))
+    assert_same(plain, other, rtol=0, atol=0)
+    (record,) = [record for record in caplog.records if record.name == compiled.__name__]
+    assert "Failed to find C compiler. Set CC." in record.getMessage()
+    assert not compiled.available()
+    compiled._program.cache_clear()
+
+
 @pytest.mark.slow
 def test_one_compiled_program_serves_a_schedule_and_every_number_of_rows():
     torch._dynamo.reset()
