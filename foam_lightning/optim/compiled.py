@@ -49,9 +49,8 @@ def compiled_step_(
             seed=None if seed is None else torch.tensor(seed, dtype=torch.int32),
             **constants,
         )
-    except (
-        torch._dynamo.exc.TorchDynamoException
-    ) as error:  # before anything has run, so nothing has changed
+    except torch._dynamo.exc.TorchDynamoException as error:
+        # Raised before anything has run, so nothing has changed.
         _log.warning(
             "torch.compile failed, so the optimizer takes its slower path: %s",
             " ".join(str(error).split())[:200],
