@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from foam_lightning import FOAM
-from foam_lightning.optim import update
 from foam_lightning.optim.fold import folded_shape
 from tests.training import all_equal, parameters, train
 
@@ -37,19 +36,6 @@ def test_fused_is_the_plain_update_but_for_the_last_bits(level):
     train(FOAM(fused, level=level, weight_decay=0.1), range(6))
     train(FOAM(plain, level=level, weight_decay=0.1, fused=False), range(6))
     for a, b in zip(fused, plain, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 12])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_a_large_matrix_is_updated_in_parts_to_the_same_result(monkeypatch, level, dtype):
-    shapes = [(9, 22), (4, 3, 10), (1, 64), (64,), (30, 9)]
-    whole, parts = parameters(shapes, dtype), parameters(shapes, dtype)
-    options = {"level": level, "fused": False, "stochastic_rounding": False}
-    train(FOAM(whole, **options), range(3))
-    monkeypatch.setattr(update, "_PART_ELEMENTS", 60)
-    train(FOAM(parts, **options), range(3))
-    for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from foam_lightning.optim import compiled, native
+from foam_lightning.optim import compiled, native, update
 from foam_lightning.optim.state import layouts
 from foam_lightning.optim.step import StepFactors, foam_step_
 from foam_lightning.optim.update import update_
@@ -71,6 +71,26 @@ def test_the_native_kernel_is_the_plain_update(
             fused[0], fused[1], **fused[2], factors=factors, **constants(level, second_moment)
         )
         assert_same(plain, fused)
+
+
+@given(
+    st.integers(1, 20),
+    st.integers(1, 40),
+    st.integers(0, 7),
+    st.integers(1, 200),
+    st.sampled_from([(F32, F32), (BF16, BF16), (BF16, INT8)]),
+    st.sampled_from(["mean_square", "square_mean", "row", "none"]),
+)
+def test_a_matrix_in_parts_is_updated_as_a_whole(
+    rows, columns, level, limit, dtypes, second_moment
+):
+    whole, parts = (tensors((rows, columns), level, *dtypes, second_moment) for _ in range(2))
+    options = {"seed": None, "fused": False, **constants(level, second_moment)}
+    update_(*whole, factors_at(1), **options)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(update, "_PART_ELEMENTS", limit)
+        update_(*parts, factors_at(1), **options)
+    assert_same(whole, parts)
 
 
 def test_large_matrices_are_split_between_threads():
