@@ -1,0 +1,96 @@
+"""Combinations of training settings in which every pair of settings occurs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import get_args
+
+from foam_lightning.memory.trace import Precision
+from foam_lightning.plan import Levers, StateDtype
+
+LEVELS = {"FOAM 0": 0, "FOAM 2": 2, "FOAM mixed": None}
+FOREACH = {"AdamW foreach": True, "AdamW loop": False}
+_ACCUMULATION = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How one run trains.
+
+    Attributes:
+        model: A file of configs/, without its ending.
+        precision: Lightning's name of the precision.
+        optimizer: A key of `LEVELS` or of `FOREACH`.
+        levers: The rest. AdamW keeps its moments in the dtype of the weights, whatever they say.
+    """
+
+    model: str
+    precision: Precision
+    optimizer: str
+    levers: Levers
+
+    @property
+    def is_foam(self) -> bool:
+        return self.optimizer in LEVELS
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What pairs are made of."""
+        levers = self.levers
+        return (
+            self.model,
+            self.precision,
+            self.optimizer,
+            levers.state_dtype if self.is_foam else "of the weights",
+            levers.micro_batch_size,
+            levers.accumulate_grad_batches,
+            levers.activation_checkpointing,
+            levers.chunked_loss,
+            levers.gradient_release,
+        )
+
+
+Pair = tuple[tuple[int, object], tuple[int, object]]
+
+
+def pairs(combination: Combination) -> list[Pair]:
+    return list(combinations(enumerate(combination.settings), 2))
+
+
+def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combination]:
+    """Yield all that can be trained: AdamW releases no gradients and has one state dtype."""
+    batches = [(times, False) for times in _ACCUMULATION] + [(1, True)]
+    for model, precision, micro_batch, (times, releases), checkpoints, chunks in product(
+        models, get_args(Precision), micro_batches, batches, (False, True), (False, True)
+    ):
+        for optimizer, state_dtype in product((*LEVELS, *FOREACH), get_args(StateDtype)):
+            if optimizer in FOREACH and (releases or state_dtype != "float32"):
+                continue
+            levers = Levers(
+                micro_batch_size=micro_batch,
+                accumulate_grad_batches=times,
+                activation_checkpointing=checkpoints,
+                chunked_loss=chunks,
+                gradient_release=releases,
+                state_dtype=state_dtype,
+            )
+            yield Combination(model, precision, optimizer, levers)
+
+
+def choose(models: Sequence[str], micro_batches: Sequence[int], count: int) -> list[Combination]:
+    """Choose combinations one by one, each with as many pairs as can be that are rare so far.
+
+    Args:
+        models: Files of configs/, without their ending.
+        micro_batches: Rows of a forward pass.
+        count: How many.
+    """
+    left = {combination: pairs(combination) for combination in every(models, micro_batches)}
+    worth = {pair: 1.0 for of_one in left.values() for pair in of_one}
+    chosen = []
+    for _ in range(count):
+        best = max(left, key=lambda one: sum(map(worth.__getitem__, left[one])))
+        for pair in left.pop(best):
+            worth[pair] /= 10
+        chosen.append(best)
+    return chosen
