@@ -14,6 +14,7 @@ from foam_lightning.callbacks.folding import ResidualEnergy
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.job import Job
+from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
 from foam_lightning.roles import ROLES
@@ -67,6 +68,24 @@ def test_gradients_that_agree_leave_nothing(logged: dict[str, float]) -> None:
     watch.on_before_optimizer_step(at_step(5), module, None)  # type: ignore[arg-type]
     assert set(logged) == {f"folding/residual_{role}" for role in ROLES if role not in "qk"}
     assert max(logged.values()) < 1e-3
+
+
+def test_the_residual_of_a_large_matrix_takes_little_memory(logged: dict[str, float]) -> None:
+    # The account knows nothing of it, and a matrix of a 7B model is 180 MB in float32.
+    module = LlamaFoam(hidden_size=256, intermediate_size=2**14, num_hidden_layers=1)
+    module.follow(module.uniform_plan(2, Levers(micro_batch_size=1)))
+    module.configure_model()
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with StorageTracker() as tracker:
+        tracker.claim(module.parameters(), "weights")
+        tracker.claim((p.grad for p in module.parameters()), "gradients")
+        ResidualEnergy().on_before_optimizer_step(at_step(0), module, None)  # type: ignore[arg-type]
+    terms = tracker.peak().terms
+    assert 0 < terms["activations"] < 5_000_000
+    assert terms["gradients"] > 50_000_000
+    for value in logged.values():
+        assert value == pytest.approx(math.sqrt(0.75), abs=0.01)
 
 
 def test_throughput_counts_everything_but_evaluation(

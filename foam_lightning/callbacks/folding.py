@@ -11,6 +11,10 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.fold import fold, unfold
 from foam_lightning.roles import role_of
 
+# All gradients are alive here, which may be the peak of the step: a matrix is looked at some rows
+# at a time, so that what this adds stays below 5 MB.
+_PART_ELEMENTS = 2**18
+
 
 class ResidualEnergy(Callback):
     """Log ||gradient - unfold(fold(gradient))|| / ||gradient|| per role.
@@ -37,10 +41,12 @@ class ResidualEnergy(Callback):
             level = plan.levels.get(name, 0) if plan else 0
             if level == 0 or parameter.grad is None:
                 continue
-            grad = parameter.grad.float()
-            residual = grad - unfold(fold(grad, level), level, grad.shape[-1])
-            squares[role_of(name)][0] += float(residual.square().sum())
-            squares[role_of(name)][1] += float(grad.square().sum())
+            num_rows = max(1, _PART_ELEMENTS // parameter.shape[-1])
+            for rows in parameter.grad.split(num_rows):
+                grad = rows.float()
+                residual = grad - unfold(fold(grad, level), level, grad.shape[-1])
+                squares[role_of(name)][0] += float(residual.square().sum())
+                squares[role_of(name)][1] += float(grad.square().sum())
         for role, (of_residual, of_grad) in squares.items():
             if of_grad:
                 pl_module.log(f"folding/residual_{role}", (of_residual / of_grad) ** 0.5)
