@@ -4,6 +4,7 @@ Heavy imports (torch, lightning, transformers) wait inside the commands, so that
 mistyped budget are answered at once.
 """
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +57,10 @@ def _answer(words: list[str]) -> int:
         print(command_help(command))
         return 0
     check_at_once(options)
+    gc.disable()  # modules live to the end: looking for garbage among them takes two seconds
     from tuner.settings import parse
 
+    gc.enable()
     settings = parse(command, options, default=_default_config(options))
     _quieten()
     runner = {
