@@ -2,12 +2,11 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -193,32 +192,6 @@ def measure_on_gpu(
         torch.cuda.max_memory_reserved() + context,
         int(torch.cuda.memory_stats()["num_alloc_retries"]),
     )
-
-
-def in_fresh_process(
-    context: Any, seconds: float, function: Callable[..., Peak], *arguments: object
-) -> Peak | str:
-    """Call a function in a process of its own; give what it returns, or why it does not."""
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            return f"not done after {seconds:.0f} s"
-        return cast("Peak | str", receiver.recv())
-    except EOFError:
-        return "the process died"
-    finally:
-        process.kill()
-        process.join()
-
-
-def _send(sender: Connection, function: Callable[..., Peak], arguments: Any) -> None:
-    try:
-        sender.send(function(*arguments))
-    except Exception as error:  # whatever it is, it is this row's, and the others go on
-        sender.send(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
 
 def quiet() -> None:

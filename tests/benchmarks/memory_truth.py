@@ -31,12 +31,12 @@ from foam_lightning.memory.levers import leanest
 from foam_lightning.plan import Levers
 from foam_lightning.units import in_words
 from tests.benchmarks.combinations import Combination, choose
+from tests.benchmarks.fresh_process import in_fresh_process
 from tests.benchmarks.heading import commit, packages, processor
 from tests.benchmarks.memory_runs import (
     MIXED_LEVELS,
     MOST_TOKENS,
     Peak,
-    in_fresh_process,
     measure_on_cpu,
     measure_on_gpu,
     predict,
@@ -98,21 +98,21 @@ def run_on_gpu(
         of_wall = pool.submit(predict, wall(), "cuda", text)
         predictions = [pool.submit(predict, one, "cuda", text) for one in grid]
         free, total = torch.cuda.mem_get_info()
-        measured = in_fresh_process(
+        measured, failure = in_fresh_process(
             context, seconds / 2, measure_on_gpu, wall(), text, free, WALL_STEPS, WALL_BYTES
         )
-        inside = Row(wall(), of_wall.result(), measured)
+        inside = Row(wall(), of_wall.result(), measured or str(failure))
         report(inside, 0, len(grid))
         rows: list[Row] = []
         for one, prediction in zip(grid, predictions, strict=True):
             if end - time.monotonic() < 15:
                 break
             predicted = prediction.result()
-            result: Peak | str = "does not fit this card"
+            measured, failure = None, "does not fit this card"
             if predicted.tensors < total:
                 left = end - time.monotonic()
-                result = in_fresh_process(context, left, measure_on_gpu, one, text, free)
-            rows.append(Row(one, predicted, result))
+                measured, failure = in_fresh_process(context, left, measure_on_gpu, one, text, free)
+            rows.append(Row(one, predicted, measured or str(failure)))
             report(rows[-1], len(rows), len(grid))
     return rows, wall_lines(inside)
 

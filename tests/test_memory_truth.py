@@ -1,0 +1,178 @@
+"""The comparison of predicted and measured peaks, at its smallest."""
+
+import multiprocessing
+import operator
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from foam_lightning.plan import Levers
+from tests.benchmarks import memory_truth
+from tests.benchmarks.combinations import FOREACH, LEVELS, Combination, choose, every, pairs
+from tests.benchmarks.fresh_process import in_fresh_process
+from tests.benchmarks.memory_runs import (
+    Peak,
+    job_of,
+    measure_on_cpu,
+    plan_of,
+    predict,
+    write_text,
+)
+from tests.benchmarks.memory_truth import Row, summary, table, wall, wall_lines
+
+MODELS, MICRO_BATCHES = ("default", "llama_20m"), (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_pair_of_settings_occurs(device: str) -> None:
+    models, micro_batches = memory_truth.MODELS[device][:2], memory_truth.MICRO_BATCHES[device]
+    grid = choose(models, micro_batches, 30)
+    assert len(set(grid)) == 30
+    found = {pair for one in grid for pair in pairs(one)}
+    assert found == {pair for one in every(models, micro_batches) for pair in pairs(one)}
+    assert set(Counter(one.optimizer for one in grid)) == {*LEVELS, *FOREACH}
+
+
+def test_adamw_releases_no_gradients() -> None:
+    for one in every(MODELS, MICRO_BATCHES):
+        assert one.is_foam or not one.levers.gradient_release
+
+
+CASES = [
+    Combination("default", "32-true", "FOAM 0", Levers(micro_batch_size=2)),
+    Combination(
+        "default",
+        "bf16-true",
+        "FOAM mixed",
+        Levers(micro_batch_size=2, accumulate_grad_batches=2, state_dtype="int8"),
+    ),
+    Combination(
+        "default",
+        "bf16-mixed",
+        "FOAM 2",
+        Levers(micro_batch_size=4, gradient_release=True, activation_checkpointing=True),
+    ),
+    Combination("default", "32-true", "AdamW foreach", Levers(micro_batch_size=1)),
+    Combination(
+        "default", "bf16-true", "AdamW loop", Levers(micro_batch_size=2, chunked_loss=True)
+    ),
+]
+
+
+@pytest.mark.parametrize("one", CASES, ids=lambda one: f"{one.precision} {one.optimizer}")
+def test_the_run_takes_what_is_predicted(one: Combination, text: Path) -> None:
+    predicted, measured = predict(one, "cpu", text), measure_on_cpu(one, text)
+    assert predicted.tensors == pytest.approx(measured.tensors, rel=0.001)
+
+
+def test_foreach_needs_more_than_the_loop(text: Path) -> None:
+    foreach, loop = (
+        predict(
+            Combination("default", "32-true", name, Levers(micro_batch_size=1)), "cpu", text
+        ).tensors
+        for name in ("AdamW foreach", "AdamW loop")
+    )
+    assert foreach > loop
+
+
+def test_a_gpu_adds_to_the_tensors_of_foam(text: Path) -> None:
+    of_foam = predict(CASES[0], "cuda", text)
+    assert of_foam.device is not None
+    assert of_foam.device > of_foam.tensors
+    assert predict(CASES[3], "cuda", text).device is None
+
+
+def test_the_mixed_plan_mixes(text: Path) -> None:
+    plan = plan_of(job_of(CASES[1], "cpu", text).new_module(), CASES[1])
+    assert set(plan.levels.values()) == set(plan.scales) == {0, 1, 3, 8}
+
+
+def test_the_wall_is_the_leanest_7b(text: Path) -> None:
+    one = wall()
+    job = job_of(one, "cuda", text)
+    assert one.levers.gradient_release
+    assert one.levers.activation_checkpointing
+    assert job.new_module().llama_config().hidden_size == 4096
+    assert job.batch_size == memory_truth.WALL_BATCH
+
+
+def test_the_summary_counts_what_is_too_low() -> None:
+    foam, adamw = CASES[0], CASES[3]
+    rows = [
+        Row(foam, Peak(1000), Peak(1000)),
+        Row(foam, Peak(994), Peak(1000)),
+        Row(adamw, Peak(1020), Peak(1000)),
+        Row(adamw, Peak(1020), "no memory"),
+    ]
+    lines = summary(rows)
+    assert lines[2] == "| all | 3 | 0.9940 | 1.0000 | 1.0200 | 1 | 1 |"
+    assert lines[3].startswith("| FOAM, by the account | 2 | 0.9940 | 0.9970 | 1.0000 | 0 | 1 |")
+    assert lines[4].startswith("| AdamW, by a trace | 1 |")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_line_of_the_table_has_its_columns(device: str) -> None:
+    measured = Peak(1000, 1500) if device == "cuda" else Peak(1000)
+    rows = [Row(CASES[0], Peak(1000, 1600), measured), Row(CASES[3], Peak(1000), "no memory")]
+    lines = table(rows, device)
+    assert len({line.count("|") for line in lines}) == 1
+    assert "1.0000" in lines[2]
+    assert "no memory" in lines[3]
+    assert ("1.5 kB" in lines[2]) == (device == "cuda")
+
+
+def test_the_wall_is_told_either_way() -> None:
+    assert "OutOfMemoryError" in wall_lines(Row(wall(), Peak(1, 2), "OutOfMemoryError"))[1]
+    told = wall_lines(Row(wall(), Peak(20 * 10**9, 23 * 10**9), Peak(21 * 10**9, 22 * 10**9, 3)))
+    assert "20 GB predicted, 21 GB measured" in told[1]
+    assert "23 GB predicted, 22 GB measured; 3 allocator retries" in told[1]
+
+
+def test_a_process_of_its_own_gives_what_it_found_or_why_not() -> None:
+    context = multiprocessing.get_context("forkserver")
+    assert in_fresh_process(context, 60, operator.neg, 7) == (-7, None)
+    found, failure = in_fresh_process(context, 60, int, "no\nnumber")
+    assert found is None
+    assert failure is not None
+    assert failure.startswith("ValueError: invalid literal")
+    assert in_fresh_process(context, 60, os._exit, 1) == (None, "the process died")
+    assert in_fresh_process(context, 0.5, time.sleep, 600) == (None, "not done after 0 s")
+
+
+def test_without_a_gpu_one_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        memory_truth.main(["--device", "cuda"])
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
+
+
+def measured_elsewhere(one: Combination, *_: object) -> Peak:
+    """Stand for the measurement that a GPU is needed for."""
+    if one.model == memory_truth.WALL_MODEL:
+        return Peak(21 * 10**9, 22 * 10**9)
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.slow
+def test_the_grid_goes_on_after_a_run_that_fails(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**11, 10**11))
+    monkeypatch.setattr(memory_truth, "measure_on_gpu", measured_elsewhere)
+    rows, lines = memory_truth.run_on_gpu([CASES[0], CASES[3]], text, 500)
+    assert [row.measured for row in rows] == ["RuntimeError: out of memory"] * 2
+    assert [row.predicted.device is None for row in rows] == [False, True]
+    assert "21 GB measured" in lines[1]
+    assert 20e9 < float(lines[1].split("tensors ")[1].split(" GB")[0]) * 1e9 < 24e9
