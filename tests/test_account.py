@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from foam_lightning import FOAM
 from foam_lightning.memory.account import (
+    CUBLAS_WORKSPACE_BYTES,
     GPU_CONTEXT_BYTES,
-    GPU_MARGIN,
     Account,
     Accountant,
     optimizer_state_bytes,
@@ -150,7 +150,8 @@ def test_a_gpu_adds_its_context_and_a_margin() -> None:
     plan = module.uniform_plan(2, Levers(micro_batch_size=2))
     bare = accountant_of(module, on_gpu=False).account(plan)
     full = accountant_of(module, on_gpu=True).account(plan)
-    margin = int(bare.peak_bytes * GPU_MARGIN)
+    margin = full.breakdown["margin"]
+    assert margin > CUBLAS_WORKSPACE_BYTES
     assert full.breakdown == {**bare.breakdown, "context": GPU_CONTEXT_BYTES, "margin": margin}
     assert list(full.breakdown) == [
         *("weights", "gradients", "optimizer_state", "activations", "loss"),
@@ -163,15 +164,51 @@ def test_the_largest_term_binds() -> None:
     assert Account({"weights": 3, "gradients": 7, "loss": 5}).binding == "gradients"
 
 
-def test_a_byte_of_state_raises_the_peak_by_itself_and_its_margin() -> None:
+ON_GPU = [
+    Levers(micro_batch_size=8),
+    Levers(micro_batch_size=2, accumulate_grad_batches=4, activation_checkpointing=True),
+    Levers(micro_batch_size=8, chunked_loss=True, gradient_release=True),
+]
+
+
+@pytest.mark.parametrize("levers", ON_GPU, ids=["plain", "accumulating", "released"])
+def test_the_replay_asks_for_what_the_account_counts(levers: Levers) -> None:
     module = LlamaFoam()
-    for on_gpu in (False, True):
-        accountant = accountant_of(module, on_gpu=on_gpu)
-        plans = [module.uniform_plan(level, Levers(micro_batch_size=8)) for level in (2, 3)]
-        peaks = [accountant.account(plan).peak_bytes for plan in plans]
-        states = [optimizer_state_bytes(module.shapes, p.levels, "float32") for p in plans]
-        expected = (states[0] - states[1]) * accountant.bytes_per_state_byte
-        assert peaks[0] - peaks[1] == pytest.approx(expected, abs=2)
+    accountant = accountant_of(module, on_gpu=True)
+    for level in (0, 2, 8):
+        plan = module.uniform_plan(level, levers)
+        usage = accountant.usage(plan)
+        assert usage.requested == sum(accountant.trace(plan).values())
+        growing = accountant.usage(plan, expandable=True)
+        assert (growing.requested, growing.reserved >= growing.allocated) == (usage[0], True)
+
+
+@pytest.mark.parametrize("levers", ON_GPU, ids=["plain", "accumulating", "released"])
+def test_the_margin_covers_what_every_level_reserves_and_less_state_never_needs_more(
+    levers: Levers,
+) -> None:
+    module = LlamaFoam()
+    accountant = accountant_of(module, on_gpu=True)
+    margins = []
+    for level in (0, 1, 2, 3, 4, 8):
+        plan = module.uniform_plan(level, levers)
+        usage = accountant.usage(plan)
+        margins.append(accountant.account(plan).breakdown["margin"])
+        assert margins[-1] - CUBLAS_WORKSPACE_BYTES >= usage.reserved - usage.requested
+    assert margins == sorted(margins, reverse=True)
+    mixed = accountant.account(plan_for(module, "mixed", levers)).breakdown["margin"]
+    assert margins[-1] <= mixed <= margins[0]
+
+
+def test_the_margin_is_replayed_once_for_all_plans_of_the_same_levers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = LlamaFoam()
+    accountant = accountant_of(module, on_gpu=True)
+    accountant.account(module.uniform_plan(0, ON_GPU[0]))
+    monkeypatch.setattr(accountant, "usage", None)  # not to be called again
+    for level in (0, 1, 5, 8):
+        accountant.account(module.uniform_plan(level, ON_GPU[0]))
 
 
 SHAPES = {

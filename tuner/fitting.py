@@ -1,6 +1,5 @@
 """Plans that fit: the cheapest levers, the bytes left for state, and levels that fill them."""
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -84,7 +83,7 @@ class Fitting:
 
         def allowance(plan: FoldPlan) -> int:
             slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
-            return self.folded_bytes(plan) + math.ceil(slack / self.accountant.bytes_per_state_byte)
+            return self.folded_bytes(plan) + slack
 
         return max(allowance(self.uniform(level)) for level in LEVELS)
 
@@ -137,8 +136,7 @@ class Fitting:
             if excess <= 0 or allowed == least:
                 return levels
             # The optimizer's workspace may be larger at these levels than at the one that leaves
-            # most, perhaps by more than the state that is left to fold.
-            excess = math.ceil(excess / self.accountant.bytes_per_state_byte)
+            # most, perhaps by more than the state that is left to fold; so may the margin.
             allowed = max(least, self.folded_bytes(plan) - excess)
 
     def folded_bytes(self, plan: FoldPlan) -> int:

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from foam_lightning.memory.allocator import Update, Usage, replay, training
 from foam_lightning.memory.trace import (
     Precision,
     Step,
@@ -19,15 +21,18 @@ from foam_lightning.memory.trace import (
     weight_dtype,
 )
 from foam_lightning.memory.tracker import TERMS
-from foam_lightning.optim.state import state_bytes
+from foam_lightning.optim.state import layouts, state_bytes
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 
 # What a CUDA process holds outside torch's counters: its context and the modules loaded into it.
 # Reports range from 0.3 to 0.6 GB on an otherwise empty card; not calibrated per card yet.
 GPU_CONTEXT_BYTES = 600_000_000
-# Share of the traced peak that the caching allocator may add by rounding and fragmentation, and
-# that operators may use inside, cuBLAS above all. Not calibrated per card yet.
-GPU_MARGIN = 0.04
+# cuBLAS keeps a workspace for each thread and stream, forward and backward are two threads, and
+# torch takes both from the caching allocator: 32 MiB on compute capability 9.0, 8.125 MiB before
+# (parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp). The larger one, twice.
+CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
+# The uniform levels at which the allocator is replayed; the state is what they change.
+_REPLAYED_LEVELS = (8, 4, 3, 2, 1, 0)
 
 
 class Trainee(Protocol):
@@ -78,6 +83,15 @@ class Accountant:
     does not depend on the batch, so each is traced once and kept. With gradient release the
     workspace of each parameter is added to what is alive at the moment of its update.
 
+    On a GPU, context and the workspace of cuBLAS are documented defaults. What the caching
+    allocator reserves beyond the tensors is replayed (see `allocator`): the weights, then two
+    steps through all layers, with the state made in the first. How far the peak of reserved memory
+    is above that of the tensors jumps from level to level. So the margin of a plan is the most at
+    any replayed uniform level that keeps no more state, and on a line between two of them: less
+    state never needs more. It is on the safe side in that an allocator short of memory gives cached
+    segments back; it does not see what operators other than cuBLAS take inside, nor mixed levels.
+    No GPU has measured it yet.
+
     Args:
         trainee: The model.
         num_layers: Its decoder layers.
@@ -102,21 +116,15 @@ class Accountant:
         self._on_gpu = on_gpu
         self._passes: dict[Levers, Step] = {}
         self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
-
-    @property
-    def bytes_per_state_byte(self) -> float:
-        """How far one more byte of state raises the peak: by itself and by its margin."""
-        return 1 + GPU_MARGIN if self._on_gpu else 1.0
+        self._excesses: dict[tuple[Levers, int], int] = {}
 
     def account(self, plan: FoldPlan) -> Account:
         """Name every byte of the peak of one training step of this plan."""
-        peak = self.trace(plan)
-        total = sum(peak.values())
         return Account(
             {
-                **peak,
+                **self.trace(plan),
                 "context": GPU_CONTEXT_BYTES if self._on_gpu else 0,
-                "margin": int(total * GPU_MARGIN) if self._on_gpu else 0,
+                "margin": self._margin(plan) if self._on_gpu else 0,
             }
         )
 
@@ -125,9 +133,7 @@ class Accountant:
         elements = sum(math.prod(shape) for shape in self._trainee.shapes.values())
         standing: dict[str, int] = {
             "weights": elements * weight_dtype(self._precision).itemsize,
-            "optimizer_state": optimizer_state_bytes(
-                self._trainee.shapes, plan.levels, plan.levers.state_dtype
-            ),
+            "optimizer_state": self._state_bytes(plan),
         }
         passes = self._traced_passes(plan.levers)
         workspaces = [self._workspace(plan, *named) for named in self._trainee.shapes.items()]
@@ -142,6 +148,50 @@ class Accountant:
         return max(
             ({**terms, **standing} for terms in moments), key=lambda terms: sum(terms.values())
         )
+
+    def usage(self, plan: FoldPlan, *, expandable: bool = False) -> Usage:
+        """Replay the caching allocator over two steps, without the workspace of cuBLAS.
+
+        Args:
+            plan: Every layer must have the levels of the others.
+            expandable: Whether the allocator's segments may grow.
+        """
+        shapes, dtype = self._trainee.shapes, getattr(torch, plan.levers.state_dtype)
+        updates = [
+            Update(
+                tuple(
+                    kept.nbytes for kept in layouts(shape, plan.levels.get(name, 0), dtype).values()
+                ),
+                self._workspace(plan, name, shape),
+            )
+            for name, shape in shapes.items()
+        ]
+        itemsize = weight_dtype(self._precision).itemsize
+        weights = [math.prod(shape) * itemsize for shape in shapes.values()]
+        step = self._traced_passes(plan.levers).events
+        return replay(training(weights, step, updates), expandable=expandable)
+
+    def _margin(self, plan: FoldPlan) -> int:
+        kept = self._state_bytes(plan)
+        states: list[int] = []
+        excesses = [0]
+        for level in _REPLAYED_LEVELS:
+            uniform = _at_level(plan, level)
+            states.append(self._state_bytes(uniform))
+            excesses.append(max(excesses[-1], self._excess(uniform, level)))
+            if states[-1] >= kept:
+                break
+        return math.ceil(np.interp(kept, states, excesses[1:])) + CUBLAS_WORKSPACE_BYTES
+
+    def _excess(self, uniform: FoldPlan, level: int) -> int:
+        key = (uniform.levers, level)
+        if key not in self._excesses:
+            usage = self.usage(uniform)
+            self._excesses[key] = usage.reserved - usage.requested
+        return self._excesses[key]
+
+    def _state_bytes(self, plan: FoldPlan) -> int:
+        return optimizer_state_bytes(self._trainee.shapes, plan.levels, plan.levers.state_dtype)
 
     def _traced_passes(self, levers: Levers) -> Step:
         if levers not in self._passes:
@@ -180,6 +230,10 @@ class Accountant:
                     group["fused"] = not self._on_gpu
                 self._workspaces[key] = track_optimizer_step(optimizer)
         return self._workspaces[key]
+
+
+def _at_level(plan: FoldPlan, level: int) -> FoldPlan:
+    return replace(plan, levels=dict.fromkeys(plan.levels, level), scales={level: 1.0})
 
 
 def optimizer_state_bytes(

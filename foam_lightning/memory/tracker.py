@@ -1,6 +1,7 @@
 """Every tensor storage of a run, from its birth to its death, and what was alive at a moment."""
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from foam_lightning.memory.allocator import Events
 
 Term = Literal["weights", "gradients", "optimizer_state", "activations", "loss", "workspace"]
 TERMS: tuple[Term, ...] = get_args(Term)
@@ -97,6 +100,36 @@ class StorageTracker(TorchDispatchMode):
         alive = self._replay(repeats)
         return [_moment(alive[position + shift + time * length]) for time in range(times)]
 
+    def events(self, repeats: Sequence[Repeat] = ()) -> Events:
+        """Write out every birth, death and mark, without weights and optimizer state.
+
+        A storage whose life crosses the edge of a repeat stands for one of each time. Which of them
+        dies where is then a matter of size: of those of one size the last born dies first, as
+        activations do. So every size has its right number of storages alive at every moment.
+
+        Args:
+            repeats: As for `peak`.
+        """
+        pieces = self._pieces(repeats)
+        stays = self._within_one_time(pieces)
+        marked = defaultdict(list)
+        for name, position in self._marks.items():
+            marked[position].append(name)
+        events = Events()
+        alive: defaultdict[int, list[int]] = defaultdict(list)  # by storage, or by ~size
+        for start, stop, times in pieces:
+            for position in list(range(start, stop)) * times:
+                change = self._changes[position]
+                index = max(change, ~change)
+                if self._terms[index] not in _STANDING:
+                    alike = alive[index if index in stays else ~self._bytes[index]]
+                    if change >= 0:
+                        alike.append(events.bear(self._bytes[index]))
+                    else:
+                        events.bury(alike.pop())
+                events.marks.extend((len(events.changes), name) for name in marked[position + 1])
+        return events
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
@@ -140,13 +173,26 @@ class StorageTracker(TorchDispatchMode):
         for term in _STANDING:
             standing[term] = deltas[births >= 0, term].sum()
             deltas[:, term] = 0
-        pieces, done = [standing[None]], 0
+        pieces = [np.tile(deltas[start:stop], (n, 1)) for start, stop, n in self._pieces(repeats)]
+        alive: npt.NDArray[np.int64] = np.cumsum(np.concatenate([standing[None], *pieces]), axis=0)
+        return alive
+
+    def _pieces(self, repeats: Sequence[Repeat]) -> list[tuple[int, int, int]]:
+        """Cut the changes at the edges of the repeats: start, stop, and how often it happens."""
+        pieces, done = [], 0
         for repeat in repeats:
             start, stop = self._marks[repeat.start], self._marks[repeat.stop]
-            pieces += [deltas[done:start], np.tile(deltas[start:stop], (repeat.times, 1))]
+            pieces += [(done, start, 1), (start, stop, repeat.times)]
             done = stop
-        alive: npt.NDArray[np.int64] = np.cumsum(np.concatenate([*pieces, deltas[done:]]), axis=0)
-        return alive
+        return [*pieces, (done, len(self._changes), 1)]
+
+    def _within_one_time(self, pieces: Sequence[tuple[int, int, int]]) -> set[int]:
+        """Find the storages that no edge of a repeat comes between, from birth to death."""
+        place = {}  # of a change: the repeat that it is in, or none
+        for number, (start, stop, times) in enumerate(pieces):
+            for change in self._changes[start:stop]:
+                place[change] = number if times > 1 else None
+        return {n for n in place if n >= 0 and place[n] == place.get(~n, place[n])}
 
 
 def _moment(row: npt.NDArray[np.int64]) -> Moment:

@@ -37,7 +37,8 @@ def main() -> None:
         "- command: `python -m tests.benchmarks.plans`",
         f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, no seed involved",
         f"- predicted for a GPU, on a CPU: torch {found['torch']}, "
-        f"transformers {found['transformers']}; context and margin are defaults, not measured",
+        f"transformers {found['transformers']}; context is a default and margin a replay of the "
+        "allocator, not measured",
         "",
     ]
     jobs = {
@@ -53,6 +54,10 @@ def main() -> None:
         few = replace(job, data={**job.data, "batch_size": RELEASED_BATCH})
         lines.append(_row(size, few, leanest(few.levers)[-1]))
         print(lines[-1], flush=True)
+    lines += ["", "## The allocator at level 2, gradients released", "", *_RESERVED_HEAD]
+    for size, job in jobs.items():
+        lines.append(_reserved(size, replace(job, data={**job.data, "batch_size": RELEASED_BATCH})))
+        print(lines[-1], flush=True)
     table = "\n".join(lines) + "\n"
     print(table)
     if arguments.output is not None:
@@ -64,6 +69,21 @@ _HEAD = (
     "peak, level 8 | largest term at level 8 |",
     "|---|---|---|---|---|---|---|---|",
 )
+
+
+_RESERVED_HEAD = (
+    "| model | tensors | reserved | with expandable segments |",
+    "|---|---|---|---|",
+)
+
+
+def _reserved(size: str, job: Job) -> str:
+    """Say what the replay reserves, beside context and the workspace of cuBLAS."""
+    plan = job.new_module().uniform_plan(2, leanest(job.levers)[-1])
+    accountant = job.new_accountant()
+    fixed, growing = (accountant.usage(plan, expandable=grows) for grows in (False, True))
+    found = (fixed.requested, fixed.reserved, growing.reserved)
+    return f"| {size} | {' | '.join(map(in_words, found))} |"
 
 
 def _row(size: str, job: Job, levers: Levers) -> str:

@@ -1,0 +1,252 @@
+"""What torch's CUDA caching allocator reserves for blocks that come and go, replayed in bytes.
+
+The rules and sizes are those of torch's CUDACachingAllocator (c10/cuda/CUDACachingAllocator.cpp) at
+its default settings: a request is rounded up to 512 bytes; one of up to 1 MiB is served from the
+small pool, whose segments are of 2 MiB, any other from the large pool, whose segments are of 20 MiB
+below 10 MiB and else of the request rounded up to 2 MiB. The smallest free block that is large
+enough is taken, and split where the rest is worth keeping; free neighbours in a segment become one.
+A segment, once reserved, stays. Not replayed: other streams than the first, and that a device
+without room for a new segment gives free segments back first, so that a run may get by with less.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+MiB = 2**20
+_ROUNDING = 512
+_LARGEST_SMALL = MiB
+_SMALL_SEGMENT = 2 * MiB
+_LARGE_SEGMENT = 20 * MiB
+_LEAST_OWN_SEGMENT = 10 * MiB
+_OWN_SEGMENT_ROUNDING = 2 * MiB
+
+
+@dataclass(frozen=True)
+class Events:
+    """Blocks that come and go.
+
+    Attributes:
+        sizes: Bytes of every block, in order of birth.
+        changes: n where block n is born, ~n where it dies.
+        marks: Named moments in order of time: how many changes come before, and the name.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    changes: list[int] = field(default_factory=list)
+    marks: list[tuple[int, str]] = field(default_factory=list)
+
+    def bear(self, size: int) -> int:
+        """Add the birth of a block and return its number."""
+        self.changes.append(len(self.sizes))
+        self.sizes.append(size)
+        return self.changes[-1]
+
+    def bury(self, block: int) -> None:
+        """Add the death of a block."""
+        self.changes.append(~block)
+
+
+class Usage(NamedTuple):
+    """The most bytes that there were at any moment, each at its own; torch counts by these names.
+
+    Attributes:
+        requested: Of the blocks that were asked for.
+        allocated: Of the blocks that were given, rounded up.
+        reserved: Of the segments that they lie in.
+    """
+
+    requested: int
+    allocated: int
+    reserved: int
+
+
+def replay(events: Events, *, expandable: bool = False) -> Usage:
+    """Serve every request in turn, starting from nothing.
+
+    Args:
+        events: The requests; a block of no bytes takes none.
+        expandable: With the allocator's `expandable_segments`: a pool is one segment that grows at
+            its end, by pages of 2 MiB or 20 MiB, and any free part of it serves any size.
+    """
+    small, large = _Pool(is_small=True, expandable=expandable), _Pool(False, expandable)
+    given: dict[int, tuple[_Pool, _Block]] = {}
+    requested = allocated = 0
+    peaks = (0, 0)
+    for change in events.changes:
+        number = max(change, ~change)
+        size = events.sizes[number]
+        if size == 0:
+            continue
+        if change >= 0:
+            rounded = _up(size, _ROUNDING)
+            pool = small if rounded <= _LARGEST_SMALL else large
+            block = pool.take(rounded)
+            given[number] = pool, block
+            requested += size
+            allocated += block.size
+            peaks = max(peaks[0], requested), max(peaks[1], allocated)
+        else:
+            pool, block = given.pop(number)
+            requested -= size
+            allocated -= block.size
+            pool.give(block)
+    return Usage(*peaks, small.reserved + large.reserved)
+
+
+def training(weights: Iterable[int], step: Events, updates: Sequence["Update"]) -> Events:
+    """Lay out two optimizer steps; state comes into being in the first, so the second is any later.
+
+    Args:
+        weights: Bytes of every parameter; they come first.
+        step: Forward and backward passes of one step. A mark "update i" is where parameter i is
+            updated inside backward; without such marks all are updated at the end, in their order.
+            What is then still alive dies: gradients.
+        updates: One per parameter in the order of the marks' i.
+    """
+    events = Events()
+    for size in weights:
+        events.bear(size)
+    inside = [(at, int(name.split()[1])) for at, name in step.marks if name.startswith("update ")]
+    num_seen = max((index + 1 for _, index in inside), default=0)
+    missing = len(updates) - num_seen
+    # Layers are alike: the first half is counted from the front, the rest from the back.
+    inside = [(at, i if 2 * i < num_seen else i + missing) for at, i in inside]
+    whole = len(step.changes)
+    order: list[tuple[int, int | None]] = [*inside] or [(whole, i) for i in range(len(updates))]
+    for is_first in (True, False):
+        alive: dict[int, int] = {}  # block of the step: block of the run
+        done = 0
+        for at, index in [*order, (whole, None)]:
+            for change in step.changes[done:at]:
+                if change >= 0:
+                    alive[change] = events.bear(step.sizes[change])
+                else:
+                    events.bury(alive.pop(~change))
+            done = at
+            if index is not None:
+                _update(events, updates[index], is_first=is_first)
+        for block in alive.values():
+            events.bury(block)
+    return events
+
+
+class Update(NamedTuple):
+    """What the update of one parameter needs.
+
+    Attributes:
+        state: Bytes of every tensor of its state.
+        workspace: Bytes of its temporaries at most; they count as one block.
+    """
+
+    state: tuple[int, ...]
+    workspace: int
+
+
+def _update(events: Events, update: Update, *, is_first: bool) -> None:
+    if is_first:
+        for size in update.state:
+            events.bear(size)
+    events.bury(events.bear(update.workspace))
+
+
+class _Block:
+    """A part of a segment, given or free, between its neighbours in the segment."""
+
+    __slots__ = ("address", "after", "before", "is_free", "size")
+
+    def __init__(self, size: int, address: int) -> None:
+        self.size = size
+        self.address = address
+        self.before: _Block | None = None
+        self.after: _Block | None = None
+        self.is_free = False
+
+
+class _Pool:
+    """The segments of one pool, and its free blocks."""
+
+    def __init__(self, is_small: bool, expandable: bool) -> None:
+        self.reserved = 0
+        self._page = _SMALL_SEGMENT if is_small else _LARGE_SEGMENT
+        # A smaller rest stays with the block.
+        self._least_rest = _ROUNDING if is_small or expandable else _LARGEST_SMALL + 1
+        self._expandable = expandable
+        self._last: _Block | None = None  # of the segment that grows
+        self._order: list[tuple[int, int]] = []  # of free blocks: size, address
+        self._free: dict[int, _Block] = {}  # by address
+
+    def take(self, size: int) -> _Block:
+        """Give a block of at least so many bytes, a multiple of 512."""
+        best = bisect_left(self._order, (size, -1))
+        if best < len(self._order):
+            block = self._free[self._order[best][1]]
+            self._remove(block)
+        else:
+            block = self._grow(size) if self._expandable else self._segment(size)
+        block.is_free = False
+        if block.size - size >= self._least_rest:
+            rest = _Block(block.size - size, block.address + size)
+            rest.before, rest.after = block, block.after
+            if block.after is not None:
+                block.after.before = rest
+            if block is self._last:
+                self._last = rest
+            block.after, block.size = rest, size
+            self._add(rest)
+        return block
+
+    def give(self, block: _Block) -> None:
+        """Take a block back and join it with its free neighbours."""
+        if block.before is not None and block.before.is_free:
+            block = self._joined(block.before, block)
+        if block.after is not None and block.after.is_free:
+            block = self._joined(block, block.after)
+        self._add(block)
+
+    def _segment(self, size: int) -> _Block:
+        length = self._page if size < _LEAST_OWN_SEGMENT else _up(size, _OWN_SEGMENT_ROUNDING)
+        # Addresses order blocks of one size, as they do on a device.
+        block = _Block(length, self.reserved)
+        self.reserved += length
+        return block
+
+    def _grow(self, size: int) -> _Block:
+        last = self._last
+        missing = size - (last.size if last is not None and last.is_free else 0)
+        pages = _Block(_up(missing, self._page), self.reserved)
+        self.reserved += pages.size
+        pages.before = last
+        if last is not None:
+            last.after = pages
+            if last.is_free:
+                pages = self._joined(last, pages)
+        self._last = pages
+        return pages
+
+    def _joined(self, first: _Block, second: _Block) -> _Block:
+        for block in (first, second):
+            if block.is_free:
+                self._remove(block)
+        first.size += second.size
+        first.after = second.after
+        if second.after is not None:
+            second.after.before = first
+        if second is self._last:
+            self._last = first
+        return first
+
+    def _add(self, block: _Block) -> None:
+        block.is_free = True
+        self._free[block.address] = block
+        insort(self._order, (block.size, block.address))
+
+    def _remove(self, block: _Block) -> None:
+        block.is_free = False
+        del self._free[block.address]
+        del self._order[bisect_left(self._order, (block.size, block.address))]
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
