@@ -122,7 +122,7 @@ def lives(draw: st.DrawFn, sizes: st.SearchStrategy[int] = SIZES) -> Events:
     events = Events()
     alive: list[int] = []
     for _ in range(draw(st.integers(0, 40))):
-        if alive and draw(st.booleans()):
+        if draw(st.booleans()) and alive:
             events.bury(alive.pop(draw(st.integers(0, len(alive) - 1))))
         else:
             alive.append(events.bear(draw(sizes)))
