@@ -58,7 +58,7 @@ def main() -> None:
         f"- {packages('torch', 'lightning', 'transformers', 'numpy')}",
         "- 70B: 80 layers, hidden 8192, intermediate 28672, 64 heads, 8 of them for keys and "
         "values; all else as in `configs/llama_7b.yaml`",
-        "- resident memory is the peak of the process; the first row does nothing but import, as `plan` does",
+        "- resident memory is the peak of the process; the first row only imports",
         "",
         "| job | wall s | user s | resident | feasible | mean level |",
         "|---|---|---|---|---|---|",
