@@ -200,6 +200,27 @@ def test_the_margin_covers_what_every_level_reserves_and_less_state_never_needs_
     assert margins[-1] <= mixed <= margins[0]
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("levers", ON_GPU, ids=["plain", "accumulating", "released"])
+def test_a_change_of_state_changes_the_peak_by_what_was_asked(levers: Levers, on_gpu: bool) -> None:
+    module = LlamaFoam()
+    accountant = accountant_of(module, on_gpu=on_gpu)
+    plans = [module.uniform_plan(level, levers) for level in (0, 1, 2, 4, 8)]
+    states = [optimizer_state_bytes(module.shapes, p.levels, "float32") for p in plans]
+    accounts = [accountant.account(plan).breakdown for plan in plans]
+    # By state and margin alone: the workspace and the moment of the peak may differ.
+    changing = [a["optimizer_state"] + a["margin"] for a in accounts]
+    for start, plan in enumerate(plans):
+        for end in range(len(plans)):
+            change = accountant.state_change(plan, changing[end] - changing[start])
+            assert change == pytest.approx(states[end] - states[start], abs=2)
+        # Less than the highest level keeps, and more than Adam does.
+        for beyond in (-(10**8), 10**8):
+            end = -1 if beyond < 0 else 0
+            change = accountant.state_change(plan, changing[end] - changing[start] + beyond)
+            assert change == pytest.approx(states[end] + beyond - states[start], abs=2)
+
+
 def test_the_margin_is_replayed_once_for_all_plans_of_the_same_levers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

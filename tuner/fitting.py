@@ -83,7 +83,7 @@ class Fitting:
 
         def allowance(plan: FoldPlan) -> int:
             slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
-            return self.folded_bytes(plan) + slack
+            return self.folded_bytes(plan) + self.accountant.state_change(plan, slack)
 
         return max(allowance(self.uniform(level)) for level in LEVELS)
 
@@ -136,8 +136,9 @@ class Fitting:
             if excess <= 0 or allowed == least:
                 return levels
             # The optimizer's workspace may be larger at these levels than at the one that leaves
-            # most, perhaps by more than the state that is left to fold; so may the margin.
-            allowed = max(least, self.folded_bytes(plan) - excess)
+            # most, perhaps by more than the state that is left to fold.
+            change = self.accountant.state_change(plan, -excess)
+            allowed = max(least, self.folded_bytes(plan) + change)
 
     def folded_bytes(self, plan: FoldPlan) -> int:
         """Count the state of the matrices that fold, the part that a plan decides."""

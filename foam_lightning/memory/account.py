@@ -171,17 +171,40 @@ class Accountant:
         step = self._traced_passes(plan.levers).events
         return replay(training(weights, step, updates), expandable=expandable)
 
+    def state_change(self, plan: FoldPlan, slack_bytes: int) -> int:
+        """Tell by how many bytes the state may change for the peak to change by so many.
+
+        The margin changes with the state, and with it; the rest of the peak is taken as it is.
+
+        Args:
+            plan: Where the change starts from.
+            slack_bytes: Bytes more for the peak, or fewer if below 0.
+        """
+        if not self._on_gpu:
+            return slack_bytes
+        kept = self._state_bytes(plan)
+        states, margins = self._margins(plan, math.inf)
+        peaks = np.add(states, margins)
+        target = kept + np.interp(kept, states, margins) + slack_bytes
+        # Beyond the ends the margin is what it is there.
+        beyond = min(target - peaks[0], 0) + max(target - peaks[-1], 0)
+        return math.floor(float(np.interp(target, peaks, states) + beyond)) - kept
+
     def _margin(self, plan: FoldPlan) -> int:
         kept = self._state_bytes(plan)
+        return math.ceil(np.interp(kept, *self._margins(plan, kept)))
+
+    def _margins(self, plan: FoldPlan, most: float) -> tuple[list[int], list[int]]:
+        """Give state and margin at uniform levels, the highest first, as far as `most` of state."""
         states: list[int] = []
         excesses = [0]
         for level in _REPLAYED_LEVELS:
             uniform = _at_level(plan, level)
             states.append(self._state_bytes(uniform))
             excesses.append(max(excesses[-1], self._excess(uniform, level)))
-            if states[-1] >= kept:
+            if states[-1] >= most:
                 break
-        return math.ceil(np.interp(kept, states, excesses[1:])) + CUBLAS_WORKSPACE_BYTES
+        return states, [excess + CUBLAS_WORKSPACE_BYTES for excess in excesses[1:]]
 
     def _excess(self, uniform: FoldPlan, level: int) -> int:
         key = (uniform.levers, level)
