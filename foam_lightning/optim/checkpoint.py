@@ -61,13 +61,13 @@ def restore(saved: dict[str, Any], param: Tensor, fresh: dict[str, Tensor]) -> d
         The state: `fresh` filled, and `step`.
     """
     tensors = {key: value.to(param.device) for key, value in saved.items() if key != "step"}
-    same = all(key in tensors and tensors[key].dtype == fresh[key].dtype for key in fresh)
-    for moment in MOMENTS:
-        if moment in fresh and not same:
-            write_(fresh, moment, read(tensors, moment), None)
-    if same:
+    if all(key in tensors and tensors[key].dtype == fresh[key].dtype for key in fresh):
         for key, value in fresh.items():
             value.copy_(tensors[key])
+    else:
+        for moment in MOMENTS:
+            if moment in fresh:
+                write_(fresh, moment, read(tensors, moment), None)
     return {"step": int(saved["step"]), **fresh}
 
 

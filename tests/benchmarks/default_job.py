@@ -9,19 +9,15 @@ not the search.
 """
 
 import argparse
-import datetime
 import logging
-import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
-import torch
-
 from foam_lightning.training import versions
 from foam_lightning.units import ByteSize, in_words
-from tests.benchmarks.heading import ROOT, commit, processor
+from tests.benchmarks.heading import ROOT, dated, machine
 from tuner.fitting import Fitting
 from tuner.objective import Bench, paired_difference
 from tuner.search import search
@@ -56,8 +52,8 @@ def main() -> None:
         "# The default job: short run against full run",
         "",
         f"- command: `python -m tests.benchmarks.default_job {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}",
-        f"- {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"- {dated()}",
+        f"- {machine()}",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
         f"- budget {arguments.memory_budget}, search on seed 0: {settings.tune.trials} short runs "
         f"of {settings.tune.steps} steps, finals on seed 1; full runs of {job.max_steps} steps on "

@@ -1,9 +1,13 @@
 """What every benchmark says above its table: the commit and the machine."""
 
+import datetime
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,3 +38,13 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def dated() -> str:
+    """Name the commit and the day."""
+    return f"commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}"
+
+
+def machine() -> str:
+    """Name the processor, and how much of it torch uses."""
+    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -10,7 +10,6 @@ others LLaMA 7B trains 20 steps with gradients released inside 24 GB that it can
 """
 
 import argparse
-import datetime
 import multiprocessing
 import os
 import shlex
@@ -32,7 +31,7 @@ from foam_lightning.plan import Levers
 from foam_lightning.units import in_words
 from tests.benchmarks.combinations import Combination, choose
 from tests.benchmarks.fresh_process import in_fresh_process
-from tests.benchmarks.heading import commit, packages, processor
+from tests.benchmarks.heading import dated, machine, packages
 from tests.benchmarks.memory_runs import (
     MIXED_LEVELS,
     MOST_TOKENS,
@@ -193,15 +192,15 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def heading(words: Sequence[str], device: str) -> list[str]:
-    machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    hardware = machine()
     if device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine}"
+        hardware = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {hardware}"
     return [
         "# Predicted and measured peaks",
         "",
         f"- command: `{shlex.join(['python', '-m', 'tests.benchmarks.memory_truth', *words])}`",
-        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, seed 0",
-        f"- {machine}",
+        f"- {dated()}, seed 0",
+        f"- {hardware}",
         f"- {packages('torch', 'lightning', 'transformers')}",
         f"- rows of at most {MOST_TOKENS[device]} tokens; the mixed plan repeats levels "
         f"{', '.join(map(str, MIXED_LEVELS))}",

@@ -10,9 +10,7 @@ matrices of a model. On a GPU: bfloat16, the matrices of a model, llama_1b if no
 """
 
 import argparse
-import datetime
 import math
-import os
 import re
 import shlex
 import sys
@@ -26,7 +24,7 @@ import yaml
 
 from foam_lightning.optim.groups import is_foldable
 from tests.benchmarks.contenders import FUSED, LR, RANK_SHARE, ROWS, Row, Weights, first_step_rows
-from tests.benchmarks.heading import ROOT, commit, packages, processor
+from tests.benchmarks.heading import ROOT, dated, machine, packages
 from tests.benchmarks.stepping import Stepped, cold_caches, first_steps, start_compiler, step_all
 
 SEED = 0
@@ -210,16 +208,16 @@ def first_step_table(names: Sequence[str], device: str, *, small: bool) -> list[
 
 
 def heading(words: Sequence[str], device: str) -> list[str]:
-    machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    hardware = machine()
     if device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine}"
+        hardware = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {hardware}"
     command = shlex.join(["python", "-m", "tests.benchmarks.optimizer_step", *words])
     return [
         "# The optimizer step",
         "",
         f"- command: `{command}`",
-        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, seed {SEED}",
-        f"- {machine}",
+        f"- {dated()}, seed {SEED}",
+        f"- {hardware}",
         f"- {packages('torch', 'torchao', 'pytorch-optimizer')}",
     ]
 

@@ -6,7 +6,6 @@ Each row is the command in a process of its own: from its start to its end, impo
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, commit, packages, processor
+from tests.benchmarks.heading import ROOT, dated, packages, processor
 
 _7B = ("--config", "configs/llama_7b.yaml")
 _70B = (
@@ -52,7 +51,7 @@ def main() -> None:
         "# How long a plan takes",
         "",
         f"- command: `python -m tests.benchmarks.plan_speed {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, no seed involved",
+        f"- {dated()}, no seed involved",
         f"- {processor()}, {os.cpu_count()} cores, {platform.system()}; load average at the start "
         f"{os.getloadavg()[0]:.1f}, so wall time may hold waiting for others",
         f"- {packages('torch', 'lightning', 'transformers', 'numpy')}",

@@ -9,7 +9,6 @@ bfloat16 weights, gradients and state, rows of 256 tokens.
 """
 
 import argparse
-import datetime
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from foam_lightning.memory.levers import leanest
 from foam_lightning.plan import Levers
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, commit
+from tests.benchmarks.heading import ROOT, dated
 from tuner.settings import parse
 
 SIZES = ("60m", "130m", "350m", "1b", "3b", "7b", "13b")
@@ -35,7 +34,7 @@ def main() -> None:
         "# The smallest budget of each LLaMA",
         "",
         "- command: `python -m tests.benchmarks.plans`",
-        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, no seed involved",
+        f"- {dated()}, no seed involved",
         f"- predicted for a GPU, on a CPU: torch {found['torch']}, "
         f"transformers {found['transformers']}; context is a default and margin a replay of the "
         "allocator, not measured",

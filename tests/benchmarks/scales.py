@@ -10,23 +10,19 @@ goes on from them. Delete them after a change of the code.
 """
 
 import argparse
-import datetime
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from foam_lightning.job import Job
 from foam_lightning.roles import ROLES, layer_of, role_of
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, commit, processor
+from tests.benchmarks.heading import ROOT, dated, machine
 from tests.benchmarks.kept_runs import Row, Runs
 from tuner.fitting import Fitting
 from tuner.objective import ShortRun, paired_difference
@@ -228,8 +224,8 @@ def main() -> None:
         "# Scales: one for Adam and one for folded, or updates of one RMS",
         "",
         f"- command: `python -m tests.benchmarks.scales {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}",
-        f"- {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"- {dated()}",
+        f"- {machine()}",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
         f"- the default job, complete schedules of {arguments.steps} steps, seeds 0 to "
         f"{arguments.seeds - 1}",

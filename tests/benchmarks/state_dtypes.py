@@ -7,21 +7,17 @@ random and to the nearest. Same seed, same initial weights, same batches, comple
 """
 
 import argparse
-import datetime
 import logging
-import os
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from foam_lightning.memory.account import optimizer_state_bytes
 from foam_lightning.plan import StateDtype
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, commit, processor
+from tests.benchmarks.heading import ROOT, dated, machine
 from tuner.objective import Bench, paired_difference
 from tuner.settings import parse
 
@@ -53,8 +49,8 @@ def main() -> None:
         "# The default job at level 2, by how weights and state are kept",
         "",
         f"- command: `python -m tests.benchmarks.state_dtypes {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}",
-        f"- {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"- {dated()}",
+        f"- {machine()}",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
         f"- {arguments.steps} steps, complete schedules, seeds 0 to {arguments.seeds - 1}",
         "",
