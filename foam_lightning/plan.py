@@ -26,29 +26,37 @@ class Levers:
         chunked_loss: Head and cross entropy run on a few tokens at a time, so that the logits of
             a whole micro-batch never exist at once.
         activation_checkpointing: Decoder layers keep only their input and recompute the rest.
+        selective_checkpointing: Checkpointed layers keep the results of matrix products and
+            attention too, and recompute only what is cheap.
         gradient_release: The optimizer steps inside backward, and each gradient dies at once; so
             there is none to accumulate.
         state_dtype: The dtype of the two moments, "float32", "bfloat16" or "int8".
+        state_offload: The moments live in host memory and visit the device for their update.
     """
 
     micro_batch_size: int
     accumulate_grad_batches: int = 1
     chunked_loss: bool = False
     activation_checkpointing: bool = False
+    selective_checkpointing: bool = False
     gradient_release: bool = False
     state_dtype: StateDtype = "float32"
+    state_offload: bool = False
 
     def __post_init__(self) -> None:
         """Refuse levers that contradict each other.
 
         Raises:
-            PlanError: Gradients would be released and accumulated.
+            PlanError: Gradients would be released and accumulated, or checkpointing is selective
+                and off.
         """
         if self.gradient_release and self.accumulate_grad_batches != 1:
             raise PlanError(
                 "gradient_release needs accumulate_grad_batches 1, got "
                 f"{self.accumulate_grad_batches!r}; make micro_batch_size the whole batch"
             )
+        if self.selective_checkpointing and not self.activation_checkpointing:
+            raise PlanError("selective_checkpointing needs activation_checkpointing; set both")
 
     @property
     def batch_size(self) -> int:

@@ -27,7 +27,7 @@ positive = st.floats(min_value=1e-300, max_value=1e300)
 def plans(draw: Callable[..., Any]) -> FoldPlan:
     levels = draw(st.dictionaries(st.text(), st.integers(0, 40)))
     scales = {level: draw(positive) for level in levels.values()}
-    releases = draw(st.booleans())
+    releases, checkpoints = draw(st.booleans()), draw(st.booleans())
     return FoldPlan(
         model=draw(st.dictionaries(st.text(), st.integers() | st.booleans())),
         levels=levels,
@@ -37,9 +37,11 @@ def plans(draw: Callable[..., Any]) -> FoldPlan:
             micro_batch_size=draw(st.integers(1, 10**6)),
             accumulate_grad_batches=1 if releases else draw(st.integers(1, 10**6)),
             chunked_loss=draw(st.booleans()),
-            activation_checkpointing=draw(st.booleans()),
+            activation_checkpointing=checkpoints,
+            selective_checkpointing=checkpoints and draw(st.booleans()),
             gradient_release=releases,
             state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
+            state_offload=draw(st.booleans()),
         ),
     )
 
