@@ -15,6 +15,7 @@ from foam_lightning.callbacks.export import Export
 from foam_lightning.callbacks.folding import ResidualEnergy
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.callbacks.progress import StepBar
+from foam_lightning.callbacks.resumption import Resumption
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.checkpoint import read_checkpoint
 from foam_lightning.data.module import TextData
@@ -142,6 +143,7 @@ def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
             enable_version_counter=False,
         ),
         ResidualEnergy(),
+        Resumption(),
         *([StepBar(leave=True)] if wants_bar else []),
     ]
 

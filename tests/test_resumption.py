@@ -1,0 +1,197 @@
+"""A run that goes on with micro-batches of another size."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from foam_lightning.callbacks.resumption import Resumption, rescale
+from foam_lightning.errors import CheckpointError
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan, Levers
+from tests.runs import NewJob
+
+STEPS = 8
+PLAIN = Levers(micro_batch_size=4, accumulate_grad_batches=2)
+HALVED = Levers(micro_batch_size=2, accumulate_grad_batches=4, chunked_loss=True)
+RELEASING = Levers(micro_batch_size=8, gradient_release=True, activation_checkpointing=True)
+
+
+class Steps(Callback):
+    """Note the rows and the loss of every step, and after which steps there is an evaluation."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[list[int]]] = []
+        self.losses: list[float] = []
+        self.evaluated: list[int] = []
+        self._parts: list[tuple[list[list[int]], float]] = []
+        self._last_step: int | None = None
+
+    def on_train_start(self, trainer: Trainer, _: LightningModule) -> None:
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, _: LightningModule, outputs: Any, batch: Any, __: int
+    ) -> None:
+        self._parts.append((batch["input_ids"].tolist(), float(outputs["loss"])))
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self.rows.append(list(chain.from_iterable(rows for rows, _ in self._parts)))
+            # Lightning has divided each by the number of micro-batches.
+            self.losses.append(sum(loss for _, loss in self._parts))
+            self._parts = []
+
+    def on_validation_end(self, trainer: Trainer, _: LightningModule) -> None:
+        self.evaluated.append(trainer.global_step)
+
+
+class Save(Callback):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        path = self._folder / f"{trainer.global_step}.ckpt"
+        if trainer.global_step and not path.exists():  # not in the middle of a step
+            trainer.save_checkpoint(path)
+
+
+def fit(
+    job: Job, plan: FoldPlan, levers: Levers, *callbacks: Callback, start: Path | None = None
+) -> Steps:
+    module, steps = job.new_module(), Steps()
+    module.follow(replace(plan, levers=levers))
+    trainer = job.new_trainer(
+        levers,
+        [Resumption(), steps, *callbacks],
+        bare=True,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1,
+    )
+    trainer.fit(module, datamodule=job.new_data(levers), ckpt_path=start, weights_only=True)
+    assert trainer.global_step == STEPS
+    return steps
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(_name: str, _config: str | None, *, streaming: bool) -> Any:
+        lines = [f"{index} and {index * index % 97} make {index * 3}.\n" for index in range(300)]
+        parts = {"train": lines[:200], "validation": lines[200:]}
+        splits = {name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()}
+        return {name: part.to_iterable_dataset(num_shards=2) for name, part in splits.items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+@pytest.fixture
+def short_epochs(new_job: NewJob, tmp_path: Path) -> Callable[..., Job]:
+    """Give jobs on a text of which an epoch is a few steps."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} and {i * i % 97} make {i * 3}.\n" for i in range(60)))
+
+    def make(**data: Any) -> Job:
+        own = {"files": [str(text)], "cache_dir": str(tmp_path / "cache")}
+        loader = new_job(data=own).new_data(PLAIN)
+        loader.setup()
+        assert 2 * 3 <= len(loader.train_dataloader()) < 2 * STEPS
+        return new_job(data={**own, **data})
+
+    return make
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("data", "saved_at"),
+    [
+        ({}, (1, 3, 4, 5)),
+        ({"num_workers": 1}, (4,)),
+        ({"files": None, "dataset": "some/text", "streaming": True}, (1, 4)),
+        ({"files": None, "dataset": "some/text", "streaming": True, "num_workers": 1}, (4,)),
+    ],
+    ids=["rows", "rows-worker", "stream", "stream-worker"],
+)
+def test_another_micro_batch_goes_on_with_the_very_next_row(
+    short_epochs: Callable[..., Job], tmp_path: Path, data: dict[str, Any], saved_at: tuple[int]
+) -> None:
+    job = short_epochs(**data)
+    plan = job.plan_at(2)
+    whole = fit(job, plan, PLAIN, Save(tmp_path))
+    assert whole.evaluated == [3, 6]
+    for levers in (HALVED, RELEASING):
+        for step in saved_at:
+            rest = fit(job, plan, levers, start=tmp_path / f"{step}.ckpt")
+            assert rest.rows == whole.rows[step:], (levers, step)
+            assert rest.losses == pytest.approx(whole.losses[step:], abs=1e-5)
+            assert rest.evaluated == [at for at in whole.evaluated if at > step]
+
+
+def test_a_run_that_changes_twice_ends_like_one_that_does_not(
+    short_epochs: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = short_epochs()
+    plan = job.plan_at(2)
+    first, second = tmp_path / "first", tmp_path / "second"
+    whole = fit(job, plan, RELEASING, Save(first))
+    fit(job, plan, HALVED, Save(second), start=first / "2.ckpt")
+    rest = fit(job, plan, PLAIN, start=second / "5.ckpt")
+    assert rest.rows == whole.rows[5:]
+    assert rest.losses == pytest.approx(whole.losses[5:], abs=1e-5)
+
+
+def state(ready: int) -> dict[str, Any]:
+    counts = {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}
+    return {
+        "epoch_loop.batch_progress": {
+            "total": dict(counts),
+            "current": dict(counts),
+            "is_last_batch": False,
+        },
+        "state_dict": {},
+    }
+
+
+def test_a_batch_under_way_stays_under_way() -> None:
+    fit_loop = state(6)
+    rescale(fit_loop, PLAIN, HALVED)
+    assert fit_loop == state(12)
+    rescale(fit_loop, HALVED, RELEASING)
+    assert fit_loop == state(3)
+
+
+def test_other_levers_change_no_count() -> None:
+    fit_loop = state(5)  # in the middle of a step, where a user's own callback may save
+    rescale(fit_loop, PLAIN, replace(PLAIN, chunked_loss=True))
+    assert fit_loop == state(5)
+
+
+@pytest.mark.parametrize(
+    ("ready", "after", "message"),
+    [
+        (5, HALVED, r"saved after 1 of the 2 micro-batches of a step; .* of its size, 4"),
+        (4, replace(PLAIN, micro_batch_size=2), r"has 8 rows a step and this run 4; go on with"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(ready: int, after: Levers, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        rescale(state(ready), PLAIN, after)
+
+
+def test_the_optimizer_state_is_the_same(short_epochs: Callable[..., Job], tmp_path: Path) -> None:
+    job = short_epochs()
+    plan = job.plan_at(2)
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    fit(job, plan, PLAIN, Save(whole))
+    fit(job, plan, HALVED, Save(changed), start=whole / "4.ckpt")
+    states = [
+        torch.load(folder / f"{STEPS}.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+        for folder in (whole, changed)
+    ]
+    for key, expected in states[0].items():
+        torch.testing.assert_close(states[1][key], expected, rtol=1e-4, atol=1e-6)
