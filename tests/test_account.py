@@ -16,6 +16,7 @@ from foam_lightning.memory.account import (
     Accountant,
     optimizer_state_bytes,
 )
+from foam_lightning.memory.timeline import Moment
 from foam_lightning.memory.trace import (
     Precision,
     autocast_for,
@@ -23,7 +24,6 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
-from foam_lightning.memory.tracker import Moment
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.groups import foldable, param_groups
 from foam_lightning.plan import FoldPlan, Levers, StateDtype

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foam_lightning.memory.allocator import Events, Update, Usage, replay, training
+from foam_lightning.memory.timeline import Repeat
 from foam_lightning.memory.trace import fake_tensors, track_step
-from foam_lightning.memory.tracker import Repeat, StorageTracker
+from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
 
@@ -238,7 +239,7 @@ def test_events_of_a_repeat_happen_once_for_each_time() -> None:
         tracker.mark("d")
         kept.clear()
     repeats = [Repeat("a", "b", 3), Repeat("c", "d", 3)]
-    events = tracker.events(repeats)
+    events = tracker.timeline(repeats).events()
     assert totals(events) == [3, 53, 56, 6, 56, 59, 9, 59, 62, 12, 15, 12, 9, 6, 3, 0]
     assert sorted(events.changes)[: len(events.sizes)] == [~n for n in range(8)][::-1]
     assert [at for at, name in events.marks if name == "look"] == [4, 7, 10]
@@ -250,7 +251,7 @@ def test_weights_and_state_are_no_events() -> None:
         weight, state, rest = storages(3)
         tracker.claim([weight], "weights")
         tracker.claim([state], "optimizer_state")
-        assert totals(tracker.events()) == [1]
+        assert totals(tracker.timeline().events()) == [1]
     del rest
 
 

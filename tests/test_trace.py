@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from foam_lightning import FOAM
 from foam_lightning.errors import ConfigError
+from foam_lightning.memory.timeline import Repeat
 from foam_lightning.memory.trace import (
     Precision,
     autocast_for,
@@ -15,7 +16,7 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
-from foam_lightning.memory.tracker import Repeat, StorageTracker
+from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
 
@@ -100,9 +101,9 @@ def test_a_repeated_stretch_counts_as_often_as_it_happens() -> None:
         tracker.mark("start")  # a name keeps its first moment
         kept.append(block(1))
     assert tracker.peak().total_bytes == 6 * KB
-    assert tracker.peak([Repeat("start", "stop", 1)]).total_bytes == 6 * KB
+    assert tracker.timeline([Repeat("start", "stop", 1)]).peak().total_bytes == 6 * KB
     # Four of the kept blocks, and the one that passes beside the last of them.
-    assert tracker.peak([Repeat("start", "stop", 4)]).total_bytes == (1 + 4 * 2 + 3) * KB
+    assert tracker.timeline([Repeat("start", "stop", 4)]).peak().total_bytes == (1 + 4 * 2 + 3) * KB
 
 
 def test_a_marked_moment_happens_as_often_as_the_stretch_around_it() -> None:
@@ -119,7 +120,7 @@ def test_a_marked_moment_happens_as_often_as_the_stretch_around_it() -> None:
         tracker.mark("after")
 
     def at(name: str, *repeats: Repeat) -> list[int]:
-        return [moment.total_bytes // KB for moment in tracker.at(name, repeats)]
+        return [moment.total_bytes // KB for moment in tracker.timeline(repeats).at(name)]
 
     thrice = Repeat("start", "stop", 3)
     assert (at("nothing"), at("start"), at("within"), at("after")) == ([0], [1], [3], [10])
@@ -141,7 +142,7 @@ def test_what_dies_in_another_repeated_stretch_is_balanced() -> None:
         tracker.mark("step")
         workspace = block(7)
     repeats = [Repeat("forward", "loss", 3), Repeat("backward", "step", 3)]
-    assert tracker.peak(repeats).total_bytes == (3 * 1 + 7) * KB
+    assert tracker.timeline(repeats).peak().total_bytes == (3 * 1 + 7) * KB
     del gradient, workspace
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foam_lightning.memory.account import Account
-from foam_lightning.memory.tracker import TERMS
+from foam_lightning.memory.timeline import TERMS
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES, layer_of, role_of
 from foam_lightning.units import in_words

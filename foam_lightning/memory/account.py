@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foam_lightning.memory.allocator import Update, Usage, replay, training
+from foam_lightning.memory.timeline import TERMS
 from foam_lightning.memory.trace import (
     Precision,
     Step,
@@ -20,7 +21,6 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
-from foam_lightning.memory.tracker import TERMS
 from foam_lightning.optim.state import layouts, state_bytes
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 

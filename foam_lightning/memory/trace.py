@@ -8,8 +8,8 @@ allocator adds by rounding and caching; on a GPU the account's margin stands for
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal, Protocol, get_args
 
@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.allocator import Events
-from foam_lightning.memory.tracker import Moment, Repeat, StorageTracker, Term
+from foam_lightning.memory.timeline import Moment, Repeat, Term, Timeline
+from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.release import release_gradients
 
@@ -59,12 +60,17 @@ class Step:
         updates: With gradient release, when the update of each parameter began, in the order of
             the module's parameters at full depth: its gradient is alive, the workspace of the
             update is still to come. Else none.
-        events: Every birth and death at full depth, for the allocator.
+        timeline: Every birth and death at full depth.
     """
 
     peak: Moment
-    updates: Sequence[Moment] = ()
-    events: Events = field(default_factory=Events)
+    updates: Sequence[Moment]
+    timeline: Timeline
+
+    @cached_property
+    def events(self) -> Events:
+        """Every birth and death, for the allocator."""
+        return self.timeline.events()
 
 
 def track_step(
@@ -117,11 +123,10 @@ def track_step(
             optimizer.step()
             tracker.claim(_state_tensors(optimizer), "optimizer_state")
             optimizer.zero_grad(set_to_none=True)
-    peak, events = tracker.peak(repeats), tracker.events(repeats)
-    if not gradient_release:
-        return Step(peak, events=events)
-    updates = [tracker.at(f"update {index}", repeats) for index in range(len(parameters))]
-    return Step(peak, _at_full_depth(updates), events)
+    timeline = tracker.timeline(repeats)
+    marked = range(len(parameters)) if gradient_release else ()
+    updates = _at_full_depth(timeline.at(f"update {index}") for index in marked)
+    return Step(timeline.peak(), updates, timeline)
 
 
 def track_optimizer_step(optimizer: torch.optim.Optimizer) -> int:
