@@ -57,9 +57,12 @@ def _answer(words: list[str]) -> int:
         print(command_help(command))
         return 0
     check_at_once(options)
-    gc.disable()  # modules live to the end: looking for garbage among them takes two seconds
+    is_first = "tuner.settings" not in sys.modules
+    gc.disable()  # modules live to the end: looking for garbage among them takes seconds
     from tuner.settings import parse
 
+    if is_first:
+        gc.freeze()  # nor is it looked for among them later
     gc.enable()
     settings = parse(command, options, default=_default_config(options))
     _quieten()
