@@ -72,6 +72,11 @@ class Job:
         """Sequences per optimizer step."""
         return int(self.data["batch_size"])
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the plan is for a GPU: it is, with or without one here, unless it says CPU."""
+        return self.trainer.get("accelerator") != "cpu"
+
     @cached_property
     def levers(self) -> Levers:
         """The levers that the settings ask for.
@@ -170,8 +175,7 @@ class Job:
             num_layers=module.llama_config().num_hidden_layers,
             sequence_length=int(self.data["sequence_length"]),
             precision=self.precision,
-            # A plan is for a GPU, whether this machine has one or not, unless it says CPU.
-            on_gpu=self.trainer.get("accelerator") != "cpu",
+            on_gpu=self.on_gpu,
         )
 
     def plan_at(self, level: int) -> FoldPlan:

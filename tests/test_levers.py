@@ -1,14 +1,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.memory.levers import MAX_LEVEL, TARGET_LEVEL, cheapest, leanest
-from foam_lightning.plan import Levers
+from foam_lightning.memory.levers import MAX_LEVEL, TARGET_LEVEL, Ladder
+from foam_lightning.plan import Levers, StateDtype
 
 START = Levers(micro_batch_size=12, state_dtype="bfloat16")
+CHECKPOINTING = [(False, False), (True, True), (True, False)]
 
 
 @dataclass(frozen=True)
@@ -22,44 +24,64 @@ class Memory:
 
     def of(self, levers: Levers, level: int) -> int:
         rows = levers.micro_batch_size
-        layers = self.activations * rows // (8 if levers.activation_checkpointing else 1)
-        loss = self.logits * (min(rows, 1) if levers.chunked_loss else rows)
+        layers = self.activations * rows
+        if levers.activation_checkpointing:
+            layers //= 2 if levers.selective_checkpointing else 8
+        # A chunk has a gradient of the head beside its logits.
+        loss = self.logits * (2 if levers.chunked_loss else rows)
         gradients = self.gradients // (10 if levers.gradient_release else 1)
         # Gradients are there in the forward pass only if there was one before it.
         held = gradients if levers.accumulate_grad_batches > 1 else 0
-        return self.state // 2**level + max(held + layers + loss, gradients)
+        state = self.state >> (level + (levers.state_dtype == "int8"))
+        if levers.state_offload:
+            state //= 50
+        return state + max(held + layers + loss, gradients)
 
 
 def divisors(batch: int) -> list[int]:
     return [size for size in range(batch, 0, -1) if batch % size == 0]
 
 
-def in_order_of_price(start: Levers) -> list[Levers]:
-    def split(levers: Levers, size: int) -> Levers:
-        return replace(
-            levers,
-            micro_batch_size=size,
-            accumulate_grad_batches=start.batch_size // size,
-        )
+def in_order_of_price(ladder: Ladder) -> list[Levers]:
+    """List everything that may be pulled; the outermost loop is the dearest lever."""
+    start = ladder.start
+    dtypes: list[StateDtype] = [start.state_dtype]
+    if ladder.on_gpu and start.state_dtype != "int8":
+        dtypes.append("int8")
+    asked = (start.activation_checkpointing, start.selective_checkpointing)
+    found = []
+    for offload, release, checkpointing, dtype in product(
+        sorted({start.state_offload, start.state_offload or ladder.on_gpu}),
+        sorted({start.gradient_release, start.gradient_release or ladder.can_release}),
+        CHECKPOINTING[CHECKPOINTING.index(asked) :],
+        dtypes,
+    ):
+        batch = start.batch_size
+        sizes = [size for size in divisors(batch) if size <= start.micro_batch_size]
+        for size, chunked in product(
+            [batch] if release else sizes, sorted({start.chunked_loss, True})
+        ):
+            found.append(
+                Levers(
+                    micro_batch_size=size,
+                    accumulate_grad_batches=batch // size,
+                    chunked_loss=chunked,
+                    activation_checkpointing=checkpointing[0],
+                    selective_checkpointing=checkpointing[1],
+                    gradient_release=release,
+                    state_dtype=dtype,
+                    state_offload=offload,
+                )
+            )
+    return found
 
-    sizes = [size for size in divisors(start.batch_size) if size <= start.micro_batch_size]
-    if start.gradient_release:
-        sizes = [start.batch_size]
-    chunked = replace(start, chunked_loss=True)
-    saving = replace(chunked, activation_checkpointing=True)
-    return [
-        start,
-        *(split(chunked, s) for s in sizes),
-        *(split(saving, s) for s in sizes),
-        replace(split(saving, start.batch_size), gradient_release=True),
-    ]
 
-
-def first_that_fits(start: Levers, fits: Callable[[Levers, int], bool]) -> Levers | None:
+def first_that_fits(ladder: Ladder, fits: Callable[[Levers, int], bool]) -> Levers | None:
     """Try everything in order, without a shortcut."""
-    for level in (TARGET_LEVEL, MAX_LEVEL):
-        for levers in in_order_of_price(start):
-            if fits(levers, level):
+    everything = in_order_of_price(ladder)
+    for offload, level in product([False, True], (TARGET_LEVEL, MAX_LEVEL)):
+        for levers in everything:
+            if levers.state_offload == offload and fits(levers, level):
                 return levers
     return None
 
@@ -68,36 +90,40 @@ def below(memory: Memory, budget: int) -> Callable[[Levers, int], bool]:
     return lambda levers, level: memory.of(levers, level) <= budget
 
 
+@st.composite
+def ladders(draw: st.DrawFn) -> Ladder:
+    releases, on_gpu = draw(st.booleans()), draw(st.booleans())
+    checkpoints, selective = draw(st.sampled_from(CHECKPOINTING))
+    start = Levers(
+        micro_batch_size=draw(st.sampled_from([1, 2, 3, 6, 12, 64])),
+        accumulate_grad_batches=1 if releases else draw(st.sampled_from([1, 1, 2, 5])),
+        chunked_loss=draw(st.booleans()),
+        activation_checkpointing=checkpoints,
+        selective_checkpointing=selective,
+        gradient_release=releases,
+        state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
+        state_offload=on_gpu and draw(st.booleans()),
+    )
+    return Ladder(start, on_gpu=on_gpu, can_release=releases or draw(st.booleans()))
+
+
 sizes = st.integers(0, 1000)
-starts = st.builds(
-    Levers,
-    micro_batch_size=st.sampled_from([1, 2, 3, 6, 12, 64]),
-    accumulate_grad_batches=st.sampled_from([1, 1, 2, 5]),
-    chunked_loss=st.booleans(),
-    activation_checkpointing=st.booleans(),
-    state_dtype=st.sampled_from(["float32", "bfloat16"]),
-) | st.builds(
-    Levers,
-    micro_batch_size=st.sampled_from([1, 2, 12]),
-    chunked_loss=st.booleans(),
-    activation_checkpointing=st.booleans(),
-    gradient_release=st.just(True),
-)
 memories = st.builds(Memory, state=sizes, gradients=sizes, activations=sizes, logits=sizes)
+GPU = Ladder(START)
 
 
-@given(memories, starts, st.integers(0, 20_000))
+@given(memories, ladders(), st.integers(0, 20_000))
 def test_the_search_finds_what_trying_everything_finds(
-    memory: Memory, start: Levers, budget: int
+    memory: Memory, ladder: Ladder, budget: int
 ) -> None:
     fits = below(memory, budget)
-    assert cheapest(start, fits) == first_that_fits(start, fits)
+    assert ladder.cheapest(fits) == first_that_fits(ladder, fits)
 
 
-@given(memories, starts, st.integers(0, 20_000))
-def test_nothing_the_start_asks_for_is_let_go(memory: Memory, start: Levers, budget: int) -> None:
-    found = cheapest(start, below(memory, budget))
-    for levers in [found, *leanest(start)] if found else leanest(start):
+@given(memories, ladders(), st.integers(0, 20_000))
+def test_nothing_the_start_asks_for_is_let_go(memory: Memory, ladder: Ladder, budget: int) -> None:
+    start, found = ladder.start, ladder.cheapest(below(memory, budget))
+    for levers in [found, *ladder.leanest()] if found else ladder.leanest():
         assert levers.batch_size == start.batch_size
         # What is released cannot be accumulated: the batch is whole.
         whole = start.batch_size if levers.gradient_release else 1
@@ -105,63 +131,104 @@ def test_nothing_the_start_asks_for_is_let_go(memory: Memory, start: Levers, bud
         assert levers.gradient_release >= start.gradient_release
         assert levers.chunked_loss >= start.chunked_loss
         assert levers.activation_checkpointing >= start.activation_checkpointing
-        assert levers.state_dtype == start.state_dtype
+        assert levers.state_offload >= start.state_offload
+        assert levers.state_dtype in (start.state_dtype, "int8")
 
 
-@given(memories, starts)
-def test_the_leanest_are_the_least_of_all(memory: Memory, start: Levers) -> None:
-    least = min(memory.of(levers, MAX_LEVEL) for levers in in_order_of_price(start))
-    assert least == min(memory.of(levers, MAX_LEVEL) for levers in leanest(start))
-    assert cheapest(start, below(memory, least)) is not None
-    assert cheapest(start, below(memory, least - 1)) is None
+@given(memories, ladders())
+def test_the_leanest_are_the_least_of_all(memory: Memory, ladder: Ladder) -> None:
+    least = min(memory.of(levers, MAX_LEVEL) for levers in in_order_of_price(ladder))
+    assert least == min(memory.of(levers, MAX_LEVEL) for levers in ladder.leanest())
+    assert ladder.cheapest(below(memory, least)) is not None
+    assert ladder.cheapest(below(memory, least - 1)) is None
+
+
+@given(memories, ladders(), st.data())
+def test_the_next_rung_is_the_cheapest_of_the_dearer_that_need_less(
+    memory: Memory, ladder: Ladder, data: st.DataObject
+) -> None:
+    everything = in_order_of_price(ladder)
+    now = data.draw(st.sampled_from(everything))
+
+    def peak(levers: Levers) -> int:
+        return memory.of(levers, TARGET_LEVEL)
+
+    wanted = [
+        levers
+        for levers in everything[everything.index(now) + 1 :]
+        if levers.state_dtype == now.state_dtype and peak(levers) < peak(now)
+    ]
+    assert ladder.next_rung(now, peak) == next(iter(wanted), None)
 
 
 def test_levers_are_pulled_in_the_order_of_their_price() -> None:
-    memory = Memory(state=0, gradients=0, activations=10, logits=100)
-    found = [cheapest(START, below(memory, budget)) for budget in (1320, 1319, 219, 159, 110, 109)]
-    assert [
-        levers and (levers.micro_batch_size, levers.chunked_loss, levers.activation_checkpointing)
-        for levers in found
-    ] == [
-        (12, False, False),
-        (12, True, False),
-        (6, True, False),
-        (4, True, False),
-        (1, True, False),
-        (6, True, True),
-    ]
+    memory = Memory(state=800, gradients=0, activations=16, logits=100)
+    halved = replace(START, micro_batch_size=6, accumulate_grad_batches=2, chunked_loss=True)
+    split = replace(START, micro_batch_size=1, accumulate_grad_batches=12)
+    selective = replace(split, activation_checkpointing=True, selective_checkpointing=True)
+    for budget, levers in {
+        1592: START,
+        1591: replace(START, chunked_loss=True),
+        591: halved,
+        316: split,
+        315: replace(split, state_dtype="int8"),
+        215: replace(selective, state_dtype="int8"),
+    }.items():
+        assert GPU.cheapest(below(memory, budget)) == levers
 
 
-def test_gradients_are_released_last_and_in_one_micro_batch() -> None:
-    memory = Memory(state=0, gradients=1000, activations=8, logits=1)
-    held, released = (
-        memory.of(levers, TARGET_LEVEL) for levers in (START, in_order_of_price(START)[-1])
-    )
-    assert (held, released) == (1000, 100)
-    for start in (START, replace(START, micro_batch_size=3, accumulate_grad_batches=4)):
-        found = cheapest(start, below(memory, 999))
-        assert found == Levers(
-            micro_batch_size=12,
-            chunked_loss=True,
-            activation_checkpointing=True,
-            gradient_release=True,
-            state_dtype="bfloat16",
+def test_what_a_dearer_lever_makes_needless_is_let_go() -> None:
+    # Only checkpointing helps here, and then neither chunks nor int8 nor smaller micro-batches do.
+    memory = Memory(state=4, gradients=0, activations=16, logits=0)
+    for budget, selective in ((97, True), (25, False)):
+        found = Ladder(replace(START, micro_batch_size=1)).cheapest(
+            below(replace(memory, activations=16 * 12), budget)
         )
-        assert cheapest(start, below(memory, 100)) == found
-        assert cheapest(start, below(memory, 99)) is None
-    assert cheapest(START, below(memory, 1000)) == START
+        assert found == replace(
+            START,
+            micro_batch_size=1,
+            activation_checkpointing=True,
+            selective_checkpointing=selective,
+        )
+
+
+def test_gradients_are_released_only_where_nothing_else_does_and_in_one_micro_batch() -> None:
+    memory = Memory(state=0, gradients=1000, activations=8, logits=1)
+    for start in (START, replace(START, micro_batch_size=3, accumulate_grad_batches=4)):
+        assert Ladder(start).cheapest(below(memory, 999)) == Levers(
+            micro_batch_size=12, gradient_release=True, state_dtype="bfloat16"
+        )
+        assert Ladder(start, can_release=False).cheapest(below(memory, 999)) is None
+    assert GPU.cheapest(below(memory, 1000)) == START
+
+
+def test_a_cpu_keeps_its_state_as_it_is() -> None:
+    memory = Memory(state=1000, gradients=0, activations=0, logits=0)
+    assert Ladder(START, on_gpu=False).cheapest(below(memory, 249)) == START  # at level 8
+    assert GPU.cheapest(below(memory, 249)) == replace(START, state_dtype="int8")
+
+
+def test_state_leaves_the_device_only_where_no_level_fits() -> None:
+    memory = Memory(state=100_000, gradients=0, activations=0, logits=0)
+    at_8 = memory.of(replace(START, state_dtype="int8"), MAX_LEVEL)
+    found = GPU.cheapest(below(memory, at_8))
+    assert found is not None
+    assert not found.state_offload
+    found = GPU.cheapest(below(memory, at_8 - 1))
+    assert found is not None
+    assert found.state_offload
 
 
 def test_what_is_released_is_never_split() -> None:
-    start = replace(START, gradient_release=True)
+    ladder = Ladder(replace(START, gradient_release=True))
     tried = []
 
     def fits(levers: Levers, level: int) -> bool:
         tried.append(levers)
         return False
 
-    assert cheapest(start, fits) is None
-    assert {levers.micro_batch_size for levers in [*tried, *leanest(start)]} == {12}
+    assert ladder.cheapest(fits) is None
+    assert {levers.micro_batch_size for levers in [*tried, *ladder.leanest()]} == {12}
 
 
 def test_the_largest_micro_batch_that_fits_is_found_in_few_trials() -> None:
@@ -170,23 +237,23 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_trials() -> None:
 
     def fits(levers: Levers, level: int) -> bool:
         tried.append(levers)
-        return levers.micro_batch_size <= 128
+        return levers.micro_batch_size <= 128 and levers.chunked_loss
 
-    found = cheapest(start, fits)
+    found = Ladder(start).cheapest(fits)
     assert found == Levers(micro_batch_size=128, accumulate_grad_batches=32, chunked_loss=True)
-    assert len(tried) <= 1 + 2 + 4
+    assert len(set(tried)) <= 2 * (1 + 1 + 4)
 
 
-def test_any_lever_is_better_than_a_high_level() -> None:
+def test_any_lever_on_the_device_is_better_than_a_high_level() -> None:
     memory = Memory(state=800, gradients=0, activations=8, logits=0)
-    # At level 2 the state is 200: that, and all levers, fit 201.
-    found = cheapest(START, below(memory, 201))
+    # At level 2 the state is 200, in int8 100: that, and all levers, fit 101.
+    found = GPU.cheapest(below(memory, 101))
     assert found is not None
     assert found.activation_checkpointing
     # One less, and level 2 is out of reach: at level 8 the first lever does.
-    assert cheapest(START, below(memory, 200)) == START
+    assert GPU.cheapest(below(memory, 100)) == START
 
 
 @pytest.mark.parametrize("start", [START, replace(START, activation_checkpointing=True)])
 def test_none_means_that_nothing_fits(start: Levers) -> None:
-    assert cheapest(start, lambda *_: False) is None
+    assert Ladder(start).cheapest(lambda *_: False) is None

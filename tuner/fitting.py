@@ -6,7 +6,7 @@ from functools import cached_property
 from foam_lightning.errors import InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
-from foam_lightning.memory.levers import MAX_LEVEL, cheapest, leanest
+from foam_lightning.memory.levers import MAX_LEVEL, TARGET_LEVEL, Ladder
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
 from tuner.space import Knobs, decode, state_bytes_table
@@ -43,11 +43,12 @@ class Fitting:
         self.budget_bytes = budget_bytes
         self.module: LlamaFoam = job.new_module()
         self.accountant: Accountant = job.new_accountant()
+        self.ladder = Ladder(job.levers, on_gpu=job.on_gpu)
 
     @cached_property
     def minimum(self) -> Minimum:
         """The plan with every matrix at the highest level and the levers that need least."""
-        plans = [self.module.uniform_plan(MAX_LEVEL, levers) for levers in leanest(self.job.levers)]
+        plans = [self.module.uniform_plan(MAX_LEVEL, levers) for levers in self.ladder.leanest()]
         accounts = [self.accountant.account(plan) for plan in plans]
         return min(map(Minimum, plans, accounts), key=lambda minimum: minimum.account.peak_bytes)
 
@@ -59,7 +60,7 @@ class Fitting:
             InfeasibleBudgetError: None do.
             ConfigError: The settings contradict them.
         """
-        found = cheapest(self.job.levers, self._fits_uniform)
+        found = self.ladder.cheapest(self._fits_uniform)
         if found is None:
             account = self.minimum.account
             raise InfeasibleBudgetError(
@@ -78,8 +79,11 @@ class Fitting:
         """The bytes that the state of the matrices that fold may take, at most.
 
         What a plan needs beside them depends a little on the levels, so this is the most that any
-        uniform plan leaves, and may be too much: `decoded` looks again.
+        uniform plan leaves, and may be too much: `decoded` looks again. State in host memory may
+        take what it takes at the lowest level that fits.
         """
+        if self.levers.state_offload:
+            return self.folded_bytes(self.uniform(self.uniform_levels[0]))
 
         def allowance(plan: FoldPlan) -> int:
             slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
@@ -102,7 +106,7 @@ class Fitting:
 
     def fits(self, plan: FoldPlan) -> bool:
         """Tell whether the predicted peak of a plan is within the budget."""
-        return self.accountant.account(plan).peak_bytes <= self.budget_bytes
+        return self.accountant.fits(plan, self.budget_bytes)
 
     def check(self, plan: FoldPlan) -> None:
         """Refuse a plan that does not fit.
@@ -145,7 +149,13 @@ class Fitting:
         return optimizer_state_bytes(self.module.foldable, plan.levels, plan.levers.state_dtype)
 
     def untuned(self) -> FoldPlan:
-        """Make the plan for this budget before any run: Adam if it fits, else levels that fill."""
+        """Make the plan for this budget before any run: Adam if it fits, else levels that fill.
+
+        Where the state is in host memory, levels take nothing from the device, but every byte of
+        state crosses the bus twice a step: then every matrix is at level 2, or above where it must.
+        """
+        if self.levers.state_offload:
+            return self.uniform(max(TARGET_LEVEL, self.uniform_levels[0]))
         if 0 in self.uniform_levels:
             return self.uniform(0)
         levels = self.decoded(UNTUNED, self.state_allowance)

@@ -130,13 +130,9 @@ class Accountant:
 
     def trace(self, plan: FoldPlan) -> dict[str, int]:
         """Give the peak by term as tensors make it, without what the device adds."""
-        elements = sum(math.prod(shape) for shape in self._trainee.shapes.values())
-        standing: dict[str, int] = {
-            "weights": elements * weight_dtype(self._precision).itemsize,
-            "optimizer_state": self._state_bytes(plan),
-        }
+        standing = self._standing(plan)
         passes = self._traced_passes(plan.levers)
-        workspaces = [self._workspace(plan, *named) for named in self._trainee.shapes.items()]
+        workspaces = [self._beside(plan, *named) for named in self._trainee.shapes.items()]
         moments: list[dict[str, int]] = [dict(passes.peak.terms.items())]
         if plan.levers.gradient_release:
             for update, workspace in zip(passes.updates, workspaces, strict=True):
@@ -149,6 +145,19 @@ class Accountant:
             ({**terms, **standing} for terms in moments), key=lambda terms: sum(terms.values())
         )
 
+    def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
+        """Tell whether the peak of a plan is within a budget, without a trace where it can."""
+        allowed = budget_bytes - (GPU_CONTEXT_BYTES if self._on_gpu else 0)
+        standing = self._standing(plan)
+        least = sum(standing.values())
+        if not plan.levers.gradient_release:  # as many gradients as weights, after backward
+            least += standing["weights"]
+        return (
+            least <= allowed
+            and sum(self.trace(plan).values()) <= allowed
+            and self.account(plan).peak_bytes <= budget_bytes
+        )
+
     def usage(self, plan: FoldPlan, *, expandable: bool = False) -> Usage:
         """Replay the caching allocator over two steps, without the workspace of cuBLAS.
 
@@ -157,15 +166,11 @@ class Accountant:
             expandable: Whether the allocator's segments may grow.
         """
         shapes, dtype = self._trainee.shapes, getattr(torch, plan.levers.state_dtype)
-        updates = [
-            Update(
-                tuple(
-                    kept.nbytes for kept in layouts(shape, plan.levels.get(name, 0), dtype).values()
-                ),
-                self._workspace(plan, name, shape),
-            )
-            for name, shape in shapes.items()
-        ]
+        updates = []
+        for name, shape in shapes.items():
+            kept = layouts(shape, plan.levels.get(name, 0), dtype).values()
+            state = () if plan.levers.state_offload else tuple(part.nbytes for part in kept)
+            updates.append(Update(state, self._beside(plan, name, shape)))
         itemsize = weight_dtype(self._precision).itemsize
         weights = [math.prod(shape) * itemsize for shape in shapes.values()]
         step = self._traced_passes(plan.levers).events
@@ -180,7 +185,7 @@ class Accountant:
             plan: Where the change starts from.
             slack_bytes: Bytes more for the peak, or fewer if below 0.
         """
-        if not self._on_gpu:
+        if not self._on_gpu or plan.levers.state_offload:
             return slack_bytes
         kept = self._state_bytes(plan)
         states, margins = self._margins(plan, math.inf)
@@ -213,10 +218,20 @@ class Accountant:
             self._excesses[key] = usage.reserved - usage.requested
         return self._excesses[key]
 
+    def _standing(self, plan: FoldPlan) -> dict[str, int]:
+        """Count what is there from the first step to the last."""
+        elements = sum(math.prod(shape) for shape in self._trainee.shapes.values())
+        return {
+            "weights": elements * weight_dtype(self._precision).itemsize,
+            "optimizer_state": 0 if plan.levers.state_offload else self._state_bytes(plan),
+        }
+
     def _state_bytes(self, plan: FoldPlan) -> int:
         return optimizer_state_bytes(self._trainee.shapes, plan.levels, plan.levers.state_dtype)
 
     def _traced_passes(self, levers: Levers) -> Step:
+        # How state is kept does not show in the passes.
+        levers = replace(levers, state_dtype="float32", state_offload=False)
         if levers not in self._passes:
             size = (levers.micro_batch_size, self._sequence_length)
 
@@ -235,6 +250,11 @@ class Accountant:
                     num_layers=self._num_layers,
                 )
         return self._passes[levers]
+
+    def _beside(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
+        """Count what the update of one parameter brings to the device and takes away again."""
+        visiting = optimizer_state_bytes({name: shape}, plan.levels, plan.levers.state_dtype)
+        return self._workspace(plan, name, shape) + visiting * plan.levers.state_offload
 
     def _workspace(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
         """Trace what the update of one parameter needs beside it, its gradient and its state."""

@@ -1,9 +1,10 @@
 """The levers that make a run fit, tried from the cheapest in speed to the dearest."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 
-from foam_lightning.plan import Levers
+from foam_lightning.plan import Levers, StateDtype
 
 # A rung is worth taking when folding at this level fits on it; only where no rung allows that do
 # higher levels come in. 2 is the level of the paper's main results.
@@ -12,56 +13,156 @@ TARGET_LEVEL = 2
 MAX_LEVEL = 8
 
 Fits = Callable[[Levers, int], bool]
+# Activation and selective checkpointing, from the cheapest to the dearest.
+_CHECKPOINTING = ((False, False), (True, True), (True, False))
 
 
-def cheapest(start: Levers, fits: Fits) -> Levers | None:
-    """Find the cheapest levers that fit.
+@dataclass(frozen=True)
+class Ladder:
+    """Every set of levers that a job may train with, in order of price.
 
-    The order of price: nothing, chunked loss, smaller micro-batches with more accumulation,
-    activation checkpointing (with the largest micro-batch that then fits), gradient release (with
-    the whole batch in one micro-batch, since there is nothing to accumulate).
+    Sets are ordered by their dearest lever, then by the next, from dear to cheap: state in host
+    memory (it crosses the bus twice a step), gradient release (the whole batch is one
+    micro-batch), whole activation checkpointing (the forward pass once more), selective
+    checkpointing (all of it but the products), state in int8, more and smaller micro-batches,
+    chunked loss (the head's product once more). So a lever is pulled only where all that is
+    cheaper does not do, and nothing is pulled in vain.
 
     Args:
         start: The levers that the configuration asks for; none of them is ever let go.
-        fits: Says whether a run with these levers fits at one uniform level.
-
-    Returns:
-        The first that fits at level 2, else the first that fits at level 8, else None.
+        on_gpu: Whether state may go to int8 and to host memory: a CPU has no compiled update of
+            int8 state, which takes 30 times as long there, and no other memory.
+        can_release: Whether gradients may be released, which one device alone can do.
     """
-    for level in (TARGET_LEVEL, MAX_LEVEL):
-        for stage in _stages(start):
-            found = _largest(stage, lambda levers, level=level: fits(levers, level))  # type: ignore[misc]
-            if found is not None:
-                return found
-    return None
 
+    start: Levers
+    on_gpu: bool = True
+    can_release: bool = True
 
-def leanest(start: Levers) -> list[Levers]:
-    """List the levers of which one needs the least memory, the cheapest first.
+    def cheapest(self, fits: Fits) -> Levers | None:
+        """Find the cheapest levers that fit.
 
-    Which one depends on the model: a lever that saves activations may cost gradients, such as
-    accumulation, which holds them during the forward passes, or gradient release, which cannot
-    split the batch.
-    """
-    ends = (levers for stage in _stages(start) for levers in (stage[0], stage[-1]))
-    return list(dict.fromkeys(ends))
+        State goes to host memory only where no level fits on the device: on the models measured so
+        far, levels 1 to 8 differ by less than it costs.
 
+        Args:
+            fits: Says whether a run with these levers fits at one uniform level.
 
-def _stages(start: Levers) -> Iterator[list[Levers]]:
-    """Yield lists of levers of one price class, memory falling from the second of each on."""
-    yield [start]
-    chunked = replace(start, chunked_loss=True)
-    yield _micro_batches(chunked)
-    checkpointing = replace(chunked, activation_checkpointing=True)
-    yield _micro_batches(checkpointing)
-    yield [
-        replace(
-            checkpointing,
-            micro_batch_size=start.batch_size,
-            accumulate_grad_batches=1,
-            gradient_release=True,
+        Returns:
+            The cheapest that fit at level 2, else at level 8, else None.
+        """
+        for offload in self._choices("state_offload"):
+            for level in (TARGET_LEVEL, MAX_LEVEL):
+                for base in self._bases(offload):
+                    found = self._best(base, lambda levers, at=level: fits(levers, at))  # type: ignore[misc]
+                    if found is not None:
+                        return found
+        return None
+
+    def leanest(self) -> list[Levers]:
+        """List the levers of which one needs the least memory, the cheapest first.
+
+        Which one depends on the model: a lever that saves activations may cost gradients, such as
+        accumulation, which holds them during the forward passes, or gradient release, which cannot
+        split the batch.
+        """
+        (offload,) = self._choices("state_offload")[-1:]
+        releases = self._choices("gradient_release")
+        bases = list(self._bases(offload))
+        dearest = [bases[len(bases) * (at + 1) // len(releases) - 1] for at in range(len(releases))]
+        stages = [_micro_batches(base) for base in dearest]
+        ends = [levers for stage in stages for levers in (stage[0], stage[-1])]
+        return list(dict.fromkeys(way for end in ends for way in (self._whole(end), end)))
+
+    def next_rung(self, levers: Levers, peak: Callable[[Levers], int]) -> Levers | None:
+        """Find the cheapest levers that are dearer than these and need less memory.
+
+        The state stays as it is kept, so that a checkpoint serves both.
+
+        Args:
+            levers: Those of a run that went out of memory.
+            peak: Predicts the peak of the run with other levers, in bytes.
+
+        Returns:
+            None if there are none.
+        """
+        now = _price(levers)
+        before = peak(levers)
+        rungs = (
+            rung
+            for offload in self._choices("state_offload")
+            for base in self._bases(offload)
+            for chunked in _micro_batches(base)
+            for rung in (self._whole(chunked), chunked)
+            if rung.state_dtype == levers.state_dtype and _price(rung) > now
         )
-    ]
+        return next((rung for rung in rungs if peak(rung) < before), None)
+
+    def _choices(self, lever: str) -> list[bool]:
+        if getattr(self.start, lever):
+            return [True]
+        allowed = self.on_gpu if lever == "state_offload" else self.can_release
+        return [False, True] if allowed else [False]
+
+    def _bases(self, offload: bool) -> Iterator[Levers]:
+        """Yield chunked levers of one micro-batch each, in order of price."""
+        start = replace(self.start, chunked_loss=True, state_offload=offload)
+        asked = (start.activation_checkpointing, start.selective_checkpointing)
+        checkpointing = _CHECKPOINTING[_CHECKPOINTING.index(asked) :]
+        dtypes: list[StateDtype] = [start.state_dtype]
+        if self.on_gpu and start.state_dtype != "int8":
+            dtypes.append("int8")
+        for release, (checkpoints, selective), dtype in product(
+            self._choices("gradient_release"), checkpointing, dtypes
+        ):
+            levers = replace(
+                start,
+                activation_checkpointing=checkpoints,
+                selective_checkpointing=selective,
+                state_dtype=dtype,
+            )
+            if release:
+                levers = replace(
+                    levers,
+                    micro_batch_size=start.batch_size,
+                    accumulate_grad_batches=1,
+                    gradient_release=True,
+                )
+            yield levers
+
+    def _best(self, base: Levers, fits: Callable[[Levers], bool]) -> Levers | None:
+        """Find the largest micro-batch that fits, with the loss in one piece if that fits too."""
+        # Chunks save logits, but each makes a gradient of the head; a few rows have fewer logits.
+        first, *rest = _micro_batches(base)
+
+        def either_fits(levers: Levers) -> bool:
+            return fits(levers) or fits(self._whole(levers))
+
+        found = first if either_fits(first) else _largest(rest, either_fits)
+        if found is None:
+            return None
+        return self._whole(found) if fits(self._whole(found)) else found
+
+    def _whole(self, levers: Levers) -> Levers:
+        return replace(levers, chunked_loss=self.start.chunked_loss)
+
+
+def _largest(stage: list[Levers], fits: Callable[[Levers], bool]) -> Levers | None:
+    """Find the first that fits, by bisection.
+
+    The micro-batch before them may not accumulate. They do, so they may need more than it:
+    gradients are alive in their forward passes.
+    """
+    if not stage or not fits(stage[-1]):
+        return None
+    low, high = 0, len(stage) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fits(stage[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return stage[low]
 
 
 def _micro_batches(levers: Levers) -> list[Levers]:
@@ -75,20 +176,13 @@ def _micro_batches(levers: Levers) -> list[Levers]:
     ]
 
 
-def _largest(stage: list[Levers], fits: Callable[[Levers], bool]) -> Levers | None:
-    """Find the first element that fits; from the second on, by bisection."""
-    first, *rest = stage
-    if fits(first):
-        return first
-    # The first may not accumulate. The second does, so it may need more: gradients are alive in
-    # its forward passes.
-    if not rest or not fits(rest[-1]):
-        return None
-    low, high = 0, len(rest) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fits(rest[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return rest[low]
+def _price(levers: Levers) -> tuple[int, ...]:
+    checkpointing = (levers.activation_checkpointing, levers.selective_checkpointing)
+    return (
+        levers.state_offload,
+        levers.gradient_release,
+        _CHECKPOINTING.index(checkpointing),
+        levers.state_dtype == "int8",
+        levers.accumulate_grad_batches,
+        levers.chunked_loss,
+    )
