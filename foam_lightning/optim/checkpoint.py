@@ -1,9 +1,7 @@
 """Whether a saved optimizer state belongs to this run, and its way back into the optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from foam_lightning.errors import CheckpointError
 from foam_lightning.optim.state import MOMENTS, layouts, read, write_
@@ -49,18 +47,17 @@ def check_fit(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> N
             )
 
 
-def restore(saved: dict[str, Any], param: Tensor, fresh: dict[str, Tensor]) -> dict[str, Any]:
-    """Bring the saved state of one parameter to its device and to the dtypes of this run.
+def restore_(state: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Fill the state of one parameter with what was saved.
 
     Args:
+        state: As the optimizer makes it before the first step; its tensors keep dtype and device,
+            and `step` becomes an int.
         saved: `step` as an int or a tensor of one value, and tensors.
-        param: The parameter it is for.
-        fresh: State tensors as the optimizer allocates them, which receive what is saved.
-
-    Returns:
-        The state: `fresh` filled, and `step`.
     """
-    tensors = {key: value.to(param.device) for key, value in saved.items() if key != "step"}
+    fresh = {key: value for key, value in state.items() if key != "step"}
+    home = fresh["exp_avg"].device
+    tensors = {key: value.to(home) for key, value in saved.items() if key != "step"}
     if all(key in tensors and tensors[key].dtype == fresh[key].dtype for key in fresh):
         for key, value in fresh.items():
             value.copy_(tensors[key])
@@ -68,7 +65,7 @@ def restore(saved: dict[str, Any], param: Tensor, fresh: dict[str, Tensor]) -> d
         for moment in MOMENTS:
             if moment in fresh:
                 write_(fresh, moment, read(tensors, moment), None)
-    return {"step": int(saved["step"]), **fresh}
+    state["step"] = int(saved["step"])
 
 
 def _entries(groups: Sequence[dict[str, Any]], named: bool) -> dict[str, _Entry]:

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from foam_lightning.optim.checkpoint import check_fit, restore
+from foam_lightning.optim.checkpoint import check_fit, restore_
 from foam_lightning.optim.fold import check_level
+from foam_lightning.optim.host import HostState, memory_beside, visiting
 from foam_lightning.optim.state import STATE_DTYPES, SecondMoment, layouts
 from foam_lightning.optim.step import StepFactors
 from foam_lightning.optim.update import update_
+
+# Options that say how the state is kept and computed: never taken from a checkpoint.
+_OF_THE_RUN = ("state_dtype", "state_offload", "fused")
 
 
 class FOAM(torch.optim.Optimizer):
@@ -62,6 +66,9 @@ class FOAM(torch.optim.Optimizer):
         fused: Update in one pass over memory where there is a way: in float32 on the CPU by a
             kernel that is compiled once (a C++ compiler must be there), on a GPU by
             torch.compile. It differs from the plain update in the last bits.
+        state_offload: Keep the moments in host memory, pinned beside CUDA; those of one parameter
+            at a time visit the device for its update. Costs 2 x the state's bytes over the bus a
+            step, and changes no bit; see `host`. On the CPU there is nothing to move.
 
     Raises:
         ValueError: An argument, or an entry of a group, is out of range.
@@ -84,6 +91,7 @@ class FOAM(torch.optim.Optimizer):
         clip_norm: float | None = None,
         stochastic_rounding: bool = True,
         fused: bool = True,
+        state_offload: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -99,6 +107,7 @@ class FOAM(torch.optim.Optimizer):
             "clip_norm": clip_norm,
             "stochastic_rounding": stochastic_rounding,
             "fused": fused,
+            "state_offload": state_offload,
         }
         super().__init__(params, defaults)
 
@@ -140,8 +149,14 @@ class FOAM(torch.optim.Optimizer):
                     self.update(param, group)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as every torch optimizer does, wherever the moments live."""
+        found = super().state_dict()
+        # Plain, because a file that holds a class of ours does not load with `weights_only`.
+        return {**found, "state": {key: dict(state) for key, state in found["state"].items()}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, in the `state_dtype` of this optimizer's groups.
+        """Load a state, in the `state_dtype` of this optimizer's groups and where they keep it.
 
         Options that may change during a run (lr, scale, ...) come from `state_dict`, as in every
         torch optimizer. The fold levels and `second_moment` give the state its meaning, so they
@@ -158,7 +173,7 @@ class FOAM(torch.optim.Optimizer):
         # How the state is kept and computed is for the run to say; what an older version did not
         # save takes the run's value too.
         saved_groups = [
-            {**group, **saved, "state_dtype": group["state_dtype"], "fused": group["fused"]}
+            {**group, **saved, **{key: group[key] for key in _OF_THE_RUN}}
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
         # torch would cast the moments to the dtype of the parameter, so it is not given them.
@@ -166,9 +181,8 @@ class FOAM(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for param, key in zip(group["params"], saved["params"], strict=True):
                 if key in state_dict["state"]:
-                    self.state[param] = restore(
-                        state_dict["state"][key], param, _zeros(param, group)
-                    )
+                    self.state[param] = _fresh_state(param, group)
+                    restore_(self.state[param], state_dict["state"][key])
 
     def update(self, param: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter from its gradient; what `step` does for each, one after the other.
@@ -190,10 +204,9 @@ class FOAM(torch.optim.Optimizer):
         if param.numel() == 0:
             return
         is_matrix = param.ndim >= 2
+        if not self.state[param]:
+            self.state[param] = _fresh_state(param, group)
         state = self.state[param]
-        if not state:
-            state["step"] = 0
-            state |= _zeros(param, group)
         state["step"] += 1
         if group["clip_norm"] is not None:
             norm = _whole(torch.linalg.vector_norm(grad, dtype=torch.float32))
@@ -209,19 +222,27 @@ class FOAM(torch.optim.Optimizer):
             residual_scale=group["residual_scale"],
             bias_correct_moments_only=group["bias_correct_moments_only"],
         )
-        update_(
-            _local(param.detach()),
-            _local(grad),
-            {key: _local(value) for key, value in state.items() if key != "step"},
-            factors,
-            seed=state["step"] if group["stochastic_rounding"] else None,
-            fused=group["fused"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            level=group["level"] if is_matrix else 0,
-            second_moment=group["second_moment"],
-        )
+        moments = {key: _local(value) for key, value in state.items() if key != "step"}
+        with visiting(moments, param.device) as guests:
+            update_(
+                _local(param.detach()),
+                _local(grad),
+                guests,
+                factors,
+                seed=state["step"] if group["stochastic_rounding"] else None,
+                fused=group["fused"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                level=group["level"] if is_matrix else 0,
+                second_moment=group["second_moment"],
+            )
+
+
+def _fresh_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the state of a parameter before its first step, where its group keeps it."""
+    state = {"step": 0, **_zeros(param, group)}
+    return HostState(state) if group["state_offload"] else state
 
 
 def _zeros(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -237,11 +258,13 @@ def _zeros(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
             "fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
         )
     found = layouts(param.shape, level, group["state_dtype"], group["second_moment"])
+    where = memory_beside(param) if group["state_offload"] else {}
     return {
         # Like a slice of the parameter, because a shape alone would not be sharded.
         key: torch.zeros_like(
             param.detach() if param.shape == shape else param.detach().narrow(-1, 0, shape[-1]),
             dtype=dtype,
+            **where,
         )
         for key, (shape, dtype) in found.items()
     }

@@ -1,0 +1,345 @@
+"""State in host memory, on a second device that tests/second_device.py pretends."""
+
+import copy
+import io
+import socket
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+
+from foam_lightning import FOAM
+from foam_lightning.optim.host import HostState, memory_beside, visiting
+from foam_lightning.optim.release import release_gradients
+from tests.second_device import AWAY, AwayTensor, SecondDevice, here
+from tests.test_training import StopError
+from tests.training import all_equal, parameters
+
+BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
+CPU = torch.device("cpu")
+
+
+def sent(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().to(AWAY)) for p in params]
+
+
+def train(optimizer: FOAM, steps: Iterable[int], device: torch.device = AWAY) -> None:
+    """Take the given steps; the gradients depend on the number of the step alone."""
+    for step in steps:
+        random = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                grad = torch.randn(param.shape, generator=random).to(param.dtype)
+                param.grad = grad.to(device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def moments(optimizer: FOAM) -> list[Tensor]:
+    return [
+        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    ]
+
+
+def state_bytes(optimizer: FOAM) -> int:
+    return sum(value.nbytes for value in moments(optimizer))
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+# ---- the mathematics and the bus
+
+
+@settings(max_examples=15)
+@given(
+    level=st.integers(0, 3),
+    dtype=st.sampled_from([F32, BF16]),
+    state_dtype=st.sampled_from([F32, BF16, INT8]),
+    second_moment=st.sampled_from(["mean_square", "square_mean", "row", "none"]),
+    clip_norm=st.sampled_from([None, 0.5]),
+)
+def test_where_the_state_lives_changes_not_one_bit(
+    level: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    second_moment: Any,
+    clip_norm: float | None,
+) -> None:
+    def options(**more: Any) -> dict[str, Any]:
+        return {
+            "level": level,
+            "state_dtype": state_dtype,
+            "second_moment": second_moment,
+            "clip_norm": clip_norm,
+            "weight_decay": 0.1,
+            "fused": False,
+            **more,
+        }
+
+    plain = parameters(dtype=dtype)
+    expected = FOAM(plain, **options())
+    train(expected, range(3), CPU)
+    with SecondDevice():
+        visited = sent(parameters(dtype=dtype))
+        found = FOAM(visited, **options(state_offload=True))
+        train(found, range(3))
+    assert all_equal(here(visited), plain)
+    assert all_equal(moments(found), moments(expected))
+    assert not any(isinstance(value, AwayTensor) for value in moments(found))
+
+
+@pytest.mark.parametrize("state_dtype", [F32, BF16, INT8], ids=["f32", "bf16", "int8"])
+def test_a_step_takes_the_state_over_the_bus_once_each_way(state_dtype: torch.dtype) -> None:
+    gradients = sum(p.nbytes for p in parameters())
+    with SecondDevice() as device:
+        optimizer = FOAM(sent(parameters()), level=1, state_dtype=state_dtype, state_offload=True)
+        for step in range(3):
+            device.sent_bytes = device.returned_bytes = 0
+            train(optimizer, [step])
+            assert device.sent_bytes - gradients == device.returned_bytes == state_bytes(optimizer)
+
+
+def test_a_step_leaves_nothing_on_the_device_and_one_state_at_a_time_is_there() -> None:
+    shapes = [(64, 64)] * 6
+    peaks = {}
+    for state_offload in (False, True):
+        with SecondDevice() as device:
+            params = sent(parameters(shapes))
+            optimizer = FOAM(params, level=0, state_offload=state_offload)
+            train(optimizer, [0])
+            weights = sum(p.nbytes for p in params)
+            kept = 0 if state_offload else state_bytes(optimizer)
+            assert device.alive_bytes() == weights + kept
+            device.peak_bytes = 0
+            train(optimizer, [1])
+            peaks[state_offload] = device.peak_bytes
+    (one,) = {2 * p.nbytes for p in params}
+    assert peaks[False] - peaks[True] == (len(shapes) - 1) * one
+
+
+def test_the_state_stays_in_the_tensors_that_it_was_given() -> None:
+    with SecondDevice():
+        optimizer = FOAM(sent(parameters()), state_offload=True)
+        train(optimizer, [0])
+        before = [value.data_ptr() for value in moments(optimizer)]
+        train(optimizer, [1, 2])
+    assert [value.data_ptr() for value in moments(optimizer)] == before
+
+
+def test_groups_say_where_for_themselves() -> None:
+    with SecondDevice():
+        first, second = sent(parameters([(4, 8), (4, 8)]))
+        optimizer = FOAM([{"params": [first], "state_offload": True}, {"params": [second]}])
+        train(optimizer, [0])
+        assert optimizer.state[first]["exp_avg"].device == CPU
+        assert optimizer.state[second]["exp_avg"].device == AWAY
+
+
+def test_on_the_cpu_there_is_nothing_to_move() -> None:
+    params, expected = parameters(), parameters()
+    optimizer = FOAM(params, state_offload=True)
+    train(optimizer, range(3), CPU)
+    train(FOAM(expected), range(3), CPU)
+    assert all_equal(params, expected)
+    home = {"exp_avg": torch.ones(3)}
+    with visiting(home, CPU) as guests:
+        assert guests["exp_avg"] is home["exp_avg"]
+
+
+def test_a_visit_that_fails_changes_nothing_at_home() -> None:
+    home = {"exp_avg": torch.ones(3)}
+
+    def fail() -> None:
+        with visiting(home, AWAY) as guests:
+            guests["exp_avg"].zero_()
+            raise StopError
+
+    with SecondDevice(), pytest.raises(StopError):
+        fail()
+    assert torch.equal(home["exp_avg"], torch.ones(3))
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_memory_is_pinned_beside_cuda_alone(is_cuda: bool) -> None:
+    param: Any = SimpleNamespace(is_cuda=is_cuda)
+    assert memory_beside(param) == {"device": CPU, "pin_memory": is_cuda}
+
+
+def test_sharded_state_visits_shard_by_shard() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    weight, grads = torch.randn(4, 8), torch.randn(3, 4, 8)
+    options: dict[str, Any] = {"level": 1, "fused": False, "clip_norm": 0.5}
+    whole = nn.Parameter(weight.clone())
+    expected = FOAM([whole], **options)
+    for whole.grad in grads:
+        expected.step()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        with SecondDevice() as device:
+            param, loaded = (
+                nn.Parameter(DTensor.from_local(weight.to(AWAY), mesh, [Shard(0)]))
+                for _ in range(2)
+            )
+            optimizer = FOAM([param], **options, state_offload=True)
+            for grad in grads:
+                param.grad = DTensor.from_local(grad.to(AWAY), mesh, [Shard(0)])
+                optimizer.step()
+            assert device.returned_bytes == len(grads) * state_bytes(optimizer)
+            second = FOAM([loaded], **options, state_offload=True)
+            second.load_state_dict(optimizer.state_dict())
+            _optimizer_to_device(second, AWAY)
+            for moment, value in zip(moments(second), moments(expected), strict=True):
+                assert moment.placements == (Shard(0),)
+                assert moment.device == CPU
+                assert torch.equal(moment.to_local(), value)
+            assert all_equal(here([param.to_local()]), [whole])
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- inside backward
+
+
+@pytest.mark.parametrize("state_offload", [False, True], ids=["kept", "offloaded"])
+def test_the_state_visits_inside_backward_too(state_offload: bool) -> None:
+    def run(optimizer: FOAM, x: Tensor) -> None:
+        first, second = optimizer.param_groups[0]["params"]
+        for _ in range(3):
+            (x @ first @ second).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    shapes = [(6, 12), (12, 4)]
+    x = torch.randn(5, 6)
+    plain = parameters(shapes)
+    run(FOAM(plain, lr=0.1, fused=False), x)
+    with SecondDevice() as device:
+        params = sent(parameters(shapes))
+        optimizer = FOAM(params, lr=0.1, fused=False, state_offload=state_offload)
+        away = x.to(AWAY)
+        with release_gradients(optimizer):
+            run(optimizer, away)
+        sizes = sorted(tensor.nbytes for tensor in device.alive())
+    assert all_equal(here(params), plain)
+    kept = [*params, away, *([] if state_offload else moments(optimizer))]
+    assert sizes == sorted(tensor.nbytes for tensor in kept)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("state_dtype", [F32, INT8], ids=["f32", "int8"])
+@pytest.mark.parametrize("saves", [False, True], ids=["from-device", "from-host"])
+@pytest.mark.parametrize("loads", [False, True], ids=["to-device", "to-host"])
+def test_a_checkpoint_does_not_say_where_the_state_lived(
+    loads: bool, saves: bool, state_dtype: torch.dtype
+) -> None:
+    straight = parameters()
+    options: dict[str, Any] = {"fused": False, "state_dtype": state_dtype}
+    train(FOAM(straight, **options), range(4), CPU)
+    with SecondDevice():
+        params = sent(parameters())
+        first = FOAM(params, **options, state_offload=saves)
+        train(first, range(2))
+        saved = first.state_dict()
+        assert {type(state) for state in saved["state"].values()} == {dict}
+        # A file has the values, wherever they were.
+        for state in saved["state"].values():
+            state |= {key: here([v])[0] for key, v in state.items() if key != "step"}
+        second = FOAM(params, **options, state_offload=loads)
+        second.load_state_dict(through_a_file(saved))
+        assert second.param_groups[0]["state_offload"] == loads
+        assert {v.device for v in moments(second)} == {CPU if loads else AWAY}
+        assert all_equal(here(moments(second)), here(moments(first)))
+        train(second, range(2, 4))
+    assert all_equal(here(params), straight)
+
+
+def test_content_and_format_of_a_checkpoint_are_those_without() -> None:
+    found = []
+    for state_offload in (False, True):
+        optimizer = FOAM(parameters(), state_offload=state_offload)
+        train(optimizer, range(2), CPU)
+        file = through_a_file(optimizer.state_dict())
+        del file["param_groups"][0]["state_offload"]
+        found.append(file)
+    assert found[0]["param_groups"] == found[1]["param_groups"]
+    for kept, offloaded in zip(*(x["state"].values() for x in found), strict=True):
+        assert list(kept) == list(offloaded)
+        assert kept.pop("step") == offloaded.pop("step") == 2
+        assert all_equal(kept.values(), offloaded.values())
+
+
+def test_a_checkpoint_from_before_the_option_loads() -> None:
+    saved = FOAM(parameters()).state_dict()
+    del saved["param_groups"][0]["state_offload"]
+    run = FOAM(parameters(), state_offload=True)
+    run.load_state_dict(saved)
+    assert run.param_groups[0]["state_offload"] is True
+
+
+@pytest.mark.parametrize("state_offload", [False, True], ids=["kept", "offloaded"])
+def test_lightning_moves_a_loaded_state_to_the_device_unless_it_is_offloaded(
+    state_offload: bool,
+) -> None:
+    saving = FOAM(parameters())
+    train(saving, range(2), CPU)
+    checkpoint = {"optimizer_states": [through_a_file(saving.state_dict())]}
+    with SecondDevice() as device:
+        params = sent(parameters())
+        optimizer = FOAM(params, state_offload=state_offload)
+        strategy = SingleDeviceStrategy(device=AWAY)
+        strategy._optimizers = [optimizer]
+        device.peak_bytes = device.sent_bytes = 0
+        strategy.load_optimizer_state_dict(checkpoint)
+        assert device.sent_bytes >= state_bytes(saving)  # it tries in any case
+        assert {v.device for v in moments(optimizer)} == {CPU if state_offload else AWAY}
+        weights, largest = sum(p.nbytes for p in params), max(v.nbytes for v in moments(optimizer))
+        assert device.alive_bytes() == weights + (0 if state_offload else state_bytes(optimizer))
+        if state_offload:
+            assert device.peak_bytes == weights + largest
+    assert all_equal(here(moments(optimizer)), moments(saving))
+    assert {state["step"] for state in optimizer.state.values()} == {2}
+
+
+def test_a_key_that_holds_a_tensor_keeps_it() -> None:
+    state = HostState(exp_avg=torch.zeros(3), step=0)
+    held = state["exp_avg"]
+    state["exp_avg"] = torch.arange(3.0)
+    state["exp_avg"] = held
+    state["step"] += 1
+    state["other"] = torch.ones(1)
+    assert state["exp_avg"] is held
+    assert torch.equal(held, torch.arange(3.0))
+    assert state["step"] == 1
+    assert torch.equal(state["other"], torch.ones(1))
+
+
+def test_a_deep_copy_has_a_state_of_its_own_that_stays_too() -> None:
+    original = FOAM(parameters(), state_offload=True)
+    train(original, [0], CPU)
+    duplicate = copy.deepcopy(original)
+    train(duplicate, [1], CPU)
+    assert {type(state) for state in duplicate.state.values()} == {HostState}
+    assert {state["step"] for state in original.state.values()} == {1}
+    assert not all_equal(moments(original), moments(duplicate))
