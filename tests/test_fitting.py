@@ -5,7 +5,6 @@ import pytest
 
 from foam_lightning.errors import InfeasibleBudgetError
 from foam_lightning.job import Job
-from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.levers import MAX_LEVEL, Ladder
 from foam_lightning.plan import FoldPlan
 from tuner.fitting import LEVELS, Fitting
@@ -32,18 +31,8 @@ def job(new_job: Callable[..., Job]) -> Job:
 
 
 @pytest.fixture(scope="module")
-def accountant(job: Job) -> Accountant:
-    return job.new_accountant()
-
-
-@pytest.fixture(scope="module")
-def fit(job: Job, accountant: Accountant) -> Fit:
-    def make(budget_bytes: int) -> Fitting:
-        fitting = Fitting(job, budget_bytes)
-        fitting.accountant = accountant  # traces once for all
-        return fitting
-
-    return make
+def fit(job: Job) -> Fit:
+    return Fitting(job, 10**12).with_budget  # traces once for all
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,23 @@ class Fitting:
         self.accountant: Accountant = job.new_accountant()
         self.ladder = Ladder(job.levers, on_gpu=job.on_gpu)
 
+    def with_budget(self, budget_bytes: int) -> "Fitting":
+        """Look at the same job within another budget; what was traced serves both."""
+        other = Fitting(self.job, budget_bytes)
+        other.module, other.accountant = self.module, self.accountant
+        return other
+
     @cached_property
     def minimum(self) -> Minimum:
         """The plan with every matrix at the highest level and the levers that need least."""
-        plans = [self.module.uniform_plan(MAX_LEVEL, levers) for levers in self.ladder.leanest()]
-        accounts = [self.accountant.account(plan) for plan in plans]
-        return min(map(Minimum, plans, accounts), key=lambda minimum: minimum.account.peak_bytes)
+        least: Minimum | None = None
+        # The dearest first: what it needs rules most others out without a trace.
+        for levers in reversed(self.ladder.leanest()):
+            plan = self.module.uniform_plan(MAX_LEVEL, levers)
+            if least is None or self.accountant.fits(plan, least.account.peak_bytes):
+                least = Minimum(plan, self.accountant.account(plan))
+        assert least is not None
+        return least
 
     @cached_property
     def levers(self) -> Levers:
