@@ -101,6 +101,7 @@ class Job:
             accumulate_grad_batches=self.batch_size // micro,
             gradient_release=releases,
             state_dtype=self.model["state_dtype"],
+            state_offload=bool(self.model.get("state_offload")),
         )
         self.check(levers)
         return levers
@@ -109,13 +110,19 @@ class Job:
         """Refuse levers that the settings contradict.
 
         Raises:
-            ConfigError: Gradients would be released that the trainer is to clip.
+            ConfigError: Gradients would be released that the trainer is to clip, or state would be
+                offloaded from the CPU.
         """
         clip_val = self.trainer.get("gradient_clip_val")
         if levers.gradient_release and clip_val:
             raise ConfigError(
                 f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
                 "release keeps none; set model.clip_norm instead, which clips each by itself"
+            )
+        if levers.state_offload and not self.on_gpu:
+            raise ConfigError(
+                "model.state_offload needs a GPU, and trainer.accelerator is cpu: there it is in "
+                "host memory anyway; leave it out"
             )
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:

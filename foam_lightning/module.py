@@ -65,6 +65,8 @@ class LlamaFoam(LightningModule):
             gradients of all parameters at once.
         gradient_release: Step inside backward, parameter by parameter, so that gradients never
             pile up; a step is then one micro-batch. A memory budget turns it on where need be.
+        state_offload: Keep both moments in host memory, from where they visit the GPU for their
+            update: twice their bytes over the bus a step. The last thing that a budget turns on.
         warmup_fraction: Share of the steps over which the learning rate rises.
         final_lr_fraction: Where the cosine ends, as a share of the peak.
         exclude: Regular expression on the names of matrices that never fold.
@@ -96,6 +98,7 @@ class LlamaFoam(LightningModule):
         clip_norm: float | None = None,
         stochastic_rounding: bool = True,
         gradient_release: bool = False,
+        state_offload: bool = False,
         warmup_fraction: float = 0.1,
         final_lr_fraction: float = 0.1,
         exclude: str = DEFAULT_EXCLUDE,
@@ -205,6 +208,7 @@ class LlamaFoam(LightningModule):
             state_dtype=getattr(torch, plan.levers.state_dtype),
             clip_norm=hp["clip_norm"],
             stochastic_rounding=hp["stochastic_rounding"],
+            state_offload=plan.levers.state_offload,
         )
 
     @override
@@ -279,7 +283,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        self._keep_rope_float32()
+        llama.keep_rope_float32(self._built())
 
     @override
     def on_train_start(self) -> None:
@@ -298,7 +302,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_validation_start(self) -> None:
-        self._keep_rope_float32()
+        llama.keep_rope_float32(self._built())
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -341,6 +345,3 @@ class LlamaFoam(LightningModule):
         return token_loss(
             hidden, self._built().lm_head, labels, chunked=self._plan().levers.chunked_loss
         )
-
-    def _keep_rope_float32(self) -> None:
-        llama.keep_rope_float32(self._built())

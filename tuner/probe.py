@@ -56,8 +56,9 @@ class UpdateProbe(Callback):
                 grad = parameter.grad.float()
                 if (limit := group["clip_norm"]) is not None:  # as the optimizer will
                     grad = grad * (limit / torch.linalg.vector_norm(grad).clamp_min(limit))
-                mean = read(state, "exp_avg").lerp(grad, 1 - beta1)
-                square = read(state, "exp_avg_sq").lerp(grad.square(), 1 - beta2)
+                # The state may live in host memory.
+                mean = read(state, "exp_avg").to(grad.device).lerp(grad, 1 - beta1)
+                square = read(state, "exp_avg_sq").to(grad.device).lerp(grad.square(), 1 - beta2)
                 role = role_of(name)
                 counts[role] += grad.numel()
                 for level in LEVELS:
