@@ -338,7 +338,8 @@ class LlamaFoam(LightningModule):
     def _adopt(self, model: "LlamaForCausalLM") -> None:
         model.train()
         if self.plan is not None and self.plan.levers.activation_checkpointing:
-            model.activation_checkpointing_enable()
+            selective = self.plan.levers.selective_checkpointing
+            llama.checkpoint_layers(model, selective=selective)
         self.model = model
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,23 +74,26 @@ def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Pre
 
 # Precision, checkpointing, chunked loss, micro-batches per step (0: one, and gradients are
 # released), levels, state: every pair of the first four occurs.
-CASES: list[tuple[Precision, bool, bool, int, int | str, StateDtype]] = [
-    ("32-true", False, False, 1, 0, "float32"),
-    ("32-true", False, True, 2, 2, "float32"),
-    ("32-true", True, False, 2, "mixed", "float32"),
-    ("32-true", True, True, 1, 2, "bfloat16"),
-    ("bf16-true", False, False, 2, 2, "bfloat16"),
-    ("bf16-true", False, True, 1, "mixed", "float32"),
-    ("bf16-true", True, False, 1, 0, "bfloat16"),
-    ("bf16-true", True, True, 2, 2, "int8"),
-    ("bf16-mixed", False, True, 1, 2, "float32"),
-    ("bf16-mixed", True, False, 2, "mixed", "float32"),
-    ("32-true", False, False, 0, "mixed", "float32"),
-    ("32-true", True, True, 0, 2, "float32"),
-    ("bf16-true", False, True, 0, 0, "float32"),
-    ("bf16-true", True, False, 0, "mixed", "bfloat16"),
-    ("bf16-mixed", False, False, 0, 2, "bfloat16"),
-    ("bf16-mixed", True, True, 0, "mixed", "float32"),
+CASES: list[tuple[Precision, str, bool, int, int | str, StateDtype]] = [
+    ("32-true", "none", False, 1, 0, "float32"),
+    ("32-true", "none", True, 2, 2, "float32"),
+    ("32-true", "whole", False, 2, "mixed", "float32"),
+    ("32-true", "whole", True, 1, 2, "bfloat16"),
+    ("bf16-true", "none", False, 2, 2, "bfloat16"),
+    ("bf16-true", "none", True, 1, "mixed", "float32"),
+    ("bf16-true", "whole", False, 1, 0, "bfloat16"),
+    ("bf16-true", "whole", True, 2, 2, "int8"),
+    ("bf16-mixed", "none", True, 1, 2, "float32"),
+    ("bf16-mixed", "whole", False, 2, "mixed", "float32"),
+    ("32-true", "none", False, 0, "mixed", "float32"),
+    ("32-true", "whole", True, 0, 2, "float32"),
+    ("bf16-true", "none", True, 0, 0, "float32"),
+    ("bf16-true", "whole", False, 0, "mixed", "bfloat16"),
+    ("bf16-mixed", "none", False, 0, 2, "bfloat16"),
+    ("bf16-mixed", "whole", True, 0, "mixed", "float32"),
+    ("bf16-true", "selective", False, 1, 2, "bfloat16"),
+    ("bf16-mixed", "selective", False, 2, "mixed", "float32"),
+    ("32-true", "selective", True, 0, 2, "float32"),
 ]
 
 
@@ -99,7 +102,8 @@ def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> 
     levers = Levers(
         micro_batch_size=batch // max(accumulate, 1),
         accumulate_grad_batches=max(accumulate, 1),
-        activation_checkpointing=checkpointing,
+        activation_checkpointing=checkpointing != "none",
+        selective_checkpointing=checkpointing == "selective",
         chunked_loss=chunked,
         gradient_release=accumulate == 0,
         state_dtype=state_dtype,
@@ -118,7 +122,7 @@ def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> 
 
 def ids_of(case: Any) -> str:
     precision, checkpointing, chunked, accumulate, levels, state_dtype = case
-    levers = ["checkpointing"] * checkpointing + ["chunked"] * chunked
+    levers = [checkpointing] * (checkpointing != "none") + ["chunked"] * chunked
     batches = f"x{accumulate}" if accumulate else "release"
     return "-".join([precision, *levers, batches, f"level {levels}", state_dtype])
 
@@ -131,12 +135,12 @@ def quick(*chosen: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("case", quick(0, 1, 2, 5, 7, 9, 10, 13, 15), ids=ids_of)
+@pytest.mark.parametrize("case", quick(0, 1, 2, 5, 7, 9, 10, 13, 15, 16, 17, 18), ids=ids_of)
 def test_the_account_is_what_a_real_step_takes(case: Any) -> None:
     check_case({}, 8, 64, case)
 
 
-@pytest.mark.parametrize("case", quick(6, 12), ids=ids_of)
+@pytest.mark.parametrize("case", quick(6, 12, 18), ids=ids_of)
 def test_the_account_is_what_a_real_step_of_20m_takes(case: Any) -> None:
     check_case(MODEL_20M, 4, 128, case)
 

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from foam_lightning import model as llama
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
+from foam_lightning.memory.tracker import StorageTracker
 
 # FOAM.md section 4: layers, hidden, intermediate, heads; vocabulary 32000.
 SIZES = {
@@ -209,3 +215,125 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: dict[s
     tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
     with pytest.raises(CheckpointError, match=r"cannot write .*file/hf"):
         llama.save(llama.build(tiny(), seed=0), tokenizer, tmp_path / "file" / "hf")
+
+
+class Products(TorchDispatchMode):
+    """Count matrix products and attentions, forward and recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name()
+        if any(part in name for part in ("mm", "attention")) and "backward" not in name:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def keeping(checkpointing: str, config: LlamaConfig) -> LlamaForCausalLM:
+    """Build a model that is checkpointed in one of three ways."""
+    model = llama.build(config, seed=0)
+    model.train()
+    if checkpointing != "none":
+        llama.checkpoint_layers(model, selective=checkpointing == "selective")
+    return model
+
+
+def pass_through(model: LlamaForCausalLM, dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor]]:
+    """Give the loss and the gradients."""
+    ids = torch.arange(48).view(2, 24)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=["fused", "plain"])
+@pytest.mark.parametrize("bias", [False, True], ids=["bare", "biased"])
+def test_a_selective_layer_computes_the_same_and_no_product_twice(
+    bias: bool, backend: SDPBackend, autocast: torch.dtype | None
+) -> None:
+    config = tiny()
+    config.attention_bias = config.mlp_bias = bias
+    found, counts = {}, {}
+    for checkpointing in ("none", "selective", "whole"):
+        model = keeping(checkpointing, config)
+        with sdpa_kernel(backend), Products() as products:
+            found[checkpointing] = pass_through(model, autocast)
+        counts[checkpointing] = products.counts
+    loss, gradients = found.pop("none")
+    assert len(gradients) == 2 * 9 + 3 + bias * 2 * 7
+    for other, of_other in found.values():
+        assert torch.equal(other, loss)
+        assert all(map(torch.equal, of_other, gradients))
+    assert counts["selective"] == counts["none"]
+    # All but `down_proj`, of two layers.
+    of_layers = 2 * (6 + (1 if backend is SDPBackend.FLASH_ATTENTION else 2))
+    assert (counts["whole"] - counts["none"]).total() == of_layers
+
+
+# What a GPU runs for attention, with its arguments after queries, keys and values.
+ON_GPU: dict[str, tuple[Any, ...]] = {
+    "flash": (0.0, True),
+    "efficient": (None, True, 0.0, True),
+    "cudnn": (None, True, 0.0, True),
+}
+
+
+@pytest.mark.parametrize("kind", ON_GPU)
+def test_attention_on_a_gpu_runs_once(kind: str) -> None:
+    attention = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
+    shape = (2, 4, 24, 8)
+    parts = [torch.empty(shape, device="meta", requires_grad=True) for _ in range(3)]
+
+    def layer(*parts: Tensor) -> Tensor:
+        output: Tensor = attention(*(part * 2 for part in parts), *ON_GPU[kind])[0]
+        return output * 2
+
+    with Products() as products:
+        for once in (True, False):
+            how: Any = {"context_fn": lambda: llama._products_kept(7)} if once else {}
+            checkpoint(layer, *parts, use_reentrant=False, **how).sum().backward()
+            assert products.counts.total() == (1 if once else 1 + 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_selective_layer_keeps(dtype: torch.dtype) -> None:
+    hidden, inner, keys, heads = (TINY["hidden_size"], TINY["intermediate_size"], 8, 4)
+
+    def kept(checkpointing: str, num_layers: int) -> int:
+        torch.set_default_dtype(dtype)
+        try:
+            model = keeping(checkpointing, tiny(num_hidden_layers=num_layers))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        tracker = StorageTracker()
+        tracker.claim(model.parameters(), "weights")
+        with tracker:
+            states = model.model(torch.zeros(2, 24, dtype=torch.int64), use_cache=False)
+            tracker.mark("forward is over")
+            del states
+        return tracker.timeline().at("forward is over")[0].terms["activations"]
+
+    def of_a_layer(checkpointing: str) -> float:
+        return (kept(checkpointing, 3) - kept(checkpointing, 2)) / 48  # tokens
+
+    elements = 4 * hidden + 2 * keys + 2 * inner
+    assert of_a_layer("selective") == elements * dtype.itemsize + heads * 4
+    assert of_a_layer("whole") == hidden * dtype.itemsize
+    assert of_a_layer("none") > 1.5 * of_a_layer("selective")
+
+
+def test_an_evaluation_is_not_checkpointed() -> None:
+    model = keeping("selective", tiny()).eval()
+    ids = torch.arange(48).view(2, 24)
+    with torch.no_grad(), Products() as products:
+        model(ids)
+    assert products.counts["aten::mm"] == 2 * 7 + 1

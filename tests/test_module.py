@@ -136,6 +136,30 @@ def test_a_lever_changes_nothing_but_memory(job: Job, lever: str) -> None:
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lever", ["plain", "accumulating", "releasing"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_checkpointing_changes_nothing_to_the_last_bit(
+    new_job: NewJob, precision: str, lever: str
+) -> None:
+    job = new_job(
+        data={"micro_batch_size": 4 if lever == "accumulating" else 8},
+        trainer={"precision": precision, "max_steps": 3},
+    )
+    plan = job.plan_at(1)
+    base = replace(plan.levers, gradient_release=lever == "releasing")
+    found = []
+    for checkpoints, selective in ((False, False), (True, True), (True, False)):
+        levers = replace(
+            base, activation_checkpointing=checkpoints, selective_checkpointing=selective
+        )
+        watch = Watch()
+        module, *_ = fit(job, replace(plan, levers=levers), watch)
+        found.append((watch.losses, torch.cat([p.detach().flatten() for p in module.parameters()])))
+    for losses, weights in found[1:]:
+        assert losses == found[0][0]
+        assert torch.equal(weights, found[0][1])
+
+
 def test_the_validation_loss_is_over_tokens_not_batches(new_job: NewJob, tmp_path: Path) -> None:
     # 20 rows in batches of 8, and rows of one document each, so that no two batches are alike.
     documents = tmp_path / "documents.jsonl"

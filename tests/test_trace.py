@@ -263,6 +263,9 @@ LEVERS = {
     "chunked": Levers(micro_batch_size=16, chunked_loss=True),
     "accumulating": Levers(micro_batch_size=4, accumulate_grad_batches=2),
     "checkpointing": Levers(micro_batch_size=4, activation_checkpointing=True),
+    "selective": Levers(
+        micro_batch_size=4, activation_checkpointing=True, selective_checkpointing=True
+    ),
     "all": Levers(
         micro_batch_size=16,
         accumulate_grad_batches=2,
@@ -274,6 +277,12 @@ LEVERS = {
         micro_batch_size=16,
         chunked_loss=True,
         activation_checkpointing=True,
+        gradient_release=True,
+    ),
+    "releasing selective": Levers(
+        micro_batch_size=4,
+        activation_checkpointing=True,
+        selective_checkpointing=True,
         gradient_release=True,
     ),
 }
