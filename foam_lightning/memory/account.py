@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
-from foam_lightning.optim.state import layouts, state_bytes
+from foam_lightning.optim.state import layouts
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 
 # What a CUDA process holds outside torch's counters: its context and the modules loaded into it.
@@ -165,11 +166,11 @@ class Accountant:
             plan: Every layer must have the levels of the others.
             expandable: Whether the allocator's segments may grow.
         """
-        shapes, dtype = self._trainee.shapes, getattr(torch, plan.levers.state_dtype)
+        shapes = self._trainee.shapes
         updates = []
         for name, shape in shapes.items():
-            kept = layouts(shape, plan.levels.get(name, 0), dtype).values()
-            state = () if plan.levers.state_offload else tuple(part.nbytes for part in kept)
+            kept = _kept_bytes(shape, plan.levels.get(name, 0), plan.levers.state_dtype)
+            state = () if plan.levers.state_offload else kept
             updates.append(Update(state, self._beside(plan, name, shape)))
         itemsize = weight_dtype(self._precision).itemsize
         weights = [math.prod(shape) * itemsize for shape in shapes.values()]
@@ -290,6 +291,11 @@ def optimizer_state_bytes(
         dtype: The dtype of the moments.
     """
     return sum(
-        state_bytes(shape, levels.get(name, 0), getattr(torch, dtype))
-        for name, shape in shapes.items()
+        sum(_kept_bytes(shape, levels.get(name, 0), dtype)) for name, shape in shapes.items()
     )
+
+
+@cache
+def _kept_bytes(shape: tuple[int, ...], level: int, dtype: StateDtype) -> tuple[int, ...]:
+    """Count the bytes of every tensor of the state of one parameter."""
+    return tuple(kept.nbytes for kept in layouts(shape, level, getattr(torch, dtype)).values())
