@@ -72,11 +72,11 @@ def replay(events: Events, *, expandable: bool = False) -> Usage:
     """
     small, large = _Pool(is_small=True, expandable=expandable), _Pool(False, expandable)
     given: dict[int, tuple[_Pool, _Block]] = {}
-    requested = allocated = 0
-    peaks = (0, 0)
-    for change in events.changes:
-        number = max(change, ~change)
-        size = events.sizes[number]
+    sizes = events.sizes
+    requested = allocated = most_requested = most_allocated = 0
+    for change in events.changes:  # a plan replays hundreds of thousands
+        number = change if change >= 0 else ~change
+        size = sizes[number]
         if size == 0:
             continue
         if change >= 0:
@@ -86,13 +86,16 @@ def replay(events: Events, *, expandable: bool = False) -> Usage:
             given[number] = pool, block
             requested += size
             allocated += block.size
-            peaks = max(peaks[0], requested), max(peaks[1], allocated)
+            if requested > most_requested:
+                most_requested = requested
+            if allocated > most_allocated:
+                most_allocated = allocated
         else:
             pool, block = given.pop(number)
             requested -= size
             allocated -= block.size
             pool.give(block)
-    return Usage(*peaks, small.reserved + large.reserved)
+    return Usage(most_requested, most_allocated, small.reserved + large.reserved)
 
 
 def training(weights: Iterable[int], step: Events, updates: Sequence["Update"]) -> Events:
@@ -181,8 +184,7 @@ class _Pool:
         """Give a block of at least so many bytes, a multiple of 512."""
         best = bisect_left(self._order, (size, -1))
         if best < len(self._order):
-            block = self._free[self._order[best][1]]
-            self._remove(block)
+            block = self._free.pop(self._order.pop(best)[1])
         else:
             block = self._grow(size) if self._expandable else self._segment(size)
         block.is_free = False
