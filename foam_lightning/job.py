@@ -1,13 +1,15 @@
 """A training job: the settings from which fresh models, data and trainers are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from foam_lightning.data.module import TextData
+from foam_lightning.devices import Devices, first_device
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.trace import Precision, weight_dtype
@@ -47,6 +49,7 @@ class Job:
             ConfigError: A setting is unknown to the account, or is decided elsewhere.
         """
         weight_dtype(self.precision)
+        _ = self.devices
         if self.trainer.get("accumulate_grad_batches", 1) != 1:
             raise ConfigError(
                 "trainer.accumulate_grad_batches follows from data.batch_size and "
@@ -78,16 +81,27 @@ class Job:
         return self.trainer.get("accelerator") != "cpu"
 
     @cached_property
+    def devices(self) -> Devices:
+        """The devices of the full run.
+
+        Raises:
+            ConfigError: They are not counted, or the strategy is unknown.
+        """
+        return Devices.of(self.trainer)
+
+    @cached_property
     def levers(self) -> Levers:
         """The levers that the settings ask for.
 
         Raises:
             ConfigError: The settings contradict each other.
         """
-        micro = int(self.data["micro_batch_size"] or self.batch_size)
-        if micro < 1 or self.batch_size % micro:
+        num_devices = self.devices.count
+        micro = int(self.data["micro_batch_size"] or max(1, self.batch_size // num_devices))
+        if micro < 1 or self.batch_size % (micro * num_devices):
+            over = f" x trainer.devices {num_devices}" if num_devices > 1 else ""
             raise ConfigError(
-                f"data.micro_batch_size {micro} must divide data.batch_size {self.batch_size}"
+                f"data.micro_batch_size {micro}{over} must divide data.batch_size {self.batch_size}"
             )
         releases = bool(self.model.get("gradient_release"))
         if releases and micro != self.batch_size:
@@ -98,7 +112,7 @@ class Job:
             )
         levers = Levers(
             micro_batch_size=micro,
-            accumulate_grad_batches=self.batch_size // micro,
+            accumulate_grad_batches=self.batch_size // (micro * num_devices),
             gradient_release=releases,
             state_dtype=self.model["state_dtype"],
             state_offload=bool(self.model.get("state_offload")),
@@ -110,9 +124,24 @@ class Job:
         """Refuse levers that the settings contradict.
 
         Raises:
-            ConfigError: Gradients would be released that the trainer is to clip, or state would be
-                offloaded from the CPU.
+            ConfigError: Gradients would be released that the trainer is to clip or several devices
+                are to average, the levers are for another batch, or state would be offloaded from
+                the CPU.
         """
+        count = self.devices.count
+        if levers.gradient_release and count > 1:
+            raise ConfigError(
+                f"gradient release needs one device, got {count}: what is to be averaged cannot be "
+                "spent at once; unset model.gradient_release, or make a plan for "
+                f"trainer.devices {count}"
+            )
+        if count > 1 and levers.batch_size * count != self.batch_size:
+            raise ConfigError(
+                f"{count} devices with micro-batches of {levers.micro_batch_size}, "
+                f"{levers.accumulate_grad_batches} accumulated, make a batch of "
+                f"{levers.batch_size * count}, not data.batch_size {self.batch_size}; make a plan "
+                f"for trainer.devices {count}"
+            )
         clip_val = self.trainer.get("gradient_clip_val")
         if levers.gradient_release and clip_val:
             raise ConfigError(
@@ -162,17 +191,19 @@ class Job:
             levers: Give the accumulation.
             callbacks: All callbacks of this run, besides those of the settings.
             bare: Nothing but `callbacks`: no logger, checkpoints, progress bar or callbacks of the
-                settings. For short runs.
+                settings, and one device, which then accumulates what the others would do. For short
+                runs.
             settings: Take the place of the job's own.
         """
         merged = {**self.trainer, **(_BARE if bare else {}), **settings}
+        accumulated = levers.accumulate_grad_batches * (self.devices.count if bare else 1)
         interval = merged.get("val_check_interval")
         if isinstance(interval, int):
             # Lightning counts batches here; a user who sets steps does not know the micro-batch.
-            merged["val_check_interval"] = interval * levers.accumulate_grad_batches
+            merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
-        merged["accumulate_grad_batches"] = levers.accumulate_grad_batches
-        return Trainer(**merged)
+        merged["accumulate_grad_batches"] = accumulated
+        return Trainer(**merged | (_alone(merged) if bare else self._together()))
 
     def new_accountant(self) -> Accountant:
         """Make the accountant of this job's model."""
@@ -183,8 +214,38 @@ class Job:
             sequence_length=int(self.data["sequence_length"]),
             precision=self.precision,
             on_gpu=self.on_gpu,
+            devices=self.devices,
         )
+
+    def on_one_device(self) -> Self:
+        """Make the same job for one device, which accumulates what the others would have done."""
+        return replace(self, trainer={**self.trainer, **_alone(self.trainer)})
 
     def plan_at(self, level: int) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at the settings' own levers."""
         return self.new_module().uniform_plan(level, self.levers)
+
+    def _together(self) -> dict[str, Any]:
+        """Say to Lightning how the devices work together; the data module gives each its rows."""
+        if self.devices.count == 1:
+            return _alone(self.trainer)
+        if self.devices.shards:
+            return {
+                "use_distributed_sampler": False,
+                "strategy": ModelParallelStrategy(
+                    data_parallel_size=self.devices.count,
+                    tensor_parallel_size=1,
+                    # One file, for every tool and any number of devices.
+                    save_distributed_checkpoint=False,
+                ),
+            }
+        return {
+            "use_distributed_sampler": False,
+            # Gradients live in the buckets, not beside them; the buffers are constants.
+            "strategy": DDPStrategy(gradient_as_bucket_view=True, forward_sync_buffers=False),
+        }
+
+
+def _alone(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    devices = first_device(trainer.get("devices"))
+    return {"devices": devices, "num_nodes": 1, "strategy": "auto"}

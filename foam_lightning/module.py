@@ -21,6 +21,7 @@ from foam_lightning.optim.groups import DEFAULT_EXCLUDE, foldable, param_groups
 from foam_lightning.optim.release import release_gradients
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 from foam_lightning.schedule import warmup_cosine
+from foam_lightning.sharding import shard
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -191,6 +192,8 @@ class LlamaFoam(LightningModule):
             self._adopt(llama.load(hp["pretrained"]))
         else:
             self._adopt(llama.build(self.llama_config(), seed=hp["seed"]))
+        if self.device_mesh is not None:  # FSDP2; until now the model is whole, in host memory
+            shard(self, self.layers(), self.device_mesh["data_parallel"], self.trainer.precision)
 
     def make_optimizer(
         self, named_parameters: Iterable[tuple[str, Tensor]], plan: FoldPlan
@@ -263,9 +266,8 @@ class LlamaFoam(LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        total, num_tokens = self._summed_loss(
-            self.hidden_states(batch["input_ids"]), batch["labels"]
-        )
+        hidden = self.hidden_states(batch["input_ids"])
+        total, num_tokens = self._summed_loss(hidden, batch["labels"])
         nats, count = self._scored
         self._scored = (nats + float(total), count + int(num_tokens))
         return {"nll": total, "num_tokens": num_tokens}
@@ -276,8 +278,9 @@ class LlamaFoam(LightningModule):
         self._scored = (0.0, 0)
         nats, count = self.trainer.strategy.reduce(scored, reduce_op="sum").tolist()
         loss = torch.tensor(nats / count)
-        self.log("validation/loss", loss, prog_bar=True)
-        self.log("validation/perplexity", loss.exp())  # inf, not an error, where a run diverged
+        self.log("validation/loss", loss, prog_bar=True, sync_dist=True)
+        # inf, not an error, where a run diverged
+        self.log("validation/perplexity", loss.exp(), sync_dist=True)
 
     # ---- what Lightning would otherwise get wrong
 
@@ -338,8 +341,7 @@ class LlamaFoam(LightningModule):
     def _adopt(self, model: "LlamaForCausalLM") -> None:
         model.train()
         if self.plan is not None and self.plan.levers.activation_checkpointing:
-            selective = self.plan.levers.selective_checkpointing
-            llama.checkpoint_layers(model, selective=selective)
+            llama.checkpoint_layers(model, selective=self.plan.levers.selective_checkpointing)
         self.model = model
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ FILES = sorted(
 
 # From low to high; the modules of one line do not import each other.
 FOAM_LIGHTNING_LAYERS = [
-    {"units", "roles", "loss", "cache_home", "schedule"},
+    {"units", "roles", "loss", "cache_home", "schedule", "sharding"},
     {"errors"},
+    {"devices"},
     {"run_folder"},
     {"plan"},
     {"optim"},

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from foam_lightning.devices import ONE_DEVICE, Devices
 from foam_lightning.memory.allocator import Update, Usage, replay, training
+from foam_lightning.memory.ranks import NCCL_BYTES, buckets, communicators, one_of
 from foam_lightning.memory.timeline import TERMS
 from foam_lightning.memory.trace import (
     Precision,
@@ -99,6 +101,7 @@ class Accountant:
         sequence_length: Tokens in a row.
         precision: Lightning's name of the precision.
         on_gpu: Whether the run will be on a GPU, and so holds a context and needs a margin.
+        devices: Those of the run; the account is of the first, and no other needs more.
     """
 
     def __init__(
@@ -109,8 +112,11 @@ class Accountant:
         sequence_length: int,
         precision: Precision,
         on_gpu: bool,
+        devices: Devices = ONE_DEVICE,
     ) -> None:
         self._trainee = trainee
+        self._devices = devices
+        self._shapes = {name: devices.share(shape) for name, shape in trainee.shapes.items()}
         self._num_layers = num_layers
         self._sequence_length = sequence_length
         self._precision = precision
@@ -124,7 +130,7 @@ class Accountant:
         return Account(
             {
                 **self.trace(plan),
-                "context": GPU_CONTEXT_BYTES if self._on_gpu else 0,
+                "context": self._context if self._on_gpu else 0,
                 "margin": self._margin(plan) if self._on_gpu else 0,
             }
         )
@@ -133,8 +139,10 @@ class Accountant:
         """Give the peak by term as tensors make it, without what the device adds."""
         standing = self._standing(plan)
         passes = self._traced_passes(plan.levers)
-        workspaces = [self._beside(plan, *named) for named in self._trainee.shapes.items()]
-        moments: list[dict[str, int]] = [dict(passes.peak.terms.items())]
+        workspaces = [self._beside(plan, *named) for named in self._shapes.items()]
+        before_step: dict[str, int] = dict(passes.peak.terms.items())
+        before_step["gradients"] += sum(self._buckets)
+        moments = [before_step]
         if plan.levers.gradient_release:
             for update, workspace in zip(passes.updates, workspaces, strict=True):
                 terms: dict[str, int] = dict(update.terms.items())
@@ -148,7 +156,7 @@ class Accountant:
 
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
         """Tell whether the peak of a plan is within a budget, without a trace where it can."""
-        allowed = budget_bytes - (GPU_CONTEXT_BYTES if self._on_gpu else 0)
+        allowed = budget_bytes - (self._context if self._on_gpu else 0)
         standing = self._standing(plan)
         least = sum(standing.values())
         if not plan.levers.gradient_release:  # as many gradients as weights, after backward
@@ -166,7 +174,7 @@ class Accountant:
             plan: Every layer must have the levels of the others.
             expandable: Whether the allocator's segments may grow.
         """
-        shapes = self._trainee.shapes
+        shapes = self._shapes
         updates = []
         for name, shape in shapes.items():
             kept = _kept_bytes(shape, plan.levels.get(name, 0), plan.levers.state_dtype)
@@ -175,7 +183,8 @@ class Accountant:
         itemsize = weight_dtype(self._precision).itemsize
         weights = [math.prod(shape) * itemsize for shape in shapes.values()]
         step = self._traced_passes(plan.levers).events
-        return replay(training(weights, step, updates), expandable=expandable)
+        kept_whole = [*weights, *self._buckets]
+        return replay(training(kept_whole, step, updates), expandable=expandable)
 
     def state_change(self, plan: FoldPlan, slack_bytes: int) -> int:
         """Tell by how many bytes the state may change for the peak to change by so many.
@@ -219,16 +228,25 @@ class Accountant:
             self._excesses[key] = usage.reserved - usage.requested
         return self._excesses[key]
 
+    @cached_property
+    def _context(self) -> int:
+        return GPU_CONTEXT_BYTES + communicators(self._devices) * NCCL_BYTES
+
+    @cached_property
+    def _buckets(self) -> list[int]:
+        itemsize = weight_dtype(self._precision).itemsize
+        return buckets(self._devices, (math.prod(s) * itemsize for s in self._shapes.values()))
+
     def _standing(self, plan: FoldPlan) -> dict[str, int]:
         """Count what is there from the first step to the last."""
-        elements = sum(math.prod(shape) for shape in self._trainee.shapes.values())
+        elements = sum(math.prod(shape) for shape in self._shapes.values())
         return {
             "weights": elements * weight_dtype(self._precision).itemsize,
             "optimizer_state": 0 if plan.levers.state_offload else self._state_bytes(plan),
         }
 
     def _state_bytes(self, plan: FoldPlan) -> int:
-        return optimizer_state_bytes(self._trainee.shapes, plan.levels, plan.levers.state_dtype)
+        return optimizer_state_bytes(self._shapes, plan.levels, plan.levers.state_dtype)
 
     def _traced_passes(self, levers: Levers) -> Step:
         # How state is kept does not show in the passes.
@@ -240,9 +258,11 @@ class Accountant:
                 token_ids = torch.zeros(size, dtype=torch.int64)
                 return token_ids, token_ids
 
-            with fake_tensors(self._precision):
+            with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
+                twin = self._trainee.layered(levers, min(self._num_layers, 3))
+                join(twin, levers.accumulate_grad_batches)
                 self._passes[levers] = track_step(
-                    self._trainee.layered(levers, min(self._num_layers, 3)),
+                    twin,
                     None,
                     make_batch,
                     accumulate_grad_batches=levers.accumulate_grad_batches,

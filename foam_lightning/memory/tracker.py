@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
@@ -18,7 +18,9 @@ class StorageTracker(TorchDispatchMode):
     """Record the birth and death of every tensor storage while active.
 
     A storage born now belongs to `term`, the phase the step is in, unless `claim` says otherwise,
-    before or after.
+    before or after. Of a sharded tensor the shard that this process has counts. A storage that is
+    emptied dies and one that is filled again is born: so FSDP2 gathers weights, which belong to
+    "workspace".
 
     Args:
         origin_of: Says where a tensor comes from at the birth of its storage; without it nothing
@@ -63,6 +65,20 @@ class StorageTracker(TorchDispatchMode):
         return Timeline(self.record, repeats)
 
     @override
+    def __enter__(self) -> Self:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        # No operator, so that the mode does not see it.
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+            resized = resize(storage, size)
+            self._resized(storage, size)
+            return resized
+
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+        return self
+
+    @override
     def __exit__(
         self,
         exc_type: type[BaseException] | None,
@@ -70,6 +86,7 @@ class StorageTracker(TorchDispatchMode):
         traceback: TracebackType | None,
     ) -> None:
         super().__exit__(exc_type, exc_value, traceback)  # type: ignore[no-untyped-call]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         # What dies from now on, such as the model itself, is not of this run.
         self._is_over = True
 
@@ -89,23 +106,48 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _index(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
+        local = _local(tensor)
+        storage = local.untyped_storage()
         address = storage._cdata
         known = self._alive.get(address)
         if known is not None:
             return known[0]
-        record = self.record
-        index = len(record.terms)
-        record.terms.append(TERMS.index(self.term))
-        record.sizes.append(storage.nbytes())
-        record.changes.append(index)
-        if self._origin_of is not None:
-            record.origins.append(self._origin_of(tensor))
+        origin = None if self._origin_of is None else self._origin_of(local)
+        index = self._bear(storage.nbytes(), self.term, origin)
 
         def bury(_: object) -> None:
-            del self._alive[address]
+            last, _reference = self._alive.pop(address)
             if not self._is_over:
-                record.changes.append(~index)
+                self.record.changes.append(~last)
 
         self._alive[address] = (index, weakref.ref(storage, bury))
         return index
+
+    def _bear(self, size: int, term: Term, origin: Origin | None) -> int:
+        record = self.record
+        index = len(record.terms)
+        record.terms.append(TERMS.index(term))
+        record.sizes.append(size)
+        record.changes.append(index)
+        if origin is not None:
+            record.origins.append(origin)
+        return index
+
+    def _resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        known = self._alive.get(storage._cdata)
+        if known is not None:
+            index, reference = known
+            record = self.record
+            record.terms[index] = TERMS.index("workspace")
+            record.changes.append(~index)
+            origin = record.origins[index] if record.origins else None
+            self._alive[storage._cdata] = (self._bear(size, "workspace", origin), reference)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Give the shard of a sharded tensor, any other as it is."""
+    inner: Any = tensor
+    while is_traceable_wrapper_subclass(inner):
+        names, _ = inner.__tensor_flatten__()
+        inner = getattr(inner, names[0])
+    return cast(Tensor, inner)

@@ -150,10 +150,20 @@ class FOAM(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as every torch optimizer does, wherever the moments live."""
+        """Give the state as every torch optimizer does, wherever the moments live.
+
+        How they are kept and computed is not in it: that is for each run to say.
+        """
         found = super().state_dict()
-        # Plain, because a file that holds a class of ours does not load with `weights_only`.
-        return {**found, "state": {key: dict(state) for key, state in found["state"].items()}}
+        # Plain, because a file that holds a class of ours does not load with `weights_only`, and
+        # ranks that share a state put nothing but numbers, texts and tensors together.
+        return {
+            "state": {key: dict(state) for key, state in found["state"].items()},
+            "param_groups": [
+                {key: value for key, value in group.items() if key not in _OF_THE_RUN}
+                for group in found["param_groups"]
+            ],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, in the `state_dtype` of this optimizer's groups and where they keep it.

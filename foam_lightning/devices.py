@@ -1,0 +1,83 @@
+"""The devices of a run: how many there are, and what each of them keeps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from foam_lightning.errors import ConfigError
+
+_STRATEGIES = ("auto", "ddp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How many devices train one model, and whether they share it.
+
+    Attributes:
+        count: Devices over all machines, one process each.
+        shards: Each keeps its share of weights, gradients and state, and gathers a layer when it
+            needs it (FSDP2); else each keeps all of them (DDP). One device never shards.
+    """
+
+    count: int = 1
+    shards: bool = False
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> Self:
+        """Read `devices`, `num_nodes` and `strategy` of Lightning's Trainer.
+
+        A plan is made without the devices, so their number must be said: "auto" is one, whatever
+        this machine has. Several devices with the strategy "auto" are "ddp", as in Lightning.
+
+        Raises:
+            ConfigError: The devices are not counted, or the strategy is not one that the account
+                knows.
+        """
+        strategy = trainer.get("strategy") or "auto"
+        if strategy not in _STRATEGIES:
+            name = strategy if isinstance(strategy, str) else type(strategy).__name__
+            raise ConfigError(
+                f"trainer.strategy {name} is not supported; use {', '.join(_STRATEGIES)}"
+            )
+        count = _count(trainer.get("devices")) * int(trainer.get("num_nodes") or 1)
+        return cls(count, shards=strategy == "fsdp2" and count > 1)
+
+    def share(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Give the shape of what the first device keeps of a parameter, from its whole shape.
+
+        FSDP2 cuts rows (dimension 0) into as many chunks as there are devices, and pads those that
+        get fewer: every device takes the memory of the first.
+        """
+        if not self.shards or not shape:
+            return tuple(shape)
+        return (-(-shape[0] // self.count), *shape[1:])
+
+
+ONE_DEVICE = Devices()
+
+
+def first_device(devices: Any) -> int | list[int]:
+    """Choose one of Lightning's `devices`: the first where they are named, else any."""
+    named = _named(devices)
+    return named[:1] if named else 1
+
+
+def _named(devices: Any) -> list[int]:
+    """List the devices of a list or of a text such as "0,2"; none where there is but a number."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [name for name in devices.split(",") if name.strip()]
+    return [int(name) for name in devices] if isinstance(devices, list | tuple) else []
+
+
+def _count(devices: Any) -> int:
+    if devices in (None, "auto"):
+        return 1
+    try:
+        count = len(_named(devices)) or int(devices)
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise ConfigError(
+            f"trainer.devices {devices} does not say how many; give a number, or a list of devices"
+        )
+    return count
