@@ -12,7 +12,15 @@ import torch
 
 from foam_lightning.plan import Levers
 from tests.benchmarks import memory_truth
-from tests.benchmarks.combinations import FOREACH, LEVELS, Combination, choose, every, pairs
+from tests.benchmarks.combinations import (
+    CHECKPOINTING,
+    FOREACH,
+    LEVELS,
+    Combination,
+    choose,
+    every,
+    pairs,
+)
 from tests.benchmarks.fresh_process import in_fresh_process
 from tests.benchmarks.memory_runs import (
     Peak,
@@ -40,6 +48,7 @@ def test_every_pair_of_settings_occurs(device: str) -> None:
     found = {pair for one in grid for pair in pairs(one)}
     assert found == {pair for one in every(models, micro_batches) for pair in pairs(one)}
     assert set(Counter(one.optimizer for one in grid)) == {*LEVELS, *FOREACH}
+    assert set(Counter(one.checkpointing for one in grid)) == set(CHECKPOINTING)
 
 
 def test_adamw_releases_no_gradients() -> None:
@@ -63,7 +72,15 @@ CASES = [
     ),
     Combination("default", "32-true", "AdamW foreach", Levers(micro_batch_size=1)),
     Combination(
-        "default", "bf16-true", "AdamW loop", Levers(micro_batch_size=2, chunked_loss=True)
+        "default",
+        "bf16-true",
+        "AdamW loop",
+        Levers(
+            micro_batch_size=2,
+            chunked_loss=True,
+            activation_checkpointing=True,
+            selective_checkpointing=True,
+        ),
     ),
 ]
 
@@ -126,6 +143,7 @@ def test_every_line_of_the_table_has_its_columns(device: str) -> None:
     lines = table(rows, device)
     assert len({line.count("|") for line in lines}) == 1
     assert "1.0000" in lines[2]
+    assert "| 1 x 2 | none |" in lines[2]
     assert "no memory" in lines[3]
     assert ("1.5 kB" in lines[2]) == (device == "cuda")
 

@@ -10,6 +10,8 @@ from foam_lightning.plan import Levers, StateDtype
 
 LEVELS = {"FOAM 0": 0, "FOAM 2": 2, "FOAM mixed": None}
 FOREACH = {"AdamW foreach": True, "AdamW loop": False}
+# Whether layers are checkpointed, and whether selectively.
+CHECKPOINTING = {"none": (False, False), "selective": (True, True), "whole": (True, False)}
 _ACCUMULATION = (1, 2, 4)
 
 
@@ -34,6 +36,13 @@ class Combination:
         return self.optimizer in LEVELS
 
     @property
+    def checkpointing(self) -> str:
+        """A key of `CHECKPOINTING`."""
+        levers = self.levers
+        found = (levers.activation_checkpointing, levers.selective_checkpointing)
+        return next(name for name, switches in CHECKPOINTING.items() if switches == found)
+
+    @property
     def settings(self) -> tuple[object, ...]:
         """What pairs are made of."""
         levers = self.levers
@@ -44,7 +53,7 @@ class Combination:
             levers.state_dtype if self.is_foam else "of the weights",
             levers.micro_batch_size,
             levers.accumulate_grad_batches,
-            levers.activation_checkpointing,
+            self.checkpointing,
             levers.chunked_loss,
             levers.gradient_release,
         )
@@ -60,8 +69,8 @@ def pairs(combination: Combination) -> list[Pair]:
 def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combination]:
     """Yield all that can be trained: AdamW releases no gradients and has one state dtype."""
     batches = [(times, False) for times in _ACCUMULATION] + [(1, True)]
-    for model, precision, micro_batch, (times, releases), checkpoints, chunks in product(
-        models, get_args(Precision), micro_batches, batches, (False, True), (False, True)
+    for model, precision, micro_batch, (times, releases), checkpointing, chunks in product(
+        models, get_args(Precision), micro_batches, batches, CHECKPOINTING.values(), (False, True)
     ):
         for optimizer, state_dtype in product((*LEVELS, *FOREACH), get_args(StateDtype)):
             if optimizer in FOREACH and (releases or state_dtype != "float32"):
@@ -69,7 +78,8 @@ def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combi
             levers = Levers(
                 micro_batch_size=micro_batch,
                 accumulate_grad_batches=times,
-                activation_checkpointing=checkpoints,
+                activation_checkpointing=checkpointing[0],
+                selective_checkpointing=checkpointing[1],
                 chunked_loss=chunks,
                 gradient_release=releases,
                 state_dtype=state_dtype,
