@@ -1,0 +1,127 @@
+"""State in host memory beside a real GPU; what tests/test_host.py pretends elsewhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foam_lightning import FOAM
+from foam_lightning.optim.release import release_gradients
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+COUNT, SIZE = 6, 2048  # matrices of 17 MB in float32
+
+
+def network(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Linear(SIZE, SIZE, bias=False) for _ in range(COUNT))
+    return nn.Sequential(*layers).to("cuda", dtype)
+
+
+def train(net: nn.Module, optimizer: FOAM, steps: range, *, releases: bool = False) -> None:
+    for step in steps:
+        random = torch.Generator().manual_seed(step)
+        x = torch.randn(64, SIZE, generator=random).to("cuda", next(net.parameters()).dtype)
+        if releases:
+            with release_gradients(optimizer):
+                net(x).float().square().mean().backward()
+                optimizer.step()
+        else:
+            net(x).float().square().mean().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def moments(optimizer: FOAM) -> list[Tensor]:
+    return [
+        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    ]
+
+
+@pytest.mark.parametrize("releases", [False, True], ids=["step", "release"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.int8),
+    ],
+    ids=["f32", "bf16", "int8"],
+)
+def test_state_is_pinned_in_host_memory_and_the_weights_are_the_same(
+    dtype: torch.dtype, state_dtype: torch.dtype, fused: bool, releases: bool
+) -> None:
+    nets, optimizers = [], []
+    for state_offload in (False, True):
+        net = network(dtype)
+        optimizer = FOAM(
+            net.parameters(),
+            level=1,
+            state_dtype=state_dtype,
+            fused=fused,
+            state_offload=state_offload,
+        )
+        train(net, optimizer, range(4), releases=releases)
+        nets.append(net)
+        optimizers.append(optimizer)
+    for kept, offloaded in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(kept, offloaded)
+    for kept, offloaded in zip(*(moments(o) for o in optimizers), strict=True):
+        assert kept.is_cuda
+        assert offloaded.device.type == "cpu"
+        assert offloaded.is_pinned()
+        assert torch.equal(kept.cpu(), offloaded)
+
+
+def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one() -> None:
+    peaks = []
+    for state_offload in (False, True):
+        net = network(torch.float32)
+        optimizer = FOAM(net.parameters(), level=0, state_offload=state_offload)
+        train(net, optimizer, range(1))  # compiles, makes the state
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        train(net, optimizer, range(1, 3))
+        peaks.append(torch.cuda.max_memory_allocated())
+        assert torch.cuda.memory_allocated() == before  # nothing of a visit stays
+        del net, optimizer
+    of_one = 2 * 4 * SIZE * SIZE
+    assert peaks[0] - peaks[1] == pytest.approx((COUNT - 1) * of_one, rel=0.01)
+
+
+@pytest.mark.parametrize("saves", [False, True], ids=["from-device", "from-host"])
+@pytest.mark.parametrize("loads", [False, True], ids=["to-device", "to-host"])
+def test_a_state_loads_wherever_it_lived(saves: bool, loads: bool) -> None:
+    straight, stopped = network(torch.float32), network(torch.float32)
+    train(straight, FOAM(straight.parameters()), range(4))
+    first = FOAM(stopped.parameters(), state_offload=saves)
+    train(stopped, first, range(2))
+    second = FOAM(stopped.parameters(), state_offload=loads)
+    second.load_state_dict(first.state_dict())
+    assert {value.is_cuda for value in moments(second)} == {not loads}
+    train(stopped, second, range(2, 4))
+    for expected, found in zip(straight.parameters(), stopped.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_lightning_leaves_a_loaded_state_in_host_memory() -> None:
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    net = network(torch.float32)
+    saving = FOAM(net.parameters())
+    train(net, saving, range(1))
+    saved: dict[str, Any] = saving.state_dict()
+    optimizer = FOAM(net.parameters(), state_offload=True)
+    strategy = SingleDeviceStrategy(device=torch.device("cuda", 0))
+    strategy._optimizers = [optimizer]
+    strategy.load_optimizer_state_dict({"optimizer_states": [saved]})
+    for kept, offloaded in zip(moments(saving), moments(optimizer), strict=True):
+        assert offloaded.is_pinned()
+        assert torch.equal(kept.cpu(), offloaded)

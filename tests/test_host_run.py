@@ -1,0 +1,107 @@
+"""State in host memory in a run: settings, plan, Lightning and the probe."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from foam_lightning.errors import ConfigError
+from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.host import HostState
+from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.training import train
+from tests.runs import NewJob, open_folder, small
+from tests.second_device import AWAY, SecondDevice
+from tests.test_release import assert_same
+from tests.test_training import StopAfter, StopError, final_weights
+from tuner.probe import UpdateProbe
+
+MESSAGE = r"model\.state_offload needs a GPU, and trainer\.accelerator is cpu"
+
+
+class StateKinds(Callback):
+    """Note the class of every parameter's state at the start, when a checkpoint is loaded."""
+
+    def __init__(self) -> None:
+        self.found: set[type] = set()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.found = {type(state) for state in trainer.optimizers[0].state.values()}
+
+
+def offloading(plan: FoldPlan) -> FoldPlan:
+    return replace(plan, levers=replace(plan.levers, state_offload=True))
+
+
+def test_the_settings_ask_for_it(new_job: NewJob) -> None:
+    on_gpu = {"accelerator": "gpu"}
+    assert new_job(model={"state_offload": True}, trainer=on_gpu).levers.state_offload
+    assert not new_job(trainer=on_gpu).levers.state_offload
+    assert not new_job().levers.state_offload
+
+
+def test_on_the_cpu_it_is_refused(new_job: NewJob) -> None:
+    with pytest.raises(ConfigError, match=MESSAGE) as caught:
+        _ = new_job(model={"state_offload": True}).levers
+    assert len(str(caught.value).splitlines()) == 1
+    job = new_job()
+    with pytest.raises(ConfigError, match=MESSAGE):
+        job.check(offloading(job.plan_at(1)).levers)
+    job.check(job.levers)
+
+
+@pytest.mark.parametrize("state_offload", [False, True])
+def test_the_plan_reaches_the_optimizer(state_offload: bool) -> None:
+    module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
+    plan = module.uniform_plan(1, Levers(micro_batch_size=1, state_offload=state_offload))
+    weights = {name: torch.nn.Parameter(torch.ones(s)) for name, s in module.foldable.items()}
+    optimizer = module.make_optimizer(weights.items(), plan)
+    assert [group["state_offload"] for group in optimizer.param_groups] == [state_offload]
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
+def test_a_killed_run_goes_on_to_the_same_weights_wherever_the_state_is(
+    new_job: NewJob, tmp_path: Path, before: bool, after: bool
+) -> None:
+    plan = small(new_job).plan_at(1)
+    plans = {False: plan, True: offloading(plan)}
+    whole, broken = open_folder(tmp_path / "whole"), open_folder(tmp_path / "broken")
+    expected = train(small(new_job), plan, whole)
+    with pytest.raises(StopError):
+        train(small(new_job, callbacks=[StopAfter(7)]), plans[before], broken)
+    kinds = StateKinds()
+    found = train(small(new_job, callbacks=[kinds]), plans[after], broken)
+    assert kinds.found == {HostState if after else dict}
+    assert found.final_validation_loss == expected.final_validation_loss
+    assert_same(final_weights(broken), final_weights(whole))
+
+
+def test_the_probe_sees_a_state_that_lives_elsewhere() -> None:
+    module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
+    shapes = module.foldable
+    random = torch.Generator().manual_seed(0)
+    draws = [{n: torch.randn(s, generator=random) for n, s in shapes.items()} for _ in range(3)]
+
+    def measure(device: torch.device, *, state_offload: bool) -> UpdateProbe:
+        weights = {name: torch.nn.Parameter(value.to(device)) for name, value in draws[0].items()}
+        levers = Levers(micro_batch_size=1, state_offload=state_offload)
+        optimizer = module.make_optimizer(weights.items(), module.uniform_plan(0, levers))
+        for draw in draws[1:]:
+            for name, weight in weights.items():
+                weight.grad = draw[name].to(device)
+            if draw is draws[1]:
+                optimizer.step()
+        probe, trainer = UpdateProbe(at_step=1), SimpleNamespace(global_step=1)
+        at: Any = trainer
+        probe.on_before_optimizer_step(at, module, optimizer)
+        return probe
+
+    expected = measure(torch.device("cpu"), state_offload=False)
+    with SecondDevice():
+        found = measure(AWAY, state_offload=True)
+    assert expected.rms
+    assert {r: pytest.approx(x) for r, x in expected.rms.items()} == found.rms
