@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning import __version__
-from foam_lightning.errors import CheckpointError, ConfigError, FoamError
-from foam_lightning.units import in_words
+from foam_lightning.errors import CheckpointError, ConfigError, FellBackError, FoamError
 from tuner.usage import COMMANDS, check_at_once, command_help, general_help, values_of
 
 if TYPE_CHECKING:
     from foam_lightning.job import Job
     from foam_lightning.plan import FoldPlan
     from foam_lightning.run_folder import RunFolder
-    from tuner.run import Tuned
     from tuner.settings import Settings
 
 
@@ -30,11 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; those it was started with by default.
 
     Returns:
-        The exit code: 0 done, 2 bad usage, 3 the budget is infeasible, 130 interrupted.
+        The exit code: 0 done, 2 bad usage, 3 the budget is infeasible or memory ran out with every
+        lever pulled, 4 memory ran out and the same words go on with less, 130 interrupted. A
+        process of its own goes on by itself.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _answer(words)
+    except FellBackError as error:
+        print(error, flush=True)
+        if arguments is None:
+            from tuner.guard import start_afresh
+
+            start_afresh()
+        print("type the same command again to go on", file=sys.stderr)
+        return error.exit_code
     except FoamError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -108,6 +116,7 @@ def _plan(settings: "Settings") -> None:
 
     from foam_lightning.errors import InfeasibleBudgetError
     from tuner.fitting import Fitting
+    from tuner.neighbours import neighbours
     from tuner.report import plan_json, plan_table
 
     job, budget = settings.job(), settings.memory_budget
@@ -124,10 +133,12 @@ def _plan(settings: "Settings") -> None:
             plan, refusal = fitting.minimum.plan, error
     account = fitting.accountant.account(plan)
     minimum = None if budget is None else fitting.minimum.account.peak_bytes
+    chosen = budget is not None and settings.uniform_level is None
+    near = neighbours(fitting) if chosen else []
     if settings.format == "json":
-        print(plan_json(plan, account, budget, minimum))
+        print(plan_json(plan, account, budget, minimum, near))
     else:
-        Console().print(plan_table(plan, account, budget, minimum))
+        Console().print(plan_table(plan, account, budget, minimum, near))
     if refusal is not None:
         raise refusal
     if budget is not None:
@@ -136,54 +147,56 @@ def _plan(settings: "Settings") -> None:
 
 def _tune(settings: "Settings") -> None:
     from tuner.fitting import Fitting
+    from tuner.guard import fallen_to, gpu_of, guarded
     from tuner.run import tune
 
     job = settings.job()
     if settings.memory_budget is None:
         raise ConfigError("tune needs --memory-budget SIZE, such as 24GB")
+    gpu = gpu_of(job)
     fitting = Fitting(job, settings.memory_budget)
     fitting.refuse_if_infeasible()
+    levers = fallen_to(_unfinished(settings))
     folder = _open_folder(settings, job)
-    tuned = tune(job, fitting, folder, settings.tune)
-    _name_plan(settings, folder)
+    with guarded(fitting, folder, gpu):
+        tuned = tune(job, fitting, folder, settings.tune, levers=levers)
+    folder.name_plan(settings.text)
     print(f"plan    {folder.plan}: {tuned.outcome.reason}")
     print(f"report  {folder.tuning / 'report.md'}")
     print("next    the same command with fit instead of tune")
 
 
 def _fit(settings: "Settings") -> None:
-    from foam_lightning.training import train
+    from dataclasses import replace
+
+    from tuner.fit import fit
     from tuner.fitting import Fitting
-    from tuner.run import tune
+    from tuner.guard import fallen_to, gpu_of, guarded
 
     job = settings.job()
+    gpu = gpu_of(job)
     fitting = Fitting(job, settings.memory_budget or sys.maxsize)
     plan = _given_plan(settings, job)
+    levers = fallen_to(_unfinished(settings))
     if plan is None and settings.memory_budget is None:
         plan = job.plan_at(job.model["level"])
     if plan is None:
         fitting.refuse_if_infeasible()
     else:
+        plan = replace(plan, levers=levers or plan.levers)
         fitting.check(plan)
     folder = _open_folder(settings, job)
-    tuned = None
-    if plan is None:
-        tuned = tune(job, fitting, folder, settings.tune)
-        plan = tuned.plan
-    else:
-        plan.save(folder.plan)
-    _name_plan(settings, folder)
-    predicted = fitting.accountant.account(plan).peak_bytes
-    print(f"training {job.max_steps} steps in {folder.path}, predicted peak {in_words(predicted)}")
-    trained = train(
-        job,
-        plan,
-        folder,
-        predicted_bytes=predicted,
-        pictures=tuned.pictures if tuned else None,
-        ckpt_path=None if settings.ckpt_path is None else Path(settings.ckpt_path),
-    )
-    summary = _sum_up(folder, job, predicted, tuned, trained)
+    with guarded(fitting, folder, gpu):
+        summary = fit(
+            job,
+            fitting,
+            folder,
+            settings.tune,
+            plan=plan,
+            levers=levers,
+            settings=settings.text,
+            ckpt_path=None if settings.ckpt_path is None else Path(settings.ckpt_path),
+        )
     print(_last_words(folder, summary))
 
 
@@ -269,49 +282,29 @@ def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
     from foam_lightning.run_folder import RunFolder, write_text
 
     job.new_data(job.levers).setup()
-    start = settings.values.get("ckpt_path")
-    identity = settings.text if start is None else f"{settings.text}ckpt_path: {start}\n"
-    folder = RunFolder.open(Path(settings.runs), settings.name, identity)
+    folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
     if not folder.plan.exists():
         write_text(folder.config, settings.text)
     return folder
 
 
-def _name_plan(settings: "Settings", folder: "RunFolder") -> None:
-    """Put the plan into the configuration of the run, so that it alone repeats the run."""
-    from foam_lightning.run_folder import write_text
+def _unfinished(settings: "Settings") -> "RunFolder | None":
+    """Find the run that the command continues, before anything is written."""
+    from foam_lightning.run_folder import RunFolder
 
-    others = [line for line in settings.text.splitlines() if not line.startswith("fold_plan:")]
-    write_text(folder.config, "\n".join([f"fold_plan: {folder.plan}", *others, ""]))
+    return RunFolder.unfinished(Path(settings.runs), settings.name, _identity(settings))
+
+
+def _identity(settings: "Settings") -> str:
+    """Give the text that tells one run from another."""
+    start = settings.values.get("ckpt_path")
+    return settings.text if start is None else f"{settings.text}ckpt_path: {start}\n"
 
 
 def _with_tokenizer(job: "Job", tokenizer: str) -> "Job":
     from dataclasses import replace
 
     return replace(job, data={**job.data, "tokenizer": tokenizer})
-
-
-def _sum_up(
-    folder: "RunFolder", job: "Job", predicted: int, tuned: "Tuned | None", trained: Any
-) -> dict[str, Any]:
-    from foam_lightning.run_folder import write_json
-    from foam_lightning.training import versions
-
-    outcome = tuned.outcome if tuned else None
-    summary = {
-        "predicted_peak_bytes": predicted,
-        "measured_peak_bytes": trained.measured_peak_bytes,
-        "reference_loss": outcome.loss_of("reference") if outcome else None,
-        "tuned_loss": outcome.winner.run.loss if outcome else None,
-        "uniform_loss": outcome.loss_of("uniform") if outcome else None,
-        "final_validation_loss": trained.final_validation_loss,
-        "validation_tokens": trained.validation_tokens,
-        "tokens_per_second": trained.tokens_per_second,
-        "versions": versions(),
-        "seed": job.seed,
-    }
-    write_json(folder.summary, summary)
-    return summary
 
 
 def _last_words(folder: "RunFolder", summary: dict[str, Any]) -> str:

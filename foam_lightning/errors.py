@@ -29,6 +29,12 @@ class CheckpointError(FoamError):
     """A checkpoint or model folder cannot be read or written, or does not match the run."""
 
 
+class FellBackError(FoamError):
+    """Memory ran out, and the run folder says what to go on with: the same command does."""
+
+    exit_code = 4
+
+
 class InfeasibleBudgetError(FoamError):
     """No plan fits the budget, with every lever pulled.
 

@@ -35,27 +35,26 @@ class RunFolder:
         Raises:
             ConfigError: The folder cannot be written.
         """
-        digest = hashlib.sha256(settings.encode()).hexdigest()
-        numbers = [
-            int(folder.name.removeprefix("version_"))
-            for folder in (root / name).glob("version_*")
-            if folder.name.removeprefix("version_").isdigit()
-        ]
-        newest = max(numbers, default=-1)
-        if newest >= 0:
-            found = cls(root / name / f"version_{newest}")
-            if not found.summary.exists() and found._digest() == digest:
-                return found
-        fresh = cls(root / name / f"version_{newest + 1}")
+        found = cls.unfinished(root, name, settings)
+        if found is not None:
+            return found
+        fresh = cls(root / name / f"version_{_newest(root / name) + 1}")
         try:
             fresh.path.mkdir(parents=True)
-            write_json(fresh._settings, {"settings_sha256": digest})
+            write_json(fresh._settings, {"settings_sha256": _digest(settings)})
         except OSError as error:
             raise ConfigError(
                 f"cannot write the run folder {fresh.path}: {error.strerror}; choose another "
                 "with --runs"
             ) from error
         return fresh
+
+    @classmethod
+    def unfinished(cls, root: Path, name: str, settings: str) -> Self | None:
+        """Find the folder that `open` would continue; None if it would start another."""
+        found = cls(root / name / f"version_{_newest(root / name)}")
+        is_open = not found.summary.exists() and found._digest() == _digest(settings)
+        return found if is_open else None
 
     @property
     def config(self) -> Path:
@@ -66,6 +65,11 @@ class RunFolder:
     def plan(self) -> Path:
         """The fold plan that the run trains by."""
         return self.path / "fold_plan.json"
+
+    @property
+    def fallback(self) -> Path:
+        """What the run goes on with since memory ran out; absent if it never did."""
+        return self.path / "fallback.json"
 
     @property
     def tuning(self) -> Path:
@@ -97,6 +101,15 @@ class RunFolder:
         """The figures of the finished run."""
         return self.path / "summary.json"
 
+    def name_plan(self, settings: str) -> None:
+        """Put the plan into the configuration of the run, so that it alone repeats the run.
+
+        Args:
+            settings: The resolved configuration as text.
+        """
+        others = [line for line in settings.splitlines() if not line.startswith("fold_plan:")]
+        write_text(self.config, "\n".join([f"fold_plan: {self.plan}", *others, ""]))
+
     @property
     def _settings(self) -> Path:
         return self.path / ".settings.json"
@@ -107,6 +120,16 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return content.get("settings_sha256") if isinstance(content, dict) else None
+
+
+def _newest(runs: Path) -> int:
+    """Find the number of the newest version; -1 if there is none."""
+    numbers = [folder.name.removeprefix("version_") for folder in runs.glob("version_*")]
+    return max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+
+def _digest(settings: str) -> str:
+    return hashlib.sha256(settings.encode()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

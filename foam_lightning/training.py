@@ -25,6 +25,7 @@ from foam_lightning.model import save_tokenizer
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
+from foam_lightning.shortage import naming_shortage
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "optuna", "tensorboard")
 
@@ -67,6 +68,7 @@ def train(
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another plan.
+        MemoryShortageError: The device has not enough memory; the last checkpoint is whole.
     """
     source = folder.last_checkpoint if folder.last_checkpoint.exists() else ckpt_path
     if source is not None:
@@ -89,10 +91,11 @@ def train(
         enable_model_summary=False,
         default_root_dir=folder.path,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
-    if trainer.global_step % _steps_between_checkpoints(job):
-        trainer.save_checkpoint(folder.last_checkpoint)
-    loss, num_tokens = validate(trainer, module, data)
+    with naming_shortage("training", plan, trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
+        if trainer.global_step % _steps_between_checkpoints(job):
+            trainer.save_checkpoint(folder.last_checkpoint)
+        loss, num_tokens = validate(trainer, module, data)
     return Trained(memory.measured_bytes, loss, num_tokens, throughput.tokens_per_second)
 
 

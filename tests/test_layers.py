@@ -27,7 +27,7 @@ FOAM_LIGHTNING_LAYERS = [
     {"memory"},
     {"model", "data"},
     {"module"},
-    {"callbacks", "job", "checkpoint"},
+    {"callbacks", "job", "checkpoint", "shortage"},
     {"training"},
 ]
 TUNER_LAYERS = [
@@ -36,14 +36,15 @@ TUNER_LAYERS = [
     {"allocate"},
     {"space"},
     {"fitting", "probe"},
-    {"objective"},
+    {"neighbours", "objective"},
     {"study"},
     {"finals"},
     {"outcome"},
     {"search"},
     {"pictures", "plan_view"},
-    {"report", "rehearsal"},
+    {"report", "rehearsal", "guard"},
     {"run"},
+    {"fit"},
     {"settings"},
 ]
 

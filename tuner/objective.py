@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from foam_lightning.data.module import TextData
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan
+from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.shortage import naming_shortage
 
 # How far the paired difference of two plans moves from one seed to another on its own: .01 in the
 # first measurements (docs/log.md). An interval over evaluation batches alone does not contain it.
@@ -102,11 +103,20 @@ class Bench:
     Args:
         job: What to train.
         on_step: Called after every optimizer step.
+        levers: Take the place of those of every plan, where memory ran out with them; they change
+            the loss by rounding alone.
     """
 
-    def __init__(self, job: Job, on_step: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        on_step: Callable[[], None] = lambda: None,
+        *,
+        levers: Levers | None = None,
+    ) -> None:
         self.job = job
         self._on_step = on_step
+        self._levers = levers
         self._data: dict[int, TextData] = {}
 
     def run(
@@ -119,7 +129,11 @@ class Bench:
             num_steps: Optimizer steps.
             seed: Of the weights and of the order of the data.
             callbacks: Watch the run, such as the probe.
+
+        Raises:
+            MemoryShortageError: The device has not enough memory.
         """
+        plan = replace(plan, levers=self._levers or plan.levers)
         module = self.job.new_module(seed=seed)
         module.follow(plan)
         if seed not in self._data:
@@ -133,9 +147,10 @@ class Bench:
             limit_val_batches=0,
             val_check_interval=None,
         )
-        trainer.fit(module, datamodule=self._data[seed])
-        trainer.limit_val_batches = 1.0
-        trainer.validate(module, datamodule=self._data[seed], verbose=False)
+        with naming_shortage("a short run of the search", plan, trainer):
+            trainer.fit(module, datamodule=self._data[seed])
+            trainer.limit_val_batches = 1.0
+            trainer.validate(module, datamodule=self._data[seed], verbose=False)
         return ShortRun(recorder.nats, recorder.num_tokens)
 
 

@@ -1,7 +1,7 @@
 """tune(): account, probe, allocate, study, rehearse, report, in this order and nothing else."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Account
-from foam_lightning.plan import FoldPlan
+from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.run_folder import RunFolder
 from foam_lightning.units import ByteSize, in_words
 from tuner.fitting import Fitting
@@ -36,7 +36,14 @@ class Tuned:
     pictures: Mapping[str, Path]
 
 
-def tune(job: Job, fitting: Fitting, folder: RunFolder, options: TuneOptions) -> Tuned:
+def tune(
+    job: Job,
+    fitting: Fitting,
+    folder: RunFolder,
+    options: TuneOptions,
+    *,
+    levers: Levers | None = None,
+) -> Tuned:
     """Find the plan for a budget, prove it on two real steps, and write it down.
 
     Calling it again on the same folder takes up where it was left.
@@ -46,10 +53,13 @@ def tune(job: Job, fitting: Fitting, folder: RunFolder, options: TuneOptions) ->
         fitting: Its plans that fit the memory of one device.
         folder: Gets `fold_plan.json` and `tuning/`.
         options: How much to search.
+        levers: What to run with where memory ran out with the levers that the account chose. What
+            is searched stays as it was: the levels that fit with those, so that finished trials
+            count, and the memory that these save is not spent again.
 
     Raises:
         InfeasibleBudgetError: No plan fits.
-        FoamError: The rehearsal needs more than was predicted, and more than the budget.
+        MemoryShortageError: A run needs more than was predicted, and more than there is.
     """
     console = Console(soft_wrap=True)
     budget_bytes = fitting.budget_bytes
@@ -59,8 +69,9 @@ def tune(job: Job, fitting: Fitting, folder: RunFolder, options: TuneOptions) ->
         f"{levels[0]} to {levels[-1]}"
     )
     folder.tuning.mkdir(exist_ok=True)
-    outcome = _search(console, job, fitting, folder.tuning, options)
+    outcome = _search(console, job, fitting, folder.tuning, options, levers)
     plan = outcome.winner.plan
+    plan = replace(plan, levers=levers or plan.levers)
     account = fitting.accountant.account(plan)
     console.print(f"{outcome.reason[0].upper()}{outcome.reason[1:]}.")
     pictures = write_report(
@@ -70,7 +81,7 @@ def tune(job: Job, fitting: Fitting, folder: RunFolder, options: TuneOptions) ->
         fitting.accountant.account(fitting.uniform(0)),
         budget_bytes,
     )
-    measured = rehearse(
+    rehearsed = rehearse(
         job,
         plan,
         folder,
@@ -79,14 +90,19 @@ def tune(job: Job, fitting: Fitting, folder: RunFolder, options: TuneOptions) ->
     )
     console.print(plan_table(plan, account, budget_bytes, None))
     console.print(
-        f"rehearsal: {in_words(measured)} measured, {in_words(account.peak_bytes)} predicted"
+        f"rehearsal: {rehearsed}, {in_words(account.peak_bytes)} predicted", highlight=False
     )
     plan.save(folder.plan)
     return Tuned(plan, account, outcome, pictures)
 
 
 def _search(
-    console: Console, job: Job, fitting: Fitting, folder: Path, options: TuneOptions
+    console: Console,
+    job: Job,
+    fitting: Fitting,
+    folder: Path,
+    options: TuneOptions,
+    levers: Levers | None,
 ) -> Outcome:
     columns = (
         TextColumn("tuning"),
@@ -104,4 +120,6 @@ def _search(
         def on_run(description: str, loss: float) -> None:
             console.print(f"  {description:<48} loss {loss:.4f}", highlight=False)
 
-        return search(job, fitting, folder, options, on_steps=on_steps, on_run=on_run)
+        return search(
+            job, fitting, folder, options, levers=levers, on_steps=on_steps, on_run=on_run
+        )

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan
+from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.run_folder import write_json
 from tuner.finals import Candidate, Kind, decide
 from tuner.fitting import Fitting
@@ -53,6 +53,7 @@ def search(
     folder: Path,
     options: TuneOptions,
     *,
+    levers: Levers | None = None,
     on_steps: Callable[[int], None] = lambda _: None,
     on_run: Callable[[str, float], None] = lambda *_: None,
 ) -> Outcome:
@@ -65,13 +66,15 @@ def search(
         fitting: Its plans that fit the budget; no other is ever run.
         folder: Gets `study.db` and `probe.json`.
         options: How much to search.
+        levers: What runs are made with instead of the levers of their plans, if anything.
         on_steps: Called with the optimizer steps just done, or found done, for a progress bar.
         on_run: Called after every run with what it was and its loss.
 
     Raises:
         InfeasibleBudgetError: No plan fits.
+        MemoryShortageError: The device has not enough memory, whatever the account said.
     """
-    bench = Bench(job, lambda: on_steps(1))
+    bench = Bench(job, lambda: on_steps(1), levers=levers)
     stages = _Search(job, fitting, folder, options, bench, on_run)
     on_steps(stages.steps_found())
     stages.uniform_stage()

@@ -6,32 +6,59 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from foam_lightning.memory.device import Gpu, Usage, known_costs
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.units import in_words
 
 # Steady from the second on: the first one creates the optimizer state.
 _TRACKED_STEPS = 2
+# A prediction is meant to be within 1 percent; beyond this, something is not as it was accounted.
+_TOLERANCE = 0.02
 
 
 class MemoryWatch(Callback):
-    """Measure the peak of a run and show it beside the prediction.
+    """Measure the peak of a run, show it beside the prediction, and say once where it is above.
 
-    On a GPU the peak is torch's own count of allocated bytes, over the whole run. On a CPU, where
-    nothing counts, every storage of the first two optimizer steps is tracked.
+    On a GPU the peak is what the caching allocator reserved, over the whole run, and the context
+    of the process. On a CPU, where nothing counts, every storage of the first two optimizer steps
+    is tracked.
 
     Args:
         predicted_bytes: The account's peak; None where there was no account.
+        through_evaluation: On a CPU, track on to the end of the first evaluation.
+        gpu: What the run is on; by default the module's device, if that is one.
+
+    Attributes:
+        measured_bytes: The peak; None before it is known.
+        usage: What the counters of the GPU say; None on a CPU.
     """
 
-    def __init__(self, predicted_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        predicted_bytes: int | None = None,
+        *,
+        through_evaluation: bool = False,
+        gpu: Gpu | None = None,
+    ) -> None:
         self.predicted_bytes = predicted_bytes
         self.measured_bytes: int | None = None
+        self.usage: Usage | None = None
+        self._through_evaluation = through_evaluation
+        self._gpu = gpu
+        self._context = 0
+        self._retries_before = 0
         self._tracker: StorageTracker | None = None
         self._last_step = 0
+        self._has_warned = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if pl_module.device.type == "cuda" and self._gpu is None:
+            self._gpu = Gpu(pl_module.device.index or 0)
+        if self._gpu is not None:
+            self._context = known_costs(self._gpu).context
+            self._gpu.forget_peaks()
+            self._retries_before = self._gpu.usage().retries
             return
         self._last_step = trainer.global_step + _TRACKED_STEPS
         self._tracker = StorageTracker()
@@ -41,7 +68,7 @@ class MemoryWatch(Callback):
                 (value for value in state.values() if isinstance(value, torch.Tensor)),
                 "optimizer_state",
             )
-        self._tracker.__enter__()  # type: ignore[no-untyped-call]
+        self._tracker.__enter__()
 
     @override
     def on_train_batch_end(
@@ -52,14 +79,24 @@ class MemoryWatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if pl_module.device.type == "cuda":
-            self.measured_bytes = torch.cuda.max_memory_allocated()
-        elif self._tracker is not None and trainer.global_step >= self._last_step:
+        if not self._through_evaluation and trainer.global_step >= self._last_step:
             self._stop()
-        if self.measured_bytes is not None:
-            pl_module.log("memory/measured_bytes", float(self.measured_bytes))
-        if self.predicted_bytes is not None:
-            pl_module.log("memory/predicted_bytes", float(self.predicted_bytes))
+        self._read_counters()
+        figures = {"measured_bytes": self.measured_bytes, "predicted_bytes": self.predicted_bytes}
+        if self.usage is not None:
+            figures["allocated_bytes"] = self.usage.allocated
+            figures["reserved_bytes"] = self.usage.reserved
+            figures["allocator_retries"] = self.usage.retries
+        for name, figure in figures.items():
+            if figure is not None:
+                pl_module.log(f"memory/{name}", float(figure))
+        self._warn(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._through_evaluation:
+            self._stop()
+        self._read_counters()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,8 +108,29 @@ class MemoryWatch(Callback):
     ) -> None:
         self._stop()
 
+    def _read_counters(self) -> None:
+        if self._gpu is not None:
+            usage = self._gpu.usage()
+            self.usage = usage._replace(retries=usage.retries - self._retries_before)
+            self.measured_bytes = usage.reserved + self._context
+
+    def _warn(self, module: LightningModule) -> None:
+        """Say in one line, once, that the run is at the limit or above what was predicted."""
+        measured, predicted = self.measured_bytes, self.predicted_bytes
+        retries = self.usage.retries if self.usage is not None else 0
+        is_above = bool(measured and predicted and measured > predicted * (1 + _TOLERANCE))
+        if self._has_warned or not (retries or is_above):
+            return
+        self._has_warned = True
+        beside = f"{in_words(measured or 0)} measured"
+        if predicted:
+            beside += f", {in_words(predicted)} predicted"
+        if retries:
+            beside += f"; {retries} times the allocator had to empty its cache, which is slow"
+        module.print(f"memory: {beside}; lower data.micro_batch_size or raise --memory-budget")
+
     def _stop(self) -> None:
         if self._tracker is not None:
-            self._tracker.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._tracker.__exit__(None, None, None)
             self.measured_bytes = self._tracker.peak().total_bytes
             self._tracker = None

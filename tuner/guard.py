@@ -1,0 +1,202 @@
+"""The budget as a wall, and the way on when memory runs out: one lever more, in a fresh process."""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+
+from foam_lightning.errors import ConfigError, FellBackError, PlanError
+from foam_lightning.job import Job
+from foam_lightning.memory.account import optimizer_state_bytes
+from foam_lightning.memory.device import Gpu, calibrate, find_gpu, known_costs, shortfall, wall
+from foam_lightning.memory.price import prices
+from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.run_folder import RunFolder, write_json
+from foam_lightning.shortage import MemoryShortageError
+from foam_lightning.units import in_words
+from tuner.fitting import Fitting
+
+# Every fall-back starts the process anew; a run that needs more of them has another problem.
+MOST_FALLBACKS = 8
+_FIRST_OWN_FILE = 3  # after input, output and errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """What a run goes on with since memory ran out; `fallback.json` in its folder.
+
+    Attributes:
+        levers: What it trains with now, in place of its plan's.
+        events: What happened, the first time first: when, where, step, reason, predicted and
+            taken bytes, and the lever that was pulled.
+    """
+
+    levers: Levers
+    events: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """Read it back; None if there is none.
+
+        Raises:
+            PlanError: The file is damaged.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(levers=Levers(**content["levers"]), events=tuple(content["events"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, PlanError) as error:
+            raise PlanError(
+                f"cannot read {path} ({type(error).__name__}); delete it to go on with the levers "
+                "of the plan"
+            ) from error
+
+    def __str__(self) -> str:
+        pulled = [name.replace("_", " ") for name, on in asdict(self.levers).items() if on is True]
+        words = ", ".join([f"micro-batches of {_split(self.levers)}", *pulled])
+        return f"memory ran out before ({len(self.events)}x); going on with {words}"
+
+
+def gpu_of(job: Job) -> Gpu | None:
+    """Find the GPU that this process will train on, and know what it costs; None without one."""
+    devices = job.trainer.get("devices")
+    index = devices[0] if isinstance(devices, list) else int(os.environ.get("LOCAL_RANK", 0))
+    gpu = find_gpu(wanted=job.on_gpu, index=int(index))
+    if gpu is not None:
+        calibrate(gpu)
+    return gpu
+
+
+def fallen_to(folder: RunFolder | None) -> Levers | None:
+    """Say, and give, what a run goes on with if memory ran out in it before; else None.
+
+    Args:
+        folder: The run that the command is about to continue; None if it starts another.
+
+    Raises:
+        PlanError: The record is damaged.
+    """
+    fallback = Fallback.load(folder.fallback) if folder else None
+    if fallback is None:
+        return None
+    Console(soft_wrap=True).print(str(fallback), highlight=False)
+    return fallback.levers
+
+
+@contextmanager
+def guarded(fitting: Fitting, folder: RunFolder, gpu: Gpu | None) -> Iterator[None]:
+    """Tune and train behind the wall of the budget, and fall back one lever at a shortage.
+
+    Args:
+        fitting: The plans of the job; its budget is the wall.
+        folder: Gets `fallback.json`.
+        gpu: What the job trains on; None without one.
+
+    Raises:
+        FellBackError: Memory ran out; the same command goes on with less.
+        MemoryShortageError: Memory ran out, and nothing is left to fall back to.
+    """
+    budget, costs = fitting.budget_bytes, known_costs(gpu)
+    bounded = gpu is not None and budget < sys.maxsize
+    if gpu is not None and bounded and (warning := shortfall(gpu, budget, costs)):
+        Console(soft_wrap=True).print(warning, highlight=False)
+    try:
+        with wall(gpu, budget, costs) if gpu is not None and bounded else nullcontext():
+            yield
+    except MemoryShortageError as shortage:
+        taken = gpu.usage().reserved + costs.context if gpu is not None else None
+        raise FellBackError(_fall_back(shortage, fitting, folder, taken)) from shortage
+
+
+def start_afresh() -> None:
+    """Become a fresh process of the same command: after a shortage, memory is in no known state.
+
+    Returns only where that cannot be: one of several processes cannot start on its own.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The driver holds what this process took from the card for as long as its files are open.
+    for number in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+        if number >= _FIRST_OWN_FILE:
+            with suppress(OSError):  # closed since, as the listing itself is
+                os.set_inheritable(number, False)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _fall_back(
+    shortage: MemoryShortageError, fitting: Fitting, folder: RunFolder, taken_bytes: int | None
+) -> str:
+    """Write down the next rung of the ladder, and say it in one line."""
+    plan = shortage.plan
+    before = Fallback.load(folder.fallback)
+    events = before.events if before else ()
+
+    def peak(levers: Levers) -> int:
+        return fitting.accountant.account(replace(plan, levers=levers)).peak_bytes
+
+    predicted = peak(plan.levers)
+    figures = f"predicted {in_words(predicted)}" + (
+        f", taken {in_words(taken_bytes)}" if taken_bytes is not None else ""
+    )
+    rung = None
+    if len(events) < MOST_FALLBACKS:
+        with suppress(ConfigError):  # the settings contradict it
+            rung = fitting.ladder.next_rung(plan.levers, peak)
+            if rung is not None:
+                fitting.job.check(rung)
+    if rung is None:
+        fell = f" after {len(events)} fall-backs" if events else ""
+        raise MemoryShortageError(
+            shortage.where,
+            plan,
+            shortage.step,
+            f"{shortage.reason} ({figures}); no lever is left{fell} that needs less: lower "
+            "data.batch_size or data.sequence_length, choose a smaller model, or raise "
+            "--memory-budget",
+        )
+    event = {
+        "when": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "where": shortage.where,
+        "step": shortage.step,
+        "reason": shortage.reason,
+        "predicted_peak_bytes": predicted,
+        "taken_bytes": taken_bytes,
+        "from": asdict(plan.levers),
+        "to": asdict(rung),
+    }
+    write_json(folder.fallback, {"levers": asdict(rung), "events": [*events, event]})
+    return f"{shortage} ({figures}); from here on {_pulled(plan, rung, fitting)}"
+
+
+def _pulled(before: FoldPlan, after: Levers, fitting: Fitting) -> str:
+    """Say which levers change, and what those cost that are pulled now."""
+    shapes = fitting.module.shapes
+    state = optimizer_state_bytes(shapes, before.levels, after.state_dtype)
+    now, then = prices(after, shapes, state), asdict(before.levers)
+    changes = []
+    for lever, value in asdict(after).items():
+        if value == then[lever] or lever == "micro_batch_size":
+            continue
+        if lever == "accumulate_grad_batches":
+            words = f"micro-batches of {_split(after)} instead of {_split(before.levers)}"
+        else:
+            words = lever.replace("_", " ") + ("" if value else " no more")
+        changes.append(words + (f" (price: {now[lever]})" if value and lever in now else ""))
+    return ", ".join(changes)
+
+
+def _split(levers: Levers) -> str:
+    return f"{levers.micro_batch_size} x {levers.accumulate_grad_batches}"
