@@ -12,6 +12,7 @@ from foam_lightning.memory.account import Account
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES
 from tuner.finals import Candidate
+from tuner.neighbours import Neighbour
 from tuner.objective import ShortRun, paired_difference
 from tuner.outcome import Outcome, Searched
 from tuner.report import plan_json, plan_table, write_report
@@ -111,9 +112,17 @@ def png_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def printed(plan: FoldPlan, account: Account = ACCOUNT, *, budget=None, minimum=None) -> str:
-    console = Console(width=80, no_color=True, file=io.StringIO())
-    console.print(plan_table(plan, account, budget, minimum))
+def printed(
+    plan: FoldPlan,
+    account: Account = ACCOUNT,
+    *,
+    budget=None,
+    minimum=None,
+    neighbours=(),
+    width=80,
+) -> str:
+    console = Console(width=width, no_color=True, file=io.StringIO())
+    console.print(plan_table(plan, account, budget, minimum, neighbours))
     return console.file.getvalue()
 
 
@@ -235,6 +244,76 @@ def test_the_table_names_matrices_that_do_not_fold_or_sit_outside_the_layers() -
     text = printed(replace(plan, levels={**levels, "lm_head.weight": 4}))
     assert ["0", *"2222-22"] in cells(text)
     assert "lm_head.weight at level 4" in text
+
+
+OFF = replace(UNIFORM.plan.levers, chunked_loss=False, state_dtype="int8", state_offload=True)
+NEIGHBOURS = [
+    Neighbour(10, 35_200_000, replace(uniform_plan(1), levers=OFF), 34_000_000),
+    Neighbour(-10, 28_800_000, None, None),
+]
+
+
+def test_the_table_says_what_other_budgets_would_change() -> None:
+    lines = printed(UNIFORM.plan, neighbours=NEIGHBOURS, width=200).splitlines()
+    start = "With 35.2 MB (10 % more): mean level 1.00 instead of 2.00, chunked loss off, "
+    assert f"{start}state int8, in host memory." in map(str.rstrip, lines)
+    assert "With 28.8 MB (10 % less): nothing fits." in map(str.rstrip, lines)
+    same = printed(UNIFORM.plan, neighbours=[replace(NEIGHBOURS[0], plan=UNIFORM.plan)])
+    assert "With 35.2 MB (10 % more): nothing changes." in same
+
+
+def test_json_has_the_neighbours_where_there_are_any() -> None:
+    found = json.loads(plan_json(UNIFORM.plan, ACCOUNT, 32_000_000, None, NEIGHBOURS))
+    assert found["neighbours"] == [
+        {
+            "percent": 10,
+            "budget_bytes": 35_200_000,
+            "feasible": True,
+            "predicted_peak_bytes": 34_000_000,
+            "mean_level": 1.0,
+            "levers": asdict(OFF),
+        },
+        {
+            "percent": -10,
+            "budget_bytes": 28_800_000,
+            "feasible": False,
+            "predicted_peak_bytes": None,
+            "mean_level": None,
+            "levers": None,
+        },
+    ]
+
+
+def test_the_table_says_what_binds_and_what_makes_room() -> None:
+    text = printed(UNIFORM.plan, width=200)
+    assert "The largest term is loss (8.4 MB); levels change only the optimizer state" in text
+    assert "14.5 MB of activations and loss, by a smaller data.micro_batch_size (now 4)" in text
+    released = replace(UNIFORM.plan.levers, accumulate_grad_batches=1, gradient_release=True)
+    text = printed(replace(UNIFORM.plan, levers=released), width=200)
+    assert "by a smaller data.batch_size (now 4) or data.sequence_length" in text
+    single = replace(UNIFORM.plan.levers, micro_batch_size=1)
+    assert "by a smaller data.sequence" in printed(replace(UNIFORM.plan, levers=single), width=200)
+    # Adam needs no room, and what is in host memory takes none.
+    for plan in (uniform_plan(0), replace(UNIFORM.plan, levers=OFF)):
+        assert "Room" not in printed(plan)
+    state = Account({**BREAKDOWN, "optimizer_state": 10**8})
+    assert "The largest term is optimizer state (100 MB).\n" in printed(
+        uniform_plan(2), state
+    ).replace(" \n", "\n").replace("  ", "")
+
+
+@pytest.mark.parametrize(
+    ("whole", "selective", "word"),
+    [(False, False, "off"), (True, False, "on"), (True, True, "selective")],
+)
+def test_the_table_tells_kinds_of_checkpointing_apart(
+    whole: bool, selective: bool, word: str
+) -> None:
+    levers = replace(
+        UNIFORM.plan.levers, activation_checkpointing=whole, selective_checkpointing=selective
+    )
+    text = printed(replace(UNIFORM.plan, levers=levers))
+    assert ["activation", "checkpointing", word] in cells(text)
 
 
 # ---- the report

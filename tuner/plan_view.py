@@ -1,7 +1,7 @@
 """One plan for people and for scripts: memory, levers and levels, as a table or as JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
@@ -15,6 +15,7 @@ from foam_lightning.memory.timeline import TERMS
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES, layer_of, role_of
 from foam_lightning.units import in_words
+from tuner.neighbours import Neighbour, mean_level
 
 SCHEMA = "foam-lightning/plan/1"
 BREAKDOWN = (*TERMS, "context", "margin")
@@ -24,7 +25,11 @@ _Grid = dict[int, dict[str, int]]
 
 
 def plan_table(
-    plan: FoldPlan, account: Account, budget_bytes: int | None, minimum_bytes: int | None
+    plan: FoldPlan,
+    account: Account,
+    budget_bytes: int | None,
+    minimum_bytes: int | None,
+    neighbours: Sequence[Neighbour] = (),
 ) -> Group:
     """Lay a plan out for the terminal: memory, levers and levels.
 
@@ -33,9 +38,12 @@ def plan_table(
         account: Its predicted peak.
         budget_bytes: The budget, None where none was given.
         minimum_bytes: The smallest budget that works, None where it was not looked for.
+        neighbours: The plans of budgets near this one.
     """
     parts: list[RenderableType] = [_memory_table(account)]
     parts += [Text(line) for line in _verdict(account, budget_bytes, minimum_bytes)]
+    parts += [Text(line) for line in _what_binds(plan, account)]
+    parts += [Text(_neighbour_in_words(neighbour, plan)) for neighbour in neighbours]
     levers = Table.grid(padding=(0, 2))
     for name, value in _levers_in_words(plan.levers).items():
         levers.add_row(name, value)
@@ -53,7 +61,11 @@ def plan_table(
 
 
 def plan_json(
-    plan: FoldPlan, account: Account, budget_bytes: int | None, minimum_bytes: int | None
+    plan: FoldPlan,
+    account: Account,
+    budget_bytes: int | None,
+    minimum_bytes: int | None,
+    neighbours: Sequence[Neighbour] = (),
 ) -> str:
     """Write a plan and its account as one JSON object, for scripts.
 
@@ -62,8 +74,9 @@ def plan_json(
         account: Its predicted peak.
         budget_bytes: The budget, None where none was given: then everything is feasible.
         minimum_bytes: The smallest budget that works, None where it was not looked for.
+        neighbours: The plans of budgets near this one; without any the key is left out.
     """
-    content = {
+    content: dict[str, object] = {
         "schema": SCHEMA,
         "feasible": budget_bytes is None or account.peak_bytes <= budget_bytes,
         "budget_bytes": None if budget_bytes is None else int(budget_bytes),
@@ -74,6 +87,8 @@ def plan_json(
         "levers": asdict(plan.levers),
         "levels": dict(plan.levels),
     }
+    if neighbours:
+        content["neighbours"] = [_neighbour_as_json(neighbour) for neighbour in neighbours]
     return json.dumps(content, indent=2)
 
 
@@ -170,13 +185,62 @@ def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | No
     return lines
 
 
+def _what_binds(plan: FoldPlan, account: Account) -> list[str]:
+    """Say what the memory goes to, and what of it the user can change beside the budget."""
+    terms = account.breakdown
+    largest, state = account.binding, terms["optimizer_state"]
+    line = f"The largest term is {largest.replace('_', ' ')} ({in_words(terms[largest])})"
+    if largest != "optimizer_state" and state:
+        line += f"; levels change only the optimizer state ({in_words(state)})"
+    levers, lines = plan.levers, [f"{line}."]
+    if any(plan.levels.values()) and not levers.state_offload:
+        # With gradient release a step is one micro-batch.
+        setting = "batch_size" if levers.gradient_release else "micro_batch_size"
+        size = levers.micro_batch_size
+        smaller = f"data.{setting} (now {size}) or " if size > 1 else ""
+        passing = in_words(terms["activations"] + terms["loss"])
+        lines.append(
+            f"Room for lower levels or fewer levers: up to {passing} of activations and loss, by "
+            f"a smaller {smaller}data.sequence_length; all terms, by a smaller model."
+        )
+    return lines
+
+
+def _neighbour_in_words(neighbour: Neighbour, plan: FoldPlan) -> str:
+    direction = "more" if neighbour.percent > 0 else "less"
+    start = f"With {in_words(neighbour.budget_bytes)} ({abs(neighbour.percent)} % {direction}): "
+    if neighbour.plan is None:
+        return f"{start}nothing fits."
+    before, after = _levers_in_words(plan.levers), _levers_in_words(neighbour.plan.levers)
+    changes = [f"{name} {value}" for name, value in after.items() if value != before[name]]
+    mean, other = f"{mean_level(plan):.2f}", f"{mean_level(neighbour.plan):.2f}"
+    if mean != other:
+        changes.insert(0, f"mean level {other} instead of {mean}")
+    return start + (", ".join(changes) or "nothing changes") + "."
+
+
+def _neighbour_as_json(neighbour: Neighbour) -> dict[str, object]:
+    plan = neighbour.plan
+    return {
+        "percent": neighbour.percent,
+        "budget_bytes": neighbour.budget_bytes,
+        "feasible": plan is not None,
+        "predicted_peak_bytes": neighbour.peak_bytes,
+        "mean_level": None if plan is None else mean_level(plan),
+        "levers": None if plan is None else asdict(plan.levers),
+    }
+
+
 def _levers_in_words(levers: Levers) -> dict[str, str]:
+    checkpointing = _on_off(levers.activation_checkpointing)
+    if levers.selective_checkpointing:
+        checkpointing = "selective"
     return {
         "micro-batch": f"{levers.micro_batch_size} x {levers.accumulate_grad_batches} accumulated",
         "chunked loss": _on_off(levers.chunked_loss),
-        "activation checkpointing": _on_off(levers.activation_checkpointing),
+        "activation checkpointing": checkpointing,
         "gradient release": _on_off(levers.gradient_release),
-        "state": levers.state_dtype,
+        "state": f"{levers.state_dtype}{', in host memory' if levers.state_offload else ''}",
     }
 
 

@@ -1,0 +1,65 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from foam_lightning.errors import ConfigError
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan
+from tuner.fitting import Fitting
+from tuner.neighbours import mean_level, neighbours
+
+
+@pytest.fixture(scope="module")
+def job(new_job: Callable[..., Job]) -> Job:
+    return new_job(
+        model={"hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 4},
+        data={"batch_size": 4},
+        trainer={"accelerator": "auto"},
+    )
+
+
+@pytest.fixture(scope="module")
+def fit(job: Job) -> Callable[[int], Fitting]:
+    return Fitting(job, 10**12).with_budget  # traces once for all
+
+
+def test_neighbours_are_the_plans_of_their_budgets(fit: Callable[[int], Fitting]) -> None:
+    budget = fit(1).minimum.account.peak_bytes * 100 // 85
+    more, less = neighbours(fit(budget))
+    assert (more.percent, less.percent) == (10, -10)
+    assert (more.budget_bytes, less.budget_bytes) == (budget * 110 // 100, budget * 90 // 100)
+    for found in (more, less):
+        own = fit(found.budget_bytes)
+        assert found.plan == own.untuned()
+        assert found.peak_bytes == own.accountant.account(found.plan).peak_bytes
+        assert found.peak_bytes <= found.budget_bytes
+
+
+def test_a_budget_that_nothing_fits_has_no_plan(fit: Callable[[int], Fitting]) -> None:
+    least = fit(1).minimum.account.peak_bytes
+    for budget, fits in (
+        (least, [True, False]),
+        (least * 95 // 100, [True, False]),
+        (1, [False] * 2),
+    ):
+        assert [found.plan is not None for found in neighbours(fit(budget))] == fits
+
+
+def test_levers_that_the_settings_contradict_are_no_plan(
+    fit: Callable[[int], Fitting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Fitting) -> FoldPlan:
+        raise ConfigError("gradient release keeps no gradients to clip")
+
+    monkeypatch.setattr(Fitting, "untuned", refuse)
+    assert [found.plan for found in neighbours(fit(10**12))] == [None, None]
+
+
+def test_the_mean_level_is_over_the_matrices_that_fold(job: Job) -> None:
+    plan = job.plan_at(3)
+    assert mean_level(plan) == 3
+    first = next(iter(plan.levels))
+    mixed = replace(plan, levels={**plan.levels, first: 0})
+    assert mean_level(mixed) == pytest.approx(3 - 3 / len(plan.levels))
+    assert mean_level(replace(plan, levels={})) == 0
