@@ -43,7 +43,13 @@ class Fitting:
         self.budget_bytes = budget_bytes
         self.module: LlamaFoam = job.new_module()
         self.accountant: Accountant = job.new_accountant()
-        self.ladder = Ladder(job.levers, on_gpu=job.on_gpu)
+        self.ladder = Ladder(job.levers, on_gpu=job.on_gpu, can_release=job.devices.count == 1)
+
+    @cached_property
+    def _foldable(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what one device keeps of the matrices that fold."""
+        share = self.job.devices.share
+        return {name: share(shape) for name, shape in self.module.foldable.items()}
 
     def with_budget(self, budget_bytes: int) -> "Fitting":
         """Look at the same job within another budget; what was traced serves both."""
@@ -140,7 +146,7 @@ class Fitting:
             knobs: What to weight the damage of each matrix with.
             state_bytes: For the matrices that fold; at most the allowance is used.
         """
-        shapes = self.module.foldable
+        shapes = self._foldable
         costs = state_bytes_table(shapes, LEVELS, self.levers.state_dtype)
         least = self.folded_bytes(self.uniform(MAX_LEVEL))
         allowed = min(state_bytes, self.state_allowance)
@@ -157,7 +163,7 @@ class Fitting:
 
     def folded_bytes(self, plan: FoldPlan) -> int:
         """Count the state of the matrices that fold, the part that a plan decides."""
-        return optimizer_state_bytes(self.module.foldable, plan.levels, plan.levers.state_dtype)
+        return optimizer_state_bytes(self._foldable, plan.levels, plan.levers.state_dtype)
 
     def untuned(self) -> FoldPlan:
         """Make the plan for this budget before any run: Adam if it fits, else levels that fill.

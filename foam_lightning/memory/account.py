@@ -259,7 +259,8 @@ class Accountant:
                 return token_ids, token_ids
 
             with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
-                twin = self._trainee.layered(levers, min(self._num_layers, 3))
+                num_seen = 4 if self._devices.shards else 3
+                twin = self._trainee.layered(levers, min(self._num_layers, num_seen))
                 join(twin, levers.accumulate_grad_batches)
                 self._passes[levers] = track_step(
                     twin,

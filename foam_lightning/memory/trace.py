@@ -96,9 +96,10 @@ def track_step(
         gradient_release: Update and free inside backward.
         autocast: The context of a mixed-precision forward pass.
         num_layers: The depth to give the peak for. Where it is more than the module has, the
-            second of its layers, at least three, stands for those missing: decoder layers are
-            alike, so this is exact and costs three layers of time. The weights are those of the
-            module.
+            second of its layers, at least three, stands for those missing, and the last but one
+            in backward: decoder layers are alike, so this is exact and costs three layers of time.
+            Sharded, it takes four, as backward gathers the weights of one layer during the one
+            before. The weights are those of the module.
     """
     tracker = StorageTracker()
     parameters = list(module.parameters())
@@ -114,9 +115,10 @@ def track_step(
                 _run_micro_batch(tracker, module, make_batch, accumulate_grad_batches, autocast)
             tracker.claim((p.grad for p in parameters), "gradients")
             if times > 1:
+                forward, backward = f"{micro_batch} forward", f"{micro_batch} backward"
                 repeats += [
-                    Repeat(f"{micro_batch} forward 1", f"{micro_batch} forward 2", times),
-                    Repeat(f"{micro_batch} backward 1", f"{micro_batch} backward 0", times),
+                    Repeat(f"{forward} 1", f"{forward} 2", times),
+                    Repeat(f"{backward} {num_seen - 2}", f"{backward} {num_seen - 3}", times),
                 ]
         if optimizer is not None:
             tracker.term = "workspace"
