@@ -147,18 +147,18 @@ def _plan(settings: "Settings") -> None:
 
 def _tune(settings: "Settings") -> None:
     from tuner.fitting import Fitting
-    from tuner.guard import fallen_to, gpu_of, guarded
+    from tuner.guard import fallen_to, guarded
     from tuner.run import tune
 
     job = settings.job()
     if settings.memory_budget is None:
         raise ConfigError("tune needs --memory-budget SIZE, such as 24GB")
-    gpu = gpu_of(job)
+    _calibrate(job)
     fitting = Fitting(job, settings.memory_budget)
     fitting.refuse_if_infeasible()
     levers = fallen_to(_unfinished(settings))
     folder = _open_folder(settings, job)
-    with guarded(fitting, folder, gpu):
+    with guarded(fitting, folder):
         tuned = tune(job, fitting, folder, settings.tune, levers=levers)
     folder.name_plan(settings.text)
     print(f"plan    {folder.plan}: {tuned.outcome.reason}")
@@ -171,10 +171,10 @@ def _fit(settings: "Settings") -> None:
 
     from tuner.fit import fit
     from tuner.fitting import Fitting
-    from tuner.guard import fallen_to, gpu_of, guarded
+    from tuner.guard import fallen_to, guarded
 
     job = settings.job()
-    gpu = gpu_of(job)
+    _calibrate(job)
     fitting = Fitting(job, settings.memory_budget or sys.maxsize)
     plan = _given_plan(settings, job)
     levers = fallen_to(_unfinished(settings))
@@ -186,7 +186,7 @@ def _fit(settings: "Settings") -> None:
         plan = replace(plan, levers=levers or plan.levers)
         fitting.check(plan)
     folder = _open_folder(settings, job)
-    with guarded(fitting, folder, gpu):
+    with guarded(fitting, folder):
         summary = fit(
             job,
             fitting,
@@ -259,6 +259,14 @@ def _export(settings: "Settings") -> None:
 
 
 # ---- parts of fit
+
+
+def _calibrate(job: "Job") -> None:
+    """Know what this machine's GPU costs, before anything is accounted."""
+    from foam_lightning.memory.device import calibrate
+
+    if job.gpu is not None:
+        calibrate(job.gpu)
 
 
 def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":

@@ -1,5 +1,6 @@
 """A training job: the settings from which fresh models, data and trainers are made."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, first_device
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
+from foam_lightning.memory.device import Gpu, find_gpu, known_costs
 from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
@@ -79,6 +81,16 @@ class Job:
     def on_gpu(self) -> bool:
         """Whether the plan is for a GPU: it is, with or without one here, unless it says CPU."""
         return self.trainer.get("accelerator") != "cpu"
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that this process trains on; None where the job is not for one, or none is here.
+
+        It is the first that the settings name, or else that of the rank.
+        """
+        named = first_device(self.trainer.get("devices"))
+        index = named[0] if isinstance(named, list) else int(os.environ.get("LOCAL_RANK", 0))
+        return find_gpu(wanted=self.on_gpu, index=index)
 
     @cached_property
     def devices(self) -> Devices:
@@ -215,6 +227,7 @@ class Job:
             precision=self.precision,
             on_gpu=self.on_gpu,
             devices=self.devices,
+            costs=known_costs(self.gpu),
         )
 
     def on_one_device(self) -> Self:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from foam_lightning import FOAM
 from foam_lightning.memory.account import (
-    CUBLAS_WORKSPACE_BYTES,
-    GPU_CONTEXT_BYTES,
     Account,
     Accountant,
     optimizer_state_bytes,
 )
+from foam_lightning.memory.device import DeviceCosts
 from foam_lightning.memory.timeline import Moment
 from foam_lightning.memory.trace import (
     Precision,
@@ -155,8 +154,8 @@ def test_a_gpu_adds_its_context_and_a_margin() -> None:
     bare = accountant_of(module, on_gpu=False).account(plan)
     full = accountant_of(module, on_gpu=True).account(plan)
     margin = full.breakdown["margin"]
-    assert margin > CUBLAS_WORKSPACE_BYTES
-    assert full.breakdown == {**bare.breakdown, "context": GPU_CONTEXT_BYTES, "margin": margin}
+    assert margin > DeviceCosts().workspace
+    assert full.breakdown == {**bare.breakdown, "context": DeviceCosts().context, "margin": margin}
     assert list(full.breakdown) == [
         *("weights", "gradients", "optimizer_state", "activations", "loss"),
         *("workspace", "context", "margin"),
@@ -198,7 +197,7 @@ def test_the_margin_covers_what_every_level_reserves_and_less_state_never_needs_
         plan = module.uniform_plan(level, levers)
         usage = accountant.usage(plan)
         margins.append(accountant.account(plan).breakdown["margin"])
-        assert margins[-1] - CUBLAS_WORKSPACE_BYTES >= usage.reserved - usage.requested
+        assert margins[-1] - DeviceCosts().workspace >= usage.reserved - usage.requested
     assert margins == sorted(margins, reverse=True)
     mixed = accountant.account(plan_for(module, "mixed", levers)).breakdown["margin"]
     assert margins[-1] <= mixed <= margins[0]

@@ -14,9 +14,8 @@ from typing import Any, Self
 from rich.console import Console
 
 from foam_lightning.errors import ConfigError, FellBackError, PlanError
-from foam_lightning.job import Job
 from foam_lightning.memory.account import optimizer_state_bytes
-from foam_lightning.memory.device import Gpu, calibrate, find_gpu, known_costs, shortfall, wall
+from foam_lightning.memory.device import Gpu, shortfall, wall
 from foam_lightning.memory.price import prices
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.run_folder import RunFolder, write_json
@@ -66,16 +65,6 @@ class Fallback:
         return f"memory ran out before ({len(self.events)}x); going on with {words}"
 
 
-def gpu_of(job: Job) -> Gpu | None:
-    """Find the GPU that this process will train on, and know what it costs; None without one."""
-    devices = job.trainer.get("devices")
-    index = devices[0] if isinstance(devices, list) else int(os.environ.get("LOCAL_RANK", 0))
-    gpu = find_gpu(wanted=job.on_gpu, index=int(index))
-    if gpu is not None:
-        calibrate(gpu)
-    return gpu
-
-
 def fallen_to(folder: RunFolder | None) -> Levers | None:
     """Say, and give, what a run goes on with if memory ran out in it before; else None.
 
@@ -93,28 +82,33 @@ def fallen_to(folder: RunFolder | None) -> Levers | None:
 
 
 @contextmanager
-def guarded(fitting: Fitting, folder: RunFolder, gpu: Gpu | None) -> Iterator[None]:
+def guarded(fitting: Fitting, folder: RunFolder) -> Iterator[None]:
     """Tune and train behind the wall of the budget, and fall back one lever at a shortage.
 
     Args:
         fitting: The plans of the job; its budget is the wall.
         folder: Gets `fallback.json`.
-        gpu: What the job trains on; None without one.
 
     Raises:
         FellBackError: Memory ran out; the same command goes on with less.
         MemoryShortageError: Memory ran out, and nothing is left to fall back to.
     """
-    budget, costs = fitting.budget_bytes, known_costs(gpu)
-    bounded = gpu is not None and budget < sys.maxsize
-    if gpu is not None and bounded and (warning := shortfall(gpu, budget, costs)):
-        Console(soft_wrap=True).print(warning, highlight=False)
+    gpu, budget = fitting.job.gpu, fitting.budget_bytes
     try:
-        with wall(gpu, budget, costs) if gpu is not None and bounded else nullcontext():
+        with nullcontext() if gpu is None or budget == sys.maxsize else _walled(fitting, gpu):
             yield
     except MemoryShortageError as shortage:
-        taken = gpu.usage().reserved + costs.context if gpu is not None else None
+        taken = gpu.usage().reserved + fitting.accountant.context if gpu is not None else None
         raise FellBackError(_fall_back(shortage, fitting, folder, taken)) from shortage
+
+
+@contextmanager
+def _walled(fitting: Fitting, gpu: Gpu) -> Iterator[None]:
+    budget, outside = fitting.budget_bytes, fitting.accountant.context
+    if warning := shortfall(gpu, budget, outside):
+        Console(soft_wrap=True).print(warning, highlight=False)
+    with wall(gpu, budget, outside):
+        yield
 
 
 def start_afresh() -> None:

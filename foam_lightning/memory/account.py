@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foam_lightning.devices import ONE_DEVICE, Devices
 from foam_lightning.memory.allocator import Update, Usage, replay, training
+from foam_lightning.memory.device import DeviceCosts
 from foam_lightning.memory.ranks import NCCL_BYTES, buckets, communicators, one_of
 from foam_lightning.memory.timeline import TERMS
 from foam_lightning.memory.trace import (
@@ -27,13 +28,6 @@ from foam_lightning.memory.trace import (
 from foam_lightning.optim.state import layouts
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 
-# What a CUDA process holds outside torch's counters: its context and the modules loaded into it.
-# Reports range from 0.3 to 0.6 GB on an otherwise empty card; not calibrated per card yet.
-GPU_CONTEXT_BYTES = 600_000_000
-# cuBLAS keeps a workspace for each thread and stream, forward and backward are two threads, and
-# torch takes both from the caching allocator: 32 MiB on compute capability 9.0, 8.125 MiB before
-# (parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp). The larger one, twice.
-CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
 # The uniform levels at which the allocator is replayed; the state is what they change.
 _REPLAYED_LEVELS = (8, 4, 3, 2, 1, 0)
 
@@ -86,13 +80,14 @@ class Accountant:
     does not depend on the batch, so each is traced once and kept. With gradient release the
     workspace of each parameter is added to what is alive at the moment of its update.
 
-    On a GPU, context and the workspace of cuBLAS are documented defaults. What the caching
-    allocator reserves beyond the tensors is replayed (see `allocator`): the weights, then two
-    steps through all layers, with the state made in the first. How far the peak of reserved memory
-    is above that of the tensors jumps from level to level. So the margin of a plan is the most at
-    any replayed uniform level that keeps no more state, and on a line between two of them: less
-    state never needs more. It is on the safe side in that an allocator short of memory gives cached
-    segments back; it does not see what operators other than cuBLAS take inside, nor mixed levels.
+    On a GPU, context and the workspace of cuBLAS are given, as measured or by default. What the
+    caching allocator reserves beyond the tensors is replayed (see `allocator`): the weights, then
+    two steps through all layers, with the state made in the first. How far the peak of reserved
+    memory is above that of the tensors jumps from level to level. So the margin of a plan is the
+    most at any replayed uniform level that keeps no more state, and on a line between two of them:
+    less state never needs more. It is on the safe side in that an allocator short of memory gives
+    cached segments back; it does not see what operators other than cuBLAS take inside, nor mixed
+    levels.
     No GPU has measured it yet.
 
     Args:
@@ -102,6 +97,7 @@ class Accountant:
         precision: Lightning's name of the precision.
         on_gpu: Whether the run will be on a GPU, and so holds a context and needs a margin.
         devices: Those of the run; the account is of the first, and no other needs more.
+        costs: What a GPU takes beside the tensors; by default that of one never measured.
     """
 
     def __init__(
@@ -113,8 +109,10 @@ class Accountant:
         precision: Precision,
         on_gpu: bool,
         devices: Devices = ONE_DEVICE,
+        costs: DeviceCosts | None = None,
     ) -> None:
         self._trainee = trainee
+        self._costs = costs or DeviceCosts()
         self._devices = devices
         self._shapes = {name: devices.share(shape) for name, shape in trainee.shapes.items()}
         self._num_layers = num_layers
@@ -130,7 +128,7 @@ class Accountant:
         return Account(
             {
                 **self.trace(plan),
-                "context": self._context if self._on_gpu else 0,
+                "context": self.context,
                 "margin": self._margin(plan) if self._on_gpu else 0,
             }
         )
@@ -156,7 +154,7 @@ class Accountant:
 
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
         """Tell whether the peak of a plan is within a budget, without a trace where it can."""
-        allowed = budget_bytes - (self._context if self._on_gpu else 0)
+        allowed = budget_bytes - self.context
         standing = self._standing(plan)
         least = sum(standing.values())
         if not plan.levers.gradient_release:  # as many gradients as weights, after backward
@@ -219,7 +217,7 @@ class Accountant:
             excesses.append(max(excesses[-1], self._excess(uniform, level)))
             if states[-1] >= most:
                 break
-        return states, [excess + CUBLAS_WORKSPACE_BYTES for excess in excesses[1:]]
+        return states, [excess + self._costs.workspace for excess in excesses[1:]]
 
     def _excess(self, uniform: FoldPlan, level: int) -> int:
         key = (uniform.levers, level)
@@ -229,8 +227,11 @@ class Accountant:
         return self._excesses[key]
 
     @cached_property
-    def _context(self) -> int:
-        return GPU_CONTEXT_BYTES + communicators(self._devices) * NCCL_BYTES
+    def context(self) -> int:
+        """Bytes that the process takes outside torch's allocator: its context, and NCCL's own."""
+        if not self._on_gpu:
+            return 0
+        return self._costs.context + communicators(self._devices) * NCCL_BYTES
 
     @cached_property
     def _buckets(self) -> list[int]:

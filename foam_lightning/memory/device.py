@@ -32,13 +32,10 @@ class DeviceCosts:
             for each thread and stream, and forward and backward are two threads. 32 MiB each on
             compute capability 9.0, 8.125 MiB before (parseChosenWorkspaceSize in
             aten/src/ATen/cuda/CublasHandlePool.cpp); the default is the larger one, twice.
-        nccl: The buffers of one communicator between several devices; reports say hundreds of
-            megabytes. One process cannot measure it.
     """
 
     context: int = 600_000_000
     workspace: int = 2 * 32 * 2**20
-    nccl: int = 300_000_000
 
 
 class Usage(NamedTuple):
@@ -138,30 +135,30 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def wall(gpu: Gpu, budget_bytes: int, costs: DeviceCosts) -> Iterator[None]:
+def wall(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None]:
     """Keep this process within a budget, on a larger card too.
 
-    What the caching allocator reserves may not exceed the budget less the context, which it does
-    not see. An allocation beyond that fails as on a card of that size, after the allocator has
+    What the caching allocator reserves may not exceed the budget less what it does not see, such as
+    the context. An allocation beyond that fails as on a card of that size, after the allocator has
     given back what it had cached.
 
     Args:
         gpu: The card.
         budget_bytes: For all that the process takes from the card.
-        costs: Give the context.
+        outside_bytes: What the process takes outside the allocator.
     """
     _, total = gpu.memory()
-    gpu.limit(min(1.0, max(0, budget_bytes - costs.context) / total))
+    gpu.limit(min(1.0, max(0, budget_bytes - outside_bytes) / total))
     try:
         yield
     finally:
         gpu.limit(1.0)
 
 
-def shortfall(gpu: Gpu, budget_bytes: int, costs: DeviceCosts) -> str | None:
+def shortfall(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> str | None:
     """Say in one line that a card has less to give than the budget; None if it has enough."""
     free, total = gpu.memory()
-    free += costs.context  # this process has its context already
+    free += outside_bytes  # this process has its context already
     if free >= budget_bytes:
         return None
     return (
