@@ -235,6 +235,10 @@ def checkpoint_layers(model: "LlamaForCausalLM", *, selective: bool) -> None:
     not kept: it is only ever added to something. To keep that too costs 8192 bytes more in the
     first row below; to keep neither it nor that of `o_proj` costs one matrix product a layer.
 
+    Python looks at each of the 74 operators of a selective layer, forward and again: twice the
+    processor's time of a whole one, 9 ms against 4.5 on a busy Xeon at 2.5 GHz. Where a GPU waits
+    for its processor, with few tokens in a micro-batch, whole layers are the faster ones.
+
     Kept per token and layer of LLaMA 7B, in bytes, on the CPU and by `StorageTracker`; without
     checkpointing bf16-mixed also keeps a bfloat16 copy of all weights, which is left out here:
 
