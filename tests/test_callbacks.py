@@ -14,10 +14,12 @@ from foam_lightning.callbacks.folding import ResidualEnergy
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.job import Job
+from foam_lightning.memory.device import Usage, calibrate
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
 from foam_lightning.roles import ROLES
+from tests.fake_gpu import FakeGpu
 
 NewJob = Callable[..., Job]
 
@@ -169,6 +171,105 @@ def test_an_exception_ends_the_watch(job: Job) -> None:
         run(job, memory, job.levers, 1)
     assert memory.measured_bytes is not None
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_the_rehearsal_looks_through_the_evaluation(new_job: NewJob) -> None:
+    # An evaluation that needs more than two steps do; no micro-batch would make it so.
+    class Greedy(LlamaFoam):
+        def on_validation_epoch_start(self) -> None:
+            torch.zeros(10_000_000)
+
+    job = new_job(trainer={"max_steps": 4})
+    peaks = []
+    for through in (False, True):
+        module = Greedy(**job.new_module().hparams)
+        module.follow(module.uniform_plan(1, job.levers))
+        memory = MemoryWatch(through_evaluation=through)
+        trainer = job.new_trainer(
+            job.levers, [memory], bare=True, val_check_interval=2, check_val_every_n_epoch=None
+        )
+        trainer.fit(module, datamodule=job.new_data(job.levers))
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        assert memory.measured_bytes is not None
+        peaks.append(memory.measured_bytes)
+    assert peaks[0] < 40_000_000 < peaks[1]
+
+
+class Busy(FakeGpu):
+    """A GPU of which every look finds a step more taken."""
+
+    def __init__(self, retries: list[int]) -> None:
+        super().__init__()
+        self.retries = [7, *retries]  # 7 are of an earlier run in this process
+
+    def usage(self) -> Usage:
+        retries = self.retries.pop(0) if len(self.retries) > 1 else self.retries[0]
+        return Usage(allocated=9_000_000_000, reserved=9_500_000_000, retries=retries)
+
+
+def watched(
+    job: Job, memory: MemoryWatch, logged: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Run, and give what was said."""
+    said: list[str] = []
+    monkeypatch.setattr(LlamaFoam, "print", lambda _, *words: said.append(" ".join(words)))
+    run(job, memory, job.levers, 1)
+    assert all(logged[f"memory/{name}"] for name in ("measured_bytes", "predicted_bytes"))
+    return said
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+def test_a_gpu_is_asked_for_what_it_reserved(
+    job: Job, logged: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Busy([7])
+    calibrate(gpu)
+    memory = MemoryWatch(10_000_000_000, gpu=gpu)
+    assert watched(job, memory, logged, monkeypatch) == []
+    assert gpu.asked == ["measure", "forget peaks"]
+    # The context is half a GB.
+    assert memory.measured_bytes == 10_000_000_000
+    assert memory.usage == Usage(9_000_000_000, 9_500_000_000, retries=0)
+    assert {name: logged[f"memory/{name}"] for name in ("allocated_bytes", "reserved_bytes")} == {
+        "allocated_bytes": 9_000_000_000,
+        "reserved_bytes": 9_500_000_000,
+    }
+    assert logged["memory/allocator_retries"] == 0
+
+
+def test_retries_are_counted_and_said_once(
+    job: Job, logged: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Busy([7, 7, 9, 10])
+    calibrate(gpu)
+    memory = MemoryWatch(11_000_000_000, gpu=gpu)
+    assert watched(job, memory, logged, monkeypatch) == [
+        "memory: 10 GB measured, 11 GB predicted; 2 times the allocator had to empty its cache, "
+        "which is slow; lower data.micro_batch_size or raise --memory-budget"
+    ]
+    assert memory.usage is not None
+    assert memory.usage.retries == logged["memory/allocator_retries"] == 3
+
+
+@pytest.mark.parametrize(("share", "speaks"), [(1.0, False), (0.985, False), (0.97, True)])
+def test_a_peak_well_above_the_prediction_is_said_once(
+    job: Job,
+    logged: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    speaks: bool,
+) -> None:
+    first = MemoryWatch()
+    run(job, first, job.levers, 1)
+    assert first.measured_bytes is not None
+    memory = MemoryWatch(int(first.measured_bytes * share))
+    said = watched(job, memory, logged, monkeypatch)
+    assert len(said) == speaks
+    assert all(" measured, " in line and " predicted; lower" in line for line in said)
 
 
 def test_a_run_of_one_step_is_measured(job: Job) -> None:

@@ -1,0 +1,36 @@
+"""A GPU for machines without one: its figures are set, and what is asked of it is noted."""
+
+from foam_lightning.memory.device import DeviceCosts, Gpu, Usage
+
+
+class FakeGpu(Gpu):
+    """A card of 24 GB, 500 MB of it taken by the context of this process."""
+
+    def __init__(self, name: str = "Fake 24") -> None:
+        super().__init__()
+        self.total = 24_000_000_000
+        self.free = 23_500_000_000
+        self.taken = Usage(0, 0, 0)
+        self.costs = DeviceCosts(context=500_000_000, workspace=17_000_000)
+        self.asked: list[str] = []
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, self.total
+
+    def limit(self, fraction: float) -> None:
+        self.asked.append(f"limit {fraction:.6g}")
+
+    def usage(self) -> Usage:
+        return self.taken
+
+    def forget_peaks(self) -> None:
+        self.asked.append("forget peaks")
+
+    def measure(self) -> DeviceCosts:
+        self.asked.append("measure")
+        return self.costs

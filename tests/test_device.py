@@ -1,0 +1,179 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foam_lightning.memory.device import (
+    DeviceCosts,
+    Gpu,
+    Usage,
+    calibrate,
+    find_gpu,
+    is_out_of_memory,
+    known_costs,
+    shortfall,
+    wall,
+)
+from tests.fake_gpu import FakeGpu
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "foam-lightning" / "device_costs.json"
+
+
+# ---- the wall
+
+
+def test_the_wall_leaves_the_budget_less_what_the_allocator_does_not_see() -> None:
+    gpu = FakeGpu()
+    with wall(gpu, 12 * GB, GB // 2):
+        assert gpu.asked == [f"limit {11.5 / 24:.6g}"]
+    assert gpu.asked[1:] == ["limit 1"]
+
+
+def test_the_wall_falls_with_the_run_that_broke_at_it() -> None:
+    gpu = FakeGpu()
+    with pytest.raises(torch.OutOfMemoryError), wall(gpu, 12 * GB, 0):
+        raise torch.OutOfMemoryError
+    assert gpu.asked == ["limit 0.5", "limit 1"]
+
+
+@pytest.mark.parametrize(("budget", "share"), [(48 * GB, "1"), (GB // 4, "0")])
+def test_the_wall_stays_within_the_card(budget: int, share: str) -> None:
+    gpu = FakeGpu()
+    with wall(gpu, budget, GB // 2):
+        assert gpu.asked == [f"limit {share}"]
+
+
+def test_a_card_that_has_less_than_the_budget_is_named_with_both() -> None:
+    gpu = FakeGpu()
+    assert shortfall(gpu, 24 * GB, GB // 2) is None
+    gpu.free -= 2 * GB  # another process
+    assert shortfall(gpu, 22 * GB, GB // 2) is None
+    line = shortfall(gpu, 24 * GB, GB // 2)
+    assert line is not None
+    assert line.startswith("the Fake 24 has 22 GB free of 24 GB, less than the budget of 24GB: ")
+    assert len(line.splitlines()) == 1
+
+
+# ---- calibration
+
+
+def test_a_gpu_is_measured_once_and_remembered(cache: Path) -> None:
+    gpu = FakeGpu()
+    assert known_costs(gpu) == DeviceCosts()
+    assert calibrate(gpu) == gpu.costs
+    assert calibrate(gpu) == known_costs(FakeGpu()) == gpu.costs
+    assert gpu.asked == ["measure"]
+    (key,) = json.loads(cache.read_text())
+    assert key.startswith("Fake 24, driver ")
+    assert f"torch {torch.__version__}, CUDA {torch.version.cuda}" in key
+
+
+def test_another_gpu_is_measured_for_itself() -> None:
+    calibrate(FakeGpu())
+    other = FakeGpu("Fake 80")
+    other.costs = DeviceCosts(context=700_000_000, workspace=67_000_000)
+    assert known_costs(other) == DeviceCosts()
+    assert calibrate(other) == other.costs
+    assert known_costs(FakeGpu()) == FakeGpu().costs
+
+
+@pytest.mark.parametrize("context", [0, -5, 3 * GB])
+def test_what_cannot_be_a_context_is_not_kept(cache: Path, context: int) -> None:
+    gpu = FakeGpu()
+    gpu.costs = DeviceCosts(context=context)
+    assert calibrate(gpu) == DeviceCosts()
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "cut"])
+def test_a_damaged_record_is_made_anew(cache: Path, content: str) -> None:
+    cache.parent.mkdir()
+    cache.write_text(content)
+    gpu = FakeGpu()
+    assert known_costs(gpu) == DeviceCosts()
+    assert calibrate(gpu) == gpu.costs == known_costs(gpu)
+
+
+def test_a_record_of_another_version_counts_as_none(cache: Path) -> None:
+    calibrate(FakeGpu())
+    (key,) = json.loads(cache.read_text())
+    cache.write_text(json.dumps({key: {"context": 1, "something": 2}}))
+    assert known_costs(FakeGpu()) == DeviceCosts()
+
+
+def test_without_a_gpu_there_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_gpu(wanted=True) is None
+    assert known_costs(None) == DeviceCosts()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_gpu(wanted=False) is None
+    found = find_gpu(wanted=True, index=3)
+    assert found is not None
+    assert found.index == 3
+
+
+# ---- what is asked of torch
+
+
+def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answer(name: str, value: Any) -> None:
+        monkeypatch.setattr(torch.cuda, name, lambda *words: asked.append((name, *words)) or value)
+
+    answer("mem_get_info", (5, 7))
+    answer("get_device_name", "Card")
+    answer("set_per_process_memory_fraction", None)
+    answer("reset_peak_memory_stats", None)
+    answer(
+        "memory_stats",
+        {"allocated_bytes.all.peak": 1, "reserved_bytes.all.peak": 2, "num_alloc_retries": 3},
+    )
+    gpu = Gpu(4)
+    assert gpu.memory() == (5, 7)
+    assert gpu.name == "Card"
+    assert gpu.usage() == Usage(allocated=1, reserved=2, retries=3)
+    gpu.limit(0.25)
+    gpu.forget_peaks()
+    assert asked == [
+        ("mem_get_info", 4),
+        ("get_device_name", 4),
+        ("memory_stats", 4),
+        ("set_per_process_memory_fraction", 0.25, 4),
+        ("reset_peak_memory_stats", 4),
+    ]
+
+
+def test_counters_that_never_counted_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {})
+    assert Gpu().usage() == Usage(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "says_so"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: not enough"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_errors_of_a_device_without_memory_are_known(error: BaseException, says_so: bool) -> None:
+    assert is_out_of_memory(error) is says_so
+
+
+def test_what_the_cpu_says_is_known_too() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.int8)
+    assert is_out_of_memory(caught.value)
