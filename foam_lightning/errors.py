@@ -36,19 +36,25 @@ class FellBackError(FoamError):
 
 
 class InfeasibleBudgetError(FoamError):
-    """No plan fits the budget, with every lever pulled.
+    """No plan fits the budget, with every lever pulled, or a plan that was given does not.
 
     Args:
         budget_bytes: What was asked for.
-        minimum_bytes: The smallest budget that would work.
+        minimum_bytes: The smallest budget that would work; said rounded up, so that it works.
         binding: The largest term of the peak at that minimum, such as "gradients".
         breakdown: The terms of that minimum, in bytes.
+        subject: What needs so much.
     """
 
     exit_code = 3
 
     def __init__(
-        self, budget_bytes: int, minimum_bytes: int, binding: str, breakdown: dict[str, int]
+        self,
+        budget_bytes: int,
+        minimum_bytes: int,
+        binding: str,
+        breakdown: dict[str, int],
+        subject: str = "with every lever pulled this model",
     ) -> None:
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
@@ -57,9 +63,9 @@ class InfeasibleBudgetError(FoamError):
         terms = ", ".join(
             f"{name.replace('_', ' ')} {in_words(size)}" for name, size in breakdown.items() if size
         )
+        needed = at_least(minimum_bytes)
         super().__init__(
-            f"a budget of {ByteSize(budget_bytes)} is too small: with every lever pulled this "
-            f"model needs {at_least(minimum_bytes)} ({terms}); the largest term is "
-            f"{binding.replace('_', ' ')}; lower data.batch_size, choose a smaller model, or raise "
-            f"--memory-budget to at least {at_least(minimum_bytes)}"
+            f"a budget of {ByteSize(budget_bytes)} is too small: {subject} needs {needed} "
+            f"({terms}); the largest term is {binding.replace('_', ' ')}; lower data.batch_size, "
+            f"choose a smaller model, or raise --memory-budget to at least {needed}"
         )

@@ -1,8 +1,10 @@
 import json
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 import yaml
 
 import cli
-from foam_lightning.units import ByteSize
+from foam_lightning.errors import InfeasibleBudgetError
+from foam_lightning.units import ByteSize, at_least
 from tests.tiny import REPOSITORY, write_settings
+from tuner.fitting import Fitting
 from tuner.settings import make_parser, parse
 from tuner.usage import COMMANDS, OWN, SHARED, general_help
 
@@ -138,6 +142,75 @@ def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
     content = json.loads(capfd.readouterr().out)
     assert content["feasible"] is False
     assert content["minimum_budget_bytes"] <= ByteSize(enough)
+
+
+@pytest.fixture(scope="module")
+def fitting_of() -> Callable[[str], Fitting]:
+    """Fit a recipe's model with few rows; what was traced is kept."""
+
+    @cache
+    def make(size: str) -> Fitting:
+        words = ["--config", f"configs/llama_{size}.yaml", "--data.batch_size", "2"]
+        return Fitting(parse("plan", words, default=None).job(), 1)
+
+    return make
+
+
+_RECIPES = [
+    pytest.param(size, marks=[] if size == "350m" else pytest.mark.slow)
+    for size in ("60m", "350m", "1b", "3b", "7b", "13b")
+]
+
+
+@pytest.mark.parametrize("size", _RECIPES)
+def test_the_budget_that_a_refusal_names_works_and_one_byte_less_is_refused(
+    size: str, fitting_of: Callable[[str], Fitting]
+) -> None:
+    fitting = fitting_of(size)
+    least = fitting.minimum.account.peak_bytes
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        fitting.with_budget(least - 1).untuned()
+    assert caught.value.exit_code == 3
+    assert caught.value.minimum_bytes == least
+    assert sum(caught.value.breakdown.values()) == least
+    shown = re.findall(r"(?<=needs |least )[0-9.]+[kMGT]?B", str(caught.value))
+    assert len(shown) == 2
+    for budget in (least, *map(ByteSize, shown)):
+        inside = fitting.with_budget(budget)
+        plan = inside.untuned()
+        account = inside.accountant.account(plan)
+        assert sum(account.breakdown.values()) == account.peak_bytes <= budget
+        assert least <= budget < 1.001 * least
+        inside.check(plan)
+
+
+def test_plan_below_its_own_minimum_exits_3_and_says_what_works(
+    settings: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def plan(budget: str, output: str) -> tuple[int, str, str]:
+        words = ["plan", "--config", str(settings), "--memory-budget", budget, "--format", output]
+        return cli.main(words), *capfd.readouterr()
+
+    least = Fitting(parse("plan", ["--config", str(settings)], default=None).job(), 1).minimum
+    shown = at_least(least.account.peak_bytes)
+    code, out, err = plan(f"{least.account.peak_bytes - 1}B", "json")
+    assert code == 3
+    assert json.loads(out)["minimum_budget_bytes"] == least.account.peak_bytes
+    assert f"to at least {shown}\n" in err
+    code, out, _ = plan(shown, "table")
+    assert code == 0
+    assert f"The smallest budget that works is {shown}." in out
+
+
+def test_a_given_plan_that_does_not_fit_is_not_said_to_pull_every_lever(
+    settings: Path, refused: Check
+) -> None:
+    fitting = Fitting(parse("plan", ["--config", str(settings)], default=None).job(), 10**12)
+    plan = fitting.uniform(0)
+    plan.save(settings.parent / "plan.json")
+    words = ["fit", "--config", settings, "--fold-plan", settings.parent / "plan.json"]
+    line = refused(*words, "--memory-budget", "100kB", code=3)
+    assert f"this plan needs {at_least(fitting.accountant.account(plan).peak_bytes)}" in line
 
 
 def test_plan_as_json_is_one_object_whose_terms_add_up(

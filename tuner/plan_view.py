@@ -14,7 +14,7 @@ from foam_lightning.memory.account import Account
 from foam_lightning.memory.timeline import TERMS
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES, layer_of, role_of
-from foam_lightning.units import in_words
+from foam_lightning.units import at_least, in_words
 from tuner.neighbours import Neighbour, mean_level
 
 SCHEMA = "foam-lightning/plan/1"
@@ -181,7 +181,8 @@ def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | No
             else f"Does not fit the budget of {budget}: {in_words(-left)} more are needed."
         )
     if minimum_bytes is not None:
-        lines.append(f"The smallest budget that works is {in_words(minimum_bytes)}.")
+        # Rounded up, so that it works.
+        lines.append(f"The smallest budget that works is {at_least(minimum_bytes)}.")
     return lines
 
 
