@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast, get_args, overload
 
 import torch
@@ -233,11 +234,12 @@ class FOAM(torch.optim.Optimizer):
             bias_correct_moments_only=group["bias_correct_moments_only"],
         )
         moments = {key: _local(value) for key, value in state.items() if key != "step"}
-        with visiting(moments, param.device) as guests:
+        offload = group["state_offload"]
+        with visiting(moments, param.device) if offload else nullcontext(moments) as lent:
             update_(
                 _local(param.detach()),
                 _local(grad),
-                guests,
+                lent,
                 factors,
                 seed=state["step"] if group["stochastic_rounding"] else None,
                 fused=group["fused"],
