@@ -128,10 +128,10 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.tracker.claim(pl_module.parameters(), "weights")
-        self.tracker.__enter__()  # type: ignore[no-untyped-call]
+        self.tracker.__enter__()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.tracker.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.tracker.__exit__(None, None, None)
 
 
 def train(job: Job, one: Combination, callbacks: Sequence[Callback], num_steps: int = 2) -> Trainer:
