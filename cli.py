@@ -5,12 +5,14 @@ mistyped budget are answered at once.
 """
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning import __version__
+from foam_lightning.devices import is_first_process
 from foam_lightning.errors import CheckpointError, ConfigError, FellBackError, FoamError
 from tuner.usage import COMMANDS, check_at_once, command_help, general_help, values_of
 
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         process of its own goes on by itself.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not is_first_process():  # it speaks for all
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         return _answer(words)
     except FellBackError as error:
@@ -153,6 +157,11 @@ def _tune(settings: "Settings") -> None:
     job = settings.job()
     if settings.memory_budget is None:
         raise ConfigError("tune needs --memory-budget SIZE, such as 24GB")
+    if job.devices.shards:
+        raise ConfigError(
+            "tune trains the whole model in one process; tune with --trainer.devices 1 and a "
+            "budget that holds it, then share it: fit --fold-plan FILE"
+        )
     _calibrate(job)
     fitting = Fitting(job, settings.memory_budget)
     fitting.refuse_if_infeasible()
@@ -180,6 +189,11 @@ def _fit(settings: "Settings") -> None:
     levers = fallen_to(_unfinished(settings))
     if plan is None and settings.memory_budget is None:
         plan = job.plan_at(job.model["level"])
+    if plan is None and job.devices.count > 1:
+        raise ConfigError(
+            "tune in one process first: python cli.py tune with the same options, then fit "
+            "--fold-plan FILE"
+        )
     if plan is None:
         fitting.refuse_if_infeasible()
     else:
@@ -208,7 +222,7 @@ def _validate(settings: "Settings") -> None:
 
     path = Path(settings.ckpt_path)
     module = load_module(path)
-    job = settings.job()
+    job = settings.job().on_one_device()
     tokenizer = folder_of(path).tokenizer
     if job.data["tokenizer"] is None and tokenizer.is_dir():
         job = _with_tokenizer(job, str(tokenizer))
@@ -282,7 +296,7 @@ def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     else:
         return None
     job.new_module().follow(plan)
-    return plan
+    return job.spread(plan)
 
 
 def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":

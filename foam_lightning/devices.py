@@ -1,5 +1,6 @@
 """The devices of a run: how many there are, and what each of them keeps."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -54,6 +55,20 @@ class Devices:
 
 
 ONE_DEVICE = Devices()
+
+
+def is_first_process() -> bool:
+    """Tell whether this process prints and writes files for all, by what its launcher says of it.
+
+    torchrun says RANK. Lightning, which starts the processes of a machine itself, says LOCAL_RANK
+    and NODE_RANK. SLURM says SLURM_PROCID, but also where it manages nothing.
+    """
+    said = os.environ
+    if "RANK" in said:
+        return said["RANK"] == "0"
+    if "LOCAL_RANK" in said:
+        return said["LOCAL_RANK"] == said.get("NODE_RANK", "0") == "0"
+    return said.get("SLURM_PROCID", "0") == "0"
 
 
 def first_device(devices: Any) -> int | list[int]:

@@ -109,13 +109,14 @@ class Job:
             ConfigError: The settings contradict each other.
         """
         num_devices = self.devices.count
+        releases = bool(self.model.get("gradient_release"))
+        self._check_release(releases)
         micro = int(self.data["micro_batch_size"] or max(1, self.batch_size // num_devices))
         if micro < 1 or self.batch_size % (micro * num_devices):
             over = f" x trainer.devices {num_devices}" if num_devices > 1 else ""
             raise ConfigError(
                 f"data.micro_batch_size {micro}{over} must divide data.batch_size {self.batch_size}"
             )
-        releases = bool(self.model.get("gradient_release"))
         if releases and micro != self.batch_size:
             raise ConfigError(
                 f"model.gradient_release cannot accumulate micro-batches of {micro} to "
@@ -137,23 +138,9 @@ class Job:
 
         Raises:
             ConfigError: Gradients would be released that the trainer is to clip or several devices
-                are to average, the levers are for another batch, or state would be offloaded from
-                the CPU.
+                are to average, or state would be offloaded from the CPU.
         """
-        count = self.devices.count
-        if levers.gradient_release and count > 1:
-            raise ConfigError(
-                f"gradient release needs one device, got {count}: what is to be averaged cannot be "
-                "spent at once; unset model.gradient_release, or make a plan for "
-                f"trainer.devices {count}"
-            )
-        if count > 1 and levers.batch_size * count != self.batch_size:
-            raise ConfigError(
-                f"{count} devices with micro-batches of {levers.micro_batch_size}, "
-                f"{levers.accumulate_grad_batches} accumulated, make a batch of "
-                f"{levers.batch_size * count}, not data.batch_size {self.batch_size}; make a plan "
-                f"for trainer.devices {count}"
-            )
+        self._check_release(levers.gradient_release)
         clip_val = self.trainer.get("gradient_clip_val")
         if levers.gradient_release and clip_val:
             raise ConfigError(
@@ -165,6 +152,26 @@ class Job:
                 "model.state_offload needs a GPU, and trainer.accelerator is cpu: there it is in "
                 "host memory anyway; leave it out"
             )
+
+    def spread(self, plan: FoldPlan) -> FoldPlan:
+        """Make a plan for one device one for these: the same batch, in micro-batches no larger.
+
+        Raises:
+            ConfigError: The devices do not divide the batch, or the plan is for another one.
+        """
+        count, levers = self.devices.count, plan.levers
+        if count == 1 or levers.batch_size * count == self.batch_size:
+            return plan
+        if levers.batch_size != self.batch_size or self.batch_size % count:
+            raise ConfigError(
+                f"the plan takes {levers.batch_size} rows a step on one device, which {count} "
+                f"devices cannot divide into data.batch_size {self.batch_size}; make a plan for "
+                f"trainer.devices {count}"
+            )
+        rows = self.batch_size // count
+        micro = next(n for n in range(levers.micro_batch_size, 0, -1) if rows % n == 0)
+        spread = replace(levers, micro_batch_size=micro, accumulate_grad_batches=rows // micro)
+        return replace(plan, levers=spread)
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
         """Make the module; weights come with `configure_model`.
@@ -237,6 +244,15 @@ class Job:
     def plan_at(self, level: int) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at the settings' own levers."""
         return self.new_module().uniform_plan(level, self.levers)
+
+    def _check_release(self, releases: bool) -> None:
+        count = self.devices.count
+        if releases and count > 1:
+            raise ConfigError(
+                f"gradient release needs one device, got {count}: what is to be averaged cannot be "
+                "spent at once; unset model.gradient_release, or make a plan for "
+                f"trainer.devices {count}"
+            )
 
     def _together(self) -> dict[str, Any]:
         """Say to Lightning how the devices work together; the data module gives each its rows."""

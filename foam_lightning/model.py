@@ -1,6 +1,7 @@
 """LLaMA through transformers: describe, build, load and save it."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -9,15 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from foam_lightning.devices import is_first_process
 from foam_lightning.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 # Causal attention without a mask, under a name of our own. Under "sdpa" transformers looks at the
 # values of a mask it makes for every forward pass to find that it is not needed: a GPU waits for
@@ -171,11 +168,22 @@ def load(folder: str) -> "LlamaForCausalLM":
     return _without_mask(model)
 
 
-def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+def save(
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a Hugging Face folder beside `folder` and rename it, so that no half one is ever seen.
 
     The model's special tokens become the tokenizer's, so that whoever loads it stops at the right
-    one.
+    one. Of several processes that train together the first alone writes.
+
+    Args:
+        model: Says what it is, and has the weights where they are not given.
+        tokenizer: Goes with it.
+        folder: Replaced if it exists.
+        weights: Whole, by name, where the model has but a share of them.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -184,7 +192,11 @@ def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    _write(folder, model, tokenizer)
+    _write(
+        folder,
+        lambda beside: model.save_pretrained(beside, state_dict=weights),
+        tokenizer.save_pretrained,
+    )
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -193,16 +205,18 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     Raises:
         CheckpointError: The folder cannot be written.
     """
-    _write(folder, tokenizer)
+    _write(folder, tokenizer.save_pretrained)
 
 
-def _write(folder: Path, *parts: "PreTrainedModel | PreTrainedTokenizerBase") -> None:
+def _write(folder: Path, *parts: Callable[[Path], object]) -> None:
+    if not is_first_process():
+        return
     beside = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        for part in parts:
-            part.save_pretrained(beside)
+        for write_part in parts:
+            write_part(beside)
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
     except OSError as error:

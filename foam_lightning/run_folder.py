@@ -2,11 +2,17 @@
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from foam_lightning.devices import is_first_process
 from foam_lightning.errors import ConfigError
+
+# How long a process waits for the first one to open the folder, and how often it looks.
+_PATIENCE_SECONDS = 600.0
+_GLANCE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class RunFolder:
     def open(cls, root: Path, name: str, settings: str) -> Self:
         """Continue the newest version if it is unfinished and has the same settings.
 
-        Otherwise start the next version.
+        Otherwise start the next version. Of several processes that train together the first starts
+        it, and the others wait for it.
 
         Args:
             root: The folder of all runs.
@@ -36,6 +43,16 @@ class RunFolder:
             ConfigError: The folder cannot be written.
         """
         found = cls.unfinished(root, name, settings)
+        if not is_first_process():
+            until = time.monotonic() + _PATIENCE_SECONDS
+            while found is None and time.monotonic() < until:
+                time.sleep(_GLANCE_SECONDS)
+                found = cls.unfinished(root, name, settings)
+            if found is None:
+                raise ConfigError(
+                    f"the first process has opened no run folder in {root / name}; look at what it "
+                    "says, and let all processes see the same --runs"
+                )
         if found is not None:
             return found
         fresh = cls(root / name / f"version_{_newest(root / name) + 1}")
@@ -133,7 +150,12 @@ def _digest(settings: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that no half file is ever seen."""
+    """Write beside `path` and rename, so that no half file is ever seen.
+
+    Of several processes that train together the first alone writes.
+    """
+    if not is_first_process():
+        return
     beside = path.with_name(path.name + ".part")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)

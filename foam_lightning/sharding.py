@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 # They run the model in pieces, not through its `forward`.
 _FORWARD_METHODS = ("training_step", "validation_step")
@@ -43,3 +44,8 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, prec
         fully_shard(part, mesh=mesh, mp_policy=policy)
     for method in _FORWARD_METHODS:
         register_fsdp_forward_method(module, method)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Give the rows of a divided tensor that this process has, any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -133,6 +133,10 @@ class _TokenCount(Callback):
         outputs = args[2]
         if isinstance(outputs, Mapping):
             self.num_tokens += int(outputs["num_tokens"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counted = torch.tensor(self.num_tokens, device=pl_module.device)
+        self.num_tokens = int(trainer.strategy.reduce(counted, reduce_op="sum"))
 
 
 def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:

@@ -37,7 +37,8 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 def at_step(step: int) -> Any:
-    return SimpleNamespace(global_step=step, world_size=2)
+    strategy = SimpleNamespace(reduce=lambda tensor, **_: tensor)
+    return SimpleNamespace(global_step=step, world_size=2, strategy=strategy)
 
 
 @pytest.mark.parametrize("level", [1, 2, 4, 8])

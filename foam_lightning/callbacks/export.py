@@ -23,10 +23,12 @@ class Export(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if (
-            trainer.is_global_zero
-            and isinstance(pl_module, LlamaFoam)
-            and pl_module.model is not None
-            and isinstance(data, TextData)
-        ):
-            save(pl_module.model, data.tokenizer, self._folder)
+        if not isinstance(pl_module, LlamaFoam) or not isinstance(data, TextData):
+            return
+        if pl_module.model is None:
+            return
+        weights = None
+        if pl_module.device_mesh is not None:  # every rank gives its share to the first
+            gathered = trainer.strategy.lightning_module_state_dict()
+            weights = {name.removeprefix("model."): whole for name, whole in gathered.items()}
+        save(pl_module.model, data.tokenizer, self._folder, weights)

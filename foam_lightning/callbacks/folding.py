@@ -10,6 +10,7 @@ from typing_extensions import override
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.fold import fold, unfold
 from foam_lightning.roles import role_of
+from foam_lightning.sharding import local
 
 # All gradients are alive here, which may be the peak of the step: a matrix is looked at some rows
 # at a time, so that what this adds stays below 5 MB.
@@ -42,11 +43,14 @@ class ResidualEnergy(Callback):
             if level == 0 or parameter.grad is None:
                 continue
             num_rows = max(1, _PART_ELEMENTS // parameter.shape[-1])
-            for rows in parameter.grad.split(num_rows):
+            for rows in local(parameter.grad).split(num_rows):
                 grad = rows.float()
                 residual = grad - unfold(fold(grad, level), level, grad.shape[-1])
                 squares[role_of(name)][0] += float(residual.square().sum())
                 squares[role_of(name)][1] += float(grad.square().sum())
-        for role, (of_residual, of_grad) in squares.items():
+        # Every rank has its rows of a sharded gradient, or the whole: then all count as often.
+        sums = torch.tensor(list(squares.values()), dtype=torch.float64, device=pl_module.device)
+        totals = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        for role, (of_residual, of_grad) in zip(squares, totals, strict=True):
             if of_grad:
                 pl_module.log(f"folding/residual_{role}", (of_residual / of_grad) ** 0.5)

@@ -47,6 +47,30 @@ class EpochSampler(StatefulDistributedSampler):
         self._resumed = True
 
 
+class ShareOfRows(Dataset[Row]):
+    """Every rank's share of rows, as many for each; a row too few is one of padding alone.
+
+    Ranks must run as many batches as each other: to gather weights they wait for one another.
+
+    Args:
+        rows: All rows, by position.
+        world: Ranks.
+        rank: Whose share this is.
+    """
+
+    def __init__(self, rows: Sequence[Row], world: int, rank: int) -> None:
+        self._rows = rows
+        self._world = world
+        self._rank = rank
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._world)
+
+    def __getitem__(self, index: int) -> Row:
+        position = index * self._world + self._rank
+        return self._rows[position] if position < len(self._rows) else Row(input_ids=[])
+
+
 def resumable_loader(
     rows: Dataset[Row],
     collate: Collate,

@@ -159,8 +159,7 @@ class TextData(LightningDataModule):
         """Serve the training rows in an order that resumes exactly, in or between epochs."""
         from foam_lightning.data.loader import EpochSampler, resumable_loader
 
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        world, rank = self._ranks()
         if self.streaming:
             rows, sampler = self._streamed_rows(world, rank), None
         else:
@@ -175,13 +174,20 @@ class TextData(LightningDataModule):
         )
 
     def val_dataloader(self) -> "DataLoader[Row]":
-        """Serve the same validation rows in the same order, every time."""
+        """Serve the same validation rows in the same order, every time; to each rank its share."""
+        from foam_lightning.data.loader import ShareOfRows
+
+        world, rank = self._ranks()
         return DataLoader(
-            self._validation,
+            ShareOfRows(self._validation, world, rank) if world > 1 else self._validation,
             batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             collate_fn=self._collate,
         )
+
+    def _ranks(self) -> tuple[int, int]:
+        """Tell how many ranks share the rows, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _check(self) -> None:
         for name in ("sequence_length", "batch_size", "micro_batch_size", "validation_sequences"):
