@@ -76,7 +76,7 @@ def main() -> int:
     limit_bytes, start, *words = sys.argv[1:]
     if words[0] == "--die":
         words = words[1:]
-        os.execv = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
+        os.execv = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     sys.argv = ["cli.py", *words]
     with limited(lambda: int(limit_bytes) if Path(start).exists() else float("inf")):
         return cli.main()

@@ -44,6 +44,20 @@ def test_the_wall_falls_with_the_run_that_broke_at_it() -> None:
     assert gpu.asked == ["limit 0.5", "limit 1"]
 
 
+def break_at_a_wall(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: float) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with wall(gpu, 12 * GB, 0):
+        monkeypatch.setattr(gpu, "limit", refuse)
+        raise torch.OutOfMemoryError
+
+
+def test_a_context_that_broke_does_not_hide_what_broke_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        break_at_a_wall(FakeGpu(), monkeypatch)
+
+
 @pytest.mark.parametrize(("budget", "share"), [(48 * GB, "1"), (GB // 4, "0")])
 def test_the_wall_stays_within_the_card(budget: int, share: str) -> None:
     gpu = FakeGpu()
@@ -127,7 +141,11 @@ def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.Monk
     asked: list[Any] = []
 
     def answer(name: str, value: Any) -> None:
-        monkeypatch.setattr(torch.cuda, name, lambda *words: asked.append((name, *words)) or value)
+        def note(*words: Any) -> Any:
+            asked.append((name, *words))
+            return value
+
+        monkeypatch.setattr(torch.cuda, name, note)
 
     answer("mem_get_info", (5, 7))
     answer("get_device_name", "Card")

@@ -11,6 +11,7 @@ from foam_lightning.run_folder import RunFolder, write_json
 from foam_lightning.training import Trained, train, versions
 from foam_lightning.units import in_words
 from tuner.fitting import Fitting
+from tuner.guard import Fallback
 from tuner.run import Tuned, tune
 from tuner.search import TuneOptions
 
@@ -68,12 +69,18 @@ def fit(
         pictures=tuned.pictures if tuned else None,
         ckpt_path=ckpt_path,
     )
-    summary = _summary(job, predicted, tuned, trained)
+    fallback = Fallback.load(folder.fallback)
+    summary = {
+        **_figures(predicted, tuned, trained),
+        "fallbacks": len(fallback.events) if fallback else 0,
+        "versions": versions(),
+        "seed": job.seed,
+    }
     write_json(folder.summary, summary)
     return summary
 
 
-def _summary(job: Job, predicted: int, tuned: Tuned | None, trained: Trained) -> dict[str, Any]:
+def _figures(predicted: int, tuned: Tuned | None, trained: Trained) -> dict[str, Any]:
     outcome = tuned.outcome if tuned else None
     return {
         "predicted_peak_bytes": predicted,
@@ -84,6 +91,4 @@ def _summary(job: Job, predicted: int, tuned: Tuned | None, trained: Trained) ->
         "final_validation_loss": trained.final_validation_loss,
         "validation_tokens": trained.validation_tokens,
         "tokens_per_second": trained.tokens_per_second,
-        "versions": versions(),
-        "seed": job.seed,
     }

@@ -14,6 +14,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from foam_lightning.errors import ConfigError, FellBackError, PlanError
+from foam_lightning.job import Job
 from foam_lightning.memory.account import optimizer_state_bytes
 from foam_lightning.memory.device import Gpu, shortfall, wall
 from foam_lightning.memory.price import prices
@@ -147,10 +148,7 @@ def _fall_back(
     )
     rung = None
     if len(events) < MOST_FALLBACKS:
-        with suppress(ConfigError):  # the settings contradict it
-            rung = fitting.ladder.next_rung(plan.levers, peak)
-            if rung is not None:
-                fitting.job.check(rung)
+        rung = _allowed(fitting.ladder.next_rung(plan.levers, peak), fitting.job)
     if rung is None:
         fell = f" after {len(events)} fall-backs" if events else ""
         raise MemoryShortageError(
@@ -173,6 +171,16 @@ def _fall_back(
     }
     write_json(folder.fallback, {"levers": asdict(rung), "events": [*events, event]})
     return f"{shortage} ({figures}); from here on {_pulled(plan, rung, fitting)}"
+
+
+def _allowed(levers: Levers | None, job: Job) -> Levers | None:
+    """Leave out levers that the settings contradict."""
+    try:
+        if levers is not None:
+            job.check(levers)
+    except ConfigError:
+        return None
+    return levers
 
 
 def _pulled(before: FoldPlan, after: Levers, fitting: Fitting) -> str:

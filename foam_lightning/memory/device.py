@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -152,7 +152,8 @@ def wall(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        gpu.limit(1.0)
+        with suppress(RuntimeError):  # a context that broke takes no orders
+            gpu.limit(1.0)
 
 
 def shortfall(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> str | None:

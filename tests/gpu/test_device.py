@@ -16,7 +16,7 @@ MB = 10**6
 def test_nothing_is_reserved_beyond_the_wall() -> None:
     gpu, costs = Gpu(), Gpu().measure()
     budget = costs.context + torch.cuda.memory_reserved() + 500 * MB
-    kept = []
+    kept: list[torch.Tensor] = []
     gpu.forget_peaks()
     with wall(gpu, budget, costs.context):
         with pytest.raises(torch.OutOfMemoryError) as caught:
