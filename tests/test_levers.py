@@ -58,9 +58,12 @@ def in_order_of_price(ladder: Ladder) -> list[Levers]:
     ):
         batch = start.batch_size
         sizes = [size for size in divisors(batch) if size <= start.micro_batch_size]
+        least = ladder.selective_rows if checkpointing == (True, True) != asked else 1
         for size, chunked in product(
             [batch] if release else sizes, sorted({start.chunked_loss, True})
         ):
+            if size < least:
+                continue
             found.append(
                 Levers(
                     micro_batch_size=size,
@@ -104,7 +107,12 @@ def ladders(draw: st.DrawFn) -> Ladder:
         state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
         state_offload=on_gpu and draw(st.booleans()),
     )
-    return Ladder(start, on_gpu=on_gpu, can_release=releases or draw(st.booleans()))
+    return Ladder(
+        start,
+        on_gpu=on_gpu,
+        can_release=releases or draw(st.booleans()),
+        selective_rows=draw(st.sampled_from([1, 2, 7, 1000])),
+    )
 
 
 sizes = st.integers(0, 1000)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from foam_lightning.memory.price import prices
+from foam_lightning.memory.price import prices, selective_rows
 from foam_lightning.plan import Levers
 
 PLAIN = Levers(micro_batch_size=4)
@@ -34,6 +34,13 @@ def test_work_is_a_share_of_the_products_of_three_passes(
 def test_selective_checkpointing_makes_no_product_again() -> None:
     levers = replace(PLAIN, activation_checkpointing=True, selective_checkpointing=True)
     assert list(prices(levers, SHAPES, 1)) == ["selective_checkpointing"]
+
+
+def test_selective_checkpointing_pays_from_some_work_on() -> None:
+    # A row of 10 tokens makes 2 * 10 * 22500 multiplications in each of the two layers.
+    assert selective_rows(SHAPES, 10, on_gpu=False) == 1112  # 5 ms * 1e11 / 450e3, rounded up
+    assert selective_rows(SHAPES, 10, on_gpu=True) == 1_111_112
+    assert selective_rows(SHAPES, 10**9, on_gpu=True) == 1
 
 
 def test_state_in_host_memory_crosses_the_bus_there_and_back() -> None:

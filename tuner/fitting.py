@@ -7,6 +7,7 @@ from foam_lightning.errors import InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
 from foam_lightning.memory.levers import MAX_LEVEL, TARGET_LEVEL, Ladder
+from foam_lightning.memory.price import selective_rows
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
 from tuner.space import Knobs, decode, state_bytes_table
@@ -43,7 +44,14 @@ class Fitting:
         self.budget_bytes = budget_bytes
         self.module: LlamaFoam = job.new_module()
         self.accountant: Accountant = job.new_accountant()
-        self.ladder = Ladder(job.levers, on_gpu=job.on_gpu, can_release=job.devices.count == 1)
+        self.ladder = Ladder(
+            job.levers,
+            on_gpu=job.on_gpu,
+            can_release=job.devices.count == 1,
+            selective_rows=selective_rows(
+                self.module.shapes, int(job.data["sequence_length"]), on_gpu=job.on_gpu
+            ),
+        )
 
     @cached_property
     def _foldable(self) -> dict[str, tuple[int, ...]]:
@@ -156,7 +164,7 @@ class Fitting:
         allowed = min(state_bytes, self.state_allowance)
         while True:
             levels = decode(shapes, knobs, LEVELS, costs, allowed)
-            plan = replace(self.uniform(0), levels=levels, scales=dict.fromkeys(LEVELS, 1.0))
+            plan = replace(self.uniform(0), levels=levels)
             excess = self.accountant.account(plan).peak_bytes - self.budget_bytes
             if excess <= 0 or allowed == least:
                 return levels
@@ -185,8 +193,8 @@ class Fitting:
             self.uniform(0),
             levels=levels,
             scales={
-                level: hp["scale"] if level else hp["unfolded_scale"]
-                for level in set(levels.values())
+                name: hp["scale"] if level else hp["unfolded_scale"]
+                for name, level in levels.items()
             },
         )
 

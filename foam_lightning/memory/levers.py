@@ -33,11 +33,14 @@ class Ladder:
         on_gpu: Whether state may go to int8 and to host memory: a CPU has no compiled update of
             int8 state, which takes 30 times as long there, and no other memory.
         can_release: Whether gradients may be released, which one device alone can do.
+        selective_rows: Rows from which a micro-batch takes longer to run forward again than torch
+            takes to choose what to keep: with fewer, selective checkpointing is the dearer one.
     """
 
     start: Levers
     on_gpu: bool = True
     can_release: bool = True
+    selective_rows: int = 1
 
     def cheapest(self, fits: Fits) -> Levers | None:
         """Find the cheapest levers that fit.
@@ -70,7 +73,7 @@ class Ladder:
         releases = self._choices("gradient_release")
         bases = list(self._bases(offload))
         dearest = [bases[len(bases) * (at + 1) // len(releases) - 1] for at in range(len(releases))]
-        stages = [_micro_batches(base) for base in dearest]
+        stages = [self._micro_batches(base) for base in dearest]
         ends = [levers for stage in stages for levers in (stage[0], stage[-1])]
         return list(dict.fromkeys(way for end in ends for way in (self._whole(end), end)))
 
@@ -92,7 +95,7 @@ class Ladder:
             rung
             for offload in self._choices("state_offload")
             for base in self._bases(offload)
-            for chunked in _micro_batches(base)
+            for chunked in self._micro_batches(base)
             for rung in (self._whole(chunked), chunked)
             if rung.state_dtype == levers.state_dtype and _price(rung) > now
         )
@@ -132,16 +135,28 @@ class Ladder:
 
     def _best(self, base: Levers, fits: Callable[[Levers], bool]) -> Levers | None:
         """Find the largest micro-batch that fits, with the loss in one piece if that fits too."""
-        # Chunks save logits, but each makes a gradient of the head; a few rows have fewer logits.
-        first, *rest = _micro_batches(base)
 
+        # Chunks save logits, but each makes a gradient of the head; a few rows have fewer logits.
         def either_fits(levers: Levers) -> bool:
             return fits(levers) or fits(self._whole(levers))
 
-        found = first if either_fits(first) else _largest(rest, either_fits)
+        first, rest = (ways := self._micro_batches(base))[:1], ways[1:]
+        found = first[0] if first and either_fits(first[0]) else _largest(rest, either_fits)
         if found is None:
             return None
         return self._whole(found) if fits(self._whole(found)) else found
+
+    def _micro_batches(self, base: Levers) -> list[Levers]:
+        """List what to split the batch into, the largest first; with release, it stays whole."""
+        batch, largest = base.batch_size, base.micro_batch_size
+        least = batch if base.gradient_release else 1
+        if base.selective_checkpointing and not self.start.selective_checkpointing:
+            least = max(least, self.selective_rows)
+        return [
+            replace(base, micro_batch_size=size, accumulate_grad_batches=batch // size)
+            for size in range(largest, least - 1, -1)
+            if batch % size == 0
+        ]
 
     def _whole(self, levers: Levers) -> Levers:
         return replace(levers, chunked_loss=self.start.chunked_loss)
@@ -163,17 +178,6 @@ def _largest(stage: list[Levers], fits: Callable[[Levers], bool]) -> Levers | No
         else:
             low = middle + 1
     return stage[low]
-
-
-def _micro_batches(levers: Levers) -> list[Levers]:
-    if levers.gradient_release:
-        return [levers]
-    batch = levers.batch_size
-    sizes = (size for size in range(levers.micro_batch_size, 0, -1) if batch % size == 0)
-    return [
-        replace(levers, micro_batch_size=size, accumulate_grad_batches=batch // size)
-        for size in sizes
-    ]
 
 
 def _price(levers: Levers) -> tuple[int, ...]:

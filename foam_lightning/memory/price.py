@@ -9,6 +9,7 @@ from foam_lightning.units import in_words
 
 # Forward, and in backward the gradients of both factors.
 _PASSES = 3
+_CHOOSING_SECONDS = 5e-3
 
 
 def prices(
@@ -46,6 +47,27 @@ def prices(
         crossing = in_words(2 * state_bytes)
         found["state_offload"] = f"{crossing} cross the bus in every step"
     return found
+
+
+def selective_rows(
+    shapes: Mapping[str, tuple[int, ...]], sequence_length: int, *, on_gpu: bool
+) -> int:
+    """Count the rows from which a micro-batch is worth checkpointing selectively.
+
+    torch chooses what to keep operator by operator, in Python: 5 ms for each layer, forward and
+    backward (4.4 to 4.7 ms more than whole checkpointing, measured on a 2.5 GHz core). In that time
+    the products of a few rows are made again. That a device makes 1e14 of them a second, and a CPU
+    1e11, is an assumption.
+
+    Args:
+        shapes: Shape of every parameter by name, in elements.
+        sequence_length: Tokens in a row.
+        on_gpu: Whether a GPU makes the products.
+    """
+    decoder, _ = _products(shapes)
+    num_layers = len({layer_of(name) for name in shapes} - {None})
+    per_row = 2 * sequence_length * decoder / max(1, num_layers)
+    return math.ceil(_CHOOSING_SECONDS * (1e14 if on_gpu else 1e11) / max(1.0, per_row))
 
 
 def _products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
