@@ -107,6 +107,19 @@ def test_what_cannot_be_a_context_is_not_kept(cache: Path, context: int) -> None
     assert not cache.exists()
 
 
+def test_a_card_that_is_full_is_not_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, errors = FakeGpu(), [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("broken")]
+
+    def fail() -> DeviceCosts:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(gpu, "measure", fail)
+    assert calibrate(gpu) == DeviceCosts()
+    with pytest.raises(RuntimeError, match="broken"):
+        calibrate(gpu)
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "cut"])
 def test_a_damaged_record_is_made_anew(cache: Path, content: str) -> None:
     cache.parent.mkdir()

@@ -187,7 +187,12 @@ def calibrate(gpu: Gpu) -> DeviceCosts:
     kept = _read_costs()
     if _identity(gpu) in kept:
         return known_costs(gpu)
-    costs = gpu.measure()
+    try:
+        costs = gpu.measure()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return DeviceCosts()
     if not 0 < costs.context <= _MOST_CONTEXT_BYTES:
         return DeviceCosts()
     path = _costs_file()
