@@ -151,7 +151,7 @@ class LlamaFoam(LightningModule):
         return FoldPlan(
             model=llama.fingerprint(self.llama_config()),
             levels=dict.fromkeys(self.foldable, level),
-            scales={level: hp["scale"] if level else hp["unfolded_scale"]},
+            scales=dict.fromkeys(self.foldable, hp["scale"] if level else hp["unfolded_scale"]),
             lr=hp["lr"],
             levers=levers,
         )

@@ -9,7 +9,9 @@ from typing import Literal, Self, get_args
 from foam_lightning.errors import PlanError
 from foam_lightning.run_folder import write_text
 
-SCHEMA = "foam-lightning/fold-plan/1"
+SCHEMA = "foam-lightning/fold-plan/2"
+# It had one scale for all matrices of a level, as {"2": 0.25}; files of it are still read.
+_SCALES_BY_LEVEL = "foam-lightning/fold-plan/1"
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 Fingerprint = Mapping[str, int | bool]
@@ -71,21 +73,22 @@ class FoldPlan:
     Attributes:
         model: The fingerprint of the model that the plan is for: its sizes by name.
         levels: Fold level by qualified parameter name, for every matrix that folds.
-        scales: The factor on the learning rate by level, for the matrices in `levels`.
+        scales: The factor on the learning rate by qualified parameter name, above 0; the names
+            are those of `levels`.
         lr: The peak learning rate.
         levers: The other memory settings.
     """
 
     model: Fingerprint
     levels: Mapping[str, int]
-    scales: Mapping[int, float]
+    scales: Mapping[str, float]
     lr: float
     levers: Levers
 
     def to_json(self) -> str:
         """Write the plan as JSON text with a fixed order of keys, so that equal plans are equal."""
         content = {"schema": SCHEMA, **asdict(self)}
-        content["scales"] = {str(level): self.scales[level] for level in sorted(self.scales)}
+        content["scales"] = {name: self.scales[name] for name in self.levels}
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -93,7 +96,7 @@ class FoldPlan:
         """Read a plan back.
 
         Args:
-            text: What `to_json` wrote.
+            text: What `to_json` wrote, now or when a plan had a scale by level.
             source: What to call the text in an error, such as its file name.
 
         Raises:
@@ -104,13 +107,16 @@ class FoldPlan:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON ({error}); pass a fold_plan.json") from error
-        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
-            raise PlanError(f"{source} is not a fold plan: its schema must be {SCHEMA!r}")
-        try:
-            plan = cls(
-                **{**content, "levers": Levers(**content["levers"])}
-                | {"scales": {int(key): value for key, value in content["scales"].items()}}
+        schema = content.pop("schema", None) if isinstance(content, dict) else None
+        if schema not in (SCHEMA, _SCALES_BY_LEVEL):
+            raise PlanError(
+                f"{source} is not a fold plan: its schema must be {SCHEMA!r} or "
+                f"{_SCALES_BY_LEVEL!r}"
             )
+        try:
+            if schema == _SCALES_BY_LEVEL:
+                content["scales"] = _spread(content["scales"], content["levels"])
+            plan = cls(**{**content, "levers": Levers(**content["levers"])})
             plan._check()
         except KeyError as error:
             raise PlanError(f"{source} is not a valid fold plan: it has no {error}") from error
@@ -167,9 +173,10 @@ class FoldPlan:
             _expect(isinstance(size, int), f"model.{key} must be an integer, got {size!r}")
         for name, level in self.levels.items():
             _expect(_is_count(level, 0), f"the level of {name} must be 0 or more, got {level!r}")
-            _expect(level in self.scales, f"{name} has level {level}, which has no scale")
-        for level, scale in self.scales.items():
-            _expect(_is_positive(scale), f"the scale of level {level} must be > 0, got {scale!r}")
+            _expect(name in self.scales, f"{name} has a level and no scale; give it one")
+        for name, scale in self.scales.items():
+            _expect(name in self.levels, f"{name} has a scale and no level; give it one")
+            _expect(_is_positive(scale), f"the scale of {name} must be above 0, got {scale!r}")
         _expect(_is_positive(self.lr), f"lr must be above 0, got {self.lr!r}")
         for field in fields(Levers):
             value = getattr(self.levers, field.name)
@@ -179,6 +186,14 @@ class FoldPlan:
                 _expect(isinstance(value, bool), f"{field.name} must be a bool, got {value!r}")
         dtype = self.levers.state_dtype
         _expect(dtype in get_args(StateDtype), f"state_dtype {dtype!r} is not known")
+
+
+def _spread(by_level: Mapping[str, float], levels: Mapping[str, int]) -> dict[str, float]:
+    """Give every matrix the scale of its level."""
+    scales = {int(level): scale for level, scale in by_level.items()}
+    for name, level in levels.items():
+        _expect(level in scales, f"{name} has level {level!r}, which has no scale")
+    return {name: scales[level] for name, level in levels.items()}
 
 
 def _expect(holds: bool, message: str) -> None:

@@ -45,8 +45,7 @@ def plan_for(module: LlamaFoam, levels: int | str, levers: Levers) -> FoldPlan:
     if isinstance(levels, int):
         return module.uniform_plan(levels, levers)
     mixed = {name: (0, 3, 1, 8)[i % 4] for i, name in enumerate(module.foldable)}
-    scales = dict.fromkeys(mixed.values(), 0.1)
-    return replace(module.uniform_plan(0, levers), levels=mixed, scales=scales)
+    return replace(module.uniform_plan(0, levers), levels=mixed)
 
 
 def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Moment:

@@ -1,20 +1,27 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from foam_lightning.job import Job
 from foam_lightning.roles import ROLES, role_of
-from tests.benchmarks.kept_runs import ScaleByName
-from tests.benchmarks.scales import BY_ROLE, EQUAL, adam_rows, measure, rows_of
+from tests.benchmarks.scales import BY_ROLE, EQUAL, adam_rows, measure, rms_by_level, rows_of
 from tuner.objective import Bench
-from tuner.scales import rms_by_level
 
 RMS = {
     role: {level: 0.4 + 0.05 * level + 0.1 * i for level in range(9)}
     for i, role in enumerate(ROLES)
 }
 STEPS = 6
+SIZES = st.floats(1e-6, 1e6)
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (4, 4),
+    "model.layers.1.self_attn.q_proj.weight": (4, 4),
+    "model.layers.0.mlp.up_proj.weight": (16, 4),
+}
 
 
 def test_every_row_is_another_run(job: Job) -> None:
@@ -25,25 +32,23 @@ def test_every_row_is_another_run(job: Job) -> None:
 
 def test_the_rules_give_updates_of_the_size_of_uniform_level_2(job: Job) -> None:
     rms = rms_by_level(RMS, job.new_module().foldable)
-    target = job.plan_at(2).scales[2] * rms[2]
-    rows = rows_of(job, RMS, 3)
-    for row in rows:
+    folded = job.new_module().hparams["scale"]
+    for row in rows_of(job, RMS, 3):
         for name, level in row.plan.levels.items():
+            scale = row.plan.scales[name]
             if row.rule == EQUAL:
-                assert row.plan.scales[level] * rms[level] == pytest.approx(target, rel=5.1e-3)
+                assert scale * rms[level] == pytest.approx(folded * rms[2])
             if row.rule == BY_ROLE:
-                assert row.scales is not None
-                assert row.scales[name] * RMS[role_of(name)][level] == pytest.approx(target)
+                assert scale * RMS[role_of(name)][level] == pytest.approx(folded * rms[2])
 
 
-def test_scales_by_name_that_are_the_plans_change_nothing_and_others_do(job: Job) -> None:
-    plan, names = job.plan_at(2), job.new_module().foldable
-    bench = Bench(job)
-    plain = bench.run(plan, num_steps=STEPS, seed=0)
-    same = ScaleByName(dict.fromkeys(names, plan.scales[2]))
-    other = ScaleByName({n: 0.1 if role_of(n) == "q" else plan.scales[2] for n in names})
-    assert bench.run(plan, num_steps=STEPS, seed=0, callbacks=[same]) == plain
-    assert bench.run(plan, num_steps=STEPS, seed=0, callbacks=[other]) != plain
+@given(st.tuples(SIZES, SIZES))
+def test_the_rms_of_a_level_is_that_of_all_elements(sizes: tuple[float, float]) -> None:
+    q, up = sizes
+    found = rms_by_level({"q": {0: q, 2: 2 * q}, "up": {0: up, 2: 2 * up}}, SHAPES)
+    elements = [q] * 32 + [up] * 64
+    assert found[0] == pytest.approx(math.sqrt(math.fsum(x * x for x in elements) / 96))
+    assert found[2] == pytest.approx(2 * found[0])
 
 
 @pytest.mark.slow

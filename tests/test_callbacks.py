@@ -59,7 +59,7 @@ def test_gradients_that_agree_leave_nothing(logged: dict[str, float]) -> None:
     plan = module.uniform_plan(3, Levers(micro_batch_size=1))
     # One role stays unfolded, and one has no gradient.
     unfolded = {name: 0 if "q_proj" in name else level for name, level in plan.levels.items()}
-    module.follow(replace(plan, levels=unfolded, scales={0: 0.1, 3: 0.25}))
+    module.follow(replace(plan, levels=unfolded))
     module.configure_model()
     for name, parameter in module.named_parameters():
         parameter.grad = (

@@ -15,7 +15,7 @@ def candidate(kind: Kind, level: int, loss: float, state_bytes: int) -> Candidat
     plan = FoldPlan(
         model={},
         levels=levels,
-        scales=dict.fromkeys(levels.values(), 0.25),
+        scales=dict.fromkeys(levels, 0.25),
         lr=0.01,
         levers=Levers(micro_batch_size=1),
     )

@@ -55,7 +55,7 @@ def peak(fitting: Fitting, plan: FoldPlan) -> int:
 
 
 def with_levels(fitting: Fitting, levels: dict[str, int]) -> FoldPlan:
-    return replace(fitting.uniform(0), levels=levels, scales=dict.fromkeys(LEVELS, 1.0))
+    return replace(fitting.uniform(0), levels=levels)
 
 
 def test_every_plan_fits_whatever_the_budget(fit: Fit, span: tuple[int, int]) -> None:

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from foam_lightning import FOAM
@@ -54,16 +56,17 @@ def test_foldable_maps_names_to_shapes(model):
 def test_frozen_parameters_are_left_out(model):
     model.k_proj.weight.requires_grad_(False)
     assert list(foldable(model.named_parameters())) == ["q_proj.weight"]
-    groups = param_groups(
-        model.named_parameters(), {"q_proj.weight": 1, "k_proj.weight": 2}, {1: 0.25}, 0.1
-    )
+    levels = {"q_proj.weight": 1, "k_proj.weight": 2}
+    scales = dict.fromkeys(levels, 0.25)
+    groups = param_groups(model.named_parameters(), levels, scales, 0.1)
     assert [group["level"] for group in groups] == [1, 0]
     assert all("k_proj.weight" not in group for group in names(groups))
 
 
-def test_one_group_per_level_then_the_rest(model):
+def test_one_group_per_level_and_scale_then_the_rest(model):
     levels = {"q_proj.weight": 2, "k_proj.weight": 0}
-    groups = param_groups(model.named_parameters(), levels, {0: 0.1, 2: 0.25}, 0.1)
+    scales = {"k_proj.weight": 0.1, "q_proj.weight": 0.25}
+    groups = param_groups(model.named_parameters(), levels, scales, 0.1)
     assert names(groups) == [
         ["k_proj.weight"],
         ["q_proj.weight"],
@@ -74,13 +77,14 @@ def test_one_group_per_level_then_the_rest(model):
 
 
 def test_no_group_is_empty(model):
-    only = {"q_proj.weight": 1}
-    assert len(param_groups([("q_proj.weight", model.q_proj.weight)], only, {1: 1.0}, 0)) == 1
+    only, scales = {"q_proj.weight": 1}, {"q_proj.weight": 1.0}
+    assert len(param_groups([("q_proj.weight", model.q_proj.weight)], only, scales, 0)) == 1
     assert len(param_groups(model.named_parameters(), {}, {}, 0)) == 1
 
 
 def test_the_optimizer_takes_the_groups_and_their_names(model):
-    optimizer = FOAM(param_groups(model.named_parameters(), {"q_proj.weight": 1}, {1: 0.25}, 0.1))
+    levels, scales = {"q_proj.weight": 1}, {"q_proj.weight": 0.25}
+    optimizer = FOAM(param_groups(model.named_parameters(), levels, scales, 0.1))
     assert optimizer.param_groups[0]["param_names"] == ["q_proj.weight"]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -90,10 +94,41 @@ def test_the_optimizer_takes_the_groups_and_their_names(model):
 
 
 def test_a_level_without_a_scale_is_refused(model):
-    with pytest.raises(ValueError, match=r"no scale for fold level 3, only for \[0, 1\]"):
-        param_groups(model.named_parameters(), {"q_proj.weight": 3}, {0: 1.0, 1: 0.25}, 0.1)
+    levels = {"k_proj.weight": 1, "q_proj.weight": 3}
+    with pytest.raises(ValueError, match=r"1 parameters .* no scale, first q_proj\.weight"):
+        param_groups(model.named_parameters(), levels, {"k_proj.weight": 0.25}, 0.1)
 
 
 def test_levels_of_another_model_are_refused(model):
     with pytest.raises(ValueError, match=r"does not have, first model\.x"):
-        param_groups(model.named_parameters(), {"model.x": 3}, {3: 1.0}, 0.1)
+        param_groups(model.named_parameters(), {"model.x": 3}, {"model.x": 1.0}, 0.1)
+
+
+NAMES = [f"layers.{i}.q_proj.weight" for i in range(6)]
+WEIGHTS = {name: nn.Parameter(torch.zeros(2, 2)) for name in (*NAMES, "norm.weight")}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(NAMES), st.tuples(st.integers(0, 3), st.sampled_from([0.1, 0.25, 0.5]))
+    )
+)
+def test_groups_part_the_parameters_by_level_and_scale(settings):
+    levels = {name: level for name, (level, _) in settings.items()}
+    scales = {name: scale for name, (_, scale) in settings.items()}
+    *folded, rest = param_groups(WEIGHTS.items(), levels, scales, 0.1)
+    keys = [(group["level"], group["scale"]) for group in folded]
+    assert keys == sorted(set(settings.values()))
+    found = {name: key for key, group in zip(keys, names(folded), strict=True) for name in group}
+    assert found == settings
+    for group in (*names(folded), *names([rest])):
+        assert group == sorted(group, key=list(WEIGHTS).index)
+    assert {*found, *names([rest])[0]} == set(WEIGHTS)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), st.integers(0, 3)))
+def test_scales_by_level_make_one_group_per_level(levels):
+    # As plans had them: checkpoints of such a run keep their groups.
+    scales = {name: 0.25 if level else 0.1 for name, level in levels.items()}
+    *folded, _ = param_groups(WEIGHTS.items(), levels, scales, 0.1)
+    assert [group["level"] for group in folded] == sorted(set(levels.values()))

@@ -236,6 +236,6 @@ def test_a_uniform_plan_takes_the_scale_of_its_level(new_job: NewJob) -> None:
     job = new_job(model={"scale": 0.3, "unfolded_scale": 0.2, "lr": 0.5, "exclude": "embed|head|q"})
     for level, scale in ((0, 0.2), (4, 0.3)):
         plan = job.plan_at(level)
-        assert (plan.scales, plan.lr) == ({level: scale}, 0.5)
+        assert (plan.scales, plan.lr) == (dict.fromkeys(plan.levels, scale), 0.5)
         assert len(plan.levels) == 2 * 6
         assert not any("q_proj" in name for name in plan.levels)

@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 
 from foam_lightning.errors import PlanError
 from foam_lightning.plan import FoldPlan, Levers
+from tests.conftest import GOLDEN
 
 PLAN = FoldPlan(
     model={"num_hidden_layers": 1, "hidden_size": 8, "tie_word_embeddings": False},
     levels={"model.layers.0.q_proj.weight": 0, "model.layers.0.k_proj.weight": 3},
-    scales={3: 0.25, 0: 0.1},
+    scales={"model.layers.0.k_proj.weight": 0.25, "model.layers.0.q_proj.weight": 0.1},
     lr=0.01,
     levers=Levers(micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True),
 )
 CONTENT = json.loads(PLAN.to_json())
+# What PLAN was written as when a plan had a scale by level.
+BY_LEVEL = json.loads((GOLDEN / "plan_v1.json").read_text(encoding="utf-8"))
 
 positive = st.floats(min_value=1e-300, max_value=1e300)
 
@@ -26,12 +29,11 @@ positive = st.floats(min_value=1e-300, max_value=1e300)
 @st.composite
 def plans(draw: Callable[..., Any]) -> FoldPlan:
     levels = draw(st.dictionaries(st.text(), st.integers(0, 40)))
-    scales = {level: draw(positive) for level in levels.values()}
     releases, checkpoints = draw(st.booleans()), draw(st.booleans())
     return FoldPlan(
         model=draw(st.dictionaries(st.text(), st.integers() | st.booleans())),
         levels=levels,
-        scales=scales | draw(st.dictionaries(st.integers(0, 40), positive)),
+        scales={name: draw(positive) for name in levels},
         lr=draw(positive),
         levers=Levers(
             micro_batch_size=draw(st.integers(1, 10**6)),
@@ -54,15 +56,35 @@ def test_a_plan_survives_json(plan: FoldPlan) -> None:
 
 
 def test_equal_plans_are_equal_texts() -> None:
-    assert replace(PLAN, scales={0: 0.1, 3: 0.25}).to_json() == PLAN.to_json()
+    other_order = dict(reversed(PLAN.scales.items()))
+    assert replace(PLAN, scales=other_order).to_json() == PLAN.to_json()
 
 
 def test_the_format_stays_what_it_is(golden: Callable[[str, Any], None]) -> None:
-    golden("plan_v1", CONTENT)
+    golden("plan_v2", CONTENT)
+
+
+@given(plans(), st.dictionaries(st.integers(0, 40), positive))
+def test_a_plan_with_a_scale_by_level_is_still_read(
+    plan: FoldPlan, scales: dict[int, float]
+) -> None:
+    assert FoldPlan.from_json(json.dumps(BY_LEVEL)) == PLAN
+    scales = dict.fromkeys(plan.levels.values(), 1.0) | scales
+    content = json.loads(plan.to_json()) | {
+        "schema": BY_LEVEL["schema"],
+        "scales": {str(level): scale for level, scale in scales.items()},
+    }
+    assert FoldPlan.from_json(json.dumps(content)) == replace(
+        plan, scales={name: scales[level] for name, level in plan.levels.items()}
+    )
 
 
 def changed(**fields: Any) -> str:
     return json.dumps({**CONTENT, **fields})
+
+
+def by_level(**fields: Any) -> str:
+    return json.dumps({**BY_LEVEL, **fields})
 
 
 def with_levers(**fields: Any) -> str:
@@ -73,6 +95,10 @@ def without(key: str) -> str:
     return json.dumps({name: value for name, value in CONTENT.items() if name != key})
 
 
+def at_level(level: Any) -> str:
+    return changed(levels={"a\nb": level}, scales={"a\nb": 1.0})
+
+
 MALFORMED = {
     "empty": "",
     "cut off": PLAN.to_json()[:-20],
@@ -80,7 +106,8 @@ MALFORMED = {
     "null": "null",
     "a list": "[]",
     "no schema": without("schema"),
-    "another schema": changed(schema="foam-lightning/fold-plan/2"),
+    "another schema": changed(schema="foam-lightning/fold-plan/3"),
+    "a schema of a list": changed(schema=["foam-lightning/fold-plan/2"]),
     "no levels": without("levels"),
     "no levers": without("levers"),
     "no lr": without("lr"),
@@ -91,14 +118,22 @@ MALFORMED = {
     "model of a list": changed(model=[1]),
     "model of texts": changed(model={"hidden_size": "8"}),
     "levels of a list": changed(levels=[1]),
-    "fractional level": changed(levels={"a": 1.5}),
-    "negative level": changed(levels={"a\nb": -1}),
-    "bool for a level": changed(levels={"a": True}),
-    "level without scale": changed(levels={"a": 7}),
-    "scale of no level": changed(scales={"x": 1.0}),
+    "fractional level": at_level(1.5),
+    "negative level": at_level(-1),
+    "bool for a level": at_level(True),
+    "level without scale": changed(scales={}),
+    "scale without level": changed(levels={}),
     "scales of a list": changed(scales=[1.0]),
-    "scale of zero": changed(scales={"0": 0.1, "3": 0}),
-    "scale of a text": changed(scales={"0": 0.1, "3": "1"}),
+    "scale of zero": changed(scales=dict.fromkeys(PLAN.levels, 0)),
+    "scale of a text": changed(scales=dict.fromkeys(PLAN.levels, "1")),
+    "by level: a level without scale": by_level(levels={"a\nb": 7}),
+    "by level: scale of no level": by_level(scales={"x": 1.0}),
+    "by level: no scales": json.dumps({k: v for k, v in BY_LEVEL.items() if k != "scales"}),
+    "by level: scales of a list": by_level(scales=[1.0]),
+    "by level: levels of a list": by_level(levels=[1]),
+    "by level: a list for a level": by_level(levels={"a": []}),
+    "by level: bool for a level": by_level(levels={"a": True}, scales={"1": 1.0}),
+    "by level: scale of zero": by_level(scales={"0": 0.1, "3": 0}),
     "lr not a number": changed(lr=float("nan")),
     "lr infinite": changed(lr=float("inf")),
     "lr null": changed(lr=None),
@@ -129,7 +164,8 @@ def test_a_malformed_text_is_one_line_that_names_the_source(text: str) -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
 def test_any_other_json_is_a_plan_error(content: Any) -> None:
-    for text in (json.dumps(content), changed(levels=content), changed(levers=content)):
+    texts = [changed(levels=content), changed(scales=content), changed(levers=content)]
+    for text in (json.dumps(content), *texts, by_level(levels=content), by_level(scales=content)):
         with pytest.raises(PlanError):
             FoldPlan.from_json(text)
 

@@ -11,6 +11,7 @@ from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.fold import fold
+from foam_lightning.plan import FoldPlan
 from foam_lightning.roles import ROLES, role_of
 from tuner.objective import Bench
 from tuner.probe import LEVELS, UpdateProbe
@@ -46,11 +47,15 @@ class Witness(Callback):
                 self.updates[name] = self.before[name] - parameter.detach()
 
 
+def at_scale_1(plan: FoldPlan) -> FoldPlan:
+    return replace(plan, scales=dict.fromkeys(plan.levels, 1.0))
+
+
 @pytest.fixture(scope="module")
 def probed(new_job: Callable[..., Job]) -> tuple[Job, UpdateProbe, Witness]:
     job = new_job()
     # At scale 1 and without decay, the change of the weights over lr is the direction itself.
-    plan = replace(job.plan_at(0), scales={0: 1.0})
+    plan = at_scale_1(job.plan_at(0))
     probe, witness = UpdateProbe(AT_STEP), Witness()
     Bench(job).run(plan, num_steps=6, seed=0, callbacks=[probe, witness])
     return job, probe, witness
@@ -61,7 +66,7 @@ def test_the_probe_sees_what_the_optimizer_makes_of_gradient_and_state(
     new_job: Callable[..., Job], model: dict[str, Any]
 ) -> None:
     job = new_job(model=model)
-    plan = replace(job.plan_at(0), scales={0: 1.0})
+    plan = at_scale_1(job.plan_at(0))
     probe, witness = UpdateProbe(AT_STEP), Witness()
     Bench(job).run(plan, num_steps=6, seed=0, callbacks=[probe, witness])
     expected = rms_by_role({n: u / witness.rate for n, u in witness.updates.items()})

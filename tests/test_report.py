@@ -43,7 +43,11 @@ def uniform_plan(level: int, num_layers: int = 4) -> FoldPlan:
     return FoldPlan(
         model={"hidden_size": 128},
         levels={name_of(i, role): level for i in range(num_layers) for role in ROLES},
-        scales={level: 0.25 if level else 0.05},
+        scales={
+            name_of(i, role): 0.25 if level or role in ("q", "k") else 0.1
+            for i in range(num_layers)
+            for role in ROLES
+        },
         lr=0.02,
         levers=Levers(micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True),
     )
@@ -55,7 +59,8 @@ def mixed_plan(num_layers: int = 4) -> FoldPlan:
     last = {
         name_of(num_layers - 1, role): level for role, level in (("q", 1), ("k", 1), ("down", 4))
     }
-    return replace(plan, levels={**plan.levels, **last}, scales={1: 0.2, 2: 0.25, 4: 0.3})
+    scales = {name: {1: 0.2, 2: 0.25, 4: 0.3}[level] for name, level in last.items()}
+    return replace(plan, levels={**plan.levels, **last}, scales={**plan.scales, **scales})
 
 
 def run_at(loss: float) -> ShortRun:
@@ -71,7 +76,6 @@ def outcome_of(winner: Candidate, *others: Candidate, searched: list[Searched]) 
         against_winner={c.label: paired_difference([c.run], [winner.run]) for c in others},
         searched=searched,
         update_rms=RMS,
-        scales="Nothing rests on it.",
         adam_state_bytes=ADAM_STATE,
         short_run_steps=160,
         reason=f"{winner.label} is better than every other finalist beyond its interval",
@@ -364,8 +368,11 @@ def test_the_report_gives_figures_that_can_be_checked_by_hand(tmp_path: Path) ->
     lines = (tmp_path / "report.md").read_text(encoding="ascii").splitlines()
     assert (
         "| uniform level 2 | 1.024 MB (25.0% of Adam's) | 3.4198 | +0.0400 +- 0.0196 | 0.02 | "
-        "level 2: 0.25 |"
+        "0.25 |"
     ) in lines
+    assert any(line.endswith(" | 0.02 | 0.1 (q, k: 0.25) |") for line in lines)
+    assert "| 1 | 0.2 | 0.2 | - | - | - | - | - |" in lines
+    assert "| 4 | - | - | - | - | - | - | 0.3 |" in lines
     assert any("| +0.0130 +- 0.0196 (undecided) |" in line for line in lines)
     assert "| role | level 0 | level 1 | level 2 | level 4 | level 8 |" in lines
     assert "| q | 0.440 | 0.620 | 0.650 | 0.670 | 0.680 |" in lines
@@ -377,13 +384,13 @@ def test_the_report_gives_figures_that_can_be_checked_by_hand(tmp_path: Path) ->
 
 
 def test_the_report_says_what_diverged_and_what_was_not_measured(tmp_path: Path) -> None:
-    outcome = replace(ALL_DIVERGED, update_rms={}, scales="So scales are per level.")
+    outcome = replace(ALL_DIVERGED, update_rms={})
     write_report(tmp_path, outcome, *CASES["diverged"][1:])
     text = (tmp_path / "report.md").read_text(encoding="ascii")
     assert "2.048 MB (50.0% of Adam's) | diverged | diverged |" in text
     assert "| 2 | 1.024 MB (25.0% of Adam's) | diverged |" in text
     assert "Not measured: it takes a run of Adam that fits the budget" in text
-    assert "So scales are per level." in text
+    assert "Every matrix at scale 0.25." in text
     assert "nan" not in text
 
 

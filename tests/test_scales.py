@@ -1,65 +1,92 @@
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.scales import equal_rms, per_level, rms_by_level, rounded, scales_in_words
+from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.roles import ROLES, role_of
+from tuner.scales import joined, rounded, scale_rows, scales_in_words, turned
 
-SIZES = st.floats(1e-6, 1e6)
-SHAPES = {
-    "model.layers.0.self_attn.q_proj.weight": (4, 4),
-    "model.layers.1.self_attn.q_proj.weight": (4, 4),
-    "model.layers.0.mlp.up_proj.weight": (16, 4),
-}
-
-
-@given(rms=st.lists(SIZES, min_size=1, max_size=9), target=SIZES)
-def test_every_level_takes_steps_of_the_same_size(rms: list[float], target: float) -> None:
-    by_level = dict(enumerate(rms))
-    scales = equal_rms(by_level, target=target, rms=by_level)
-    assert list(scales) == sorted(by_level)
-    for level, scale in scales.items():
-        assert scale * by_level[level] == pytest.approx(target, rel=5.1e-3)  # of three digits
+NAMES = [
+    f"model.layers.{layer}.{'self_attn' if role in 'qkvo' else 'mlp'}.{role}_proj.weight"
+    for layer in range(2)
+    for role in ROLES
+]
+QK = [name for name in NAMES if role_of(name) in ("q", "k")]
+FACTORS = st.floats(0.2, 5.0)
+THREE_DIGITS = 5.1e-3
 
 
-def test_only_the_levels_in_use_get_a_scale() -> None:
-    rms = {0: 0.5, 1: 0.6, 2: 0.8}
-    assert equal_rms([2, 0, 2], target=0.2, rms=rms) == {0: 0.4, 2: 0.25}
-    assert per_level([2, 0, 1, 2], unfolded=0.1, folded=0.25) == {0: 0.1, 1: 0.25, 2: 0.25}
-    assert per_level([3], unfolded=0.1, folded=0.25) == {3: 0.25}
-
-
-@given(st.tuples(SIZES, SIZES))
-def test_the_rms_of_a_level_is_that_of_all_elements(sizes: tuple[float, float]) -> None:
-    q, up = sizes
-    found = rms_by_level({"q": {0: q, 2: 2 * q}, "up": {0: up, 2: 2 * up}}, SHAPES)
-    elements = [q] * 32 + [up] * 64
-    assert found[0] == pytest.approx(math.sqrt(math.fsum(x * x for x in elements) / 96))
-    assert found[2] == pytest.approx(2 * found[0])
-
-
-@pytest.mark.parametrize(
-    "by_role",
-    [
-        {},
-        {"q": {0: 0.5}},
-        {"q": {0: 0.5}, "up": {0: math.nan}},
-        {"q": {0: 0.5}, "up": {0: math.inf}},
-        {"q": {0: 0.0, 1: 0.5}, "up": {0: 0.0, 1: 0.5}},
-    ],
-    ids=["nothing", "a role is missing", "not a number", "infinite", "no update"],
-)
-def test_what_no_scale_can_follow_from_is_nothing(by_role: dict[str, dict[int, float]]) -> None:
-    assert rms_by_level(by_role, SHAPES) == {}
-
-
-def test_the_sentence_says_which_rule_was_applied() -> None:
-    assert "scales are per level" in scales_in_words("per_level", measured=True)
-    assert "equalise it" in scales_in_words("equal_rms", measured=True)
-    assert scales_in_words("equal_rms", measured=False) == (
-        "So scales are per level, though tune.scales asks for equal_rms."
+def plan_of(levels: dict[str, int], scales: dict[str, float], lr: float = 0.02) -> FoldPlan:
+    return FoldPlan(
+        model={}, levels=levels, scales=scales, lr=lr, levers=Levers(micro_batch_size=1)
     )
+
+
+def uniform(level: int, scale: float, lr: float = 0.02) -> FoldPlan:
+    return plan_of(dict.fromkeys(NAMES, level), dict.fromkeys(NAMES, scale), lr)
+
+
+@given(lr_factor=FACTORS, scale_factor=FACTORS, qk_factor=FACTORS)
+def test_the_factors_turn_what_they_are_named_after(
+    lr_factor: float, scale_factor: float, qk_factor: float
+) -> None:
+    plan = uniform(0, 0.1)
+    found = turned(plan, lr_factor=lr_factor, scale_factor=scale_factor, qk_factor=qk_factor)
+    assert (found.levels, found.levers) == (plan.levels, plan.levers)
+    assert found.lr == pytest.approx(0.02 * lr_factor, rel=THREE_DIGITS)
+    for name, scale in found.scales.items():
+        factor = scale_factor * (qk_factor if name in QK else 1.0)
+        assert scale == pytest.approx(0.1 * factor, rel=THREE_DIGITS)
+    assert list(found.scales) == NAMES
+
+
+def test_a_plan_that_is_not_turned_stays() -> None:
+    assert turned(uniform(2, 0.25)) == uniform(2, 0.25)
+
+
+@given(
+    levels=st.lists(st.integers(0, 3), min_size=len(NAMES), max_size=len(NAMES)),
+    rates=st.tuples(st.floats(0.005, 0.1), st.floats(0.005, 0.1)),
+    qk_factors=st.tuples(FACTORS, FACTORS),
+)
+def test_in_a_mixed_plan_every_matrix_takes_the_steps_it_took_before(
+    levels: list[int], rates: tuple[float, float], qk_factors: tuple[float, float]
+) -> None:
+    adam = turned(uniform(0, 0.1, rates[0]), qk_factor=qk_factors[0])
+    folded = turned(uniform(2, 0.25, rates[1]), qk_factor=qk_factors[1])
+    by_name = dict(zip(NAMES, levels, strict=True))
+    plan = joined(by_name, unfolded=adam, folded=folded)
+    assert (plan.levels, plan.lr, plan.levers) == (by_name, folded.lr, folded.levers)
+    for name, level in by_name.items():
+        if level:
+            assert plan.scales[name] == folded.scales[name]
+        else:
+            step = adam.lr * adam.scales[name]
+            assert plan.lr * plan.scales[name] == pytest.approx(step, rel=THREE_DIGITS)
+
+
+def test_one_scale_is_one_number() -> None:
+    assert scale_rows(uniform(2, 0.25)) == []
+    assert scales_in_words(uniform(2, 0.25)) == "0.25"
+
+
+def test_scales_are_said_by_level_and_role() -> None:
+    adam = turned(uniform(0, 0.1), qk_factor=2.5)
+    assert scales_in_words(adam) == "0.1 (q, k: 0.25)"
+    assert scale_rows(adam) == [["0", "0.25", "0.25", "0.1", "0.1", "0.1", "0.1", "0.1"]]
+    levels = {name: 0 if name in QK else 3 for name in NAMES}
+    mixed = joined(levels, unfolded=adam, folded=uniform(2, 0.3))
+    assert scales_in_words(mixed) == "level 0: 0.25; level 3: 0.3"
+    assert scale_rows(mixed) == [
+        ["0", "0.25", "0.25", "-", "-", "-", "-", "-"],
+        ["3", "-", "-", "0.3", "0.3", "0.3", "0.3", "0.3"],
+    ]
+
+
+def test_scales_that_differ_within_a_role_are_all_listed() -> None:
+    scales = dict.fromkeys(NAMES, 0.2) | {QK[0]: 0.1, "model.layers.0.mlp.up_proj.weight": 0.3}
+    plan = plan_of(dict.fromkeys(NAMES, 1), scales)
+    assert scales_in_words(plan) == "0.2 (q: 0.1, 0.2; up: 0.2, 0.3)"
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.123456, 0.123), (98765.0, 98800.0), (2.0, 2.0)])

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
+from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Accountant
 from foam_lightning.plan import FoldPlan
-from foam_lightning.roles import ROLES
+from foam_lightning.roles import ROLES, role_of
 from tuner import search as searching
+from tuner.finals import Kind
 from tuner.fitting import Fitting
 from tuner.objective import ShortRun
 from tuner.outcome import Outcome
-from tuner.scales import ScaleRule, rms_by_level
 from tuner.search import TuneOptions, search
 
 STEPS = 6
@@ -34,7 +35,9 @@ class Bench:
 
     def __init__(self) -> None:
         self.runs: list[tuple[FoldPlan, int]] = []
+        self.best_level = 2
         self.adam_diverges = 0  # so many of the first runs of Adam
+        self.all_diverge = False
         self.killed_at: int | None = None
 
     def run(self, plan: FoldPlan, *, num_steps: int, seed: int, callbacks: Any = ()) -> ShortRun:
@@ -44,10 +47,12 @@ class Bench:
         for probe in callbacks:
             probe.rms = RMS
         levels = plan.levels.values()
-        off = sum(abs(level - 2) for level in levels) / len(levels)
-        scale = sum(plan.scales[level] for level in levels) / len(levels)
+        off = sum(abs(level - self.best_level) for level in levels) / len(levels)
+        scale = sum(plan.scales.values()) / len(levels)
         loss = 3 + 0.3 * off + math.log(plan.lr / 0.03) ** 2 + math.log(scale / 0.2) ** 2
         if set(levels) == {0} and len(self.of_adam()) <= self.adam_diverges:
+            loss = math.nan
+        if self.all_diverge:
             loss = math.nan
         return ShortRun([loss * 8] * 3, [8] * 3)
 
@@ -61,7 +66,7 @@ class Bench:
 @pytest.fixture(autouse=True)
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench()
-    monkeypatch.setattr(searching, "Bench", lambda job, on_step: made)
+    monkeypatch.setattr(searching, "Bench", lambda job, on_step, levers: made)
     return made
 
 
@@ -94,75 +99,117 @@ def without_adam(job: Job, accountant: Accountant) -> Fitting:
     return found
 
 
-def searched(
-    fitting: Fitting, folder: Path, rule: ScaleRule = "equal_rms", trials: int = 10
-) -> Outcome:
-    options = TuneOptions(trials=trials, steps=STEPS, scales=rule)
-    return search(fitting.job, fitting, folder, options)
+def searched(fitting: Fitting, folder: Path, trials: int = 12) -> Outcome:
+    return search(fitting.job, fitting, folder, TuneOptions(trials=trials, steps=STEPS))
 
 
-def best_uniform(outcome: Outcome) -> FoldPlan:
-    return next(c.plan for c in outcome.finalists if c.kind == "uniform")
+def finalist(outcome: Outcome, kind: Kind) -> FoldPlan:
+    return next(c.plan for c in outcome.finalists if c.kind == kind)
 
 
-def test_equal_rms_gives_every_level_of_a_mixed_plan_steps_of_the_best_uniform_size(
+def by_role(plan: FoldPlan) -> dict[str, float]:
+    return {role_of(name): scale for name, scale in plan.scales.items()}
+
+
+@pytest.mark.parametrize("trials", [4, 5, 12])
+def test_adam_gets_exactly_as_many_runs_as_folded_levels(
+    tmp_path: Path, fitting: Fitting, bench: Bench, trials: int
+) -> None:
+    outcome = searched(fitting, tmp_path, trials)
+    levels = [set(plan.levels.values()) for plan, steps in bench.runs if steps == STEPS]
+    num_adam = levels.count({0})
+    uniform = [run.level for run in outcome.searched if run.stage == "uniform"]
+    assert num_adam == uniform.count(0) == round(trials * searching.UNIFORM_SHARE / 2)
+    assert len(uniform) == 2 * num_adam
+    assert len(outcome.searched) == trials
+
+
+def test_adam_opens_at_its_best_known_points(
     tmp_path: Path, fitting: Fitting, bench: Bench
 ) -> None:
-    outcome = searched(fitting, tmp_path)
-    rms = rms_by_level(RMS, fitting.module.foldable)
-    base = best_uniform(outcome)
-    ((level, scale),) = base.scales.items()
-    plans = bench.mixed()
-    assert any(0 in plan.scales for plan in plans)
-    for plan in plans:
-        assert plan.lr == base.lr
-        assert set(plan.scales) == set(plan.levels.values())
-        for used, factor in plan.scales.items():
-            assert factor * rms[used] == pytest.approx(scale * rms[level], rel=5.1e-3)
-    assert "equalise" in outcome.scales
+    searched(fitting, tmp_path)
+    lr, scale = (fitting.module.hparams[key] for key in ("lr", "unfolded_scale"))
+    found = [(plan.lr, by_role(plan)) for plan in bench.of_adam()[:3]]
+    for (rate, scales), (rate_factor, rest, qk) in zip(
+        found, [(1, 1, 1), (1, 1, 2.5), (2, 0.5, 1.25)], strict=True
+    ):
+        assert rate == pytest.approx(lr * rate_factor)
+        for role, of_role in scales.items():
+            assert of_role == pytest.approx(scale * (qk if role in ("q", "k") else rest))
 
 
-def test_the_untried_half_takes_steps_of_the_best_uniform_size(
-    tmp_path: Path, fitting: Fitting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(searching, "UNIFORM_SHARE", 4 / 10)  # levels 0 (twice), 1 and 2 only
-    outcome = searched(fitting, tmp_path)
-    rms = rms_by_level(RMS, fitting.module.foldable)
-    base, half = (c.plan for c in outcome.finalists if c.kind == "uniform")
-    assert (set(base.scales), set(half.scales)) == ({2}, {3})
-    assert half.scales[3] * rms[3] == pytest.approx(base.scales[2] * rms[2], rel=5.1e-3)
-
-
-def test_per_level_gives_level_0_the_step_of_adam_and_the_rest_that_of_the_best_uniform(
-    tmp_path: Path, fitting: Fitting, bench: Bench
-) -> None:
-    outcome = searched(fitting, tmp_path, "per_level")
-    base = best_uniform(outcome)
-    adam = next(c.plan for c in outcome.finalists if c.kind == "reference")
-    ((_, scale),) = base.scales.items()
-    plans = bench.mixed()
-    assert any(0 in plan.scales for plan in plans)
-    for plan in plans:
-        for level, factor in plan.scales.items():
-            assert factor == pytest.approx(
-                scale if level else adam.scales[0] * adam.lr / base.lr, rel=5.1e-3
-            )
-    assert "per level" in outcome.scales
-
-
-def test_without_a_run_of_adam_equal_rms_falls_back_and_says_so(
+def test_without_adam_all_its_runs_go_to_folded_levels(
     tmp_path: Path, without_adam: Fitting, bench: Bench
 ) -> None:
     outcome = searched(without_adam, tmp_path)
     assert not bench.of_adam()
+    assert sum(run.stage == "uniform" for run in outcome.searched) == 8
+    assert len(outcome.searched) == 12
     assert outcome.update_rms == {}
-    assert outcome.scales == "So scales are per level, though tune.scales asks for equal_rms."
-    base = best_uniform(outcome)
+
+
+def test_a_mixed_plan_takes_the_steps_of_adam_at_level_0_and_of_the_best_uniform_above(
+    tmp_path: Path, fitting: Fitting, bench: Bench
+) -> None:
+    outcome = searched(fitting, tmp_path)
+    base, adam = finalist(outcome, "uniform"), finalist(outcome, "reference")
+    assert by_role(adam)["q"] != by_role(adam)["v"]
     plans = bench.mixed()
-    assert plans
+    assert any(0 in plan.levels.values() for plan in plans)
     for plan in plans:
-        folded = {factor for level, factor in plan.scales.items() if level}
-        assert folded == set(base.scales.values())
+        assert plan.lr == base.lr
+        for name, level in plan.levels.items():
+            step = base.lr * base.scales[name] if level else adam.lr * adam.scales[name]
+            assert plan.lr * plan.scales[name] == pytest.approx(step, rel=5.1e-3)
+
+
+def test_the_first_mixed_plan_keeps_q_and_k_at_level_0_and_folds_the_rest(
+    tmp_path: Path, fitting: Fitting, bench: Bench
+) -> None:
+    bench.best_level = 1  # whose bytes leave something for the rest
+    outcome = searched(fitting, tmp_path)
+    base = next(c for c in outcome.finalists if c.kind == "uniform")
+    first = bench.mixed()[0]
+    assert fitting.folded_bytes(first) <= base.state_bytes
+    for name, level in first.levels.items():
+        assert (level == 0) == (role_of(name) in ("q", "k"))
+
+
+def test_a_mixed_plan_where_adam_does_not_fit_takes_the_scales_that_it_is_known_to_want(
+    tmp_path: Path, without_adam: Fitting, bench: Bench
+) -> None:
+    bench.best_level = 1
+    searched(without_adam, tmp_path, trials=4)
+    first = bench.mixed()[0]
+    lr, scale = (without_adam.module.hparams[key] for key in ("lr", "unfolded_scale"))
+    steps = {
+        role_of(name): first.lr * first.scales[name]
+        for name, level in first.levels.items()
+        if not level
+    }
+    assert "q" in steps
+    for role, step in steps.items():
+        factor = 2.5 if role in ("q", "k") else 1.0
+        assert step == pytest.approx(lr * scale * factor, rel=5.1e-3)
+
+
+def test_mixed_plans_are_tried_where_adam_leads_every_uniform_level(
+    tmp_path: Path, fitting: Fitting, bench: Bench
+) -> None:
+    bench.best_level = 0
+    outcome = searched(fitting, tmp_path)
+    assert bench.mixed()
+    assert outcome.winner.kind == "reference"
+
+
+def test_the_untried_half_takes_the_steps_of_the_best_uniform(
+    tmp_path: Path, fitting: Fitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "UNIFORM_SHARE", 4 / 12)  # folded levels 1 and 2 only
+    outcome = searched(fitting, tmp_path)
+    base, half = (c.plan for c in outcome.finalists if c.kind == "uniform")
+    assert (set(base.levels.values()), set(half.levels.values())) == ({2}, {3})
+    assert (half.lr, half.scales) == (base.lr, base.scales)
 
 
 def test_a_run_of_adam_that_diverged_is_no_probe_but_the_next_one_is(
@@ -172,14 +219,22 @@ def test_a_run_of_adam_that_diverged_is_no_probe_but_the_next_one_is(
     assert searched(fitting, tmp_path).update_rms == RMS
 
 
-def test_if_every_run_of_adam_diverges_equal_rms_falls_back_and_says_so(
+def test_if_every_run_of_adam_diverges_the_search_goes_on_without_it(
     tmp_path: Path, fitting: Fitting, bench: Bench
 ) -> None:
     bench.adam_diverges = 99
     outcome = searched(fitting, tmp_path)
     assert outcome.update_rms == {}
-    assert "asks for equal_rms" in outcome.scales
+    assert "reference" not in {c.kind for c in outcome.finalists}
     assert bench.mixed()
+
+
+def test_if_every_run_diverges_the_error_says_what_to_lower(
+    tmp_path: Path, fitting: Fitting, bench: Bench
+) -> None:
+    bench.all_diverge = True
+    with pytest.raises(ConfigError, match=r"every short run diverged; lower model\.lr, now 0\.01$"):
+        searched(fitting, tmp_path)
 
 
 @pytest.mark.parametrize("kills", [[1], [2, 0, 9]])

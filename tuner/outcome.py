@@ -37,7 +37,6 @@ class Outcome:
         against_winner: Paired difference of every other finalist to the winner, by label.
         searched: Every short run of the search.
         update_rms: From the probe: RMS of Adam's and FOAM's update, by role and level.
-        scales: How the scales of mixed plans came about, in one sentence.
         adam_state_bytes: Of the matrices that fold, at level 0: what to compare bytes of state to.
         short_run_steps: Optimizer steps of a short run; finalists took `FINAL_LENGTH` times that.
         reason: Why the winner won, in one sentence.
@@ -48,7 +47,6 @@ class Outcome:
     against_winner: Mapping[str, Difference]
     searched: Sequence[Searched]
     update_rms: Mapping[str, Mapping[int, float]]
-    scales: str
     adam_state_bytes: int
     short_run_steps: int
     reason: str

@@ -20,6 +20,7 @@ from tuner.plan_view import (
     plan_json,
     plan_table,
 )
+from tuner.scales import scale_rows, scales_in_words
 from tuner.search import FINAL_LENGTH
 
 __all__ = ["plan_json", "plan_table", "write_report"]
@@ -67,7 +68,8 @@ def write_report(
         *_finals_section(outcome, finalists),
         *_runs_section(outcome),
         *_levels_section(winner),
-        *_updates_section(outcome.update_rms, outcome.scales),
+        *_scales_section(winner),
+        *_updates_section(outcome.update_rms),
         *_memory_section(accounts, budget_bytes),
     ]
     write_text(folder / "report.md", "\n\n".join(sections) + "\n")
@@ -81,7 +83,6 @@ def _finals_section(outcome: Outcome, finalists: Sequence[Candidate]) -> list[st
     run = outcome.winner.run
     rows = []
     for candidate in finalists:
-        scales = candidate.plan.scales
         rows.append(
             [
                 f"**{candidate.label}**" if candidate is outcome.winner else candidate.label,
@@ -89,7 +90,7 @@ def _finals_section(outcome: Outcome, finalists: Sequence[Candidate]) -> list[st
                 _loss_in_words(candidate.run.loss),
                 _difference_in_words(outcome.against_winner.get(candidate.label)),
                 f"{candidate.plan.lr:g}",
-                ", ".join(f"level {level}: {scales[level]:g}" for level in sorted(scales)),
+                scales_in_words(candidate.plan),
             ]
         )
     steps = FINAL_LENGTH * outcome.short_run_steps
@@ -136,12 +137,23 @@ def _levels_section(winner: Candidate) -> list[str]:
     ]
 
 
-def _updates_section(rms: Mapping[str, Mapping[int, float]], scales: str) -> list[str]:
+def _scales_section(winner: Candidate) -> list[str]:
+    rows = scale_rows(winner.plan)
+    return [
+        f"## Scales of the winner\n\nThe step of a matrix is its scale times the learning rate, "
+        f"{winner.plan.lr:g} at its peak; that of all else is the learning rate.",
+        _markdown_table(["level", *ROLES], rows)
+        if rows
+        else f"Every matrix at scale {scales_in_words(winner.plan)}.",
+    ]
+
+
+def _updates_section(rms: Mapping[str, Mapping[int, float]]) -> list[str]:
     if not rms:
         return [
             "## Size of the update\n\nNot measured: it takes a run of Adam that fits the budget "
             "and does not diverge, with gradients kept until the step and model.second_moment "
-            f"mean_square. {scales}"
+            "mean_square."
         ]
     levels = sorted({level for by_level in rms.values() for level in by_level})
     rows = [
@@ -151,7 +163,7 @@ def _updates_section(rms: Mapping[str, Mapping[int, float]], scales: str) -> lis
     return [
         "## Size of the update\n\nRoot mean square of the update before learning rate and scale, "
         "at one step of a run of Adam: its own (level 0), and the one FOAM would have taken. "
-        f"{scales}",
+        "Nothing rests on it.",
         _markdown_table(["role", *(f"level {level}" for level in levels)], rows),
     ]
 

@@ -1,85 +1,104 @@
-"""Scales: the factor on the learning rate by level, so that the levels of one plan go together."""
+"""The scales of a plan: turned in a search, joined from two plans into a mixed one, and in words.
 
-import math
+Adam wants a smaller scale than folded matrices do, and q and k at level 0 another than the rest
+(docs/log.md).
+"""
+
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
 
-from foam_lightning.roles import role_of
+from foam_lightning.plan import FoldPlan
+from foam_lightning.roles import ROLES, role_of
 
-ScaleRule = Literal["per_level", "equal_rms"]
-RmsByRole = Mapping[str, Mapping[int, float]]
+_APART = ("q", "k")
 
 
-def per_level(levels: Iterable[int], *, unfolded: float, folded: float) -> dict[int, float]:
-    """Give level 0 one scale and every other level another.
+def turned(
+    plan: FoldPlan, *, lr_factor: float = 1.0, scale_factor: float = 1.0, qk_factor: float = 1.0
+) -> FoldPlan:
+    """Turn the learning rate and the scales of a plan.
 
     Args:
-        levels: The levels in use.
-        unfolded: The scale that suits Adam.
-        folded: The scale of a uniform folded plan.
+        plan: The plan.
+        lr_factor: Multiplies the learning rate, above 0; so the step of every parameter.
+        scale_factor: Multiplies the scale of every matrix, above 0.
+        qk_factor: Multiplies that of q and k beside it, above 0.
     """
-    return {level: folded if level else unfolded for level in sorted(set(levels))}
+    return replace(
+        plan,
+        lr=rounded(plan.lr * lr_factor),
+        scales={
+            name: rounded(scale * scale_factor * (qk_factor if role_of(name) in _APART else 1.0))
+            for name, scale in plan.scales.items()
+        },
+    )
 
 
-def equal_rms(
-    levels: Iterable[int], *, target: float, rms: Mapping[int, float]
-) -> dict[int, float]:
-    """Give every level the scale at which its update has the same RMS, so `target / rms[level]`.
+def joined(levels: Mapping[str, int], *, unfolded: FoldPlan, folded: FoldPlan) -> FoldPlan:
+    """Join two plans into a mixed one, in which each matrix takes steps of the size it had there.
 
     Args:
-        levels: The levels in use, all of them in `rms`.
-        target: RMS of the update after the scale and before the learning rate, above 0.
-        rms: RMS of the update before the scale, by level; all above 0.
+        levels: The levels of the mixed plan, of the matrices of both.
+        unfolded: What those at level 0 take their steps from.
+        folded: What the others take theirs from; it gives the learning rate and the levers too.
     """
-    return {level: rounded(target / rms[level]) for level in sorted(set(levels))}
+    ratio = unfolded.lr / folded.lr
+    scales = {
+        name: folded.scales[name] if level else rounded(unfolded.scales[name] * ratio)
+        for name, level in levels.items()
+    }
+    return replace(folded, levels=levels, scales=scales)
 
 
-def rms_by_level(by_role: RmsByRole, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, float]:
-    """Average the RMS of the update over roles: that of all elements of all matrices.
+def scale_rows(plan: FoldPlan) -> list[list[str]]:
+    """Give the scales as text, one row for each level in use.
 
     Args:
-        by_role: RMS by role and level, as the probe measures it; the roles share their levels.
-        shapes: The matrices that fold, by qualified name.
+        plan: The plan.
 
     Returns:
-        By level; empty unless every figure is a number above 0.
+        Rows of the level and a cell for each of `ROLES`; none if a single scale says it all.
     """
-    counts = Counter[str]()
-    for name, shape in shapes.items():
-        counts[role_of(name)] += math.prod(shape)
-    if not by_role or by_role.keys() != counts.keys():
-        return {}
-    rms = {
-        level: math.sqrt(
-            sum(count * by_role[role][level] ** 2 for role, count in counts.items())
-            / counts.total()
-        )
-        for level in next(iter(by_role.values()))
-    }
-    return rms if all(0 < value < math.inf for value in rms.values()) else {}
+    if len(set(plan.scales.values())) < 2:
+        return []
+    return [
+        [str(level), *(cells.get(role, "-") for role in ROLES)]
+        for level, cells in _cells(plan).items()
+    ]
 
 
-def scales_in_words(asked: ScaleRule, *, measured: bool) -> str:
-    """Say in one sentence how the scales of mixed plans came about.
-
-    Args:
-        asked: The rule of the settings.
-        measured: Whether the RMS of the update is known.
-    """
-    if asked == "per_level":
-        return (
-            "Nothing rests on it: scales are per level (tune.scales), one for Adam and one for "
-            "folded matrices."
-        )
-    if measured:
-        return (
-            "The scales of a mixed plan equalise it over its levels (tune.scales), at that of the "
-            "best uniform plan."
-        )
-    return "So scales are per level, though tune.scales asks for equal_rms."
+def scales_in_words(plan: FoldPlan) -> str:
+    """Say the scales in one line: "0.25", or "level 0: 0.1 (q, k: 0.25); level 2: 0.25"."""
+    by_level = {level: _level_in_words(cells) for level, cells in _cells(plan).items()}
+    if len(set(by_level.values())) == 1:
+        return next(iter(by_level.values()))
+    return "; ".join(f"level {level}: {words}" for level, words in by_level.items())
 
 
 def rounded(value: float) -> float:
     """Keep three digits: a plan is read by people, and more are noise."""
     return float(f"{value:.3g}")
+
+
+def _level_in_words(cells: Mapping[str, str]) -> str:
+    ((usual, _), *others) = Counter(cells.values()).most_common()
+    apart = [
+        f"{', '.join(role for role in cells if cells[role] == scale)}: {scale}"
+        for scale, _ in others
+    ]
+    return f"{usual} ({'; '.join(apart)})" if apart else usual
+
+
+def _cells(plan: FoldPlan) -> dict[int, dict[str, str]]:
+    """Sort the scales by level, lowest first, and role; one cell lists all that are there."""
+    found: dict[int, dict[str, set[float]]] = {}
+    for name, level in plan.levels.items():
+        found.setdefault(level, {}).setdefault(role_of(name), set()).add(plan.scales[name])
+    return {
+        level: {
+            role: ", ".join(f"{scale:g}" for scale in sorted(scales))
+            for role, scales in by_role.items()
+        }
+        for level, by_role in sorted(found.items())
+    }

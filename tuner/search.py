@@ -1,14 +1,16 @@
-"""The search: learning rate, scale and level together, then levels by matrix, then the finals."""
+"""The search: learning rate, scales and level together, then levels by matrix, then the finals."""
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial
 
+from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.run_folder import write_json
@@ -17,16 +19,18 @@ from tuner.fitting import Fitting
 from tuner.objective import Bench, ShortRun, paired_difference
 from tuner.outcome import Outcome, Searched
 from tuner.probe import UpdateProbe
-from tuner.scales import ScaleRule, equal_rms, per_level, rms_by_level, rounded, scales_in_words
+from tuner.scales import joined, scales_in_words, turned
 from tuner.space import Knobs, as_params, suggest
 from tuner.study import Params, Study, run_of
 
-# Of the trials, how many look for learning rate, scale and level together; those are one choice
+# Of the trials, how many look for learning rate, scales and level together; those are one choice
 # and matter ten times more than which matrix gets which level (docs/log.md).
 UNIFORM_SHARE = 0.7
 # A gap between short runs shrinks on longer ones, so finalists run twice as long, on another seed.
 FINAL_LENGTH = 2
-_WIDEST = 2.5
+_WIDEST, _WIDEST_QK = 2.5, 4.0
+# At level 0, q and k want about this many times the scale of the rest (docs/log.md).
+_ADAMS_QK = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +40,10 @@ class TuneOptions:
     Args:
         trials: Short runs of the search, 4 or more; a handful of finalists runs again.
         steps: Optimizer steps of a short run; under 150, rankings are noise.
-        scales: How the levels of a mixed plan get their scales. "per_level": level 0 takes the step
-            size that suits Adam, folded levels the scale of the best uniform plan. "equal_rms":
-            every level takes steps as large (root mean square) as that plan's; where no run of
-            Adam could be measured, as "per_level", which trained better (docs/log.md).
     """
 
-    trials: int = 10
+    trials: int = 12
     steps: int = 150
-    scales: ScaleRule = "per_level"
 
 
 def search(
@@ -57,7 +56,7 @@ def search(
     on_steps: Callable[[int], None] = lambda _: None,
     on_run: Callable[[str, float], None] = lambda *_: None,
 ) -> Outcome:
-    """Find the plan for a budget: lr, scale and level first, then which matrix gets which level.
+    """Find the plan for a budget: lr, scales and level first, then which matrix gets which level.
 
     Calling it again on the same folder takes up where it was left.
 
@@ -72,6 +71,7 @@ def search(
 
     Raises:
         InfeasibleBudgetError: No plan fits.
+        ConfigError: Every run diverged.
         MemoryShortageError: The device has not enough memory, whatever the account said.
     """
     bench = Bench(job, lambda: on_steps(1), levers=levers)
@@ -89,7 +89,6 @@ def search(
         },
         searched=stages.searched,
         update_rms=stages.update_rms,
-        scales=scales_in_words(options.scales, measured=bool(stages.level_rms)),
         adam_state_bytes=fitting.folded_bytes(fitting.uniform(0)),
         short_run_steps=options.steps,
         reason=reason,
@@ -113,7 +112,6 @@ class _Search:
     ) -> None:
         self.searched: list[Searched] = []
         self.update_rms: dict[str, dict[int, float]] = {}
-        self.level_rms: dict[int, float] = {}
         self._runs: dict[str, ShortRun] = {}
         self._job = job
         self._fitting = fitting
@@ -123,45 +121,47 @@ class _Search:
         self._levels = fitting.uniform_levels
         self._probe_file = folder / "probe.json"
         database = folder / "study.db"
-        self._uniform = Study(database, "uniform", seed=job.seed)
+        self._adam = Study(database, "adam", seed=job.seed)
+        self._folded = Study(database, "folded", seed=job.seed)
         self._mixed = Study(database, "mixed", seed=job.seed)
         self._final = Study(database, "final", seed=job.seed)
 
     def steps_found(self) -> int:
         """Count the optimizer steps that an earlier process has done."""
-        short = len(self._uniform.finished()) + len(self._mixed.finished())
+        short = self._num_uniform() + len(self._mixed.finished())
         return self._options.steps * (short + FINAL_LENGTH * len(self._final.finished()))
 
-    # ---- stage 1: learning rate, scale and uniform level are one choice
+    # ---- stage 1: learning rate, scales and uniform level are one choice
 
     def uniform_stage(self) -> None:
-        openers: list[Params] = []
-        if self._levels[0] == 0:
-            # Adam prefers a higher lr at a lower scale; both must be there for a fair reference.
-            openers += [_point(0), _point(0, lr_factor=2.0, scale_factor=0.5)]
+        """Look for Adam at its best, and in as many runs for the best folded level."""
         folded = [level for level in self._levels if level]
-        openers += [_point(level) for level in (*folded[:2], *folded[-1:])]
-        self._uniform.search(
-            openers,
-            num_trials=max(1, round(self._options.trials * UNIFORM_SHARE)),
-            evaluate=self._run_uniform,
-            on_trial=lambda trial: self._note(
-                "uniform", _describe_uniform(self._plan_of(trial)), trial, self._plan_of(trial)
-            ),
-        )
+        starts = dict.fromkeys((*folded[:2], *folded[-1:]))
+        stages = [
+            (self._adam, [0], _adam_openers()),
+            (self._folded, folded, [_point(level) for level in starts]),
+        ]
+        stages = [stage for stage in stages if set(stage[1]) & set(self._levels)]  # those that fit
+        for study, levels, openers in stages:
+            study.search(
+                openers,
+                num_trials=max(1, round(self._options.trials * UNIFORM_SHARE / len(stages))),
+                evaluate=partial(self._run_uniform, levels),
+                on_trial=self._note_uniform,
+            )
         if self._probe_file.exists():
             rms = json.loads(self._probe_file.read_text(encoding="utf-8"))
             self.update_rms = {
                 role: {int(level): value for level, value in by_level.items()}
                 for role, by_level in rms.items()
             }
-            self.level_rms = rms_by_level(self.update_rms, self._fitting.module.foldable)
 
-    def _run_uniform(self, trial: optuna.Trial) -> ShortRun:
-        trial.suggest_categorical("level", self._levels)
+    def _run_uniform(self, levels: list[int], trial: optuna.Trial) -> ShortRun:
+        trial.suggest_categorical("level", levels)
         trial.suggest_float("lr_factor", 1 / _WIDEST, _WIDEST, log=True)
         trial.suggest_float("scale_factor", 1 / _WIDEST, _WIDEST, log=True)
-        plan = self._plan_of(trial)
+        trial.suggest_float("qk_factor", 1 / _WIDEST_QK, _WIDEST_QK, log=True)
+        plan = self._uniform_plan(trial.params)
         if self._probe_file.exists() or set(plan.levels.values()) != {0}:
             return self._short(plan)
         probe = UpdateProbe(at_step=self._options.steps * 2 // 3)
@@ -170,27 +170,27 @@ class _Search:
             write_json(self._probe_file, probe.rms)
         return run
 
-    def _plan_of(self, trial: "optuna.Trial | FrozenTrial") -> FoldPlan:
-        level = trial.params["level"]
-        plan = self._fitting.uniform(level)
-        return replace(
-            plan,
-            lr=rounded(plan.lr * trial.params["lr_factor"]),
-            scales={level: rounded(plan.scales[level] * trial.params["scale_factor"])},
-        )
+    def _note_uniform(self, trial: FrozenTrial) -> None:
+        plan = self._uniform_plan(trial.params)
+        level, scales = trial.params["level"], scales_in_words(plan)
+        description = f"uniform level {level}, lr {plan.lr:g}, scale {scales}"
+        self._note("uniform", description, trial, plan)
+
+    def _uniform_plan(self, params: Params) -> FoldPlan:
+        factors = {name: value for name, value in params.items() if name != "level"}
+        return turned(self._fitting.uniform(params["level"]), **factors)
 
     # ---- stage 2: which matrix gets which level, at the bytes of the best uniform plan
 
     def mixed_stage(self) -> None:
-        best = self._best_uniform(lambda _: True)
-        if best is None or self._uniform_level(best) == 0:
-            return  # Adam fits and leads: folding some matrices is no way to catch up
-        # The two kinds of plan that beat uniform in the first measurements: low levels for q and k,
-        # and low levels for early layers (docs/log.md).
-        knobs = [Knobs(exponent=4.0, q=4.0, k=4.0), Knobs(exponent=4.0, depth_slope=-1.0)]
+        if self._folded.best() is None:
+            return
+        # The two kinds of plan that beat uniform in the first measurements: q and k at level 0 as
+        # long as the rest can make up for it, and low levels for early layers (docs/log.md).
+        knobs = [Knobs(exponent=4.0, q=8.0, k=8.0), Knobs(exponent=4.0, depth_slope=-1.0)]
         self._mixed.search(
             [as_params(k) for k in knobs],
-            num_trials=max(1, self._options.trials - len(self._uniform.finished())),
+            num_trials=max(1, self._options.trials - self._num_uniform()),
             evaluate=lambda trial: self._short(self._mixed_plan(suggest(trial))),
             on_trial=lambda trial: self._note(
                 "mixed",
@@ -201,34 +201,36 @@ class _Search:
         )
 
     def _mixed_plan(self, knobs: Knobs) -> FoldPlan:
-        base = self._best_uniform(lambda level: level > 0)
+        base = self._best(self._folded)
         assert base is not None
-        level = self._uniform_level(base)
         # The budget binds between two uniform levels: then mixed plans may use what is left.
-        binds = level == self._levels[0]
+        binds = set(base.levels.values()) == {self._levels[0]}
         room = self._fitting.state_allowance if binds else self._fitting.folded_bytes(base)
-        levels = self._fitting.decoded(knobs, room)
-        return replace(base, levels=levels, scales=self._scales(base, levels.values()))
+        # Where Adam does not fit, matrices at level 0 take the scales that it is known to want.
+        adam = self._best(self._adam) or turned(self._fitting.uniform(0), qk_factor=_ADAMS_QK)
+        return joined(self._fitting.decoded(knobs, room), unfolded=adam, folded=base)
 
     # ---- the finals: longer runs on another seed
 
     def finals(self) -> list[Candidate]:
         plans: list[tuple[Kind, FoldPlan]] = []
-        if (adam := self._best_uniform(lambda level: level == 0)) is not None:
+        if (adam := self._best(self._adam)) is not None:
             plans.append(("reference", adam))
-        if (uniform := self._best_uniform(lambda level: level > 0)) is not None:
+        if (uniform := self._best(self._folded)) is not None:
             plans.append(("uniform", uniform))
-            half = self._uniform_level(uniform) + 1
+            half = 1 + next(iter(uniform.levels.values()))
             if half in self._levels:
-                tried = self._best_uniform(lambda level: level == half)
-                scales = self._scales(uniform, [half])
-                untried = replace(self._fitting.uniform(half), lr=uniform.lr, scales=scales)
+                tried = self._best(self._folded, lambda trial: trial.params["level"] == half)
+                untried = replace(uniform, levels=dict.fromkeys(uniform.levels, half))
                 plans.append(("uniform", tried or untried))
         mixed = self._mixed.best()
         if mixed is not None:
             plan = self._mixed_plan(Knobs(**mixed.params))
             if len(set(plan.levels.values())) > 1:
                 plans.append(("mixed", plan))
+        if not plans:
+            lr = self._fitting.module.hparams["lr"]
+            raise ConfigError(f"every short run diverged; lower model.lr, now {lr:g}")
         return [self._final_run(kind, plan) for kind, plan in plans]
 
     def _final_run(self, kind: Kind, plan: FoldPlan) -> Candidate:
@@ -253,23 +255,14 @@ class _Search:
             plan, num_steps=self._options.steps, seed=self._job.seed, callbacks=callbacks
         )
 
-    def _scales(self, base: FoldPlan, levels: Collection[int]) -> dict[int, float]:
-        """Give levels their scales, at the learning rate and step size of a folded uniform plan."""
-        ((base_level, scale),) = base.scales.items()
-        if self._options.scales == "equal_rms" and self.level_rms:
-            target = scale * self.level_rms[base_level]
-            return equal_rms(levels, target=target, rms=self.level_rms)
-        # An unfolded matrix keeps the step size that suits Adam, whatever the learning rate is.
-        adam = self._best_uniform(lambda level: level == 0) or self._fitting.uniform(0)
-        unfolded = rounded(adam.scales[0] * adam.lr / base.lr)
-        return per_level(levels, unfolded=unfolded, folded=scale)
+    def _best(
+        self, study: Study, where: Callable[[FrozenTrial], bool] = lambda _: True
+    ) -> FoldPlan | None:
+        trial = study.best(where)
+        return None if trial is None else self._uniform_plan(trial.params)
 
-    def _best_uniform(self, wanted: Callable[[int], bool]) -> FoldPlan | None:
-        trial = self._uniform.best(lambda t: wanted(t.params["level"]))
-        return None if trial is None else self._plan_of(trial)
-
-    def _uniform_level(self, plan: FoldPlan) -> int:
-        return next(iter(plan.levels.values()))
+    def _num_uniform(self) -> int:
+        return len(self._adam.finished()) + len(self._folded.finished())
 
     def _note(self, stage: str, description: str, trial: FrozenTrial, plan: FoldPlan) -> None:
         run = run_of(trial)
@@ -288,10 +281,15 @@ class _Search:
         self._on_run(description, loss)
 
 
-def _point(level: int, *, lr_factor: float = 1.0, scale_factor: float = 1.0) -> Params:
-    return {"level": level, "lr_factor": lr_factor, "scale_factor": scale_factor}
+def _adam_openers() -> list[Params]:
+    """List where Adam is at its best for all that is known, so that the reference is a fair one."""
+    return [
+        _point(0),
+        _point(0, qk_factor=_ADAMS_QK),
+        # It prefers a higher lr at a lower scale.
+        _point(0, lr_factor=2.0, scale_factor=0.5, qk_factor=_ADAMS_QK),
+    ]
 
 
-def _describe_uniform(plan: FoldPlan) -> str:
-    ((level, scale),) = plan.scales.items()
-    return f"uniform level {level}, lr {plan.lr:g}, scale {scale:g}"
+def _point(level: int, **factors: float) -> Params:
+    return {"level": level, "lr_factor": 1.0, "scale_factor": 1.0, "qk_factor": 1.0, **factors}

@@ -26,7 +26,6 @@ SHARED = {
     "--runs DIR": "the folder of all runs",
     "--tune.trials N": "short runs of the search",
     "--tune.steps N": "optimizer steps of a short run; under 150 misleads",
-    "--tune.scales RULE": "of mixed plans: per_level, or equal_rms for steps of one size",
     "--trainer.max_steps N": "optimizer steps of the full run",
     "--data.files PATH": "text to train on (.txt, .jsonl, .parquet); none: Python's own library",
     "--data.dataset NAME": "a dataset on the Hugging Face Hub",

@@ -299,7 +299,7 @@ class Accountant:
 
 
 def _at_level(plan: FoldPlan, level: int) -> FoldPlan:
-    return replace(plan, levels=dict.fromkeys(plan.levels, level), scales={level: 1.0})
+    return replace(plan, levels=dict.fromkeys(plan.levels, level))
 
 
 def optimizer_state_bytes(

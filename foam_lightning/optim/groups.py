@@ -41,27 +41,26 @@ def foldable(
 def param_groups(
     named_parameters: Iterable[tuple[str, Tensor]],
     levels: Mapping[str, int],
-    scales: Mapping[int, float],
+    scales: Mapping[str, float],
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """Group the parameters for `FOAM`: one group per level, and one for what never folds.
+    """Group the parameters for `FOAM`: one group per level and scale, and one for what never folds.
 
-    A parameter named in `levels` takes that level, the scale of that level and the weight decay.
-    The rest (norms, embeddings, head) takes level 0, scale 1 and no weight decay. Frozen
-    parameters are left out.
+    A parameter named in `levels` takes that level, its scale and the weight decay. The rest (norms,
+    embeddings, head) takes level 0, scale 1 and no weight decay. Frozen parameters are left out.
 
     Args:
         named_parameters: As from `model.named_parameters()`.
         levels: Fold level by qualified name, level 0 included.
-        scales: Scale by level, at least for the levels in use.
+        scales: Scale by qualified name, at least for the names in `levels`.
         weight_decay: Decoupled weight decay, 0 or more.
 
     Returns:
-        The groups, lowest level first and the rest last, none empty. They hold (name, parameter)
-        pairs in the given order, so that the optimizer knows the names.
+        The groups, by level and then by scale, lowest first, and the rest last; none is empty.
+        They hold (name, parameter) pairs in the given order, so that the optimizer knows the names.
 
     Raises:
-        ValueError: `levels` names an unknown parameter, or a level in use has no scale.
+        ValueError: `levels` names an unknown parameter, or one that has no scale.
     """
     parameters = dict(named_parameters)
     unknown = [name for name in levels if name not in parameters]
@@ -70,21 +69,21 @@ def param_groups(
             f"levels are given for {len(unknown)} parameters the model does not have, "
             f"first {unknown[0]}"
         )
-    folded: dict[int, list[tuple[str, Tensor]]] = {}
+    missing = [name for name in levels if name not in scales]
+    if missing:
+        raise ValueError(f"{len(missing)} parameters have a level and no scale, first {missing[0]}")
+    folded: dict[tuple[int, float], list[tuple[str, Tensor]]] = {}
     rest = []
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
         if name in levels:
-            folded.setdefault(levels[name], []).append((name, parameter))
+            folded.setdefault((levels[name], scales[name]), []).append((name, parameter))
         else:
             rest.append((name, parameter))
-    missing = sorted(folded.keys() - scales.keys())
-    if missing:
-        raise ValueError(f"no scale for fold level {missing[0]}, only for {sorted(scales)}")
     groups: list[dict[str, Any]] = [
-        {"params": pairs, "level": level, "scale": scales[level], "weight_decay": weight_decay}
-        for level, pairs in sorted(folded.items())
+        {"params": pairs, "level": level, "scale": scale, "weight_decay": weight_decay}
+        for (level, scale), pairs in sorted(folded.items())
     ]
     if rest:
         groups.append({"params": rest, "level": 0, "scale": 1.0, "weight_decay": 0.0})

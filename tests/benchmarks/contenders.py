@@ -180,7 +180,7 @@ def foam_at(
     **options: Any,
 ) -> list[Optimizer]:
     """Make FOAM at these levels; what they do not name is left to Adam, as rivals leave it."""
-    scales = dict.fromkeys(levels.values(), SCALE)
+    scales = dict.fromkeys(levels, SCALE)
     groups = param_groups(weights.named.items(), levels, scales, weight_decay=0.0)
     for group in groups:
         if group["params"][0][0] in levels:

@@ -4,8 +4,7 @@
 
 Tunes the default job once, on seed 0 as `fit` does, then trains every finalist (split-lr Adam, the
 best uniform level, the uniform level at half the bytes, the best mixed plan at equal bytes) for
-the full length on every seed, and prints one table. Interrupted, it starts the seeds again but
-not the search.
+the full length on every seed, and prints one table. Interrupted, it starts again.
 """
 
 import argparse
@@ -20,6 +19,7 @@ from foam_lightning.units import ByteSize, in_words
 from tests.benchmarks.heading import ROOT, dated, machine
 from tuner.fitting import Fitting
 from tuner.objective import Bench, paired_difference
+from tuner.scales import scales_in_words
 from tuner.search import search
 from tuner.settings import parse
 
@@ -71,11 +71,11 @@ def main() -> None:
     for finalist in outcome.finalists:
         of_plan = runs[finalist.label]
         plan = finalist.plan
-        scales = ", ".join(f"{scale:g}" for scale in sorted(set(plan.scales.values())))
         difference = "0" if of_plan is reference else str(paired_difference(of_plan, reference))
         losses = [run.loss for run in of_plan]
         lines.append(
-            f"| {finalist.label} | {plan.lr:g} | {scales} | {in_words(finalist.state_bytes)} | "
+            f"| {finalist.label} | {plan.lr:g} | {scales_in_words(plan)} | "
+            f"{in_words(finalist.state_bytes)} | "
             + " | ".join(f"{loss:.4f}" for loss in losses)
             + f" | {sum(losses) / len(losses):.4f} | {difference} | "
             + ("chosen |" if finalist is outcome.winner else "|")

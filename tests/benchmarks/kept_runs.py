@@ -15,7 +15,8 @@ from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import write_json
 from tuner.objective import Bench, ShortRun
 from tuner.probe import UpdateProbe
-from tuner.scales import RmsByRole
+
+RmsByRole = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -26,48 +27,15 @@ class Row:
         name: The levels.
         rule: Where the scales come from.
         plan: What is run.
-        scales: By parameter name, in place of the plan's.
     """
 
     name: str
     rule: str
     plan: FoldPlan
-    scales: Mapping[str, float] | None = None
 
     def key(self, seed: int, num_steps: int) -> str:
-        text = json.dumps([self.plan.to_json(), self.scales, seed, num_steps], sort_keys=True)
+        text = json.dumps([self.plan.to_json(), seed, num_steps])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class ScaleByName(Callback):
-    """Give every matrix a scale of its own, which a plan cannot.
-
-    Args:
-        scales: By parameter name.
-    """
-
-    def __init__(self, scales: Mapping[str, float]) -> None:
-        self._scales = scales
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        make = pl_module.make_optimizer
-
-        def scaled(*arguments: Any) -> Any:
-            optimizer = make(*arguments)
-            optimizer.param_groups = [
-                {
-                    **group,
-                    "params": [parameter],
-                    "param_names": [name],
-                    "scale": self._scales.get(name, group["scale"]),
-                }
-                for group in optimizer.param_groups
-                for name, parameter in zip(group["param_names"], group["params"], strict=True)
-            ]
-            return optimizer
-
-        if stage == "fit":
-            pl_module.make_optimizer = scaled
 
 
 class Runs:
@@ -113,8 +81,6 @@ class Runs:
     ) -> Any:
         key = row.key(seed, self._num_steps)
         if key not in self._done:
-            if row.scales is not None:
-                callbacks = [*callbacks, ScaleByName(row.scales)]
             run = self._bench.run(
                 row.plan, num_steps=self._num_steps, seed=seed, callbacks=callbacks
             )

@@ -72,7 +72,7 @@ def plan_of(module: LlamaFoam, one: Combination) -> FoldPlan:
         return module.uniform_plan(level, one.levers)
     plan = module.uniform_plan(0, one.levers)
     levels = {name: MIXED_LEVELS[i % len(MIXED_LEVELS)] for i, name in enumerate(plan.levels)}
-    return replace(plan, levels=levels, scales=dict.fromkeys(MIXED_LEVELS, 0.1))
+    return replace(plan, levels=levels)
 
 
 def new_adamw(

@@ -14,6 +14,7 @@ import logging
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,10 @@ from foam_lightning.roles import ROLES, layer_of, role_of
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.heading import ROOT, dated, machine
-from tests.benchmarks.kept_runs import Row, Runs
+from tests.benchmarks.kept_runs import RmsByRole, Row, Runs
 from tuner.fitting import Fitting
 from tuner.objective import ShortRun, paired_difference
-from tuner.scales import RmsByRole, equal_rms, per_level, rms_by_level
+from tuner.scales import scales_in_words, turned
 from tuner.settings import parse
 
 BASE = 2  # the uniform level whose scale sets the target
@@ -46,33 +47,48 @@ MIXED: dict[str, Callable[[str], int]] = {
 }
 
 
+def rms_by_level(by_role: RmsByRole, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, float]:
+    """Average the RMS of the update over roles: that of all elements of all matrices.
+
+    Args:
+        by_role: RMS by role and level; the roles share their levels.
+        shapes: The matrices that fold, by qualified name.
+    """
+    counts = Counter[str]()
+    for name, shape in shapes.items():
+        counts[role_of(name)] += math.prod(shape)
+    return {
+        level: math.sqrt(
+            sum(count * by_role[role][level] ** 2 for role, count in counts.items())
+            / counts.total()
+        )
+        for level in next(iter(by_role.values()))
+    }
+
+
 def adam_rows(job: Job) -> list[Row]:
     adam = job.plan_at(0)
-    halved = {level: scale / 2 for level, scale in adam.scales.items()}
-    return [
-        Row(ADAM, PER_LEVEL, adam),
-        Row(FASTER_ADAM, PER_LEVEL, replace(adam, lr=2 * adam.lr, scales=halved)),
-    ]
+    faster = turned(adam, lr_factor=2.0, scale_factor=0.5)
+    return [Row(ADAM, PER_LEVEL, adam), Row(FASTER_ADAM, PER_LEVEL, faster)]
 
 
 def rows_of(job: Job, by_role: RmsByRole, num_mixed: int) -> list[Row]:
     """List all rows but those of Adam; the first is uniform level 2."""
-    base = job.plan_at(BASE)
-    (unfolded,), (folded,) = job.plan_at(0).scales.values(), base.scales.values()
+    adam, base = job.plan_at(0), job.plan_at(BASE)
+    unfolded, folded = (plan.scales[next(iter(plan.scales))] for plan in (adam, base))
     shapes = job.new_module().foldable
     rms = rms_by_level(by_role, shapes)
     target = folded * rms[BASE]
 
+    def scale_by(rule: str, name: str, level: int) -> float:
+        if rule == PER_LEVEL:
+            return folded if level else unfolded
+        return target / (by_role[role_of(name)] if rule == BY_ROLE else rms)[level]
+
     def rowed(name: str, levels: Mapping[str, int], rule: str, factor: float = 1.0) -> Row:
-        used = levels.values()
-        scales = per_level(used, unfolded=factor * unfolded, folded=factor * folded)
-        by_name = None
-        if rule != PER_LEVEL:
-            scales = equal_rms(used, target=factor * target, rms=rms)
-        if rule == BY_ROLE:
-            by_name = {n: factor * target / by_role[role_of(n)][levels[n]] for n in levels}
+        scales = {n: factor * scale_by(rule, n, level) for n, level in levels.items()}
         words = rule if factor == 1 else rule + HALF
-        return Row(name, words, replace(base, levels=levels, scales=scales), by_name)
+        return Row(name, words, replace(base, levels=levels, scales=scales))
 
     def uniform(level: int, rule: str) -> Row:
         return rowed(f"uniform level {level}", dict.fromkeys(shapes, level), rule)
@@ -86,9 +102,8 @@ def rows_of(job: Job, by_role: RmsByRole, num_mixed: int) -> list[Row]:
             rows += [rowed(name, levels, rule, 0.5) for rule in (PER_LEVEL, EQUAL)]
 
     def by_hand(name: str, levels: Mapping[str, int], qk_scale: float) -> Row:
-        scales = per_level(levels.values(), unfolded=unfolded, folded=folded)
-        by_name = {n: qk_scale if is_qk[n] else scales[levels[n]] for n in levels}
-        return Row(name, "by hand", replace(base, levels=levels, scales=scales), by_name)
+        scales = {n: qk_scale if is_qk[n] else scale_by(PER_LEVEL, n, levels[n]) for n in levels}
+        return Row(name, "by hand", replace(base, levels=levels, scales=scales))
 
     # Is what q and k gain at level 0 due to the state, or to the lower scale that comes with it?
     is_qk = {n: role_of(n) in ("q", "k") for n in shapes}
@@ -111,7 +126,7 @@ def table(job: Job, rows: Sequence[Row], runs: Sequence[Sequence[ShortRun]]) -> 
     num_seeds = len(runs[0])
     base = next(i for i, row in enumerate(rows) if row.name == f"uniform level {BASE}")
     lines = [
-        "| plan | scales | by level | state of the matrices | "
+        "| plan | rule | scales | state of the matrices | "
         + " | ".join(f"seed {seed}" for seed in range(num_seeds))
         + f" | mean | to the same levels, per level | to uniform level {BASE} |",
         "|---|---|---|---|" + "---|" * (num_seeds + 3),
@@ -128,22 +143,12 @@ def table(job: Job, rows: Sequence[Row], runs: Sequence[Sequence[ShortRun]]) -> 
         state = fitting.folded_bytes(row.plan)
         losses = [run.loss for run in runs[i]]
         lines.append(
-            f"| {row.name} | {row.rule} | {_scales(row)} | {in_words(state)} | "
+            f"| {row.name} | {row.rule} | {scales_in_words(row.plan)} | {in_words(state)} | "
             + " | ".join(f"{loss:.4f}" for loss in losses)
             + f" | {sum(losses) / len(losses):.4f} | {_against(runs, i, same)} | "
             + f"{_against(runs, i, base)} |"
         )
     return lines
-
-
-def _scales(row: Row) -> str:
-    if row.scales is None:
-        return ", ".join(f"{level}: {scale:.3g}" for level, scale in row.plan.scales.items())
-    by_role = {role: [row.scales[n] for n in row.scales if role_of(n) == role] for role in ROLES}
-    return "; ".join(
-        f"{role} " + ", ".join(f"{scale:.3g}" for scale in sorted(set(scales)))
-        for role, scales in by_role.items()
-    )
 
 
 def _against(runs: Sequence[Sequence[ShortRun]], one: int, other: int) -> str:
