@@ -153,7 +153,6 @@ def state(ready: int) -> dict[str, Any]:
             "current": dict(counts),
             "is_last_batch": False,
         },
-        "state_dict": {},
     }
 
 
@@ -175,7 +174,11 @@ def test_other_levers_change_no_count() -> None:
     ("ready", "after", "message"),
     [
         (5, HALVED, r"saved after 1 of the 2 micro-batches of a step; .* of its size, 4"),
-        (4, replace(PLAIN, micro_batch_size=2), r"has 8 rows a step and this run 4; go on with"),
+        (
+            4,
+            replace(PLAIN, micro_batch_size=2),
+            r"has 8 rows a step on each device and this run 4; go on",
+        ),
     ],
 )
 def test_what_cannot_go_on_is_refused(ready: int, after: Levers, message: str) -> None:

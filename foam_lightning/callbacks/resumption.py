@@ -1,6 +1,5 @@
 """Go on from a checkpoint with micro-batches of another size, at the very next row."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,6 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
 
 _COUNTS = "epoch_loop.batch_progress"
-_LENGTH = "_IterableDataset_len_called"
 
 
 class Resumption(Callback):
@@ -45,8 +43,9 @@ def rescale(fit_loop: dict[str, Any], before: Levers, after: Levers) -> None:
     """
     if after.batch_size != before.batch_size:
         raise CheckpointError(
-            f"the checkpoint has {before.batch_size} rows a step and this run {after.batch_size}; "
-            "go on with the batch size that it was trained with, or start a new run"
+            f"the checkpoint has {before.batch_size} rows a step on each device and this run "
+            f"{after.batch_size}; go on with the batch size and the devices that it was trained "
+            "with, or start a new run"
         )
     if after.micro_batch_size == before.micro_batch_size:
         return
@@ -55,10 +54,6 @@ def rescale(fit_loop: dict[str, Any], before: Levers, after: Levers) -> None:
             done = _rescaled(counts["ready"], before, after)
             # A batch under way stays under way: saving happens before it counts as completed.
             counts.update({key: done - counts["ready"] + n for key, n in counts.items()})
-    for loader in fit_loop["state_dict"].get("combined_loader", []):
-        for state in _dicts(loader):
-            if _LENGTH in state:  # in batches; beyond it torch warns that a stream is too long
-                state[_LENGTH] = None
 
 
 def _rescaled(batches: int, before: Levers, after: Levers) -> int:
@@ -70,10 +65,3 @@ def _rescaled(batches: int, before: Levers, after: Levers) -> int:
             f"{before.micro_batch_size}, or from an older one"
         )
     return steps * after.accumulate_grad_batches
-
-
-def _dicts(state: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(state, dict):
-        yield state
-        for value in state.values():
-            yield from _dicts(value)
