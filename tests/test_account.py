@@ -253,7 +253,7 @@ def test_predicted_state_is_allocated_state(
 ) -> None:
     named = [(n, nn.Parameter(torch.randn(s, dtype=param_dtype))) for n, s in SHAPES.items()]
     levels = dict.fromkeys(foldable(named), level)
-    groups = param_groups(named, levels, {level: 0.1}, 0.0)
+    groups = param_groups(named, levels, dict.fromkeys(levels, 0.1), 0.0)
     optimizer = FOAM(groups, state_dtype=getattr(torch, dtype))
     for _, parameter in named:
         parameter.grad = torch.randn_like(parameter)

@@ -243,7 +243,7 @@ def test_the_state_is_counted_to_the_byte() -> None:
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer = FOAM(parameters, level=2, fused=False)
-    workspace = track_optimizer_step(optimizer)
+    workspace = track_optimizer_step(optimizer).peak().terms["workspace"]
     assert state_bytes(optimizer) == 2 * 4 * (6 * 3 + 5)
     assert workspace >= 2 * 4 * 6 * 11  # two temporaries of the size of the matrix
 

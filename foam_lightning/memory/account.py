@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from foam_lightning.devices import ONE_DEVICE, Devices
 from foam_lightning.memory.allocator import Update, Usage, replay, training
 from foam_lightning.memory.device import DeviceCosts
+from foam_lightning.memory.inventory import Holding, Peak, tensors_at
+from foam_lightning.memory.margin import Margin
 from foam_lightning.memory.ranks import NCCL_BYTES, buckets, communicators, one_of
-from foam_lightning.memory.timeline import TERMS
+from foam_lightning.memory.timeline import TERMS, Timeline
 from foam_lightning.memory.trace import (
     Precision,
     Step,
@@ -27,9 +28,6 @@ from foam_lightning.memory.trace import (
 )
 from foam_lightning.optim.state import layouts
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
-
-# The uniform levels at which the allocator is replayed; the state is what they change.
-_REPLAYED_LEVELS = (8, 4, 3, 2, 1, 0)
 
 
 class Trainee(Protocol):
@@ -81,14 +79,10 @@ class Accountant:
     workspace of each parameter is added to what is alive at the moment of its update.
 
     On a GPU, context and the workspace of cuBLAS are given, as measured or by default. What the
-    caching allocator reserves beyond the tensors is replayed (see `allocator`): the weights, then
-    two steps through all layers, with the state made in the first. How far the peak of reserved
-    memory is above that of the tensors jumps from level to level. So the margin of a plan is the
-    most at any replayed uniform level that keeps no more state, and on a line between two of them:
-    less state never needs more. It is on the safe side in that an allocator short of memory gives
-    cached segments back; it does not see what operators other than cuBLAS take inside, nor mixed
-    levels.
-    No GPU has measured it yet.
+    caching allocator reserves beyond the tensors is replayed (see `allocator` and `margin`): the
+    weights, then two steps through all layers, with the state made in the first. It is on the safe
+    side in that an allocator short of memory gives cached segments back; it does not see what
+    operators other than cuBLAS take inside, nor mixed levels. No GPU has measured it yet.
 
     Args:
         trainee: The model.
@@ -121,7 +115,9 @@ class Accountant:
         self._on_gpu = on_gpu
         self._passes: dict[Levers, Step] = {}
         self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
-        self._excesses: dict[tuple[Levers, int], int] = {}
+        self._margin = Margin(
+            lambda plan: self.usage(plan), self._state_bytes, self._costs.workspace
+        )
 
     def account(self, plan: FoldPlan) -> Account:
         """Name every byte of the peak of one training step of this plan."""
@@ -129,27 +125,50 @@ class Accountant:
             {
                 **self.trace(plan),
                 "context": self.context,
-                "margin": self._margin(plan) if self._on_gpu else 0,
+                "margin": self._margin.of(plan) if self._on_gpu else 0,
             }
         )
 
     def trace(self, plan: FoldPlan) -> dict[str, int]:
         """Give the peak by term as tensors make it, without what the device adds."""
+        return self._peak(plan, self._traced_passes(plan.levers)).terms
+
+    def tensors(self, plan: FoldPlan) -> list[Holding]:
+        """List every tensor behind `trace`, the largest first; together they are its bytes.
+
+        It takes a trace of its own, which notes where tensors come from.
+        """
+        passes = self._track(plan.levers, noted=True)
+        peak = self._peak(plan, passes)
+        name = peak.updated
+        return tensors_at(
+            peak,
+            passes.timeline,
+            None if name is None else self._update(plan, name, self._shapes[name], noted=True),
+            shapes=self._shapes,
+            buckets=self._buckets,
+            plan=plan,
+            dtype=weight_dtype(self._precision),
+        )
+
+    def _peak(self, plan: FoldPlan, passes: Step) -> Peak:
         standing = self._standing(plan)
-        passes = self._traced_passes(plan.levers)
-        workspaces = [self._beside(plan, *named) for named in self._shapes.items()]
+        workspaces = {named[0]: self._beside(plan, *named) for named in self._shapes.items()}
         before_step: dict[str, int] = dict(passes.peak.terms.items())
         before_step["gradients"] += sum(self._buckets)
-        moments = [before_step]
+        peaks = [Peak(before_step, passes.peak, None)]
         if plan.levers.gradient_release:
-            for update, workspace in zip(passes.updates, workspaces, strict=True):
+            for update, name in zip(passes.updates, workspaces, strict=True):
                 terms: dict[str, int] = dict(update.terms.items())
-                moments.append({**terms, "workspace": terms["workspace"] + workspace})
+                terms["workspace"] += workspaces[name]
+                peaks.append(Peak(terms, update, name))
         else:  # updates come one after the other, when backward has left all gradients behind
-            step: dict[str, int] = {**dict.fromkeys(TERMS, 0), "workspace": max(workspaces)}
-            moments.append({**step, "gradients": standing["weights"]})
+            largest = max(workspaces, key=lambda name: workspaces[name])
+            step: dict[str, int] = {**dict.fromkeys(TERMS, 0), "workspace": workspaces[largest]}
+            peaks.append(Peak({**step, "gradients": standing["weights"]}, None, largest))
         return max(
-            ({**terms, **standing} for terms in moments), key=lambda terms: sum(terms.values())
+            (peak._replace(terms={**peak.terms, **standing}) for peak in peaks),
+            key=lambda peak: sum(peak.terms.values()),
         )
 
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
@@ -195,36 +214,7 @@ class Accountant:
         """
         if not self._on_gpu or plan.levers.state_offload:
             return slack_bytes
-        kept = self._state_bytes(plan)
-        states, margins = self._margins(plan, math.inf)
-        peaks = np.add(states, margins)
-        target = kept + np.interp(kept, states, margins) + slack_bytes
-        # Beyond the ends the margin is what it is there.
-        beyond = min(target - peaks[0], 0) + max(target - peaks[-1], 0)
-        return math.floor(float(np.interp(target, peaks, states) + beyond)) - kept
-
-    def _margin(self, plan: FoldPlan) -> int:
-        kept = self._state_bytes(plan)
-        return math.ceil(np.interp(kept, *self._margins(plan, kept)))
-
-    def _margins(self, plan: FoldPlan, most: float) -> tuple[list[int], list[int]]:
-        """Give state and margin at uniform levels, the highest first, as far as `most` of state."""
-        states: list[int] = []
-        excesses = [0]
-        for level in _REPLAYED_LEVELS:
-            uniform = _at_level(plan, level)
-            states.append(self._state_bytes(uniform))
-            excesses.append(max(excesses[-1], self._excess(uniform, level)))
-            if states[-1] >= most:
-                break
-        return states, [excess + self._costs.workspace for excess in excesses[1:]]
-
-    def _excess(self, uniform: FoldPlan, level: int) -> int:
-        key = (uniform.levers, level)
-        if key not in self._excesses:
-            usage = self.usage(uniform)
-            self._excesses[key] = usage.reserved - usage.requested
-        return self._excesses[key]
+        return self._margin.state_change(plan, slack_bytes)
 
     @cached_property
     def context(self) -> int:
@@ -253,26 +243,30 @@ class Accountant:
         # How state is kept does not show in the passes.
         levers = replace(levers, state_dtype="float32", state_offload=False)
         if levers not in self._passes:
-            size = (levers.micro_batch_size, self._sequence_length)
-
-            def make_batch() -> tuple[Tensor, Tensor]:
-                token_ids = torch.zeros(size, dtype=torch.int64)
-                return token_ids, token_ids
-
-            with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
-                num_seen = 4 if self._devices.shards else 3
-                twin = self._trainee.layered(levers, min(self._num_layers, num_seen))
-                join(twin, levers.accumulate_grad_batches)
-                self._passes[levers] = track_step(
-                    twin,
-                    None,
-                    make_batch,
-                    accumulate_grad_batches=levers.accumulate_grad_batches,
-                    gradient_release=levers.gradient_release,
-                    autocast=autocast_for(self._precision),
-                    num_layers=self._num_layers,
-                )
+            self._passes[levers] = self._track(levers)
         return self._passes[levers]
+
+    def _track(self, levers: Levers, *, noted: bool = False) -> Step:
+        size = (levers.micro_batch_size, self._sequence_length)
+
+        def make_batch() -> tuple[Tensor, Tensor]:
+            token_ids = torch.zeros(size, dtype=torch.int64)
+            return token_ids, token_ids
+
+        with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
+            num_seen = 4 if self._devices.shards else 3
+            twin = self._trainee.layered(levers, min(self._num_layers, num_seen))
+            join(twin, levers.accumulate_grad_batches)
+            return track_step(
+                twin,
+                None,
+                make_batch,
+                accumulate_grad_batches=levers.accumulate_grad_batches,
+                gradient_release=levers.gradient_release,
+                autocast=autocast_for(self._precision),
+                num_layers=self._num_layers,
+                noted=noted,
+            )
 
     def _beside(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
         """Count what the update of one parameter brings to the device and takes away again."""
@@ -283,23 +277,25 @@ class Accountant:
         """Trace what the update of one parameter needs beside it, its gradient and its state."""
         key = (shape, plan.levels.get(name, 0), plan.levers.state_dtype)
         if key not in self._workspaces:
-            with fake_tensors(self._precision):
-                parameter = torch.nn.Parameter(torch.empty(shape))
-                parameter.grad = torch.empty_like(parameter)
-                levels = {name: key[1]} if name in plan.levels else {}
-                optimizer = self._trainee.make_optimizer(
-                    [(name, parameter)], replace(plan, levels=levels)
-                )
-                for group in optimizer.param_groups:
-                    # The kernel of the CPU has no temporary; an update compiled for a GPU has some,
-                    # within what the plain one has.
-                    group["fused"] = not self._on_gpu
-                self._workspaces[key] = track_optimizer_step(optimizer)
+            update = self._update(plan, name, shape)
+            self._workspaces[key] = update.peak().terms["workspace"]
         return self._workspaces[key]
 
-
-def _at_level(plan: FoldPlan, level: int) -> FoldPlan:
-    return replace(plan, levels=dict.fromkeys(plan.levels, level))
+    def _update(
+        self, plan: FoldPlan, name: str, shape: tuple[int, ...], *, noted: bool = False
+    ) -> Timeline:
+        with fake_tensors(self._precision):
+            parameter = torch.nn.Parameter(torch.empty(shape))
+            parameter.grad = torch.empty_like(parameter)
+            levels = {name: plan.levels[name]} if name in plan.levels else {}
+            optimizer = self._trainee.make_optimizer(
+                [(name, parameter)], replace(plan, levels=levels)
+            )
+            for group in optimizer.param_groups:
+                # The kernel of the CPU has no temporary; an update compiled for a GPU has some,
+                # within what the plain one has.
+                group["fused"] = not self._on_gpu
+            return track_optimizer_step(optimizer, noted=name if noted else None)
 
 
 def optimizer_state_bytes(

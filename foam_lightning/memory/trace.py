@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.allocator import Events
+from foam_lightning.memory.origins import modules_noted, qualified
 from foam_lightning.memory.timeline import Moment, Repeat, Term, Timeline
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.optim.foam import FOAM
@@ -34,8 +35,16 @@ class Traceable(Protocol):
         """Yield every trained tensor."""
         ...
 
-    def buffers(self) -> Iterator[Tensor]:
-        """Yield every tensor that is kept but not trained."""
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield the same, each with its name."""
+        ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor that is kept but not trained, each with its name."""
+        ...
+
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Yield every module in it, each with its name."""
         ...
 
     def layers(self) -> Sequence[torch.nn.Module]:
@@ -82,6 +91,7 @@ def track_step(
     gradient_release: bool = False,
     autocast: AbstractContextManager[object] | None = None,
     num_layers: int | None = None,
+    noted: bool = False,
 ) -> Step:
     """Run one optimizer step as the training loop runs it, and watch it.
 
@@ -100,20 +110,29 @@ def track_step(
             in backward: decoder layers are alike, so this is exact and costs three layers of time.
             Sharded, it takes four, as backward gathers the weights of one layer during the one
             before. The weights are those of the module.
+        noted: Keep the origin of every storage.
     """
-    tracker = StorageTracker()
-    parameters = list(module.parameters())
+    tracker = StorageTracker(noted=noted)
+    names, parameters = _named(module.named_parameters())
     tracker.claim(parameters, "weights")
-    tracker.claim(module.buffers(), "workspace")
+    tracker.name(zip(names, parameters, strict=True))
+    buffer_names, buffers = _named(module.named_buffers())
+    tracker.claim(buffers, "workspace")
+    tracker.name(zip(buffer_names, buffers, strict=True))
     num_seen = len(module.layers())
     times = (num_layers or num_seen) - num_seen + 1
     repeats = []
-    release = _updates_marked(tracker, parameters, optimizer) if gradient_release else nullcontext()
-    with tracker, release:
+    with ExitStack() as watched:
+        watched.enter_context(tracker)
+        if noted:
+            watched.enter_context(modules_noted(tracker, module.named_modules()))
+        if gradient_release:
+            watched.enter_context(_updates_marked(tracker, names, parameters, optimizer))
         for micro_batch in range(min(accumulate_grad_batches, 2)):
             with _layers_marked(tracker, module, f"{micro_batch}"):
                 _run_micro_batch(tracker, module, make_batch, accumulate_grad_batches, autocast)
             tracker.claim((p.grad for p in parameters), "gradients")
+            tracker.name((name, p.grad) for name, p in zip(names, parameters, strict=True))
             if times > 1:
                 forward, backward = f"{micro_batch} forward", f"{micro_batch} backward"
                 repeats += [
@@ -121,7 +140,7 @@ def track_step(
                     Repeat(f"{backward} {num_seen - 2}", f"{backward} {num_seen - 3}", times),
                 ]
         if optimizer is not None:
-            tracker.term = "workspace"
+            tracker.term, tracker.phase, tracker.place = "workspace", "update", "optimizer"
             optimizer.step()
             tracker.claim(_state_tensors(optimizer), "optimizer_state")
             optimizer.zero_grad(set_to_none=True)
@@ -131,9 +150,15 @@ def track_step(
     return Step(timeline.peak(), updates, timeline)
 
 
-def track_optimizer_step(optimizer: torch.optim.Optimizer) -> int:
-    """Run the optimizer on its parameters' gradients and return its workspace at most, in bytes."""
-    tracker = StorageTracker()
+def track_optimizer_step(optimizer: torch.optim.Optimizer, *, noted: str | None = None) -> Timeline:
+    """Run the optimizer on its parameters' gradients and watch it; its own are "workspace".
+
+    Args:
+        optimizer: Its state may be made now.
+        noted: Keep the origin of every storage, under this name.
+    """
+    tracker = StorageTracker(noted=noted is not None)
+    tracker.phase, tracker.place = "update", noted or ""
     for group in optimizer.param_groups:
         tracker.claim(group["params"], "weights")
         tracker.claim((p.grad for p in group["params"]), "weights")
@@ -141,7 +166,7 @@ def track_optimizer_step(optimizer: torch.optim.Optimizer) -> int:
     with tracker:
         optimizer.step()
     tracker.claim(_state_tensors(optimizer), "optimizer_state")
-    return tracker.peak().terms["workspace"]
+    return tracker.timeline()
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -197,12 +222,18 @@ def _layers_marked(tracker: StorageTracker, module: Traceable, prefix: str) -> I
     def after(index: int) -> Callable[..., None]:
         def watch(_module: object, _inputs: object, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda _: tracker.mark(f"{prefix} backward {index}"))
+            hidden.register_hook(arrive)
+
+        def arrive(_gradient: Tensor) -> None:
+            tracker.mark(f"{prefix} backward {index}")
+            tracker.place = names.get(layers[index], "")
 
         return watch
 
     handles = []
-    for index, layer in enumerate(module.layers()):
+    layers = list(module.layers())
+    names = {part: qualified(name) for name, part in module.named_modules()}
+    for index, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(before(index)))
         handles.append(layer.register_forward_hook(after(index)))
     try:
@@ -214,20 +245,24 @@ def _layers_marked(tracker: StorageTracker, module: Traceable, prefix: str) -> I
 
 @contextmanager
 def _updates_marked(
-    tracker: StorageTracker, parameters: Sequence[Tensor], optimizer: FOAM | None
+    tracker: StorageTracker,
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    optimizer: FOAM | None,
 ) -> Iterator[None]:
     """Release gradients; mark the beginning of each update and tell its memory from the rest."""
-    phases: list[Term] = []
+    before: list[tuple[Term, str, str]] = []
 
     def begin(index: int, param: Tensor) -> None:
         tracker.claim([param.grad], "gradients")
+        tracker.name([(names[index], param.grad)])
         tracker.mark(f"update {index}")
-        phases.append(tracker.term)
-        tracker.term = "workspace"
+        before.append((tracker.term, tracker.phase, tracker.place))
+        tracker.term, tracker.phase, tracker.place = "workspace", "update", names[index]
 
     def end(param: Tensor) -> None:
         param.grad = None
-        tracker.term = phases.pop()
+        tracker.term, tracker.phase, tracker.place = before.pop()
 
     with ExitStack() as hooks:  # which run in the order in which they come here
         for index, param in enumerate(parameters):
@@ -258,18 +293,27 @@ def _run_micro_batch(
     autocast: AbstractContextManager[object] | None,
 ) -> None:
     def enter_backward(_: Tensor) -> None:
-        tracker.term = "activations"
+        tracker.term, tracker.place = "activations", "decoder"
 
-    tracker.term = "activations"
+    tracker.term, tracker.phase, tracker.place = "activations", "forward", "batch"
     with autocast or nullcontext():
         input_ids, labels = make_batch()
         hidden = module.hidden_states(input_ids)
         # Fires when the gradient leaves the head: what follows is the decoder's backward.
         hidden.register_hook(enter_backward)
-        tracker.term = "loss"
+        tracker.term, tracker.place = "loss", "loss"
         loss = module.mean_loss(hidden, labels) / accumulate_grad_batches
     del hidden
+    tracker.phase = "backward"
     loss.backward()
+
+
+def _named(tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[Tensor]]:
+    names, found = [], []
+    for name, tensor in tensors:
+        names.append(qualified(name))
+        found.append(tensor)
+    return names, found
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -23,15 +23,15 @@ class StorageTracker(TorchDispatchMode):
     "workspace".
 
     Args:
-        origin_of: Says where a tensor comes from at the birth of its storage; without it nothing
-            is noted of that.
+        noted: Keep the origin of each: the `place` and the `phase` that the run is in at its birth.
     """
 
-    def __init__(self, origin_of: Callable[[Tensor], Origin] | None = None) -> None:
+    def __init__(self, *, noted: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.term: Term = "activations"
+        self.place = self.phase = ""
         self.record = Record()
-        self._origin_of = origin_of
+        self._noted = noted
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address
         self._is_over = False
 
@@ -44,7 +44,7 @@ class StorageTracker(TorchDispatchMode):
     def name(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
         """Say which parameters these tensors belong to, where origins are noted; as `claim`."""
         for name, tensor in tensors:
-            if tensor is not None and self._origin_of is not None:
+            if tensor is not None and self._noted:
                 index = self._index(tensor)
                 self.record.origins[index] = self.record.origins[index]._replace(made_by=name)
 
@@ -112,7 +112,8 @@ class StorageTracker(TorchDispatchMode):
         known = self._alive.get(address)
         if known is not None:
             return known[0]
-        origin = None if self._origin_of is None else self._origin_of(local)
+        shape = tuple(local.shape)
+        origin = Origin(self.place, self.phase, shape, local.dtype) if self._noted else None
         index = self._bear(storage.nbytes(), self.term, origin)
 
         def bury(_: object) -> None:

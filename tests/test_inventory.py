@@ -1,0 +1,168 @@
+"""What is listed is what is counted, to the byte."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foam_lightning.devices import Devices
+from foam_lightning.memory.account import Accountant
+from foam_lightning.memory.inventory import Holding
+from foam_lightning.memory.timeline import TERMS
+from foam_lightning.memory.trace import fake_tensors, track_step
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import FoldPlan, Levers
+
+LAYERS = 6
+SETTINGS: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "vocab_size": 300,
+    "num_hidden_layers": LAYERS,
+}
+LEVERS = {
+    "plain": Levers(micro_batch_size=8),
+    "a small batch": Levers(micro_batch_size=1),
+    "accumulated": Levers(micro_batch_size=4, accumulate_grad_batches=3, chunked_loss=True),
+    "checkpointed": Levers(micro_batch_size=4, activation_checkpointing=True),
+    "selective": Levers(
+        micro_batch_size=4, activation_checkpointing=True, selective_checkpointing=True
+    ),
+    "released": Levers(micro_batch_size=4, gradient_release=True, state_dtype="int8"),
+    "released, offloaded": Levers(
+        micro_batch_size=1,
+        activation_checkpointing=True,
+        gradient_release=True,
+        state_dtype="bfloat16",
+        state_offload=True,
+    ),
+}
+
+
+def accountant(*, on_gpu: bool = True, **settings: Any) -> Accountant:
+    return Accountant(
+        LlamaFoam(**SETTINGS),
+        num_layers=LAYERS,
+        sequence_length=32,
+        precision="32-true",
+        on_gpu=on_gpu,
+        **settings,
+    )
+
+
+def mixed(levers: Levers) -> FoldPlan:
+    plan = LlamaFoam(**SETTINGS).uniform_plan(0, levers)
+    levels = {name: (0, 3, 1, 8)[i % 4] for i, name in enumerate(plan.levels)}
+    return replace(plan, levels=levels)
+
+
+def by_term(holdings: list[Holding]) -> dict[str, int]:
+    return {
+        term: sum(holding.num_bytes for holding in holdings if holding.term == term)
+        for term in TERMS
+    }
+
+
+@pytest.mark.parametrize("name", LEVERS)
+def test_the_tensors_at_the_peak_add_up_to_every_term(name: str) -> None:
+    found, plan = accountant(), mixed(LEVERS[name])
+    holdings = found.tensors(plan)
+    assert by_term(holdings) == found.trace(plan)
+    assert all(holding.count > 0 and holding.size > 0 for holding in holdings)
+    assert all(holding.origin.made_by for holding in holdings)
+    sizes = [holding.num_bytes for holding in holdings]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_one_of_several_devices_holds_adds_up_too() -> None:
+    plan = mixed(LEVERS["plain"])
+    shared = accountant(devices=Devices(count=2))
+    holdings = shared.tensors(plan)
+    assert by_term(holdings) == shared.trace(plan)
+    buckets = [holding for holding in holdings if holding.origin.made_by == "bucket of gradients"]
+    assert sum(holding.num_bytes for holding in buckets) == by_term(holdings)["weights"]
+
+
+def find(holdings: list[Holding], made_by: str, phase: str) -> list[Holding]:
+    return [h for h in holdings if (h.origin.made_by, h.origin.phase) == (made_by, phase)]
+
+
+def test_a_holding_says_what_it_is() -> None:
+    found = accountant().tensors(mixed(LEVERS["plain"]))
+    (weights,) = find(found, "model.layers.*.mlp.gate_proj.weight", "throughout")
+    assert (weights.count, weights.size, weights.term) == (LAYERS, 4 * 64 * 172, "weights")
+    assert (weights.origin.shape, weights.origin.dtype) == ((172, 64), torch.float32)
+    kept = find(found, "model.layers.*.self_attn.q_proj.weight exp_avg", "throughout")
+    assert {holding.origin.shape for holding in kept} <= {(64, 64), (64, 8), (64, 32), (64, 1)}
+    assert sum(holding.count for holding in kept) == LAYERS
+    # In the middle of the loss every layer's activations are alive.
+    (gate,) = find(found, "model.layers.*.mlp.gate_proj", "forward")
+    assert (gate.count, gate.term) == (LAYERS, "activations")
+    assert gate.size == 4 * 8 * 32 * 172
+    assert any(h.term == "loss" and h.origin.shape[-1] == 300 for h in found)
+
+
+def test_gradients_go_by_the_names_of_their_parameters() -> None:
+    found = accountant().tensors(mixed(LEVERS["a small batch"]))
+    gradients = {h.origin.made_by for h in found if h.term == "gradients"}
+    assert "model.layers.*.mlp.up_proj.weight" in gradients
+    assert gradients == {h.origin.made_by for h in found if h.term == "weights"}
+    released = accountant().tensors(mixed(LEVERS["released, offloaded"]))
+    visiting = [h for h in released if h.term == "workspace" and " exp_avg" in h.origin.made_by]
+    assert {h.origin.phase for h in visiting} == {"update"}
+    assert len({h.origin.made_by.split()[0] for h in visiting}) == 1
+
+
+def test_what_is_computed_again_says_so() -> None:
+    levers = Levers(micro_batch_size=8, activation_checkpointing=True, gradient_release=True)
+    found = accountant().tensors(mixed(levers))
+    phases = {h.origin.phase for h in found if h.term == "activations"}
+    assert "forward" in phases
+    assert phases & {"recompute", "backward"}
+
+
+@pytest.mark.parametrize("name", ["plain", "accumulated", "checkpointed", "released"])
+@pytest.mark.parametrize("depth", [3, LAYERS])
+def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
+    levers = LEVERS[name]
+
+    def step(*, noted: bool) -> Any:
+        def make_batch() -> tuple[Tensor, Tensor]:
+            ids = torch.zeros(levers.micro_batch_size, 32, dtype=torch.int64)
+            return ids, ids
+
+        with fake_tensors("32-true"):
+            module = LlamaFoam(**SETTINGS).layered(levers, depth)
+            assert module.model is not None
+            plan = mixed(levers)
+            shallow = [n for n, _ in module.model.named_parameters()]
+            levels = {n: level for n, level in plan.levels.items() if n in shallow}
+            optimizer = module.make_optimizer(
+                module.model.named_parameters(), replace(plan, levels=levels)
+            )
+            return track_step(
+                module,
+                optimizer,
+                make_batch,
+                accumulate_grad_batches=levers.accumulate_grad_batches,
+                gradient_release=levers.gradient_release,
+                num_layers=LAYERS,
+                noted=noted,
+            )
+
+    plain, noted = step(noted=False), step(noted=True)
+    assert plain.peak == noted.peak
+    assert not plain.timeline.record.origins
+    record = noted.timeline.record
+    assert len(record.origins) == len(record.sizes)
+    # At any moment, not at the peak alone, what is held is what is counted.
+    end = noted.timeline.peak().time
+    for moment in (noted.peak, *noted.updates):
+        held = noted.timeline.holdings(moment.time)
+        found = dict.fromkeys(TERMS, 0)
+        for index, count in held.items():
+            found[TERMS[record.terms[index]]] += count * record.sizes[index]
+        assert found == moment.terms
+    assert end == noted.peak.time
