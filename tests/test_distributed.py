@@ -1,0 +1,259 @@
+"""Two processes that train one model, against one process: losses, checkpoints and peaks."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AutoModelForCausalLM
+
+from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.checkpoint import load_module, read_checkpoint
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.training import train
+from tests.runs import NewJob
+from tests.tiny import REPOSITORY, write_settings
+
+WORLD = 2
+STEPS, STOPPED_AFTER = 6, 3
+
+
+class StopError(Exception):
+    pass
+
+
+@dataclass
+class Steps(Callback):
+    """Note the loss of every step, over all ranks; die in the middle if asked to."""
+
+    stop_after: int | None = None
+    losses: list[float] = field(default_factory=list)
+    _parts: list[float] = field(default_factory=list)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.stop_after:
+            raise StopError
+
+    def on_train_batch_end(
+        self, trainer: Trainer, _: LightningModule, outputs: Any, *__: Any
+    ) -> None:
+        # Lightning has divided each by the number of micro-batches.
+        self._parts.append(float(trainer.strategy.reduce(outputs["loss"].clone())))
+        if len(self._parts) == trainer.accumulate_grad_batches:
+            self.losses.append(sum(self._parts))
+            self._parts.clear()
+
+
+class Case(NamedTuple):
+    """A run that ranks share."""
+
+    job: Job
+    plan: FoldPlan
+    folder: RunFolder
+
+    def run(self, stop_after: int | None = None) -> "Found":
+        """Do a whole run, or one that dies; without checkpoint it begins at the beginning."""
+        steps = Steps(stop_after)
+        job = replace(self.job, trainer={**self.job.trainer, "callbacks": [steps]})
+        try:
+            trained = train(job, self.plan, self.folder)
+        except StopError:
+            return Found(steps.losses)
+        return Found(steps.losses, trained.final_validation_loss, trained.validation_tokens)
+
+    def peak_bytes(self) -> int:
+        """Measure two steps, without the checkpoints, which take no memory of a GPU."""
+        module, memory = self.job.new_module(), MemoryWatch()
+        module.follow(self.plan)
+        trainer = self.job.new_trainer(
+            self.plan.levers,
+            [memory],
+            max_steps=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, datamodule=self.job.new_data(self.plan.levers))
+        assert memory.measured_bytes is not None
+        return memory.measured_bytes
+
+
+class Found(NamedTuple):
+    """What a run came to, the same for every rank."""
+
+    losses: list[float]
+    loss: float = 0.0
+    num_tokens: int = 0
+
+
+class Rank(NamedTuple):
+    """What one rank found, by the name of the case."""
+
+    runs: dict[str, Found]
+    peaks: dict[str, int]
+
+
+def case(new_job: NewJob, folder: Path, strategy: str, settings: dict[str, Any]) -> Case:
+    """Make a case; 45 and 301 rows do not divide by two, nor do 19 rows to evaluate on."""
+    num_devices = 1 if strategy == "alone" else WORLD
+    job = new_job(
+        model={"intermediate_size": 45, "vocab_size": 301, "num_hidden_layers": 6},
+        data={"vocab_size": 301, "validation_sequences": 19, "micro_batch_size": settings["micro"]},
+        trainer={
+            "max_steps": STEPS,
+            "val_check_interval": 3,
+            "devices": num_devices,
+            "strategy": strategy if num_devices > 1 else "auto",
+            "precision": settings.get("precision", "32-true"),
+        },
+    )
+    plan = job.plan_at(2)
+    levers = replace(plan.levers, **settings.get("levers", {}))
+    return Case(job, replace(plan, levers=levers), RunFolder(folder))
+
+
+LEAN = {"activation_checkpointing": True, "chunked_loss": True}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {"micro": 2},
+    "fsdp2": {"micro": 2},
+    "ddp bf16-true": {"micro": 4, "precision": "bf16-true", "levers": LEAN},
+    "fsdp2 bf16-true": {"micro": 4, "precision": "bf16-true", "levers": LEAN},
+    "fsdp2 bf16-mixed": {"micro": 4, "precision": "bf16-mixed"},
+}
+EXACT = ("ddp", "fsdp2")  # in float32; of the others only the memory is looked at
+
+
+def one_of_two(rank: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
+    """Be a rank, as a launcher starts it, and do one run after the other."""
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    scatter = torch.distributed.reduce_scatter_single
+
+    def scatter_unwatched(**arguments: Any) -> Any:
+        # Of all backends gloo alone copies what it scatters; its result is there already.
+        with _disable_current_modes():
+            return scatter(**arguments)
+
+    torch.distributed.reduce_scatter_single = scatter_unwatched
+    runs = {}
+    for name in EXACT:
+        before, after = cases[name].run(STOPPED_AFTER), cases[name].run()
+        runs[name] = tuple(after._replace(losses=before.losses + after.losses))
+    peaks = {name: shared.peak_bytes() for name, shared in cases.items()}
+    torch.save((runs, peaks), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Together(NamedTuple):
+    """The cases, and what each rank found of them."""
+
+    cases: dict[str, Case]
+    ranks: list[Rank]
+
+
+@pytest.fixture(scope="module")
+def together(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    folder = tmp_path_factory.mktemp("together")
+    cases = {
+        name: case(new_job, folder / name.replace(" ", "-"), name.split()[0], settings)
+        for name, settings in CASES.items()
+    }
+    data = cases["ddp"].job.new_data(cases["ddp"].plan.levers)
+    data.setup()  # what is in the cache then is there for both
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, folder, cases), nprocs=WORLD)
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    ranks = [
+        Rank({name: Found(*run) for name, run in runs.items()}, peaks) for runs, peaks in found
+    ]
+    return Together(cases, ranks)
+
+
+@pytest.fixture(scope="module")
+def alone(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Found]:
+    single = case(new_job, tmp_path_factory.mktemp("alone"), "alone", {"micro": 4})
+    return single, single.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_equal_one_through_a_kill(
+    name: str, together: Together, alone: tuple[Case, Found]
+) -> None:
+    _, expected = alone
+    for rank in together.ranks:
+        found = rank.runs[name]
+        assert len(found.losses) == STEPS
+        assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert found.num_tokens == expected.num_tokens == 19 * 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_of_every_rank_is_the_predicted_one(name: str, together: Together) -> None:
+    shared = together.cases[name]
+    predicted = shared.job.new_accountant().account(shared.plan).peak_bytes
+    measured = [rank.peaks[name] for rank in together.ranks]
+    assert predicted == pytest.approx(max(measured), rel=0.005)
+    # A rank with fewer rows needs a little less.
+    assert predicted == pytest.approx(min(measured), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_the_checkpoint_and_the_export_are_whole(
+    name: str, together: Together, alone: tuple[Case, Found]
+) -> None:
+    single, folder = alone[0], together.cases[name].folder
+    expected = read_checkpoint(single.folder.last_checkpoint)["state_dict"]
+    loaded = load_module(folder.last_checkpoint)
+    exported = AutoModelForCausalLM.from_pretrained(folder.hf).state_dict()
+    for key, weight in expected.items():
+        torch.testing.assert_close(loaded.state_dict()[key], weight, atol=1e-5, rtol=0)
+        assert torch.equal(exported[key.removeprefix("model.")], loaded.state_dict()[key])
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["last.ckpt"]
+
+
+@pytest.mark.slow
+def test_the_command_line_starts_the_ranks_and_speaks_once(tmp_path: Path) -> None:
+    words = ["fit", "--config", write_settings(tmp_path), "--trainer.devices", "2"]
+    words += ["--trainer.strategy", "fsdp2", "--trainer.max_steps", "2"]
+    environment = {key: value for key, value in os.environ.items() if "RANK" not in key}
+    run = subprocess.run(
+        [sys.executable, str(REPOSITORY / "cli.py"), *map(str, words)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("training 2 steps") == run.stdout.count("done: ") == 1
+    (version,) = (tmp_path / "runs" / "default").iterdir()
+    assert RunFolder(version).summary.exists()
+    assert RunFolder(version).hf.is_dir()
+
+
+def test_without_devices_at_hand_a_run_is_of_one(new_job: Callable[..., Job]) -> None:
+    trainer = new_job().new_trainer(new_job().levers, [], bare=True)
+    assert trainer.world_size == 1
