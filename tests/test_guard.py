@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from foam_lightning.errors import ConfigError, FellBackError, PlanError
 from foam_lightning.job import Job
 from foam_lightning.memory.device import Usage
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.run_folder import RunFolder, write_json
 from foam_lightning.shortage import MemoryShortageError
 from foam_lightning.units import in_words
 from tests.fake_gpu import FakeGpu
@@ -199,34 +199,44 @@ def test_what_nothing_fits_ends_with_one_line(
 
 
 @pytest.mark.slow
-def test_a_search_keeps_its_finished_trials(
+def test_search_and_training_keep_what_is_finished(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(tmp_path, "--memory-budget=24GB")
+    case = Case(tmp_path, "--memory-budget=24GB", "--tune.trials=4", "--tune.steps=4")
     case.plan = case.job.plan_at(0)  # Adam needs most, and runs first
-    limit, probed = case.limit, case.folder / "tuning" / "probe.json"
+    rungs = case.rungs(3)
+    peaks = [case.peak(rung) for rung in rungs]
+    probed = case.folder / "tuning" / "probe.json"
     seen: list[list[float]] = []
     fall_back = guard._fall_back
+
+    def limit() -> float:
+        if case.checkpoint.exists():
+            return (peaks[1] + peaks[2]) // 2
+        return (peaks[0] + peaks[1]) // 2 if probed.exists() else math.inf
 
     def look(*args: Any) -> str:
         seen.append(values(case))
         return fall_back(*args)
 
     monkeypatch.setattr(guard, "_fall_back", look)
-    fell, end = walk(case, "tune", lambda: limit if probed.exists() else math.inf, capfd)
-    assert fell.startswith("memory ran out in a short run of the search, after step ")
-    assert "micro-batches of 2 x 2 instead of 4 x 1" in fell
-    assert "report" in end
-    (before,) = seen
-    assert len(before) == 1
-    assert values(case)[:1] == before
-    assert len(values(case)) > 5
-    # What is searched stays as it was: every level fits the budget, Adam's too.
+    in_search, in_training, _ = walk(case, "fit", limit, capfd)
+    assert in_search.startswith("memory ran out in a short run of the search, after step ")
+    assert "micro-batches of 2 x 2 instead of 4 x 1" in in_search
+    assert in_training.startswith("memory ran out in training, after step 2: ")
+    assert "micro-batches of 1 x 4 instead of 2 x 2" in in_training
+    # What is searched stays as it was: no trial runs again, in spite of other levers.
+    first, second = seen
+    assert len(first) == 1
+    assert second[:1] == first
+    assert len(second) > 5
+    assert values(case) == second
     plan = FoldPlan.load(case.folder / "fold_plan.json")
-    assert plan.levers == case.second
-    assert json.loads((case.folder / "tuning" / "rehearsal.json").read_text())["fold_plan"] == (
-        plan.to_json()
-    )
+    assert plan.levers == rungs[2]
+    rehearsal = json.loads((case.folder / "tuning" / "rehearsal.json").read_text())
+    assert rehearsal["fold_plan"] == plan.to_json()
+    assert torch.load(case.checkpoint, weights_only=True)["global_step"] == 16
+    assert case.summary()["fallbacks"] == 2
 
 
 def values(case: Case) -> list[float]:
@@ -334,16 +344,20 @@ def test_a_lever_that_the_settings_contradict_is_none(
 
 
 def test_what_a_run_goes_on_with_is_said(
-    single: Case, folder: RunFolder, capfd: pytest.CaptureFixture[str]
+    folder: RunFolder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert fallen_to(None) is fallen_to(folder) is None
     assert capfd.readouterr().out == ""
-    selective = next(rung for rung in single.rungs() if rung.selective_checkpointing)
-    before = single.rungs()[single.rungs().index(selective) - 1]
-    run_out(single.fitting, folder, replace(single.plan, levers=before))
-    assert fallen_to(folder) == selective
+    levers = Levers(
+        micro_batch_size=1,
+        accumulate_grad_batches=4,
+        activation_checkpointing=True,
+        selective_checkpointing=True,
+    )
+    write_json(folder.fallback, {"levers": asdict(levers), "events": [{}, {}]})
+    assert fallen_to(folder) == levers
     assert capfd.readouterr().out == (
-        "memory ran out before (1x); going on with micro-batches of 1 x 1, activation "
+        "memory ran out before (2x); going on with micro-batches of 1 x 4, activation "
         "checkpointing, selective checkpointing\n"
     )
 
