@@ -1,0 +1,305 @@
+"""Devices counted, and one of them accounted for, without any of them."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from foam_lightning import run_folder
+from foam_lightning.data.loader import ShareOfRows
+from foam_lightning.devices import ONE_DEVICE, Devices, first_device, is_first_process
+from foam_lightning.errors import ConfigError
+from foam_lightning.memory.account import Accountant
+from foam_lightning.memory.ranks import NCCL_BYTES, buckets, one_of
+from foam_lightning.memory.trace import fake_tensors, track_step
+from foam_lightning.model import save_tokenizer
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import Levers
+from foam_lightning.run_folder import RunFolder, write_json
+from tests.runs import NewJob
+from tuner.fitting import Fitting
+
+DDP, SHARED = Devices(2), Devices(2, shards=True)
+SIZES = {"hidden_size": 32, "intermediate_size": 45, "num_attention_heads": 2, "vocab_size": 301}
+
+
+# ---- counted
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({}, ONE_DEVICE),
+        ({"devices": "auto", "strategy": "auto"}, ONE_DEVICE),
+        ({"devices": 1, "strategy": "fsdp2"}, ONE_DEVICE),
+        ({"devices": 2}, DDP),
+        ({"devices": "2", "strategy": "ddp"}, DDP),
+        ({"devices": [0, 3]}, DDP),
+        ({"devices": "0,3", "num_nodes": 2, "strategy": "fsdp2"}, Devices(4, shards=True)),
+    ],
+)
+def test_devices_are_read_from_lightnings_settings(
+    trainer: dict[str, Any], expected: Devices
+) -> None:
+    assert Devices.of(trainer) == expected
+
+
+@pytest.mark.parametrize("devices", [-1, 0, "many", [], "-1"])
+def test_devices_that_nobody_counted_are_refused(devices: Any) -> None:
+    with pytest.raises(ConfigError, match="does not say how many"):
+        Devices.of({"devices": devices})
+
+
+def test_a_strategy_that_the_account_does_not_know_is_refused(new_job: NewJob) -> None:
+    with pytest.raises(ConfigError, match=r"deepspeed is not supported; use auto, ddp, fsdp2"):
+        new_job(trainer={"strategy": "deepspeed"})
+
+
+@pytest.mark.parametrize(
+    ("devices", "first"), [(4, 1), ("auto", 1), ([2, 3], [2]), ("2,3", [2]), (None, 1)]
+)
+def test_the_first_device_is_the_one_named_first(devices: Any, first: Any) -> None:
+    assert first_device(devices) == first
+
+
+@pytest.mark.parametrize(
+    ("said", "is_first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"SLURM_PROCID": "3", "LOCAL_RANK": "0"}, True),
+    ],
+)
+def test_launchers_say_which_process_is_first(
+    said: dict[str, str], is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == is_first
+
+
+@given(rows=st.integers(1, 50), columns=st.integers(1, 5), count=st.integers(1, 9))
+def test_the_first_share_is_the_largest_chunk(rows: int, columns: int, count: int) -> None:
+    chunks = torch.empty(rows, columns).chunk(count)
+    share = Devices(count, shards=count > 1).share((rows, columns))
+    assert share == tuple(chunks[0].shape)
+    assert Devices(count).share((rows, columns)) == (rows, columns)
+
+
+@given(count=st.integers(0, 20), world=st.integers(2, 5))
+def test_every_row_is_in_one_share_and_all_shares_are_as_long(count: int, world: int) -> None:
+    rows = [{"input_ids": [number]} for number in range(count)]
+    shares = [ShareOfRows(rows, world, rank) for rank in range(world)]  # type: ignore[arg-type]
+    assert len({len(share) for share in shares}) == 1
+    found = [share[at]["input_ids"] for share in shares for at in range(len(share))]
+    assert sorted(ids[0] for ids in found if ids) == list(range(count))
+
+
+# ---- a job on several
+
+
+def test_the_batch_is_that_of_all_devices(new_job: NewJob) -> None:
+    job = new_job(data={"micro_batch_size": 2}, trainer={"devices": 2})
+    assert (job.levers.micro_batch_size, job.levers.accumulate_grad_batches) == (2, 2)
+    assert new_job(trainer={"devices": 2}).levers.micro_batch_size == 4
+    alone = job.on_one_device()
+    assert alone.devices == ONE_DEVICE
+    assert alone.levers.accumulate_grad_batches == 4
+    short = job.new_trainer(job.levers, [], bare=True)
+    assert (short.num_devices, short.accumulate_grad_batches) == (1, 4)
+
+
+@pytest.mark.parametrize("micro", [None, 8])
+def test_a_batch_that_the_devices_do_not_divide_is_refused(
+    new_job: NewJob, micro: int | None
+) -> None:
+    job = new_job(data={"micro_batch_size": micro}, trainer={"devices": 3})
+    with pytest.raises(ConfigError, match=r"x trainer.devices 3 must divide data.batch_size 8"):
+        _ = job.levers
+
+
+def test_gradients_are_released_on_one_device_only(new_job: NewJob) -> None:
+    job = new_job(model={"gradient_release": True}, trainer={"devices": 2})
+    with pytest.raises(ConfigError, match="gradient release needs one device, got 2"):
+        _ = job.levers
+    job = new_job(trainer={"devices": 2})
+    with pytest.raises(ConfigError, match="gradient release needs one device, got 2"):
+        job.check(Levers(micro_batch_size=4, gradient_release=True))
+    levers = Fitting(job, 10**12).ladder.leanest()
+    assert not any(one.gradient_release for one in levers)
+
+
+@pytest.mark.parametrize(("micro", "spread"), [(2, (2, 2)), (8, (4, 1)), (1, (1, 4))])
+def test_a_plan_of_one_device_serves_several(
+    new_job: NewJob, micro: int, spread: tuple[int, int]
+) -> None:
+    plan = new_job(data={"micro_batch_size": micro}).plan_at(2)
+    found = new_job(trainer={"devices": 2}).spread(plan)
+    assert (found.levers.micro_batch_size, found.levers.accumulate_grad_batches) == spread
+    assert new_job().spread(plan) == plan
+    assert replace(found, levers=plan.levers) == plan
+
+
+def test_a_plan_of_another_batch_does_not_serve_several(new_job: NewJob) -> None:
+    plan = new_job(data={"batch_size": 6}).plan_at(2)
+    with pytest.raises(ConfigError, match="takes 6 rows a step on one device, which 2 devices"):
+        new_job(trainer={"devices": 2}).spread(plan)
+
+
+# ---- files
+
+
+def test_other_processes_wait_for_the_folder_and_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    write_json(tmp_path / "nothing.json", {})
+    save_tokenizer(Mock(), tmp_path / "tokenizer")
+    assert list(tmp_path.iterdir()) == []
+
+    def open_as_first() -> None:
+        time.sleep(0.1)
+        with monkeypatch.context() as first:
+            first.setattr(run_folder, "is_first_process", lambda: True)
+            RunFolder.open(tmp_path, "run", "settings")
+
+    first = threading.Thread(target=open_as_first)
+    first.start()
+    found = RunFolder.open(tmp_path, "run", "settings")
+    first.join()
+    assert found.path == tmp_path / "run" / "version_0"
+
+
+def test_a_folder_that_nobody_opens_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(run_folder, "_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match="the first process has opened no run folder"):
+        RunFolder.open(tmp_path, "run", "settings")
+
+
+# ---- accounted for
+
+
+def accountant(devices: Devices, *, num_layers: int = 2, on_gpu: bool = False) -> Accountant:
+    return Accountant(
+        LlamaFoam(num_hidden_layers=num_layers, **SIZES),
+        num_layers=num_layers,
+        sequence_length=16,
+        precision="32-true",
+        on_gpu=on_gpu,
+        devices=devices,
+    )
+
+
+def plan_of(levers: Levers, num_layers: int = 2) -> Any:
+    return LlamaFoam(num_hidden_layers=num_layers, **SIZES).uniform_plan(2, levers)
+
+
+@pytest.mark.parametrize("devices", [DDP, SHARED, Devices(3, shards=True)], ids=str)
+@pytest.mark.parametrize(
+    "levers",
+    [
+        Levers(micro_batch_size=4, accumulate_grad_batches=2),
+        Levers(micro_batch_size=4, activation_checkpointing=True, chunked_loss=True),
+    ],
+    ids=["accumulated", "checkpointed"],
+)
+def test_a_few_layers_stand_for_all(devices: Devices, levers: Levers) -> None:
+    num_layers = 7
+    module = LlamaFoam(num_hidden_layers=num_layers, **SIZES)
+
+    def make_batch() -> tuple[Tensor, Tensor]:
+        token_ids = torch.zeros((levers.micro_batch_size, 16), dtype=torch.int64)
+        return token_ids, token_ids
+
+    with one_of(devices, "32-true") as join, fake_tensors("32-true"):
+        whole = module.layered(levers, num_layers)
+        join(whole, levers.accumulate_grad_batches)
+        traced = track_step(
+            whole,
+            None,
+            make_batch,
+            accumulate_grad_batches=levers.accumulate_grad_batches,
+        )
+    found = accountant(devices, num_layers=num_layers)
+    plan = plan_of(levers, num_layers)
+    few = found._traced_passes(levers).timeline.peak()
+    # Of the weights the trace has those of its layers; the account has its own count of them.
+    without_weights = [
+        {term: size for term, size in moment.terms.items() if term != "weights"}
+        for moment in (few, traced.peak)
+    ]
+    assert without_weights[0] == without_weights[1]
+    assert found.account(plan).breakdown["weights"] == traced.peak.terms["weights"]
+    assert found.usage(plan).requested > 0
+
+
+def test_devices_that_share_need_less_and_copies_need_more() -> None:
+    plan = plan_of(Levers(micro_batch_size=2))
+    alone, copies, shared, spread = (
+        accountant(devices).account(plan)
+        for devices in (ONE_DEVICE, DDP, SHARED, Devices(8, shards=True))
+    )
+    assert copies.peak_bytes > alone.peak_bytes > shared.peak_bytes > spread.peak_bytes
+    assert copies.breakdown["gradients"] == alone.breakdown["weights"]
+    for term in ("weights", "optimizer_state"):
+        assert copies.breakdown[term] == alone.breakdown[term]
+        assert shared.breakdown[term] == pytest.approx(alone.breakdown[term] / 2, rel=0.01)
+
+
+def test_accumulated_gradients_lie_beside_their_buckets() -> None:
+    plan = plan_of(Levers(micro_batch_size=2, accumulate_grad_batches=2))
+    account = accountant(DDP).account(plan)
+    assert account.breakdown["gradients"] == 2 * account.breakdown["weights"]
+
+
+def test_communicators_take_memory_of_a_gpu() -> None:
+    plan = plan_of(Levers(micro_batch_size=2))
+    alone, copies, shared = (
+        accountant(devices, on_gpu=True).account(plan).breakdown["context"]
+        for devices in (ONE_DEVICE, DDP, SHARED)
+    )
+    assert (copies - alone, shared - alone) == (NCCL_BYTES, 2 * NCCL_BYTES)
+
+
+def test_buckets_fill_up_from_the_last_parameter() -> None:
+    megabyte = 2**20
+    sizes = [30 * megabyte, 3 * megabyte, 24 * megabyte, megabyte, megabyte // 2]
+    expected = [megabyte * 3 // 2, 27 * megabyte, 30 * megabyte]
+    assert buckets(DDP, sizes) == expected
+    assert buckets(SHARED, sizes) == buckets(ONE_DEVICE, sizes) == []
+
+
+def test_the_account_leaves_no_process_group_behind() -> None:
+    accountant(SHARED).account(plan_of(Levers(micro_batch_size=2)))
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_budget_of_each_device_is_filled(new_job: NewJob) -> None:
+    job = new_job(trainer={"devices": 2, "strategy": "fsdp2"})
+    at_levels = {
+        level: job.new_accountant().account(job.plan_at(level)).peak_bytes for level in (0, 2, 8)
+    }
+    budget = (at_levels[0] + at_levels[2]) // 2
+    plan = Fitting(job, budget).untuned()
+    peak = job.new_accountant().account(plan).peak_bytes
+    assert peak <= budget
+    assert peak > budget - (at_levels[0] - at_levels[2])
+    assert 0 < sum(plan.levels.values()) < 2 * len(plan.levels)
