@@ -1,5 +1,6 @@
 """Devices counted, and one of them accounted for, without any of them."""
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor
 
 from foam_lightning import run_folder
@@ -26,6 +28,7 @@ from foam_lightning.plan import Levers
 from foam_lightning.run_folder import RunFolder, write_json
 from tests.runs import NewJob
 from tuner.fitting import Fitting
+from tuner.report import plan_json, plan_table
 
 DDP, SHARED = Devices(2), Devices(2, shards=True)
 SIZES = {"hidden_size": 32, "intermediate_size": 45, "num_attention_heads": 2, "vocab_size": 301}
@@ -285,6 +288,16 @@ def test_buckets_fill_up_from_the_last_parameter() -> None:
     expected = [megabyte * 3 // 2, 27 * megabyte, 30 * megabyte]
     assert buckets(DDP, sizes) == expected
     assert buckets(SHARED, sizes) == buckets(ONE_DEVICE, sizes) == []
+
+
+def test_a_plan_says_how_many_devices_it_is_for() -> None:
+    plan = plan_of(Levers(micro_batch_size=2))
+    several, one = accountant(SHARED).account(plan), accountant(ONE_DEVICE).account(plan)
+    assert json.loads(plan_json(plan, several, None, None))["devices"] == 2
+    assert "devices" not in json.loads(plan_json(plan, one, None, None))
+    console = Console(width=100, record=True)
+    console.print(plan_table(plan, several, None, None))
+    assert "on each of 2 devices" in console.export_text()
 
 
 def test_the_account_leaves_no_process_group_behind() -> None:

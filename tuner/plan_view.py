@@ -87,6 +87,8 @@ def plan_json(
         "levers": asdict(plan.levers),
         "levels": dict(plan.levels),
     }
+    if account.devices > 1:
+        content["devices"] = account.devices
     if neighbours:
         content["neighbours"] = [_neighbour_as_json(neighbour) for neighbour in neighbours]
     return json.dumps(content, indent=2)

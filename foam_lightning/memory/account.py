@@ -56,9 +56,11 @@ class Account:
     Attributes:
         breakdown: Bytes by term at the moment of the peak: weights, gradients, optimizer_state,
             activations, loss, workspace, context, margin.
+        devices: How many there are.
     """
 
     breakdown: Mapping[str, int]
+    devices: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -126,7 +128,8 @@ class Accountant:
                 **self.trace(plan),
                 "context": self.context,
                 "margin": self._margin.of(plan) if self._on_gpu else 0,
-            }
+            },
+            self._devices.count,
         )
 
     def trace(self, plan: FoldPlan) -> dict[str, int]:
