@@ -154,7 +154,8 @@ def levels_in_words(levels: Mapping[str, int]) -> list[str]:
 
 def _memory_table(account: Account) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("memory at the peak")
+    each = f", on each of {account.devices} devices" if account.devices > 1 else ""
+    table.add_column(f"memory at the peak{each}")
     table.add_column("bytes", justify="right")
     table.add_column("share", justify="right")
     table.add_column("", width=_BAR_WIDTH)
