@@ -332,6 +332,17 @@ def test_the_ninth_time_is_the_end(tiny: Case, folder: RunFolder) -> None:
     assert "no lever is left after 8 fall-backs" in run_out(tiny.fitting, folder, tiny.plan)
 
 
+def test_of_several_processes_whichever_runs_out_writes_it_down(
+    tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    run_out(tiny.fitting, folder, tiny.plan)
+    assert fallen_to(folder) == tiny.second
+    assert capfd.readouterr().out == ""  # the first process says it
+    assert leftovers(folder.path) == []
+
+
 def test_a_lever_that_the_settings_contradict_is_none(
     tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,13 +13,14 @@ from typing import Any, Self
 
 from rich.console import Console
 
+from foam_lightning.devices import is_first_process
 from foam_lightning.errors import ConfigError, FellBackError, PlanError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import optimizer_state_bytes
 from foam_lightning.memory.device import Gpu, shortfall, wall
 from foam_lightning.memory.price import prices
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.run_folder import RunFolder, write_json
+from foam_lightning.run_folder import RunFolder
 from foam_lightning.shortage import MemoryShortageError
 from foam_lightning.units import in_words
 from tuner.fitting import Fitting
@@ -78,7 +79,8 @@ def fallen_to(folder: RunFolder | None) -> Levers | None:
     fallback = Fallback.load(folder.fallback) if folder else None
     if fallback is None:
         return None
-    Console(soft_wrap=True).print(str(fallback), highlight=False)
+    if is_first_process():
+        Console(soft_wrap=True).print(str(fallback), highlight=False)
     return fallback.levers
 
 
@@ -169,7 +171,11 @@ def _fall_back(
         "from": asdict(plan.levers),
         "to": asdict(rung),
     }
-    write_json(folder.fallback, {"levers": asdict(rung), "events": [*events, event]})
+    # Not `write_json`: of several processes the one that ran out may not be the first.
+    beside = folder.fallback.with_name(f"{folder.fallback.name}.{os.getpid()}.part")
+    content = {"levers": asdict(rung), "events": [*events, event]}
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(folder.fallback)
     return f"{shortage} ({figures}); from here on {_pulled(plan, rung, fitting)}"
 
 

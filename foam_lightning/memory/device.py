@@ -17,6 +17,10 @@ from foam_lightning.units import ByteSize, in_words
 # A context with all modules loaded stays below; what is above belongs to other processes.
 _MOST_CONTEXT_BYTES = 2_000_000_000
 _DRIVER = Path("/proc/driver/nvidia/version")
+_REFUSAL = re.compile(
+    "CUDA (driver )?error: out of memory|Cuda failure .*out of memory|_STATUS_ALLOC_FAILED"
+    "|DefaultCPUAllocator:"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,17 +125,12 @@ def find_gpu(*, wanted: bool, index: int = 0) -> Gpu | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that a device, or the host, had no memory left.
 
-    Besides torch's own error these are errors of the CUDA runtime and of cuBLAS, whose handles
+    Besides torch's own error these are errors of the CUDA runtime, of cuBLAS, cuDNN and NCCL, which
     need memory of their own, and of the allocator of the CPU.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "CUDA error: out of memory" in text
-        or "CUBLAS_STATUS_ALLOC_FAILED" in text
-        or "DefaultCPUAllocator:" in text
-    )
+    return isinstance(error, RuntimeError) and _REFUSAL.search(str(error)) is not None
 
 
 @contextmanager
