@@ -56,7 +56,7 @@ def test_a_plan_survives_json(plan: FoldPlan) -> None:
 
 
 def test_equal_plans_are_equal_texts() -> None:
-    other_order = dict(reversed(PLAN.scales.items()))
+    other_order = dict(reversed(list(PLAN.scales.items())))
     assert replace(PLAN, scales=other_order).to_json() == PLAN.to_json()
 
 
