@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _answer(words)
     except FellBackError as error:
-        print(error, flush=True)
+        print(error, file=sys.stderr)
         if arguments is None:
             from tuner.guard import start_afresh
 

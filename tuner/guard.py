@@ -13,7 +13,6 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from foam_lightning.devices import is_first_process
 from foam_lightning.errors import ConfigError, FellBackError, PlanError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import optimizer_state_bytes
@@ -79,8 +78,7 @@ def fallen_to(folder: RunFolder | None) -> Levers | None:
     fallback = Fallback.load(folder.fallback) if folder else None
     if fallback is None:
         return None
-    if is_first_process():
-        Console(soft_wrap=True).print(str(fallback), highlight=False)
+    Console(soft_wrap=True).print(str(fallback), highlight=False)
     return fallback.levers
 
 
