@@ -118,35 +118,21 @@ def _quieten() -> None:
 def _plan(settings: "Settings") -> None:
     from rich.console import Console
 
-    from foam_lightning.errors import InfeasibleBudgetError
-    from tuner.fitting import Fitting
-    from tuner.neighbours import neighbours
-    from tuner.report import plan_json, plan_table
+    from tuner.plan import plan
 
-    job, budget = settings.job(), settings.memory_budget
-    if budget is None and settings.uniform_level is None:
-        raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
-    fitting = Fitting(job, budget or sys.maxsize)
-    refusal = None
-    if settings.uniform_level is not None:
-        plan = job.plan_at(settings.uniform_level)
-    else:
-        try:
-            plan = fitting.untuned()
-        except InfeasibleBudgetError as error:
-            plan, refusal = fitting.minimum.plan, error
-    account = fitting.accountant.account(plan)
-    minimum = None if budget is None else fitting.minimum.account.peak_bytes
-    chosen = budget is not None and settings.uniform_level is None
-    near = neighbours(fitting) if chosen else []
+    answer = plan(
+        settings.job(),
+        settings.memory_budget,
+        uniform_level=settings.uniform_level,
+        num_tensors=settings.tensors,
+        picture=None if settings.picture is None else Path(settings.picture),
+    )
     if settings.format == "json":
-        print(plan_json(plan, account, budget, minimum, near))
+        print(answer.json)
     else:
-        Console().print(plan_table(plan, account, budget, minimum, near))
-    if refusal is not None:
-        raise refusal
-    if budget is not None:
-        fitting.check(plan)
+        Console().print(answer.table)
+    if answer.refusal is not None:
+        raise answer.refusal
 
 
 def _tune(settings: "Settings") -> None:

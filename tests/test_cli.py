@@ -226,6 +226,37 @@ def test_plan_as_json_is_one_object_whose_terms_add_up(
     assert set(json.loads(capfd.readouterr().out)["levels"].values()) == {3}
 
 
+def test_plan_lists_the_largest_tensors_on_request(
+    settings: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--config", str(settings), "--uniform-level", "2", "--tensors"]
+    assert cli.main([*words, "3"]) == 0
+    assert "kinds more" in capfd.readouterr().out
+    assert cli.main([*words, "1000", "--format", "json"]) == 0
+    content = json.loads(capfd.readouterr().out)
+    for term in ("weights", "gradients", "optimizer_state", "activations", "loss", "workspace"):
+        listed = sum(found["bytes"] for found in content["tensors"] if found["term"] == term)
+        assert listed == content["breakdown"][term]
+    assert cli.main([*words, "-1"]) == 2
+    assert "tensors" in capfd.readouterr().err
+
+
+def test_plan_draws_a_picture_on_request(
+    settings: Path, tmp_path: Path, refused: Check, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--config", settings, "--uniform-level", "2", "--picture"]
+    path = tmp_path / "plan.png"
+    assert cli.main([*map(str, words), str(path)]) == 0
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert not list(tmp_path.glob("*.part"))
+    capfd.readouterr()
+    line = refused(*words, tmp_path / "missing" / "plan.png")
+    assert "cannot write the picture" in line
+    assert "missing" in line
+
+
 _SECTION_4 = {  # layers, hidden, intermediate; the vocabulary is 32000
     "60m": (8, 512, 1376),
     "130m": (12, 768, 2048),

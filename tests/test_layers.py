@@ -31,7 +31,7 @@ FOAM_LIGHTNING_LAYERS = [
     {"training"},
 ]
 TUNER_LAYERS = [
-    {"relaxation", "scales", "usage"},
+    {"relaxation", "scales", "usage", "tensor_view"},
     {"knapsack"},
     {"allocate"},
     {"space"},
@@ -43,7 +43,7 @@ TUNER_LAYERS = [
     {"search"},
     {"pictures", "plan_view"},
     {"report", "rehearsal", "guard"},
-    {"run"},
+    {"run", "plan"},
     {"fit"},
     {"settings"},
 ]

@@ -6,16 +6,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from foam_lightning.memory.account import Account
+from foam_lightning.memory.inventory import Holding
+from foam_lightning.memory.timeline import Origin
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.roles import ROLES
+from foam_lightning.units import in_words
 from tuner.finals import Candidate
 from tuner.neighbours import Neighbour
 from tuner.objective import ShortRun, paired_difference
 from tuner.outcome import Outcome, Searched
-from tuner.report import plan_json, plan_table, write_report
+from tuner.pictures import draw_plan, save
+from tuner.plan_view import level_grid, plan_json, plan_table
+from tuner.report import write_report
+from tuner.tensor_view import tensor_table, tensors_as_json
 
 ADAM_STATE = 4_096_000
 BREAKDOWN = {
@@ -318,6 +325,74 @@ def test_the_table_tells_kinds_of_checkpointing_apart(
     )
     text = printed(replace(UNIFORM.plan, levers=levers))
     assert ["activation", "checkpointing", word] in cells(text)
+
+
+# ---- plan --picture
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 32, 80])
+@pytest.mark.parametrize("budget", [None, PEAK, 100 * PEAK], ids=str)
+def test_a_plan_is_one_picture(tmp_path: Path, num_layers: int, budget: int | None) -> None:
+    grid, _ = level_grid(mixed_plan(num_layers).levels if num_layers else {})
+    figure = draw_plan({"Adam": ADAM_ACCOUNT, "plan": ACCOUNT}, budget, grid)
+    save(figure, tmp_path / "plan.png")
+    width, height = png_size(tmp_path / "plan.png")
+    assert width == 1260
+    assert height == pytest.approx(570 + 150 * min(11, 2 + 0.28 * max(6, num_layers)), abs=1) or (
+        num_layers == 0 and height == 570
+    )
+    texts = {text.get_text() for part in figure.subfigs for text in part.axes[0].texts}
+    said = [text for text in texts if text.startswith("budget")]
+    assert said == ([] if budget is None else [f"budget {in_words(budget)}"]) or (
+        budget == 100 * PEAK and said[0].endswith("not drawn")
+    )
+    drawn = [len(part.axes) for part in figure.subfigs]
+    assert drawn == ([1, 2] if num_layers else [1])  # the heat map has a colour bar
+
+
+# ---- plan --tensors
+
+HOLDINGS = [
+    Holding(
+        90_177_536,
+        32,
+        "optimizer_state",
+        Origin("model.layers.*.mlp.gate_proj.weight exp_avg", "throughout", (9, 5), torch.bfloat16),
+    ),
+    Holding(8_388_608, 32, "activations", Origin("model.layers.*", "forward", (1, 2), torch.int8)),
+    Holding(4, 1, "loss", Origin("loss", "backward", (), torch.float32)),
+]
+
+
+def test_the_tensor_table_says_what_is_large_and_how_much_is_left_out() -> None:
+    console = Console(width=80, no_color=True, file=io.StringIO())
+    console.print(tensor_table(HOLDINGS, 1))
+    rows = cells(console.file.getvalue())
+    assert [
+        *["2.886", "GB", "32", "x", "90.18", "MB", "model.layers.*.mlp.gate_proj.weight", "exp_avg"]
+    ] in rows
+    assert ["optimizer", "state,", "throughout:", "9", "x", "5", "bfloat16"] in rows
+    assert ["268.4", "MB", "2", "kinds", "more"] in rows
+    console.print(tensor_table(HOLDINGS, 3))
+    rows = cells(console.file.getvalue())
+    assert ["loss,", "backward:", "scalar", "float32"] in rows
+    assert ["0", "B"] not in [row[:2] for row in rows]
+
+
+def test_json_has_the_largest_tensors_where_they_were_asked_for() -> None:
+    largest = tensors_as_json(HOLDINGS, 2)
+    found = json.loads(plan_json(UNIFORM.plan, ACCOUNT, None, None, tensors=largest))
+    assert [entry["bytes"] for entry in found["tensors"]] == [32 * 90_177_536, 32 * 8_388_608]
+    assert found["tensors"][1] == {
+        "bytes": 32 * 8_388_608,
+        "count": 32,
+        "term": "activations",
+        "made_by": "model.layers.*",
+        "phase": "forward",
+        "shape": [1, 2],
+        "dtype": "int8",
+    }
+    assert "tensors" not in json.loads(plan_json(UNIFORM.plan, ACCOUNT, None, None))
 
 
 # ---- the report

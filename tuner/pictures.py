@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
@@ -60,7 +60,41 @@ def draw_levels(grid: Mapping[int, Mapping[str, int]], title: str) -> Figure:
         grid: Level by layer and role; what is missing does not fold.
         title: Says whose levels they are.
     """
-    figure = _figure(6.4, min(11.0, 2.0 + 0.28 * max(6, len(grid))))
+    figure = _figure(6.4, _levels_height(len(grid)))
+    _draw_levels(figure, grid, title)
+    return figure
+
+
+def draw_plan(
+    accounts: Mapping[str, Account],
+    budget_bytes: int | None,
+    grid: Mapping[int, Mapping[str, int]],
+) -> Figure:
+    """Draw a plan on one sheet: its memory as in `draw_memory`, its levels as in `draw_levels`.
+
+    Args:
+        accounts: By label, from top to bottom; one or more.
+        budget_bytes: The budget; None where none was given.
+        grid: Level by layer and role; empty where no matrix folds, and then not drawn.
+    """
+    heights = [_memory_height(len(accounts))]
+    if grid:
+        heights.append(_levels_height(len(grid)))
+    figure = _figure(8.4, sum(heights))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_memory(parts[0], accounts, budget_bytes)
+    if grid:
+        _draw_levels(parts[1], grid, "Fold levels")
+    return figure
+
+
+def _levels_height(num_layers: int) -> float:
+    return min(11.0, 2.0 + 0.28 * max(6, num_layers))
+
+
+def _draw_levels(
+    figure: Figure | SubFigure, grid: Mapping[int, Mapping[str, int]], title: str
+) -> None:
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11)
     most = max([_MAX_LEVEL, *(level for row in grid.values() for level in row.values())])
@@ -90,7 +124,6 @@ def draw_levels(grid: Mapping[int, Mapping[str, int]], title: str) -> Figure:
     axes.tick_params(which="both", length=0)
     if len(layers) <= _MAX_LAYERS_WITH_VALUES:
         _print_values(axes, values, palette)
-    return figure
 
 
 def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
@@ -100,13 +133,24 @@ def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
         accounts: By label, from top to bottom; one or more.
         budget_bytes: The budget.
     """
-    figure = _figure(8.4, 2.3 + 0.75 * len(accounts))
+    figure = _figure(8.4, _memory_height(len(accounts)))
+    _draw_memory(figure, accounts, budget_bytes)
+    return figure
+
+
+def _memory_height(num_bars: int) -> float:
+    return 2.3 + 0.75 * num_bars
+
+
+def _draw_memory(
+    figure: Figure | SubFigure, accounts: Mapping[str, Account], budget_bytes: int | None
+) -> None:
     figure.suptitle("Predicted peak memory of one device", fontsize=12)
     axes = figure.add_subplot()
     peaks = {label: account.peak_bytes for label, account in accounts.items()}
     longest = max(peaks.values())
-    is_drawn = budget_bytes <= _LONGEST_BUDGET * longest
-    width = 1.04 * (max(longest, budget_bytes) if is_drawn else longest)
+    is_drawn = budget_bytes is not None and budget_bytes <= _LONGEST_BUDGET * longest
+    width = 1.04 * (max(longest, budget_bytes or 0) if is_drawn else longest)
     used: dict[str, None] = {}
     for row, account in enumerate(accounts.values()):
         left = 0
@@ -123,14 +167,15 @@ def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_words(int(value))))
     axes.spines[["top", "right"]].set_visible(False)
-    budget = f"budget {in_words(budget_bytes)}"
-    if is_drawn:
-        axes.axvline(budget_bytes, color="black", linestyle="--", linewidth=1.5)
-    else:
-        budget += f", {budget_bytes / longest:.0f} times the longest bar: not drawn"
-    # Wherever the line is, the text ends there: it is never cut off at the right.
-    end = budget_bytes if is_drawn else width
-    axes.text(end, 1.02, budget, transform=axes.get_xaxis_transform(), ha="right", va="bottom")
+    if budget_bytes is not None:
+        budget = f"budget {in_words(budget_bytes)}"
+        if is_drawn:
+            axes.axvline(budget_bytes, color="black", linestyle="--", linewidth=1.5)
+        else:
+            budget += f", {budget_bytes / longest:.0f} times the longest bar: not drawn"
+        # Wherever the line is, the text ends there: it is never cut off at the right.
+        end = budget_bytes if is_drawn else width
+        axes.text(end, 1.02, budget, transform=axes.get_xaxis_transform(), ha="right", va="bottom")
     axes.legend(
         handles=[Patch(color=_TERM_COLOURS[term], label=term.replace("_", " ")) for term in used],
         loc="upper center",
@@ -138,7 +183,6 @@ def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
         ncols=4,
         frameon=False,
     )
-    return figure
 
 
 def draw_search(

@@ -66,6 +66,7 @@ def plan_json(
     budget_bytes: int | None,
     minimum_bytes: int | None,
     neighbours: Sequence[Neighbour] = (),
+    tensors: Sequence[dict[str, object]] = (),
 ) -> str:
     """Write a plan and its account as one JSON object, for scripts.
 
@@ -75,6 +76,7 @@ def plan_json(
         budget_bytes: The budget, None where none was given: then everything is feasible.
         minimum_bytes: The smallest budget that works, None where it was not looked for.
         neighbours: The plans of budgets near this one; without any the key is left out.
+        tensors: The largest tensors, as `tensor_view` gives them; the same.
     """
     content: dict[str, object] = {
         "schema": SCHEMA,
@@ -91,6 +93,8 @@ def plan_json(
         content["devices"] = account.devices
     if neighbours:
         content["neighbours"] = [_neighbour_as_json(neighbour) for neighbour in neighbours]
+    if tensors:
+        content["tensors"] = list(tensors)
     return json.dumps(content, indent=2)
 
 

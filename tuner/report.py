@@ -17,13 +17,9 @@ from tuner.plan_view import (
     level_grid,
     level_rows,
     levels_in_words,
-    plan_json,
-    plan_table,
 )
 from tuner.scales import scale_rows, scales_in_words
 from tuner.search import FINAL_LENGTH
-
-__all__ = ["plan_json", "plan_table", "write_report"]
 
 
 def write_report(

@@ -14,8 +14,9 @@ from foam_lightning.run_folder import RunFolder
 from foam_lightning.units import ByteSize, in_words
 from tuner.fitting import Fitting
 from tuner.outcome import Outcome
+from tuner.plan_view import plan_table
 from tuner.rehearsal import rehearse
-from tuner.report import plan_table, write_report
+from tuner.report import write_report
 from tuner.search import TuneOptions, num_steps, search
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import register_type
+from jsonargparse.typing import NonNegativeInt, register_type
 from lightning.pytorch import Trainer
 
 from foam_lightning.data.module import TextData
@@ -19,7 +19,10 @@ from foam_lightning.units import ByteSize
 from tuner.search import TuneOptions
 
 # Options of single commands; all others are shared, so that one YAML serves every command.
-_OWN = ("ckpt_path", "format", "uniform_level", "prompt", "max_new_tokens", "temperature", "output")
+_OWN = (
+    *("ckpt_path", "format", "uniform_level", "tensors", "picture"),
+    *("prompt", "max_new_tokens", "temperature", "output"),
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ def _add_own(parser: ArgumentParser, command: str) -> None:
     if command == "plan":
         parser.add_argument("--format", choices=["table", "json"], default="table")
         parser.add_argument("--uniform_level", "--uniform-level", type=int | None, default=None)
+        parser.add_argument("--tensors", type=NonNegativeInt, default=0)
+        parser.add_argument("--picture", type=str | None, default=None)
     if command == "generate":
         parser.add_argument("--prompt", type=str, default="")
         parser.add_argument("--max_new_tokens", type=int, default=200)

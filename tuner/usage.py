@@ -38,6 +38,8 @@ OWN: dict[str, dict[str, str]] = {
     "plan": {
         "--format FORMAT": "table or json",
         "--uniform-level L": "account for this level everywhere instead of choosing levels",
+        "--tensors N": "list the N largest tensors at the peak, by the module that made them",
+        "--picture FILE": "draw the plan beside Adam, and its levels, into this PNG",
     },
     "tune": {},
     "validate": {"--ckpt_path FILE": "the checkpoint (required)"},
