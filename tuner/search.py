@@ -206,7 +206,7 @@ class _Search:
         # The budget binds between two uniform levels: then mixed plans may use what is left.
         binds = set(base.levels.values()) == {self._levels[0]}
         room = self._fitting.state_allowance if binds else self._fitting.folded_bytes(base)
-        # Where Adam does not fit, matrices at level 0 take the scales that it is known to want.
+        # Without a run of Adam, matrices at level 0 take the scales that it is known to want.
         adam = self._best(self._adam) or turned(self._fitting.uniform(0), qk_factor=_ADAMS_QK)
         return joined(self._fitting.decoded(knobs, room), unfolded=adam, folded=base)
 
