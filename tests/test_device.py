@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from foam_lightning.memory import device
 from foam_lightning.memory.device import (
     DeviceCosts,
     Gpu,
@@ -16,6 +17,7 @@ from foam_lightning.memory.device import (
     shortfall,
     wall,
 )
+from foam_lightning.memory.tracker import StorageTracker
 from tests.fake_gpu import FakeGpu
 
 GB = 10**9
@@ -181,6 +183,27 @@ def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.Monk
         ("set_per_process_memory_fraction", 0.25, 4),
         ("reset_peak_memory_stats", 4),
     ]
+
+
+def test_what_stays_is_what_the_card_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    worked: list[tuple[str, torch.dtype]] = []
+    allocated = [1_000, 18_000]  # before, after
+    monkeypatch.setattr(device, "work", lambda *words: worked.append(words))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated[len(worked) // 2])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20_000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (400_000, 1_000_000))
+    assert Gpu(2).measure() == DeviceCosts(context=580_000, workspace=17_000)
+    assert worked == [("cuda:2", torch.bfloat16), ("cuda:2", torch.float32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_work_leaves_no_tensor(dtype: torch.dtype) -> None:
+    with StorageTracker() as tracker:
+        device.work("cpu", dtype)
+        tracker.mark("after")
+    assert tracker.peak().total_bytes > 0
+    assert tracker.timeline().at("after")[0].total_bytes == 0
 
 
 def test_counters_that_never_counted_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:

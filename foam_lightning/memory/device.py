@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 from foam_lightning.cache_home import cache_home
 from foam_lightning.run_folder import write_json
@@ -95,21 +96,36 @@ class Gpu:
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def measure(self) -> DeviceCosts:
-        """Take a product forward and backward, and see what stays when its tensors are gone.
+        """Run what a training step runs, small, and see what stays when its tensors are gone.
 
-        The context is all that the card has given away and that torch does not hold, so it counts
-        other processes on the card too, and must be measured while there are none.
+        The context is all that the card has given away and that torch does not hold. So it counts
+        other processes on the card too, and must be measured while there are none; and a kernel
+        that this did not load, such as a compiled one, still adds some megabytes when it is.
         """
         before = torch.cuda.memory_allocated(self.index)
-        weight = torch.ones(1024, 1024, device=f"cuda:{self.index}", requires_grad=True)
-        (weight @ weight).sum().backward()
+        for dtype in (torch.bfloat16, torch.float32):
+            work(f"cuda:{self.index}", dtype)
         torch.cuda.synchronize(self.index)
-        del weight
         free, total = self.memory()
         return DeviceCosts(
             context=total - free - torch.cuda.memory_reserved(self.index),
             workspace=torch.cuda.memory_allocated(self.index) - before,
         )
+
+
+def work(device: str, dtype: torch.dtype) -> None:
+    """Run the operators of a LLaMA forward and backward: modules are loaded when first used.
+
+    Args:
+        device: Where, such as "cuda:0".
+        dtype: Of weights and activations.
+    """
+    table = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
+    ids = torch.zeros(64, dtype=torch.int64, device=device)
+    heads = (functional.embedding(ids, table) @ table)[None, None]  # (1, 1, 64, 64)
+    mixed = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    logits = functional.silu(functional.rms_norm(mixed[0, 0], (64,))) @ table.T
+    functional.cross_entropy(logits.float(), ids).backward()
 
 
 def find_gpu(*, wanted: bool, index: int = 0) -> Gpu | None:
