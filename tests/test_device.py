@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from foam_lightning.job import Job
 from foam_lightning.memory import device
 from foam_lightning.memory.device import (
     DeviceCosts,
@@ -19,6 +20,7 @@ from foam_lightning.memory.device import (
 )
 from foam_lightning.memory.tracker import StorageTracker
 from tests.fake_gpu import FakeGpu
+from tests.runs import NewJob
 
 GB = 10**9
 
@@ -234,3 +236,41 @@ def test_what_the_cpu_says_is_known_too() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.int8)
     assert is_out_of_memory(caught.value)
+
+
+# ---- a job's own
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rank", "index"),
+    [
+        ({"accelerator": "auto"}, None, 0),
+        ({"accelerator": "gpu", "devices": [2]}, None, 2),
+        ({"accelerator": "gpu", "devices": 4}, "3", 3),
+        ({"accelerator": "cpu"}, None, None),
+    ],
+)
+def test_a_job_knows_its_gpu(
+    new_job: NewJob,
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: dict[str, Any],
+    rank: str | None,
+    index: int | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    gpu = new_job(trainer=trainer).gpu
+    assert (None if gpu is None else gpu.index) == index
+
+
+def test_the_account_takes_what_was_measured(
+    new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, gpu = new_job(trainer={"accelerator": "auto"}), FakeGpu()
+    monkeypatch.setattr(Job, "gpu", gpu)
+    assert job.new_accountant().context == DeviceCosts().context
+    calibrate(gpu)
+    assert job.new_accountant().context == gpu.costs.context
+    assert new_job().new_accountant().context == 0  # on a CPU

@@ -345,15 +345,15 @@ def test_of_several_processes_whichever_runs_out_writes_it_down(
     assert leftovers(folder.path) == []
 
 
-def test_a_lever_that_the_settings_contradict_is_none(
+def test_levers_that_the_settings_contradict_are_passed_over(
     tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise ConfigError("contradicts")
+    def refuse(_: Job, levers: Levers) -> None:
+        if levers.micro_batch_size == 2:
+            raise ConfigError("contradicts")
 
     monkeypatch.setattr(Job, "check", refuse)
-    assert "no lever is left that needs less" in run_out(tiny.fitting, folder, tiny.plan)
-    assert not folder.fallback.exists()
+    assert "micro-batches of 1 x 4 instead of 4 x 1" in run_out(tiny.fitting, folder, tiny.plan)
 
 
 def test_what_a_run_goes_on_with_is_said(

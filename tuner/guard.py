@@ -140,6 +140,8 @@ def _fall_back(
     events = before.events if before else ()
 
     def peak(levers: Levers) -> int:
+        if not _allows(fitting.job, levers):
+            return sys.maxsize
         return fitting.accountant.account(replace(plan, levers=levers)).peak_bytes
 
     predicted = peak(plan.levers)
@@ -148,7 +150,7 @@ def _fall_back(
     )
     rung = None
     if len(events) < MOST_FALLBACKS:
-        rung = _allowed(fitting.ladder.next_rung(plan.levers, peak), fitting.job)
+        rung = fitting.ladder.next_rung(plan.levers, peak)
     if rung is None:
         fell = f" after {len(events)} fall-backs" if events else ""
         raise MemoryShortageError(
@@ -177,14 +179,12 @@ def _fall_back(
     return f"{shortage} ({figures}); from here on {_pulled(plan, rung, fitting)}"
 
 
-def _allowed(levers: Levers | None, job: Job) -> Levers | None:
-    """Leave out levers that the settings contradict."""
+def _allows(job: Job, levers: Levers) -> bool:
     try:
-        if levers is not None:
-            job.check(levers)
+        job.check(levers)
     except ConfigError:
-        return None
-    return levers
+        return False
+    return True
 
 
 def _pulled(before: FoldPlan, after: Levers, fitting: Fitting) -> str:
