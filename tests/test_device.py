@@ -167,6 +167,7 @@ def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.Monk
     answer("mem_get_info", (5, 7))
     answer("get_device_name", "Card")
     answer("set_per_process_memory_fraction", None)
+    answer("empty_cache", None)
     answer("reset_peak_memory_stats", None)
     answer(
         "memory_stats",
@@ -183,6 +184,7 @@ def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.Monk
         ("get_device_name", 4),
         ("memory_stats", 4),
         ("set_per_process_memory_fraction", 0.25, 4),
+        ("empty_cache",),
         ("reset_peak_memory_stats", 4),
     ]
 

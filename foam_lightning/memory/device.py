@@ -92,7 +92,8 @@ class Gpu:
         )
 
     def forget_peaks(self) -> None:
-        """Count the peaks of `usage` from now on."""
+        """Count the peaks of `usage` from now on, without what earlier runs have left cached."""
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def measure(self) -> DeviceCosts:
