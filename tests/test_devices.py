@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
+import cli
 from foam_lightning import run_folder
 from foam_lightning.data.loader import ShareOfRows
 from foam_lightning.devices import ONE_DEVICE, Devices, first_device, is_first_process
@@ -27,8 +28,9 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
 from foam_lightning.run_folder import RunFolder, write_json
 from tests.runs import NewJob
+from tests.tiny import write_settings
 from tuner.fitting import Fitting
-from tuner.report import plan_json, plan_table
+from tuner.plan_view import plan_json, plan_table
 
 DDP, SHARED = Devices(2), Devices(2, shards=True)
 SIZES = {"hidden_size": 32, "intermediate_size": 45, "num_attention_heads": 2, "vocab_size": 301}
@@ -162,6 +164,24 @@ def test_a_plan_of_another_batch_does_not_serve_several(new_job: NewJob) -> None
     plan = new_job(data={"batch_size": 6}).plan_at(2)
     with pytest.raises(ConfigError, match="takes 6 rows a step on one device, which 2 devices"):
         new_job(trainer={"devices": 2}).spread(plan)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit", "--memory-budget", "24GB"], "tune in one process first: python cli.py tune"),
+        (["tune", "--memory-budget", "24GB", "--trainer.strategy", "fsdp2"], "in one process"),
+        (["fit", "--data.batch_size", "5"], "must divide data.batch_size 5"),
+    ],
+)
+def test_what_is_for_one_process_is_refused_before_anything_is_written(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words += ["--config", str(write_settings(tmp_path)), "--trainer.devices", "2"]
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "runs").exists()
 
 
 # ---- files
