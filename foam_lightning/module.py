@@ -17,7 +17,7 @@ from foam_lightning import model as llama
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.loss import token_loss
 from foam_lightning.optim.foam import FOAM
-from foam_lightning.optim.groups import DEFAULT_EXCLUDE, foldable, param_groups
+from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable, param_groups
 from foam_lightning.optim.release import release_gradients
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 from foam_lightning.schedule import warmup_cosine
@@ -138,12 +138,15 @@ class LlamaFoam(LightningModule):
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's shape by its qualified name."""
-        return {name: tuple(p.shape) for name, p in self._on_meta()}
+        with torch.device("meta"):
+            model = llama.lay_out(self.llama_config())
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     @cached_property
     def foldable(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the matrices that fold, by qualified name."""
-        return foldable(self._on_meta(), self.hparams["exclude"])
+        exclude = self.hparams["exclude"]
+        return {name: s for name, s in self.shapes.items() if is_foldable(name, s, exclude)}
 
     def uniform_plan(self, level: int, levers: Levers) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at this module's settings."""
@@ -319,10 +322,6 @@ class LlamaFoam(LightningModule):
         if self.plan is None:
             self.follow(saved)
         saved.check_model(self._plan().model, self._plan().levels)
-
-    def _on_meta(self) -> list[tuple[str, Tensor]]:
-        with torch.device("meta"):
-            return list(llama.lay_out(self.llama_config()).named_parameters())
 
     def _plan(self) -> FoldPlan:
         if self.plan is None:

@@ -37,13 +37,14 @@ class Fitting:
     Args:
         job: What to train.
         budget_bytes: The budget of the device.
+        like: Another of the same job, whose traces then serve both.
     """
 
-    def __init__(self, job: Job, budget_bytes: int) -> None:
+    def __init__(self, job: Job, budget_bytes: int, *, like: "Fitting | None" = None) -> None:
         self.job = job
         self.budget_bytes = budget_bytes
-        self.module: LlamaFoam = job.new_module()
-        self.accountant: Accountant = job.new_accountant()
+        self.module: LlamaFoam = like.module if like else job.new_module()
+        self.accountant: Accountant = like.accountant if like else job.new_accountant()
         self.ladder = Ladder(
             job.levers,
             on_gpu=job.on_gpu,
@@ -61,9 +62,7 @@ class Fitting:
 
     def with_budget(self, budget_bytes: int) -> "Fitting":
         """Look at the same job within another budget; what was traced serves both."""
-        other = Fitting(self.job, budget_bytes)
-        other.module, other.accountant = self.module, self.accountant
-        return other
+        return Fitting(self.job, budget_bytes, like=self)
 
     @cached_property
     def minimum(self) -> Minimum:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Protocol
@@ -287,16 +288,20 @@ class Accountant:
     def _update(
         self, plan: FoldPlan, name: str, shape: tuple[int, ...], *, noted: bool = False
     ) -> Timeline:
-        with fake_tensors(self._precision):
-            parameter = torch.nn.Parameter(torch.empty(shape))
+        # The kernel of the CPU has no temporary, and goes by the device of fake tensors. An update
+        # compiled for a GPU has some, within what the plain one has: operators that any device has,
+        # in a third of the time on meta tensors. What visits from the host is counted apart.
+        dtype, device = weight_dtype(self._precision), "meta" if self._on_gpu else "cpu"
+        alone = replace(
+            plan,
+            levels={name: plan.levels[name]} if name in plan.levels else {},
+            levers=replace(plan.levers, state_offload=False),
+        )
+        with nullcontext() if self._on_gpu else fake_tensors(self._precision):
+            parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             parameter.grad = torch.empty_like(parameter)
-            levels = {name: plan.levels[name]} if name in plan.levels else {}
-            optimizer = self._trainee.make_optimizer(
-                [(name, parameter)], replace(plan, levels=levels)
-            )
+            optimizer = self._trainee.make_optimizer([(name, parameter)], alone)
             for group in optimizer.param_groups:
-                # The kernel of the CPU has no temporary; an update compiled for a GPU has some,
-                # within what the plain one has.
                 group["fused"] = not self._on_gpu
             return track_optimizer_step(optimizer, noted=name if noted else None)
 

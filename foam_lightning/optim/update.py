@@ -66,7 +66,7 @@ def update_(
     limit = _FUSED_PART_ELEMENTS if compiles else _PART_ELEMENTS
     # What makes a matrix orthogonal needs all of it.
     parts = [...] if second_moment == "none" else _row_parts(param, limit)
-    if isinstance(param, FakeTensor):
+    if isinstance(param, FakeTensor) or param.is_meta:
         # Only its memory is looked at. Parts come one after the other and leave nothing behind, and
         # none is larger than the first.
         parts = parts[:1]
