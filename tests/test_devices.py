@@ -177,8 +177,9 @@ def test_a_plan_of_another_batch_does_not_serve_several(new_job: NewJob) -> None
 def test_what_is_for_one_process_is_refused_before_anything_is_written(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words += ["--config", str(write_settings(tmp_path)), "--trainer.devices", "2"]
-    assert cli.main(words) == 2
+    command, *options = words
+    settings = ["--config", str(write_settings(tmp_path)), "--trainer.devices", "2"]
+    assert cli.main([command, *settings, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "runs").exists()
