@@ -77,6 +77,12 @@ def first_device(devices: Any) -> int | list[int]:
     return named[:1] if named else 1
 
 
+def device_of(rank: int, devices: Any) -> int:
+    """Tell which of Lightning's `devices` a rank of this machine has."""
+    named = _named(devices)
+    return named[rank] if rank < len(named) else rank
+
+
 def _named(devices: Any) -> list[int]:
     """List the devices of a list or of a text such as "0,2"; none where there is but a number."""
     if isinstance(devices, str) and "," in devices:

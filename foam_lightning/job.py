@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from foam_lightning.data.module import TextData
-from foam_lightning.devices import Devices, first_device
+from foam_lightning.devices import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, find_gpu, known_costs
@@ -86,11 +86,10 @@ class Job:
     def gpu(self) -> Gpu | None:
         """The GPU that this process trains on; None where the job is not for one, or none is here.
 
-        It is the first that the settings name, or else that of the rank.
+        It is that of the rank, among those that the settings name or else among all.
         """
-        named = first_device(self.trainer.get("devices"))
-        index = named[0] if isinstance(named, list) else int(os.environ.get("LOCAL_RANK", 0))
-        return find_gpu(wanted=self.on_gpu, index=index)
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        return find_gpu(wanted=self.on_gpu, index=device_of(rank, self.trainer.get("devices")))
 
     @cached_property
     def devices(self) -> Devices:

@@ -248,6 +248,7 @@ def test_what_the_cpu_says_is_known_too() -> None:
     [
         ({"accelerator": "auto"}, None, 0),
         ({"accelerator": "gpu", "devices": [2]}, None, 2),
+        ({"accelerator": "gpu", "devices": "2,5"}, "1", 5),
         ({"accelerator": "gpu", "devices": 4}, "3", 3),
         ({"accelerator": "cpu"}, None, None),
     ],
