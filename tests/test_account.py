@@ -162,6 +162,33 @@ def test_a_gpu_adds_its_context_and_a_margin() -> None:
     assert full.peak_bytes == sum(full.breakdown.values())
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("batch", [(1, 1), (8, 1), (8, 2), (64, 0)], ids=str)
+@pytest.mark.parametrize("checkpointing", [(False, False), (True, True), (True, False)], ids=str)
+def test_no_peak_is_below_what_is_counted_without_a_trace(
+    precision: Precision, batch: tuple[int, int], checkpointing: tuple[bool, bool]
+) -> None:
+    rows, accumulate = batch
+    levers = Levers(
+        micro_batch_size=rows,
+        accumulate_grad_batches=max(1, accumulate),
+        gradient_release=accumulate == 0,
+        activation_checkpointing=checkpointing[0],
+        selective_checkpointing=checkpointing[1],
+    )
+    module = LlamaFoam(num_hidden_layers=6)
+    accountant = Accountant(
+        module, num_layers=6, sequence_length=64, precision=precision, on_gpu=False
+    )
+    plan = module.uniform_plan(2, levers)
+    least, account = accountant.least(plan), accountant.account(plan)
+    peak = account.peak_bytes
+    plan_bytes = account.breakdown["weights"] + account.breakdown["optimizer_state"]
+    assert plan_bytes < least <= peak
+    assert accountant.fits(plan, peak)
+    assert not accountant.fits(plan, peak - 1)
+
+
 def test_the_largest_term_binds() -> None:
     assert Account({"weights": 3, "gradients": 7, "loss": 5}).binding == "gradients"
 

@@ -67,11 +67,11 @@ class Fitting:
     @cached_property
     def minimum(self) -> Minimum:
         """The plan with every matrix at the highest level and the levers that need least."""
+        plans = [self.module.uniform_plan(MAX_LEVEL, levers) for levers in self.ladder.leanest()]
         least: Minimum | None = None
-        # The dearest first: what it needs rules most others out without a trace.
-        for levers in reversed(self.ladder.leanest()):
-            plan = self.module.uniform_plan(MAX_LEVEL, levers)
-            if least is None or self.accountant.fits(plan, least.account.peak_bytes):
+        # What the most promising needs rules most others out without a trace.
+        for plan in sorted(plans, key=self.accountant.least):
+            if least is None or self.accountant.fits(plan, least.account.peak_bytes - 1):
                 least = Minimum(plan, self.accountant.account(plan))
         assert least is not None
         return least

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Trainee(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every parameter's shape by its qualified name."""
+        ...
+
+    def llama_config(self) -> Any:
+        """Describe the model; `hidden_size` is what one layer hands to the next for each token."""
         ...
 
     def layered(self, levers: Levers, num_layers: int) -> Traceable:
@@ -113,6 +117,7 @@ class Accountant:
         self._devices = devices
         self._shapes = {name: devices.share(shape) for name, shape in trainee.shapes.items()}
         self._num_layers = num_layers
+        self._width = num_layers * int(trainee.llama_config().hidden_size)
         self._sequence_length = sequence_length
         self._precision = precision
         self._on_gpu = on_gpu
@@ -177,16 +182,23 @@ class Accountant:
 
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
         """Tell whether the peak of a plan is within a budget, without a trace where it can."""
-        allowed = budget_bytes - self.context
-        standing = self._standing(plan)
-        least = sum(standing.values())
-        if not plan.levers.gradient_release:  # as many gradients as weights, after backward
-            least += standing["weights"]
         return (
-            least <= allowed
-            and sum(self.trace(plan).values()) <= allowed
+            self.least(plan) <= budget_bytes
+            and sum(self.trace(plan).values()) + self.context <= budget_bytes
             and self.account(plan).peak_bytes <= budget_bytes
         )
+
+    def least(self, plan: FoldPlan) -> int:
+        """Count what the peak of a plan is not below, without a trace."""
+        standing, levers = self._standing(plan), plan.levers
+        # Whatever is recomputed, the inputs of all layers are alive where backward begins, and
+        # gradients, if they are kept, where it ends; from the second micro-batch on, both.
+        tokens = levers.micro_batch_size * self._sequence_length
+        inputs = tokens * self._width * weight_dtype(self._precision).itemsize
+        gradients = 0 if levers.gradient_release else standing["weights"]
+        accumulates = levers.accumulate_grad_batches > 1
+        passing = inputs + gradients if accumulates else max(inputs, gradients)
+        return self.context + sum(standing.values()) + passing
 
     def usage(self, plan: FoldPlan, *, expandable: bool = False) -> Usage:
         """Replay the caching allocator over two steps, without the workspace of cuBLAS.
@@ -260,7 +272,7 @@ class Accountant:
         with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
             num_seen = 4 if self._devices.shards else 3
             twin = self._trainee.layered(levers, min(self._num_layers, num_seen))
-            join(twin, levers.accumulate_grad_batches)
+            join(twin)
             return track_step(
                 twin,
                 None,
