@@ -138,7 +138,7 @@ class Ladder:
 
         # Chunks save logits, but each makes a gradient of the head; a few rows have fewer logits.
         def either_fits(levers: Levers) -> bool:
-            return fits(levers) or fits(self._whole(levers))
+            return fits(self._whole(levers)) or fits(levers)
 
         first, rest = (ways := self._micro_batches(base))[:1], ways[1:]
         found = first[0] if first and either_fits(first[0]) else _largest(rest, either_fits)
