@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Self, cast
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, device_of, first_device
@@ -17,6 +17,7 @@ from foam_lightning.memory.device import Gpu, find_gpu, known_costs
 from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.replicas import OnePlaceDDP
 
 _BARE = {
     "callbacks": None,
@@ -267,11 +268,7 @@ class Job:
                     save_distributed_checkpoint=False,
                 ),
             }
-        return {
-            "use_distributed_sampler": False,
-            # Gradients live in the buckets, not beside them; the buffers are constants.
-            "strategy": DDPStrategy(gradient_as_bucket_view=True, forward_sync_buffers=False),
-        }
+        return {"use_distributed_sampler": False, "strategy": OnePlaceDDP()}
 
 
 def _alone(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ NCCL_BYTES = 2 * 32 * 4 * 2**20
 # (dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb).
 _BUCKET_BYTES = (2**20, 25 * 2**20)
 
-# Makes a module one of the ranks; the second argument is its number of micro-batches.
-Join = Callable[[Traceable, int], None]
+# Makes a module, just laid out, one of the ranks.
+Join = Callable[[Traceable], None]
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def one_of(devices: Devices, precision: Precision) -> Iterator[Join]:
         precision: Lightning's name of the precision.
 
     Yields:
-        A function that takes a module just laid out and how many micro-batches it will see.
+        A function that takes such a module.
 
     Raises:
         ConfigError: This process already is one of several.
@@ -48,7 +48,7 @@ def one_of(devices: Devices, precision: Precision) -> Iterator[Join]:
         yield _fill_buckets if devices.count > 1 else _stay_alone
         return
     with _fake_group(devices.count) as mesh:
-        yield lambda module, _: _share(module, mesh, precision)
+        yield lambda module: _share(module, mesh, precision)
 
 
 def communicators(devices: Devices) -> int:
@@ -80,31 +80,18 @@ def buckets(devices: Devices, sizes: Iterable[int]) -> list[int]:
     return found
 
 
-def _stay_alone(_module: Traceable, _micro_batches: int) -> None:
+def _stay_alone(_module: Traceable) -> None:
     pass
 
 
-def _fill_buckets(module: Traceable, micro_batches: int) -> None:
-    """Free each gradient when the last micro-batch has it.
-
-    DDP averages in the last one alone; until then gradients pile up outside the buckets. The trace
-    sees two micro-batches at most.
-    """
-    last = min(micro_batches, 2)
-    for parameter in module.parameters():
-        parameter.register_post_accumulate_grad_hook(_freed_at(last))
-
-
-def _freed_at(last: int) -> Callable[[Tensor], None]:
-    seen = 0
+def _fill_buckets(module: Traceable) -> None:
+    """Free each gradient as soon as it could be added to what its bucket has."""
 
     def free(parameter: Tensor) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == last:
-            parameter.grad = None
+        parameter.grad = None
 
-    return free
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
 
 
 def _share(module: Traceable, mesh: DeviceMesh, precision: Precision) -> None:
