@@ -2,8 +2,9 @@ import io
 import json
 import math
 import struct
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -130,10 +131,11 @@ def printed(
     budget=None,
     minimum=None,
     neighbours=(),
+    prices=MappingProxyType({}),
     width=80,
 ) -> str:
     console = Console(width=width, no_color=True, file=io.StringIO())
-    console.print(plan_table(plan, account, budget, minimum, neighbours))
+    console.print(plan_table(plan, account, budget, minimum, neighbours, prices))
     return console.file.getvalue()
 
 
@@ -224,6 +226,18 @@ def test_the_table_shows_the_levers_in_words() -> None:
     assert ["chunked", "loss", "on"] in cells(text)
     assert ["activation", "checkpointing", "off"] in cells(text)
     assert ["state", "float32"] in cells(text)
+
+
+def test_the_table_says_what_a_lever_costs_beside_it() -> None:
+    text = printed(UNIFORM.plan, prices={"chunked_loss": "a bit", "state_offload": "a lot"})
+    assert ["chunked", "loss", "on", "a", "bit"] in cells(text)
+    assert ["state", "float32", "a", "lot"] in cells(text)
+
+
+def test_every_lever_that_has_a_price_has_a_row() -> None:
+    names = {field.name for field in fields(Levers)} - {"micro_batch_size"}
+    text = printed(UNIFORM.plan, prices={name: f"price-of-{name}" for name in names}, width=200)
+    assert all(f"price-of-{name}" in text for name in names)
 
 
 def test_the_table_says_what_is_left_or_lacking() -> None:

@@ -7,7 +7,7 @@ from foam_lightning.errors import InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
 from foam_lightning.memory.levers import MAX_LEVEL, TARGET_LEVEL, Ladder
-from foam_lightning.memory.price import selective_rows
+from foam_lightning.memory.price import prices, selective_rows
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
 from tuner.space import Knobs, decode, state_bytes_table
@@ -196,6 +196,12 @@ class Fitting:
                 for name, level in levels.items()
             },
         )
+
+    def prices(self, plan: FoldPlan) -> dict[str, str]:
+        """Say what the pulled levers of a plan cost in speed, by field of `Levers`."""
+        shapes = self.module.shapes
+        state = optimizer_state_bytes(shapes, plan.levels, plan.levers.state_dtype)
+        return prices(plan.levers, shapes, state)
 
     def _fits_uniform(self, levers: Levers, level: int) -> bool:
         return self.fits(self.module.uniform_plan(level, levers))

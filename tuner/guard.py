@@ -15,9 +15,7 @@ from rich.console import Console
 
 from foam_lightning.errors import ConfigError, FellBackError, PlanError
 from foam_lightning.job import Job
-from foam_lightning.memory.account import optimizer_state_bytes
 from foam_lightning.memory.device import Gpu, shortfall, wall
-from foam_lightning.memory.price import prices
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.run_folder import RunFolder
 from foam_lightning.shortage import MemoryShortageError
@@ -189,9 +187,7 @@ def _allows(job: Job, levers: Levers) -> bool:
 
 def _pulled(before: FoldPlan, after: Levers, fitting: Fitting) -> str:
     """Say which levers change, and what those cost that are pulled now."""
-    shapes = fitting.module.shapes
-    state = optimizer_state_bytes(shapes, before.levels, after.state_dtype)
-    now, then = prices(after, shapes, state), asdict(before.levers)
+    now, then = fitting.prices(replace(before, levers=after)), asdict(before.levers)
     changes = []
     for lever, value in asdict(after).items():
         if value == then[lever] or lever == "micro_batch_size":

@@ -60,7 +60,7 @@ def plan(
     tensors = fitting.accountant.tensors(found) if num_tensors else []
     if picture is not None:
         _draw(fitting, found, budget_bytes, picture)
-    table = plan_table(found, account, budget_bytes, minimum, near)
+    table = plan_table(found, account, budget_bytes, minimum, near, fitting.prices(found))
     largest = tensors_as_json(tensors, num_tensors)
     return Answer(
         Group(table, tensor_table(tensors, num_tensors)) if tensors else table,

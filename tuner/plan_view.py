@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from types import MappingProxyType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -20,6 +21,14 @@ from tuner.neighbours import Neighbour, mean_level
 SCHEMA = "foam-lightning/plan/1"
 BREAKDOWN = (*TERMS, "context", "margin")
 
+# The fields of `Levers` in one row of the table of levers.
+_PRICED = {
+    "micro-batch": ("accumulate_grad_batches",),
+    "chunked loss": ("chunked_loss",),
+    "activation checkpointing": ("activation_checkpointing", "selective_checkpointing"),
+    "gradient release": ("gradient_release",),
+    "state": ("state_dtype", "state_offload"),
+}
 _BAR_WIDTH = 24
 _Grid = dict[int, dict[str, int]]
 
@@ -30,6 +39,7 @@ def plan_table(
     budget_bytes: int | None,
     minimum_bytes: int | None,
     neighbours: Sequence[Neighbour] = (),
+    prices: Mapping[str, str] = MappingProxyType({}),
 ) -> Group:
     """Lay a plan out for the terminal: memory, levers and levels.
 
@@ -39,6 +49,7 @@ def plan_table(
         budget_bytes: The budget, None where none was given.
         minimum_bytes: The smallest budget that works, None where it was not looked for.
         neighbours: The plans of budgets near this one.
+        prices: What pulled levers cost, by field of `Levers`.
     """
     parts: list[RenderableType] = [_memory_table(account)]
     parts += [Text(line) for line in _verdict(account, budget_bytes, minimum_bytes)]
@@ -46,7 +57,8 @@ def plan_table(
     parts += [Text(_neighbour_in_words(neighbour, plan)) for neighbour in neighbours]
     levers = Table.grid(padding=(0, 2))
     for name, value in _levers_in_words(plan.levers).items():
-        levers.add_row(name, value)
+        paid = (prices[field] for field in _PRICED[name] if field in prices)
+        levers.add_row(name, value, "; ".join(paid))
     parts += [Text(), levers, Text()]
     rows = level_rows(plan.levels)
     if rows:

@@ -89,7 +89,7 @@ def tune(
         predicted_bytes=account.peak_bytes,
         budget_bytes=budget_bytes,
     )
-    console.print(plan_table(plan, account, budget_bytes, None))
+    console.print(plan_table(plan, account, budget_bytes, None, prices=fitting.prices(plan)))
     console.print(
         f"rehearsal: {rehearsed}, {in_words(account.peak_bytes)} predicted", highlight=False
     )
