@@ -83,6 +83,11 @@ def test_what_one_of_several_devices_holds_adds_up_too() -> None:
     assert by_term(holdings) == shared.trace(plan)
     buckets = [holding for holding in holdings if holding.origin.made_by == "bucket of gradients"]
     assert sum(holding.num_bytes for holding in buckets) == by_term(holdings)["weights"]
+    sharded = accountant(devices=Devices(count=2, shards=True))
+    holdings = sharded.tensors(plan)
+    assert by_term(holdings) == sharded.trace(plan)
+    gathered = find(holdings, "model.embed_tokens.weight", "throughout")
+    assert [h.origin.shape for h in gathered if h.term == "weights"] == [(150, 64)]
 
 
 def find(holdings: list[Holding], made_by: str, phase: str) -> list[Holding]:
