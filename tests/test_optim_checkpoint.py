@@ -24,7 +24,7 @@ def named(level, *, q_level=None, **options):
     shapes = {"q.weight": (4, 12), "k.weight": (4, 12), "norm.weight": (4,), "lm_head": (5, 4)}
     pairs = list(zip(shapes, parameters(shapes.values()), strict=True))
     levels = {"q.weight": level if q_level is None else q_level, "k.weight": level}
-    return FOAM(param_groups(pairs, levels, dict.fromkeys(range(9), 0.25), 0.1), **options)
+    return FOAM(param_groups(pairs, levels, dict.fromkeys(levels, 0.25), 0.1), **options)
 
 
 @pytest.mark.parametrize("state_dtype", [F32, BF16], ids=["state-f32", "state-bf16"])
