@@ -44,6 +44,15 @@ def token_loss(
     return torch.stack(pieces).sum(), num_tokens
 
 
+def least_rows_in_chunks(sequence_length: int) -> int:
+    """Count the rows from which the tokens to score are more than one chunk.
+
+    Args:
+        sequence_length: Tokens in a row, of which all but the last are scored on the next.
+    """
+    return _LEAST_TOKENS // max(1, sequence_length - 1) + 1
+
+
 def _summed(states: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
     logits = head(states).float()
     return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")

@@ -62,7 +62,7 @@ def in_order_of_price(ladder: Ladder) -> list[Levers]:
         for size, chunked in product(
             [batch] if release else sizes, sorted({start.chunked_loss, True})
         ):
-            if size < least:
+            if size < least or (chunked > start.chunked_loss and size < ladder.chunked_rows):
                 continue
             found.append(
                 Levers(
@@ -112,6 +112,7 @@ def ladders(draw: st.DrawFn) -> Ladder:
         on_gpu=on_gpu,
         can_release=releases or draw(st.booleans()),
         selective_rows=draw(st.sampled_from([1, 2, 7, 1000])),
+        chunked_rows=draw(st.integers(1, 3)),  # fewer rows than a chunk takes
     )
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foam_lightning import loss
 from foam_lightning.loss import IGNORED, token_loss
 
 H, V = 8, 50
@@ -86,3 +87,23 @@ def test_at_most_64_chunks_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.clear()
         token_loss(*example(1, 64 * 300 + 1), chunked=True)
         assert sizes == [300] * 64
+
+
+@pytest.mark.parametrize("length", [2, 3, 86, 129, 200, 256, 257, 258, 2048])
+def test_fewer_rows_than_it_says_are_one_chunk(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = []
+    plain = loss.checkpoint
+
+    def counted(*args: object, **options: object) -> object:
+        chunks.append(args)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(loss, "checkpoint", counted)
+    least = loss.least_rows_in_chunks(length)
+    for rows, is_one in ((least - 1, True), (least, False)):
+        if rows:
+            chunks.clear()
+            token_loss(*example(rows, length), chunked=True)
+            assert (len(chunks) == 1) == is_one

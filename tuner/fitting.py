@@ -5,6 +5,7 @@ from functools import cached_property
 
 from foam_lightning.errors import InfeasibleBudgetError
 from foam_lightning.job import Job
+from foam_lightning.loss import least_rows_in_chunks
 from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
 from foam_lightning.memory.levers import MAX_LEVEL, TARGET_LEVEL, Ladder
 from foam_lightning.memory.price import prices, selective_rows
@@ -45,13 +46,13 @@ class Fitting:
         self.budget_bytes = budget_bytes
         self.module: LlamaFoam = like.module if like else job.new_module()
         self.accountant: Accountant = like.accountant if like else job.new_accountant()
+        length = int(job.data["sequence_length"])
         self.ladder = Ladder(
             job.levers,
             on_gpu=job.on_gpu,
             can_release=job.devices.count == 1,
-            selective_rows=selective_rows(
-                self.module.shapes, int(job.data["sequence_length"]), on_gpu=job.on_gpu
-            ),
+            selective_rows=selective_rows(self.module.shapes, length, on_gpu=job.on_gpu),
+            chunked_rows=least_rows_in_chunks(length),
         )
 
     @cached_property

@@ -35,12 +35,15 @@ class Ladder:
         can_release: Whether gradients may be released, which one device alone can do.
         selective_rows: Rows from which a micro-batch takes longer to run forward again than torch
             takes to choose what to keep: with fewer, selective checkpointing is the dearer one.
+        chunked_rows: Rows from which the loss of a micro-batch is more than one chunk; with fewer
+            it is taken in one piece.
     """
 
     start: Levers
     on_gpu: bool = True
     can_release: bool = True
     selective_rows: int = 1
+    chunked_rows: int = 1
 
     def cheapest(self, fits: Fits) -> Levers | None:
         """Find the cheapest levers that fit.
@@ -108,8 +111,8 @@ class Ladder:
         return [False, True] if allowed else [False]
 
     def _bases(self, offload: bool) -> Iterator[Levers]:
-        """Yield chunked levers of one micro-batch each, in order of price."""
-        start = replace(self.start, chunked_loss=True, state_offload=offload)
+        """Yield levers of one micro-batch each, in order of price."""
+        start = replace(self.start, state_offload=offload)
         asked = (start.activation_checkpointing, start.selective_checkpointing)
         checkpointing = _CHECKPOINTING[_CHECKPOINTING.index(asked) :]
         dtypes: list[StateDtype] = [start.state_dtype]
@@ -153,7 +156,12 @@ class Ladder:
         if base.selective_checkpointing and not self.start.selective_checkpointing:
             least = max(least, self.selective_rows)
         return [
-            replace(base, micro_batch_size=size, accumulate_grad_batches=batch // size)
+            replace(
+                base,
+                micro_batch_size=size,
+                accumulate_grad_batches=batch // size,
+                chunked_loss=self.start.chunked_loss or size >= self.chunked_rows,
+            )
             for size in range(largest, least - 1, -1)
             if batch % size == 0
         ]
