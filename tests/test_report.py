@@ -310,17 +310,19 @@ def test_json_has_the_neighbours_where_there_are_any() -> None:
 
 
 def test_the_table_says_what_binds_and_what_makes_room() -> None:
-    text = printed(UNIFORM.plan, width=200)
+    text = printed(UNIFORM.plan, budget=PEAK, width=200)
     assert "The largest term is loss (8.4 MB); levels change only the optimizer state" in text
     assert "14.5 MB of activations and loss, by a smaller data.micro_batch_size (now 4)" in text
     released = replace(UNIFORM.plan.levers, accumulate_grad_batches=1, gradient_release=True)
-    text = printed(replace(UNIFORM.plan, levers=released), width=200)
+    text = printed(replace(UNIFORM.plan, levers=released), budget=PEAK, width=200)
     assert "by a smaller data.batch_size (now 4) or data.sequence_length" in text
-    single = replace(UNIFORM.plan.levers, micro_batch_size=1)
-    assert "by a smaller data.sequence" in printed(replace(UNIFORM.plan, levers=single), width=200)
-    # Adam needs no room, and what is in host memory takes none.
+    single = replace(UNIFORM.plan, levers=replace(UNIFORM.plan.levers, micro_batch_size=1))
+    assert "by a smaller data.sequence" in printed(single, budget=PEAK, width=200)
+    # Adam needs no room, what is in host memory takes none, and there may be enough.
     for plan in (uniform_plan(0), replace(UNIFORM.plan, levers=OFF)):
-        assert "Room" not in printed(plan)
+        assert "Room" not in printed(plan, budget=PEAK)
+    for budget in (2 * PEAK, None):
+        assert "Room" not in printed(UNIFORM.plan, budget=budget)
     state = Account({**BREAKDOWN, "optimizer_state": 10**8})
     assert "The largest term is optimizer state (100 MB).\n" in printed(
         uniform_plan(2), state

@@ -30,6 +30,8 @@ _PRICED = {
     "state": ("state_dtype", "state_offload"),
 }
 _BAR_WIDTH = 24
+# Of the budget; a plan below chose its levels for their loss.
+_NEARLY_ALL = 0.9
 _Grid = dict[int, dict[str, int]]
 
 
@@ -53,7 +55,7 @@ def plan_table(
     """
     parts: list[RenderableType] = [_memory_table(account)]
     parts += [Text(line) for line in _verdict(account, budget_bytes, minimum_bytes)]
-    parts += [Text(line) for line in _what_binds(plan, account)]
+    parts += [Text(line) for line in _what_binds(plan, account, budget_bytes)]
     parts += [Text(_neighbour_in_words(neighbour, plan)) for neighbour in neighbours]
     levers = Table.grid(padding=(0, 2))
     for name, value in _levers_in_words(plan.levers).items():
@@ -205,15 +207,16 @@ def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | No
     return lines
 
 
-def _what_binds(plan: FoldPlan, account: Account) -> list[str]:
-    """Say what the memory goes to, and what of it the user can change beside the budget."""
+def _what_binds(plan: FoldPlan, account: Account, budget_bytes: int | None) -> list[str]:
+    """Say what the memory goes to, and where it is short, what of it the user can change."""
     terms = account.breakdown
     largest, state = account.binding, terms["optimizer_state"]
     line = f"The largest term is {largest.replace('_', ' ')} ({in_words(terms[largest])})"
     if largest != "optimizer_state" and state:
         line += f"; levels change only the optimizer state ({in_words(state)})"
     levers, lines = plan.levers, [f"{line}."]
-    if any(plan.levels.values()) and not levers.state_offload:
+    is_short = budget_bytes is not None and account.peak_bytes > _NEARLY_ALL * budget_bytes
+    if is_short and any(plan.levels.values()) and not levers.state_offload:
         # With gradient release a step is one micro-batch.
         setting = "batch_size" if levers.gradient_release else "micro_batch_size"
         size = levers.micro_batch_size
