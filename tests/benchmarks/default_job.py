@@ -25,7 +25,7 @@ from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.training import versions
 from foam_lightning.units import ByteSize, in_words
-from tests.benchmarks.heading import ROOT, dated, machine
+from tests.benchmarks.heading import ROOT, dated, machine, publish
 from tuner.fitting import Fitting
 from tuner.objective import Bench, ShortRun, paired_difference
 from tuner.scales import scales_in_words, turned
@@ -116,10 +116,7 @@ def main() -> None:
             + f" | {mean_loss(of_plan):.4f} | {difference} | "
             + ("chosen |" if plan == outcome.winner.plan else "|")
         )
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if arguments.output is not None:
-        arguments.output.write_text(table, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

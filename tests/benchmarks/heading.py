@@ -1,9 +1,10 @@
-"""What every benchmark says above its table: the commit and the machine."""
+"""What every benchmark says above its table, commit and machine, and where it says it."""
 
 import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,3 +49,11 @@ def dated() -> str:
 def machine() -> str:
     """Name the processor, and how much of it torch uses."""
     return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def publish(lines: Iterable[str], output: Path | None) -> None:
+    """Print a page, and keep it in a file where one is named."""
+    page = "\n".join(lines) + "\n"
+    print(page)
+    if output is not None:
+        output.write_text(page, encoding="utf-8")

@@ -29,7 +29,7 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.release import release_gradients
 from foam_lightning.plan import Levers
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, dated, machine, packages
+from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
 from tests.benchmarks.stepping import say, seconds_of
 
 LEVEL = 2
@@ -275,10 +275,7 @@ def main(words: Sequence[str]) -> None:
         torch.set_num_threads(THREADS)
     work = choose_work(device, small=small)
     lines = [*heading(words, work, device), *table(measure(work, device))]
-    page = "\n".join(lines) + "\n"
-    print(page)
-    if arguments.output is not None:
-        arguments.output.write_text(page, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

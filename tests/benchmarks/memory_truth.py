@@ -30,7 +30,7 @@ from foam_lightning.plan import Levers
 from foam_lightning.units import in_words
 from tests.benchmarks.combinations import Combination, choose
 from tests.benchmarks.fresh_process import in_fresh_process
-from tests.benchmarks.heading import dated, machine, packages
+from tests.benchmarks.heading import dated, machine, packages, publish
 from tests.benchmarks.memory_runs import (
     MIXED_LEVELS,
     MOST_TOKENS,
@@ -248,10 +248,7 @@ def main(words: Sequence[str]) -> None:
     if len(rows) < len(grid):
         extra += ["", f"No time for {len(grid) - len(rows)} of {len(grid)} combinations."]
     lines = [*heading(words, device), *summary(rows), *extra, "", *table(rows, device)]
-    page = "\n".join(lines) + "\n"
-    print(page)
-    if arguments.output is not None:
-        arguments.output.write_text(page, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

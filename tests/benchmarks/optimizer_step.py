@@ -24,7 +24,7 @@ import yaml
 
 from foam_lightning.optim.groups import is_foldable
 from tests.benchmarks.contenders import FUSED, LR, RANK_SHARE, ROWS, Row, Weights, first_step_rows
-from tests.benchmarks.heading import ROOT, dated, machine, packages
+from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
 from tests.benchmarks.stepping import Stepped, cold_caches, first_steps, start_compiler, step_all
 
 SEED = 0
@@ -255,10 +255,7 @@ def main(words: Sequence[str]) -> None:
         else:
             work = choose_work(device, arguments.model, small=small)
             lines += full_table(arguments.only, work, device)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.output is not None:
-        arguments.output.write_text(text, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, dated, packages, processor
+from tests.benchmarks.heading import ROOT, dated, packages, processor, publish
 
 _7B = ("--config", "configs/llama_7b.yaml")
 _70B = (
@@ -67,10 +67,7 @@ def main() -> None:
     for name, options in CASES.items():
         lines.append(_row(name, options))
         print(lines[-1], file=sys.stderr, flush=True)
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if arguments.output is not None:
-        arguments.output.write_text(table, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 def _row(name: str, options: tuple[str, ...]) -> str:

@@ -16,7 +16,7 @@ from foam_lightning.job import Job
 from foam_lightning.plan import Levers
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, dated
+from tests.benchmarks.heading import ROOT, dated, publish
 from tuner.settings import parse
 
 SIZES = ("60m", "130m", "350m", "1b", "3b", "7b", "13b")
@@ -56,10 +56,7 @@ def main() -> None:
     for size, job in jobs.items():
         lines.append(_reserved(size, replace(job, data={**job.data, "batch_size": RELEASED_BATCH})))
         print(lines[-1], flush=True)
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if arguments.output is not None:
-        arguments.output.write_text(table, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 _HEAD = (

@@ -17,7 +17,7 @@ from foam_lightning.memory.account import optimizer_state_bytes
 from foam_lightning.plan import StateDtype
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
-from tests.benchmarks.heading import ROOT, dated, machine
+from tests.benchmarks.heading import ROOT, dated, machine, publish
 from tuner.objective import Bench, paired_difference
 from tuner.settings import parse
 
@@ -81,10 +81,7 @@ def main() -> None:
         losses = " | ".join(f"{run.loss:.4f}" for run in runs)
         lines.append(f"| {name} | {in_words(size)} | {losses} | {difference} |")
         print(lines[-1], flush=True)
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if arguments.output is not None:
-        arguments.output.write_text(table, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":
