@@ -1,0 +1,77 @@
+"""A tiny run whose plan and rungs are known, on a device that can be made too small for it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from foam_lightning.job import Job
+from foam_lightning.plan import Levers
+from tests.tiny import REPOSITORY, write_settings
+from tuner.fitting import Fitting
+from tuner.settings import parse
+
+
+class Case:
+    """A tiny run whose plan and rungs are known."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.words = ["--config", str(write_settings(folder)), *words]
+        self.job: Job = parse("fit", self.words, default=None).job()
+        self.fitting = Fitting(self.job, sys.maxsize)
+        self.plan = self.job.plan_at(2)
+        self.folder = folder / "runs" / "default" / "version_0"
+        self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
+
+    def peak(self, levers: Levers) -> int:
+        return self.fitting.accountant.account(replace(self.plan, levers=levers)).peak_bytes
+
+    def rungs(self, most: int = 99) -> list[Levers]:
+        rungs = [self.plan.levers]
+        while len(rungs) < most:
+            rung = self.fitting.ladder.next_rung(rungs[-1], self.peak)
+            if rung is None:
+                break
+            rungs.append(rung)
+        return rungs
+
+    @property
+    def second(self) -> Levers:
+        return self.rungs(2)[1]
+
+    @property
+    def limit(self) -> int:
+        """A limit that the plan is above and its second rung below."""
+        return (self.peak(self.plan.levers) + self.peak(self.second)) // 2
+
+    def start(self, limit: int, *options: str) -> "subprocess.Popen[str]":
+        words = [str(limit), str(self.checkpoint), *options, "fit", *self.words]
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.limited", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def summary(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return content
+
+    def fallback(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "fallback.json").read_text())
+        return content
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Name what a run may only have for a moment."""
+    return [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix in (".part", ".tmp") or path.name == "rehearsal.ckpt"
+    ]
