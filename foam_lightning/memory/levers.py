@@ -72,10 +72,9 @@ class Ladder:
         accumulation, which holds them during the forward passes, or gradient release, which cannot
         split the batch.
         """
-        (offload,) = self._choices("state_offload")[-1:]
-        releases = self._choices("gradient_release")
-        bases = list(self._bases(offload))
-        dearest = [bases[len(bases) * (at + 1) // len(releases) - 1] for at in range(len(releases))]
+        bases = self._bases(self._choices("state_offload")[-1])
+        # Each replaces a cheaper one, so that the dearest is left, with and without release.
+        dearest = {base.gradient_release: base for base in bases}.values()
         stages = [self._micro_batches(base) for base in dearest]
         ends = [levers for stage in stages for levers in (stage[0], stage[-1])]
         return list(dict.fromkeys(way for end in ends for way in (self._whole(end), end)))
