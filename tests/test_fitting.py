@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 
 from foam_lightning.errors import InfeasibleBudgetError
-from foam_lightning.job import Job
 from foam_lightning.memory.levers import MAX_LEVEL, Ladder
 from foam_lightning.plan import FoldPlan
 from tuner.fitting import LEVELS, Fitting
@@ -18,21 +17,6 @@ KNOBS = {
     "deep": Knobs(exponent=4.0, depth_slope=2.0),
     "capped": Knobs(exponent=4.0, level_cap=2),
 }
-
-
-@pytest.fixture(scope="module")
-def job(new_job: Callable[..., Job]) -> Job:
-    # State is the largest term, so that levels decide.
-    return new_job(
-        model={"hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 4},
-        data={"batch_size": 4},
-        trainer={"accelerator": "auto"},
-    )
-
-
-@pytest.fixture(scope="module")
-def fit(job: Job) -> Fit:
-    return Fitting(job, 10**12).with_budget  # traces once for all
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +115,8 @@ def test_fewer_bytes_may_be_asked_for(fit: Fit, span: tuple[int, int]) -> None:
     assert 0.98 * wanted < found <= wanted
 
 
-def test_a_tight_budget_pulls_levers(fit: Fit, job: Job, span: tuple[int, int]) -> None:
+def test_a_tight_budget_pulls_levers(fit: Fit, span: tuple[int, int]) -> None:
+    job = fit(span[1]).job
     assert fit(span[1]).levers == job.levers
     least = fit(span[0])
     assert least.levers != job.levers

@@ -10,20 +10,6 @@ from tuner.fitting import Fitting
 from tuner.neighbours import mean_level, neighbours
 
 
-@pytest.fixture(scope="module")
-def job(new_job: Callable[..., Job]) -> Job:
-    return new_job(
-        model={"hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 4},
-        data={"batch_size": 4},
-        trainer={"accelerator": "auto"},
-    )
-
-
-@pytest.fixture(scope="module")
-def fit(job: Job) -> Callable[[int], Fitting]:
-    return Fitting(job, 10**12).with_budget  # traces once for all
-
-
 def test_neighbours_are_the_plans_of_their_budgets(fit: Callable[[int], Fitting]) -> None:
     budget = fit(1).minimum.account.peak_bytes * 100 // 85
     more, less = neighbours(fit(budget))
