@@ -27,7 +27,7 @@ from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.heading import dated, machine, publish
-from tests.benchmarks.ranking import MODELS, Task, job_of, rows_of, runs_of
+from tests.benchmarks.ranking import MODELS, Task, job_of, plans_of, runs_of
 from tuner.effort import Effort
 from tuner.fitting import Fitting
 from tuner.known import job_key, known_of
@@ -38,7 +38,7 @@ from tuner.search import search
 
 LOWEST_LEVELS = (1, 2, 3)  # a half, a quarter and an eighth of Adam's state
 # Of the learning rate of the configuration, beside those of the ranking.
-ADAM_RATES = (0.25, 0.5)
+ADAM_RATES = {"default": (0.25, 0.5), "larger": (0.5, 2.0)}
 EFFORT = Effort(num_trials=12, steps=150, num_seeds=2)
 
 
@@ -109,11 +109,11 @@ def rows(job: Job, model: str, folder: Path) -> tuple[list[Row], list[str]]:
     """List the plans, and why each search chose its winner."""
     found = [
         Row(row.name, row.share, row.plan)
-        for row in rows_of(job_of(model))
+        for row in plans_of(model)
         if row.share in (1, 0.5, 0.25, 0.125) and (not row.is_folded or "low" not in row.name)
     ]
     adam = job.plan_at(0)
-    for factor in ADAM_RATES:
+    for factor in ADAM_RATES[model]:
         plan = turned(adam, lr_factor=factor, qk_factor=ADAMS_QK)
         found.append(Row(f"split-lr Adam, q, k at .25, lr x {factor:g}", 1, plan))
     reasons = []
