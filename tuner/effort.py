@@ -7,7 +7,7 @@ from foam_lightning.errors import ConfigError
 
 # A gap between short runs shrinks on longer ones, so finalists run twice as long, on other seeds.
 FINAL_LENGTH = 2
-# The two best Adams, the best uniform plan, the one at half its bytes, a mixed one.
+# The two best Adams, the best uniform plan, another one, a mixed one.
 MOST_FINALISTS = 5
 _SHORTEST = 150  # steps; rankings of shorter runs are noise (docs/log.md)
 

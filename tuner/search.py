@@ -30,6 +30,9 @@ _WIDEST, _WIDEST_QK = 2.5, 4.0
 # The best scale falls with the width of the model, to a sixth at three times the width
 # (docs/log.md); that of the settings may be far too large, and never far too small.
 _SMALLEST_SCALE = 1 / 10
+# Mixed plans may take the bytes of this level at least, where the budget has them: from a level on,
+# uniform plans cannot be told apart and the highest may lead, which leaves nothing to distribute.
+_LEVEL_OF_MIXED = 2
 # The two kinds of plan that beat uniform in the first measurements: q and k at level 0 as long as
 # the rest can make up for it, and low levels for early layers (docs/log.md).
 _OPENING_KNOBS = (Knobs(exponent=4.0, q=8.0, k=8.0), Knobs(exponent=4.0, depth_slope=-1.0))
@@ -161,10 +164,10 @@ class _Search:
         factors = {name: value for name, value in params.items() if name != "level"}
         return turned(self._fitting.uniform(params.get("level", 0)), **factors)
 
-    # ---- stage 2: which matrix gets which level, at the bytes of the best uniform plan
+    # ---- stage 2: which matrix gets which level
 
     def mixed_stage(self) -> None:
-        """Look for levels by matrix that beat one level at its bytes."""
+        """Look for levels by matrix that beat one level for all."""
         if self._folded.best() is None:
             return
         num_uniform = len(self._adam.finished()) + len(self._folded.finished())
@@ -184,12 +187,20 @@ class _Search:
         base = self._best(self._folded)
         assert base is not None
         # The budget binds between two uniform levels: then mixed plans may use what is left.
-        lowest = self._folded_levels[0]
-        binds = not self._fitting.adam_fits and set(base.levels.values()) == {lowest}
-        room = self._fitting.state_allowance if binds else self._fitting.folded_bytes(base)
+        level = self._level_of_mixed(base)
+        binds = not self._fitting.adam_fits and level == self._folded_levels[0]
+        room = (
+            self._fitting.state_allowance
+            if binds
+            else self._fitting.folded_bytes(self._fitting.uniform(level))
+        )
         # Without a run of Adam, matrices at level 0 take the scales that it is known to want.
         adam = self._best(self._adam) or turned(self._fitting.uniform(0), qk_factor=ADAMS_QK)
         return joined(self._fitting.decoded(knobs, room), unfolded=adam, folded=base)
+
+    def _level_of_mixed(self, base: FoldPlan) -> int:
+        """Give the uniform level whose bytes mixed plans share, for the best uniform plan."""
+        return min(_level_of(base), max(self._folded_levels[0], _LEVEL_OF_MIXED))
 
     # ---- the finals: longer runs on other seeds
 
@@ -211,12 +222,15 @@ class _Search:
             if second is not None:
                 plans.append(("reference", "split-lr Adam (second)", second))
         if (uniform := self._best(self._folded)) is not None:
-            level = next(iter(uniform.levels.values()))
+            level = _level_of(uniform)
             plans.append(("uniform", f"uniform level {level}", uniform))
-            if (half := level + 1) in self._folded_levels:
-                tried = self._best(self._folded, lambda trial: trial.params["level"] == half)
-                untried = replace(uniform, levels=dict.fromkeys(uniform.levels, half))
-                plans.append(("uniform", f"uniform level {half}", tried or untried))
+            # Mixed plans need a uniform one at their bytes and one at half of them beside them.
+            of_mixed = self._level_of_mixed(uniform)
+            other = level + 1 if level == of_mixed else of_mixed
+            if other in self._folded_levels:
+                tried = self._best(self._folded, lambda trial: trial.params["level"] == other)
+                untried = replace(uniform, levels=dict.fromkeys(uniform.levels, other))
+                plans.append(("uniform", f"uniform level {other}", tried or untried))
         if (mixed := self._mixed.best()) is not None:
             plan = self._mixed_plan(Knobs(**mixed.params))
             levels = set(plan.levels.values())
@@ -293,8 +307,12 @@ class _Search:
         self._on_run(description, run.loss)
 
     def _is_configured(self, plan: FoldPlan) -> bool:
-        asked = self._fitting.uniform(next(iter(plan.levels.values())))
+        asked = self._fitting.uniform(_level_of(plan))
         return plan in (asked, turned(asked))  # the latter is rounded
+
+
+def _level_of(uniform: FoldPlan) -> int:
+    return next(iter(uniform.levels.values()))
 
 
 def _adam_openers() -> list[Params]:
