@@ -285,6 +285,19 @@ def test_a_smaller_budget_begins_with_the_trials_that_fit_it(
     assert len(again) == uniform - num_folded
 
 
+@pytest.mark.parametrize("best_level", [1, 2, 5, 8])
+def test_mixed_plans_have_a_quarter_of_adam_or_more_and_a_uniform_one_of_their_bytes_races(
+    tmp_path: Path, fitting: Fitting, bench: Bench, best_level: int
+) -> None:
+    bench.best_level, bench.loss_per_level = best_level, 1.0
+    outcome = searched(fitting, tmp_path)
+    found = [set(c.plan.levels.values()).pop() for c in outcome.finalists if c.kind == "uniform"]
+    room = fitting.folded_bytes(fitting.uniform(min(found[0], 2)))
+    assert bench.mixed()
+    assert all(0.9 * room < fitting.folded_bytes(plan) <= room for plan in bench.mixed())
+    assert found[1] == (found[0] + 1 if found[0] <= 2 else 2)
+
+
 def test_the_untried_half_takes_the_steps_of_the_best_uniform(
     tmp_path: Path, fitting: Fitting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
