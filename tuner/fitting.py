@@ -195,9 +195,9 @@ class Fitting:
         """
         if self.levers.state_offload:
             return self.uniform(max(TARGET_LEVEL, self.uniform_levels[0]))
-        adam = turned(self.uniform(0), qk_factor=ADAMS_QK)
+        adam = self.uniform(0)
         if 0 in self.uniform_levels:
-            return adam
+            return turned(adam, qk_factor=ADAMS_QK)
         levels = self.decoded(UNTUNED, self.state_allowance)
         return joined(levels, unfolded=adam, folded=self.uniform(self.uniform_levels[0]))
 

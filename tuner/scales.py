@@ -42,12 +42,18 @@ def joined(levels: Mapping[str, int], *, unfolded: FoldPlan, folded: FoldPlan) -
 
     Args:
         levels: The levels of the mixed plan, of the matrices of both.
-        unfolded: What those at level 0 take their steps from.
+        unfolded: What those at level 0 take their steps from, but for q and k, which want about
+            the steps of folded ones there too, and of which short runs of Adam say too little
+            (docs/log.md).
         folded: What the others take theirs from; it gives the learning rate and the levers too.
     """
     ratio = unfolded.lr / folded.lr
     scales = {
-        name: folded.scales[name] if level else rounded(unfolded.scales[name] * ratio)
+        name: (
+            folded.scales[name]
+            if level or role_of(name) in _APART
+            else rounded(unfolded.scales[name] * ratio)
+        )
         for name, level in levels.items()
     }
     return replace(folded, levels=levels, scales=scales)

@@ -194,8 +194,7 @@ class _Search:
             if binds
             else self._fitting.folded_bytes(self._fitting.uniform(level))
         )
-        # Without a run of Adam, matrices at level 0 take the scales that it is known to want.
-        adam = self._best(self._adam) or turned(self._fitting.uniform(0), qk_factor=ADAMS_QK)
+        adam = self._best(self._adam) or self._fitting.uniform(0)
         return joined(self._fitting.decoded(knobs, room), unfolded=adam, folded=base)
 
     def _level_of_mixed(self, base: FoldPlan) -> int:
@@ -322,6 +321,7 @@ def _adam_openers() -> list[Params]:
     model is (docs/log.md).
     """
     return [
+        _point(qk_factor=ADAMS_QK),
         _point(lr_factor=0.5, qk_factor=ADAMS_QK),
         _point(scale_factor=0.5, qk_factor=ADAMS_QK),
         _point(scale_factor=0.2, qk_factor=ADAMS_QK),
