@@ -169,6 +169,7 @@ def _tune(settings: "Settings") -> None:
 def _fit(settings: "Settings") -> None:
     from dataclasses import replace
 
+    from tuner.ending import ending
     from tuner.fit import fit
     from tuner.fitting import Fitting
     from tuner.guard import fallen_to, guarded
@@ -203,7 +204,7 @@ def _fit(settings: "Settings") -> None:
             ckpt_path=None if settings.ckpt_path is None else Path(settings.ckpt_path),
         )
     if summary is not None:
-        print(_last_words(folder, summary))
+        print(ending(folder, summary))
 
 
 def _validate(settings: "Settings") -> None:
@@ -319,20 +320,6 @@ def _with_tokenizer(job: "Job", tokenizer: str) -> "Job":
     from dataclasses import replace
 
     return replace(job, data={**job.data, "tokenizer": tokenizer})
-
-
-def _last_words(folder: "RunFolder", summary: dict[str, Any]) -> str:
-    import math
-
-    loss = summary["final_validation_loss"]
-    return (
-        f"done: validation loss {loss:.4f} nats, perplexity {math.exp(loss):.2f}\n"
-        f"  figures     {folder.summary}\n"
-        f"  model       {folder.hf}\n"
-        f"  curves      tensorboard --logdir {folder.path}\n"
-        f"  write text  python cli.py generate --ckpt_path {folder.last_checkpoint} "
-        '--prompt "def "'
-    )
 
 
 if __name__ == "__main__":

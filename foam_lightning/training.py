@@ -11,15 +11,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from foam_lightning.callbacks.board import Board
 from foam_lightning.callbacks.export import Export
 from foam_lightning.callbacks.folding import ResidualEnergy
 from foam_lightning.callbacks.memory import MemoryWatch
-from foam_lightning.callbacks.progress import StepBar
+from foam_lightning.callbacks.progress import StepBar, progress
 from foam_lightning.callbacks.resumption import Resumption
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.checkpoint import read_checkpoint
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError
+from foam_lightning.hyperparameters import figures_of, settings_of
 from foam_lightning.job import Job
 from foam_lightning.model import save_tokenizer
 from foam_lightning.module import LlamaFoam
@@ -53,6 +55,7 @@ def train(
     folder: RunFolder,
     *,
     predicted_bytes: int | None = None,
+    budget_bytes: int | None = None,
     pictures: Mapping[str, Path] | None = None,
     ckpt_path: Path | None = None,
 ) -> Trained:
@@ -63,6 +66,7 @@ def train(
         plan: The levels, the learning rate and the levers.
         folder: Gets checkpoints, TensorBoard events, the tokenizer and the Hugging Face folder.
         predicted_bytes: The account's peak, shown beside the measured one.
+        budget_bytes: What one device may take, shown beside both; None where nothing was said.
         pictures: PNG files to show in TensorBoard, by title.
         ckpt_path: Where to begin while the folder has no checkpoint of its own.
 
@@ -79,13 +83,23 @@ def train(
     data.setup()
     save_tokenizer(data.tokenizer, folder.tokenizer)
     logger = TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False)
-    for title, path in (pictures or {}).items():
-        _show(logger, title, path)
-    memory, throughput = MemoryWatch(predicted_bytes), Throughput()
+    memory = MemoryWatch(predicted_bytes, budget_bytes=budget_bytes)
+    throughput = Throughput()
+    wants_progress = job.trainer.get("enable_progress_bar") is not False
+    shown = [progress(throughput, memory)] if wants_progress else []
     trainer = job.new_trainer(
         plan.levers,
-        [*_callbacks(folder, job), memory, throughput, Export(folder.hf)],
+        [
+            *_callbacks(folder, job),
+            # What it reads and draws is no part of the run, so it is done before anything counts.
+            Board(folder.path, pictures or {}, throughput),
+            memory,
+            throughput,
+            *shown,
+            Export(folder.hf),
+        ],
         logger=logger,
+        enable_progress_bar=any(isinstance(one, StepBar) for one in shown),
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
         enable_model_summary=False,
@@ -96,6 +110,12 @@ def train(
         if trainer.global_step % _steps_between_checkpoints(job):
             trainer.save_checkpoint(folder.last_checkpoint)
         loss, num_tokens = validate(trainer, module, data)
+    logger.log_hyperparams(
+        settings_of(job, module, plan, budget_bytes),
+        figures_of(loss, memory.measured_bytes, throughput.tokens_per_second),
+        step=trainer.global_step,
+    )
+    logger.finalize("success")
     return Trained(memory.measured_bytes, loss, num_tokens, throughput.tokens_per_second)
 
 
@@ -140,7 +160,6 @@ class _TokenCount(Callback):
 
 
 def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
-    wants_bar = job.trainer.get("enable_progress_bar") is not False
     return [
         ModelCheckpoint(
             folder.checkpoints,
@@ -151,16 +170,8 @@ def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
         ),
         ResidualEnergy(),
         Resumption(),
-        *([StepBar(leave=True)] if wants_bar else []),
     ]
 
 
 def _steps_between_checkpoints(job: Job) -> int:
     return max(1, min(1000, job.max_steps // 8))
-
-
-def _show(logger: TensorBoardLogger, title: str, path: Path) -> None:
-    from matplotlib.image import imread
-
-    pixels = torch.tensor(imread(path))[..., :3]
-    logger.experiment.add_image(title, pixels, dataformats="HWC")

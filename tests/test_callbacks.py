@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,25 +35,37 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return values
 
 
-def at_step(step: int) -> Any:
-    strategy = SimpleNamespace(reduce=lambda tensor, **_: tensor)
-    return SimpleNamespace(global_step=step, world_size=2, strategy=strategy)
+def at_step(step: int, written: dict[str, float] | None = None) -> Any:
+    """Stand in for the trainer of two processes, with a logger."""
+
+    def log_metrics(metrics: dict[str, float], step: int) -> None:
+        assert written is not None
+        written.update(metrics)
+
+    return SimpleNamespace(
+        global_step=step,
+        world_size=2,
+        log_every_n_steps=1,
+        strategy=SimpleNamespace(reduce=lambda tensor, **_: tensor),
+        loggers=[SimpleNamespace(log_metrics=log_metrics)],
+    )
 
 
 @pytest.mark.parametrize("level", [1, 2, 4, 8])
-def test_random_gradients_leave_what_the_formula_says(level: int, logged: dict[str, float]) -> None:
+def test_random_gradients_leave_what_the_formula_says(level: int) -> None:
     module = LlamaFoam(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
     module.follow(module.uniform_plan(level, Levers(micro_batch_size=1)))
     module.configure_model()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
-    ResidualEnergy().on_before_optimizer_step(at_step(0), module, None)  # type: ignore[arg-type]
-    assert set(logged) == {f"folding/residual_{role}" for role in ROLES}
-    for value in logged.values():
-        assert value == pytest.approx(math.sqrt(1 - 2.0**-level), abs=0.01)
+    written: dict[str, float] = {}
+    ResidualEnergy().on_before_optimizer_step(at_step(0, written), module, None)  # type: ignore[arg-type]
+    assert list(written) == [f"folding/residual_energy_{role}" for role in ROLES]
+    for value in written.values():
+        assert value == pytest.approx(1 - 2.0**-level, abs=0.01)
 
 
-def test_gradients_that_agree_leave_nothing(logged: dict[str, float]) -> None:
+def test_gradients_that_agree_leave_nothing() -> None:
     module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
     plan = module.uniform_plan(3, Levers(micro_batch_size=1))
     # One role stays unfolded, and one has no gradient.
@@ -65,30 +76,40 @@ def test_gradients_that_agree_leave_nothing(logged: dict[str, float]) -> None:
         parameter.grad = (
             torch.zeros_like(parameter) if "k_proj" in name else torch.ones_like(parameter)
         )
-    watch = ResidualEnergy(every_n_steps=5)
-    watch.on_before_optimizer_step(at_step(4), module, None)  # type: ignore[arg-type]
-    assert logged == {}
-    watch.on_before_optimizer_step(at_step(5), module, None)  # type: ignore[arg-type]
-    assert set(logged) == {f"folding/residual_{role}" for role in ROLES if role not in "qk"}
-    assert max(logged.values()) < 1e-3
+    watch, written = ResidualEnergy(), dict[str, float]()
+    watch.on_before_optimizer_step(at_step(4, written), module, None)  # type: ignore[arg-type]
+    assert written == {}
+    watch.on_before_optimizer_step(at_step(5, written), module, None)  # type: ignore[arg-type]
+    assert set(written) == {f"folding/residual_energy_{role}" for role in ROLES if role not in "qk"}
+    assert max(written.values()) < 1e-6
+    released = Levers(micro_batch_size=1, gradient_release=True)
+    assert ResidualEnergy.sees(module)
+    for other in (
+        replace(plan, levers=released),
+        replace(plan, levels=dict.fromkeys(plan.levels, 0)),
+    ):
+        module.follow(other)
+        assert not ResidualEnergy.sees(module)
 
 
-def test_the_residual_of_a_large_matrix_takes_little_memory(logged: dict[str, float]) -> None:
+def test_the_residual_of_a_large_matrix_takes_little_memory() -> None:
     # The account knows nothing of it, and a matrix of a 7B model is 180 MB in float32.
     module = LlamaFoam(hidden_size=256, intermediate_size=2**14, num_hidden_layers=1)
     module.follow(module.uniform_plan(2, Levers(micro_batch_size=1)))
     module.configure_model()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
+    written: dict[str, float] = {}
     with StorageTracker() as tracker:
         tracker.claim(module.parameters(), "weights")
         tracker.claim((p.grad for p in module.parameters()), "gradients")
-        ResidualEnergy().on_before_optimizer_step(at_step(0), module, None)  # type: ignore[arg-type]
+        ResidualEnergy().on_before_optimizer_step(at_step(0, written), module, None)  # type: ignore[arg-type]
     terms = tracker.peak().terms
     assert 0 < terms["activations"] < 5_000_000
     assert terms["gradients"] > 50_000_000
-    for value in logged.values():
-        assert value == pytest.approx(math.sqrt(0.75), abs=0.01)
+    assert len(written) == len(ROLES)
+    for value in written.values():
+        assert value == pytest.approx(0.75, abs=0.01)
 
 
 def test_throughput_counts_everything_but_evaluation(
@@ -99,24 +120,37 @@ def test_throughput_counts_everything_but_evaluation(
     throughput, module = Throughput(), LlamaFoam()
     batch = {"input_ids": torch.zeros(4, 10)}
 
-    def end_batch() -> None:
-        throughput.on_train_batch_end(at_step(0), module, None, batch, 0)
+    step = 0
+
+    def end_step() -> None:
+        nonlocal step
+        step += 1
+        throughput.on_train_batch_end(at_step(step), module, None, batch, 0)
 
     assert throughput.tokens_per_second is None
     now = 100.0
     throughput.on_train_start(at_step(0), module)
     now = 102.0
-    end_batch()
+    end_step()
     assert throughput.tokens_per_second == 80 / 2
     now = 105.0  # the data came late
-    end_batch()
+    end_step()
     assert throughput.tokens_per_second == 160 / 5
     now = 200.0
     throughput.on_validation_end(at_step(0), module)
     now = 201.0
-    end_batch()
+    end_step()
     assert throughput.tokens_per_second == 240 / 6
-    assert logged == {"train/tokens_per_second": 40.0}
+    assert set(logged) == set(throughput.tags)
+    assert logged["throughput/tokens_per_second"] == 40
+    assert logged["throughput/step_seconds"] == throughput.step_seconds == 2
+    # Steps of two micro-batches count when they are complete, and push the short ones out.
+    for _ in range(40):
+        now += 10
+        throughput.on_train_batch_end(at_step(step), module, None, batch, 0)
+        end_step()
+    assert logged["throughput/step_seconds"] == 10
+    assert logged["throughput/tokens_per_second"] == 16
 
 
 def run(job: Job, memory: MemoryWatch, levers: Levers, level: int, **settings: Any) -> None:

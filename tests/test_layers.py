@@ -28,10 +28,11 @@ FOAM_LIGHTNING_LAYERS = [
     {"model", "data"},
     {"module"},
     {"callbacks", "job", "checkpoint", "shortage"},
+    {"hyperparameters"},
     {"training"},
 ]
 TUNER_LAYERS = [
-    {"relaxation", "scales", "usage", "tensor_view", "effort", "canvas", "workers"},
+    {"relaxation", "scales", "usage", "tensor_view", "effort", "canvas", "workers", "ending"},
     {"knapsack"},
     {"allocate"},
     {"space"},

@@ -35,12 +35,12 @@ def test_the_events_hold_every_figure(finished: Finished) -> None:
     assert {
         "train/loss",
         "train/learning_rate",
-        "train/tokens_per_second",
+        "throughput/tokens_per_second",
         "validation/loss",
         "validation/perplexity",
         "memory/predicted_bytes",
         "memory/measured_bytes",
-        "folding/residual_q",
+        "folding/residual_energy_q",
     } <= set(tags["scalars"])
     assert tags["images"] == ["plan"]
     assert len(events.Scalars("train/loss")) == STEPS

@@ -1,5 +1,6 @@
 """fit(): tune, unless there is a plan, then train and sum up."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def _train(
         plan,
         folder,
         predicted_bytes=predicted,
+        # Without a budget there is the whole address space.
+        budget_bytes=fitting.budget_bytes if fitting.budget_bytes < sys.maxsize else None,
         pictures=tuned.pictures if tuned else None,
         ckpt_path=ckpt_path,
     )

@@ -25,6 +25,8 @@ class MemoryWatch(Callback):
 
     Args:
         predicted_bytes: The account's peak; None where there was no account.
+        budget_bytes: What the run is to stay within, shown beside both; None where nothing was
+            said.
         through_evaluation: On a CPU, track on to the end of the first evaluation.
         gpu: What the run is on; by default the module's device, if that is one.
 
@@ -37,10 +39,12 @@ class MemoryWatch(Callback):
         self,
         predicted_bytes: int | None = None,
         *,
+        budget_bytes: int | None = None,
         through_evaluation: bool = False,
         gpu: Gpu | None = None,
     ) -> None:
         self.predicted_bytes = predicted_bytes
+        self.budget_bytes = budget_bytes
         self.measured_bytes: int | None = None
         self.usage: Usage | None = None
         self._through_evaluation = through_evaluation
@@ -82,7 +86,11 @@ class MemoryWatch(Callback):
         if not self._through_evaluation and trainer.global_step >= self._last_step:
             self._stop()
         self._read_counters()
-        figures = {"measured_bytes": self.measured_bytes, "predicted_bytes": self.predicted_bytes}
+        figures = {
+            "measured_bytes": self.measured_bytes,
+            "predicted_bytes": self.predicted_bytes,
+            "budget_bytes": self.budget_bytes,
+        }
         if self.usage is not None:
             figures["allocated_bytes"] = self.usage.allocated
             figures["reserved_bytes"] = self.usage.reserved

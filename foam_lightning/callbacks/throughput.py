@@ -1,32 +1,71 @@
-"""Count tokens per second."""
+"""Count tokens, steps and operations per second."""
 
 import time
+from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from foam_lightning.callbacks.flops import flops_per_token, peak_flops
+from foam_lightning.module import LlamaFoam
+
+# What is shown is the mean over so many steps: one alone jumps, all together hide a change.
+_STEPS_SHOWN = 20
+
+
+class _Work(NamedTuple):
+    """What was done, by all devices together."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: int = 0
+
+    def plus(self, other: "_Work") -> "_Work":
+        return _Work(
+            self.seconds + other.seconds, self.tokens + other.tokens, self.flops + other.flops
+        )
+
 
 class Throughput(Callback):
-    """Log the tokens that training takes in per second, evaluation left out.
+    """Log how fast training is, evaluation left out: tokens, steps and model operations.
 
     The clock runs from the end of one batch to the end of the next, so that waiting for data
-    counts, and on a GPU the work that outlives the call that started it.
+    counts, and on a GPU the work that outlives the call that started it. The figures are means
+    over the last 20 optimizer steps. Model FLOPs utilisation (`throughput/mfu`) is the share of
+    what all devices could compute, and is logged where that is known.
 
     Attributes:
         tokens_per_second: Over the whole run so far; None before the first step.
+        step_seconds: Seconds of an optimizer step, over the last ones; None before the first.
     """
 
     def __init__(self) -> None:
         self.tokens_per_second: float | None = None
-        self._tokens = 0
-        self._seconds = 0.0
+        self.step_seconds: float | None = None
+        self._total = _Work()
+        self._step = _Work()  # the one under way
+        self._steps: deque[_Work] = deque(maxlen=_STEPS_SHOWN)
+        self._last_step = 0
         self._since = 0.0
+        self._peak: int | None = None
+        self._flops_per_token: dict[int, int] = {}  # by the length of a row
+
+    @property
+    def tags(self) -> list[str]:
+        """Name the curves that the run gets; known once its device is."""
+        names = ["tokens_per_second", "step_seconds", "model_flops_per_second"]
+        return [f"throughput/{name}" for name in (*names, *(["mfu"] if self._peak else []))]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._peak = peak_flops(pl_module.device, str(trainer.precision))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
         self._since = time.perf_counter()
 
     @override
@@ -42,9 +81,35 @@ class Throughput(Callback):
         batch: Mapping[str, Tensor],
         batch_idx: int,
     ) -> None:
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
         now = time.perf_counter()
-        self._seconds += now - self._since
+        num_tokens = batch["input_ids"].numel() * trainer.world_size
+        length = batch["input_ids"].shape[-1]
+        done = _Work(now - self._since, num_tokens, num_tokens * self._flops(pl_module, length))
         self._since = now
-        self.tokens_per_second = self._tokens / self._seconds
-        pl_module.log("train/tokens_per_second", self.tokens_per_second, prog_bar=True)
+        self._total = self._total.plus(done)
+        self.tokens_per_second = self._total.tokens / self._total.seconds
+        self._step = self._step.plus(done)
+        if trainer.global_step == self._last_step:  # micro-batches of the step are still to come
+            return
+        self._last_step = trainer.global_step
+        self._steps.append(self._step)
+        self._step = _Work()
+        self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        shown = _Work()
+        for step in self._steps:
+            shown = shown.plus(step)
+        self.step_seconds = shown.seconds / len(self._steps)
+        flops_per_second = shown.flops / shown.seconds
+        module.log("throughput/tokens_per_second", shown.tokens / shown.seconds)
+        module.log("throughput/step_seconds", self.step_seconds)
+        module.log("throughput/model_flops_per_second", flops_per_second)
+        if self._peak:
+            module.log("throughput/mfu", flops_per_second / (self._peak * trainer.world_size))
+
+    def _flops(self, module: LightningModule, length: int) -> int:
+        assert isinstance(module, LlamaFoam)
+        if length not in self._flops_per_token:
+            self._flops_per_token[length] = flops_per_token(module.shapes, length)
+        return self._flops_per_token[length]

@@ -1,0 +1,303 @@
+"""What one sees of a run while it trains: curves, their layout, settings, and how it is shown."""
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from foam_lightning.callbacks.board import layout
+from foam_lightning.callbacks.flops import flops_per_token, peak_flops
+from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.progress import StepBar, StepLines, figures, progress
+from foam_lightning.callbacks.throughput import Throughput
+from foam_lightning.hyperparameters import plan_in_words
+from foam_lightning.module import LlamaFoam
+from foam_lightning.roles import ROLES
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.training import Trained, train
+from tests.runs import STEPS, NewJob, open_folder, small
+
+LAYOUT = "custom_scalars__config__"
+BUDGET = 24_000_000
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAfter(Callback):
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 7:
+            raise StopError
+
+
+@pytest.fixture(scope="module")
+def watched(
+    new_job: NewJob, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunFolder, Trained, list[str]]:
+    """A run that was killed once and taken up again, and the lines that it said."""
+    from matplotlib.image import imsave
+
+    folder = open_folder(tmp_path_factory.mktemp("watched"))
+    picture = folder.path / "picture.png"
+    imsave(picture, torch.rand(4, 4, 3).numpy())
+    plan = small(new_job).plan_at(2)
+    settings = {
+        "predicted_bytes": 10_000_000,
+        "budget_bytes": BUDGET,
+        "pictures": {"plan": picture, "search": picture},
+    }
+    with pytest.raises(StopError):
+        train(small(new_job, callbacks=[StopAfter()]), plan, folder, **settings)
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaFoam, "print", lambda _, *words: lines.append(" ".join(words)))
+        trained = train(small(new_job, enable_progress_bar=True), plan, folder, **settings)
+    return folder, trained, lines
+
+
+@pytest.fixture(scope="module")
+def events(watched: tuple[RunFolder, Trained, list[str]]) -> EventAccumulator:
+    sizes = {"scalars": 0, "tensors": 0, "images": 0}
+    return EventAccumulator(str(watched[0].path), size_guidance=sizes).Reload()
+
+
+def charts(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
+    """Find the tags of every chart as TensorBoard does."""
+    (event,) = events.Tensors(LAYOUT)  # of a run that began twice
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        group.title: {
+            chart.title: [
+                tag
+                for pattern in chart.multiline.tag
+                for tag in events.Tags()["scalars"]
+                if re.match(pattern, tag)
+            ]
+            for chart in group.chart
+        }
+        for group in layout.category
+    }
+
+
+def test_every_curve_that_is_promised_is_there(events: EventAccumulator) -> None:
+    assert set(events.Tags()["scalars"]) >= {
+        "train/loss",
+        "train/learning_rate",
+        "validation/loss",
+        "validation/perplexity",
+        *(f"folding/residual_energy_{role}" for role in ROLES),
+        "memory/measured_bytes",
+        "memory/predicted_bytes",
+        "memory/budget_bytes",
+        "throughput/tokens_per_second",
+        "throughput/step_seconds",
+        "throughput/model_flops_per_second",
+    }
+    assert {event.value for event in events.Scalars("memory/budget_bytes")} == {BUDGET}
+    assert sorted(events.Tags()["images"]) == ["plan", "search"]
+    for title in ("plan", "search"):
+        assert len(events.Images(title)) == 1
+
+
+def test_the_layout_groups_the_curves(events: EventAccumulator) -> None:
+    groups = {
+        group: {title: sorted(tags) for title, tags in of_group.items()}
+        for group, of_group in charts(events).items()
+    }
+    assert groups == {
+        "loss": {"nats per token": ["train/loss", "validation/loss"]},
+        "folding": {
+            "share of the energy in the residual": sorted(
+                f"folding/residual_energy_{role}" for role in ROLES
+            )
+        },
+        "memory": {
+            "peak in bytes": [
+                f"memory/{name}_bytes" for name in ("budget", "measured", "predicted")
+            ]
+        },
+        "throughput": {
+            "tokens per second": ["throughput/tokens_per_second"],
+            "step seconds": ["throughput/step_seconds"],
+            "model flops per second": ["throughput/model_flops_per_second"],
+        },
+    }
+
+
+def test_a_run_that_does_not_fold_has_no_group_of_it() -> None:
+    known = ["throughput/step_seconds", "throughput/mfu"]
+    assert list(layout(known, folds=False)) == ["loss", "memory", "throughput"]
+    assert layout(known, folds=False)["throughput"]["mfu"] == "throughput/mfu$"
+
+
+def test_the_residual_energy_is_written_where_it_was_measured(events: EventAccumulator) -> None:
+    for role in ROLES:
+        found = events.Scalars(f"folding/residual_energy_{role}")
+        # The second life of the run begins with step 6, and the first wrote what it knew.
+        assert {event.step for event in found} == {0, 5, 10, 15}
+        assert all(0 < event.value < 1 for event in found)
+
+
+def test_the_curves_of_speed_agree(
+    events: EventAccumulator, watched: tuple[RunFolder, Trained, list[str]], new_job: NewJob
+) -> None:
+    job = small(new_job)
+    per_step = job.batch_size * int(job.data["sequence_length"])
+    per_token = flops_per_token(job.new_module().shapes, int(job.data["sequence_length"]))
+    named = ("tokens_per_second", "step_seconds", "model_flops_per_second")
+    curves = [[e.value for e in events.Scalars(f"throughput/{name}")] for name in named]
+    for tokens, seconds, flops in zip(*curves, strict=True):
+        assert tokens * seconds == pytest.approx(per_step)
+        assert flops / tokens == pytest.approx(per_token)
+
+
+def hparams(events: EventAccumulator, tag: str) -> HParamsPluginData:
+    content = events.summary_metadata[tag].plugin_data.content
+    return HParamsPluginData.FromString(content)
+
+
+def test_the_settings_that_matter_stand_beside_the_final_figures(
+    events: EventAccumulator, watched: tuple[RunFolder, Trained, list[str]]
+) -> None:
+    _, trained, _ = watched
+    settings = hparams(events, metadata.SESSION_START_INFO_TAG).session_start_info.hparams
+    assert settings["plan"].string_value == "level 2"
+    assert settings["optimizer"].string_value == "foam"
+    assert settings["budget"].string_value == "24 MB"
+    assert settings["lr"].number_value == 0.01
+    assert settings["scale"].number_value == 0.25
+    assert settings["steps"].number_value == STEPS
+    assert settings["sequences_per_step"].number_value == 8
+    # TensorBoard shows the first five of them by itself.
+    assert sorted(settings)[:5] == ["budget", "lr", "optimizer", "plan", "scale"]
+    experiment = hparams(events, metadata.EXPERIMENT_TAG).experiment
+    assert {info.name for info in experiment.hparam_infos} == set(settings)
+    expected = {
+        "final/validation_loss": trained.final_validation_loss,
+        "final/peak_bytes": trained.measured_peak_bytes,
+        "final/tokens_per_second": trained.tokens_per_second,
+    }
+    assert [info.name.tag for info in experiment.metric_infos] == list(expected)
+    for tag, figure in expected.items():
+        (event,) = events.Scalars(tag)
+        assert event.step == STEPS
+        assert event.value == pytest.approx(figure)
+
+
+def test_a_run_that_nobody_sees_says_lines(
+    watched: tuple[RunFolder, Trained, list[str]],
+) -> None:
+    _, trained, lines = watched
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [
+        f"{step}/{STEPS}" for step in (8, 12, 16, 17)
+    ]
+    assert "loss " in lines[-1]
+    assert "validation " in lines[-1]
+    assert trained.measured_peak_bytes is not None
+    assert f"memory {trained.measured_peak_bytes / 1e3:.1f} kB/24.0 MB" in lines[-1]
+    assert lines[-2].endswith(" left")
+    assert not lines[-1].endswith(" left")
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    for colour in ("", "1"):
+        monkeypatch.setenv("FORCE_COLOR", colour)  # rich takes it for a terminal
+        shown.append(progress(Throughput(), MemoryWatch()))
+    assert [type(one) for one in shown] == [StepLines, StepBar]
+
+
+def test_the_bar_counts_steps_and_names_loss_speed_and_memory(
+    new_job: NewJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = io.StringIO()
+    console = Console(file=screen, width=120, force_terminal=True, color_system=None)
+    module = "lightning.pytorch.callbacks.progress.rich_progress"
+    monkeypatch.setattr(f"{module}.get_console", lambda: console)
+    monkeypatch.setattr(f"{module}.reconfigure", lambda **_: None)
+    job = small(new_job, enable_progress_bar=True)
+    train(job, job.plan_at(1), open_folder(tmp_path), budget_bytes=BUDGET)
+    last = [line for line in screen.getvalue().splitlines() if "training" in line][-1]
+    assert f" {STEPS}/{STEPS} " in last
+    for name in ("loss: ", "validation: ", "tokens/s: ", "memory: "):
+        assert name in last
+    assert "/24.0 MB" in last
+
+
+def told(measured: int | None, budget: int | None) -> Mapping[str, str]:
+    memory = MemoryWatch(budget_bytes=budget)
+    memory.measured_bytes = measured
+    return figures({"train/loss": torch.tensor(3.41159)}, Throughput(), memory)
+
+
+def test_what_is_not_known_yet_is_not_shown() -> None:
+    assert told(None, 8 * 10**9) == {"loss": "3.412"}
+    assert told(5_912_000_000, None)["memory"] == "5.912 GB"
+    assert told(5_912_000_000, 8 * 10**9)["memory"] == "5.9/8.0 GB"
+    assert told(12_345_678, 24 * 10**9)["memory"] == "12.3 MB/24.0 GB"
+
+
+def test_operations_are_those_of_the_appendix() -> None:
+    # The paper's 7B at 2048 tokens: all weights but the embedding, and attention.
+    h, i, layers, vocab, length = 4096, 11008, 32, 32000, 2048
+    module = LlamaFoam(
+        hidden_size=h,
+        intermediate_size=i,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=vocab,
+    )
+    weights = layers * (2 * h * h + 2 * h * (h // 4) + 3 * h * i) + vocab * h
+    expected = 6 * weights + 12 * layers * h * length
+    assert flops_per_token(module.shapes, length) == expected
+    # A tied head is the embedding, and multiplies.
+    tied = {name: shape for name, shape in module.shapes.items() if "lm_head" not in name}
+    assert flops_per_token(tied, length) == expected
+
+
+def test_no_utilisation_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(torch.device("cpu"), "32-true") is None
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    assert peak_flops(cuda, "bf16-mixed") == 312 * 10**12
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some Card 9000")
+    assert peak_flops(cuda, "bf16-mixed") is None  # and no warning, which would be an error here
+
+
+def test_utilisation_is_logged_where_the_card_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[str, float] = {}
+    monkeypatch.setattr(LlamaFoam, "log", lambda _, name, value: values.update({name: value}))
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr("foam_lightning.callbacks.throughput.peak_flops", lambda *_: 10**9)
+    throughput, module = Throughput(), LlamaFoam()
+    trainer: Any = SimpleNamespace(global_step=0, world_size=4, precision="bf16-true")
+    assert "throughput/mfu" not in throughput.tags
+    throughput.on_fit_start(trainer, module)
+    throughput.on_train_start(trainer, module)
+    trainer.global_step, now = 1, 2.0
+    throughput.on_train_batch_end(trainer, module, None, {"input_ids": torch.zeros(2, 8)}, 0)
+    assert set(values) == set(throughput.tags)
+    flops = flops_per_token(module.shapes, 8) * 2 * 8 * 4 / 2.0
+    assert values["throughput/model_flops_per_second"] == flops
+    assert values["throughput/mfu"] == flops / (4 * 10**9)
+
+
+def test_plans_are_named_shortly() -> None:
+    assert plan_in_words({"a": 2, "b": 2}) == "level 2"
+    assert plan_in_words({"a": 0, "b": 4, "c": 1}) == "mixed 0-4"
+    assert plan_in_words({}) == "unfolded"
