@@ -20,8 +20,9 @@ from tuner.space import Knobs, decode, nearest, state_bytes_table
 
 LEVELS = tuple(range(MAX_LEVEL + 1))
 # With no run to learn from, damage is taken as convex in the bytes kept, so that matrices stay
-# within a level or two of each other instead of some at 0 and the rest at the cap.
-UNTUNED = Knobs(exponent=4.0)
+# within a level or two of each other instead of some at 0 and the rest at the cap; but q and k are
+# at 0 as long as the rest can make up for it, which was worth .03 and .12 nats (docs/log.md).
+UNTUNED = Knobs(exponent=4.0, q=8.0, k=8.0)
 
 
 @dataclass(frozen=True)

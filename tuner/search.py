@@ -13,7 +13,7 @@ from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan, Levers
 from tuner.effort import Effort
 from tuner.finals import Candidate, Kind, decide, race
-from tuner.fitting import Fitting
+from tuner.fitting import UNTUNED, Fitting
 from tuner.horizon import at_length, predicted
 from tuner.known import Known, job_key, run_key
 from tuner.objective import Bench, ShortRun
@@ -35,7 +35,7 @@ _SMALLEST_SCALE = 1 / 10
 _LEVEL_OF_MIXED = 2
 # The two kinds of plan that beat uniform in the first measurements: q and k at level 0 as long as
 # the rest can make up for it, and low levels for early layers (docs/log.md).
-_OPENING_KNOBS = (Knobs(exponent=4.0, q=8.0, k=8.0), Knobs(exponent=4.0, depth_slope=-1.0))
+_OPENING_KNOBS = (UNTUNED, Knobs(exponent=4.0, depth_slope=-1.0))
 
 _STAGES = {
     "adam": "learning rate and scales of Adam: level 0, the reference",

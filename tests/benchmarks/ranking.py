@@ -47,7 +47,7 @@ from tuner.space import Knobs
 
 MODELS: dict[str, dict[str, int | float]] = {
     "default": {},
-    # The best scales fall faster than the width rises, and long runs want a lower rate: docs/log.md.
+    # The best scales fall faster than the width rises, the best rate with the length (docs/log.md).
     "larger": {
         "hidden_size": 192,
         "intermediate_size": 512,
@@ -73,13 +73,13 @@ BASE = "uniform level 2"
 # Random plans draw log-uniform multipliers of roles and depth up to this; wider ones put half of
 # the matrices at level 0 and the rest at 8.
 _SPREAD = math.log(3.0)
-QK_LOW = replace(UNTUNED, q=8.0, k=8.0)
+ALIKE = replace(UNTUNED, q=1.0, k=1.0)
 BY_HAND = {
-    "q, k low": QK_LOW,
-    "v, o low": replace(UNTUNED, v=8.0, o=8.0),
-    "down low": replace(UNTUNED, down=8.0),
-    "early low": replace(UNTUNED, depth_slope=-1.0),
-    "late low": replace(UNTUNED, depth_slope=1.0),
+    "q, k low": UNTUNED,
+    "v, o low": replace(ALIKE, v=8.0, o=8.0),
+    "down low": replace(ALIKE, down=8.0),
+    "early low": replace(ALIKE, depth_slope=-1.0),
+    "late low": replace(ALIKE, depth_slope=1.0),
 }
 # By kind of plan: the mark, and a colour that the colour-blind can tell from the others.
 _MARKS = {"Adam": ("s", "#D55E00"), "uniform": ("o", "#0072B2"), "mixed": ("D", "#E69F00")}
@@ -143,7 +143,7 @@ def rows_of(job: Job) -> list[Row]:
         draw = np.random.default_rng(number).uniform(-_SPREAD, _SPREAD, 9)
         roles = dict(zip(ROLES, np.exp(draw[:7]).tolist(), strict=True))
         slope, curvature = draw[7:].tolist()
-        knobs = replace(UNTUNED, **roles, depth_slope=slope, depth_curvature=curvature)
+        knobs = replace(ALIKE, **roles, depth_slope=slope, depth_curvature=curvature)
         return decoded(f"random {number}", level, knobs)
 
     return [
@@ -163,7 +163,7 @@ def rows_of(job: Job) -> list[Row]:
         ),
         *(Row(f"uniform level {n}", 0.5**n, fitting.uniform(n)) for n in (1, 2, 3, 8)),
         *(decoded(name, 2, knobs) for name, knobs in BY_HAND.items()),
-        *(decoded(f"q, k low, {0.5**level:g} of Adam", level, QK_LOW) for level in (1, 3)),
+        *(decoded(f"q, k low, {0.5**level:g} of Adam", level, UNTUNED) for level in (1, 3)),
         *(randomly(n, level) for n, level in enumerate((2, 2, 2, 1, 3))),
     ]
 
