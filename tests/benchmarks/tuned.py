@@ -39,7 +39,7 @@ from tuner.search import search
 LOWEST_LEVELS = (1, 2, 3)  # a half, a quarter and an eighth of Adam's state
 # Of the learning rate of the configuration, beside those of the ranking.
 ADAM_RATES = {"default": (0.25, 0.5), "larger": (0.5, 2.0)}
-EFFORT = Effort(num_trials=12, steps=150, num_seeds=2)
+EFFORT = Effort(num_trials=12, steps=300, num_seeds=2)
 
 
 class SharedFitting(Fitting):
@@ -124,6 +124,8 @@ def rows(job: Job, model: str, folder: Path) -> tuple[list[Row], list[str]]:
         for c in outcome.finalists:
             where = 2.0 ** round(math.log2(c.state_bytes / outcome.adam_state_bytes))
             is_winner = c is outcome.winner
+            if c.kind == "uniform" and not is_winner:
+                continue
             name = f"**{c.label}, chosen at {share:g}**" if is_winner else f"{c.label}, found"
             if is_winner or all(row.plan != c.plan for row in found):
                 found.append(Row(name, where, c.plan))
