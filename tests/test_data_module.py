@@ -215,7 +215,7 @@ def test_resuming_again_after_the_end_of_an_epoch(data: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_finished_stream_can_be_prolonged(data: Any, tmp_path: Path, num_workers: int) -> None:
     settings = {
         "files": None,
@@ -230,7 +230,7 @@ def test_a_finished_stream_can_be_prolonged(data: Any, tmp_path: Path, num_worke
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize(("num_workers", "stride"), [(0, 3), (1, 9)])
+@pytest.mark.parametrize(("num_workers", "stride"), [(0, 3), (2, 9)])
 def test_a_stream_resumes_with_the_very_next_rows(
     data: Any, tmp_path: Path, num_workers: int, stride: int
 ) -> None:
@@ -340,7 +340,9 @@ def test_preparing_is_quiet(data: Any, capfd: pytest.CaptureFixture[str]) -> Non
         ({"files": []}, "data.files names no file"),
         ({"dataset": "some/text"}, "data.files and data.dataset are both set"),
         ({"files": None, "validation_files": ["a.txt"]}, "validation_files needs data.files"),
-        ({"streaming": True}, "set data.dataset"),
+        ({"files": None, "streaming": True}, "set data.dataset or data.files"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"sources": []}, "data.sources and data.files are both set"),
     ],
     ids=str,
 )

@@ -1,10 +1,10 @@
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +14,10 @@ from foam_lightning.data.packing import (
     Packer,
     collate,
     evenly_spaced,
+    num_in_whole_batches,
     packed_dataset,
     packed_rows,
-    whole_batches,
 )
-from foam_lightning.data.streaming import StreamedRows
 from foam_lightning.data.tokenizer import Piece, build_tokenizer, encode, end_of_text
 from foam_lightning.errors import DataError
 
@@ -152,12 +151,11 @@ def test_labels_are_the_tokens_and_padding_is_ignored() -> None:
 
 
 def test_whole_batches_drop_the_rest_or_say_what_is_missing() -> None:
-    rows = Dataset.from_dict({"input_ids": [[1]] * 10})
-    assert len(whole_batches(rows, 4, 1)) == 8
+    assert num_in_whole_batches(10, 4, 1) == 8
     with pytest.raises(
         DataError, match="makes 10 sequences of 1 tokens, fewer than one batch of 11"
     ):
-        whole_batches(rows, 11, 1)
+        num_in_whole_batches(10, 11, 1)
 
 
 @given(st.data())
@@ -169,59 +167,10 @@ def test_evenly_spaced_positions_are_distinct_and_inside(data: st.DataObject) ->
     assert 0 <= min(chosen) <= max(chosen) < total
 
 
-def stream(num_shards: int = 3) -> IterableDataset:
-    return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=num_shards)
-
-
-def streamed(
-    tokenizer: PreTrainedTokenizerBase, num_rows: int, *, packing: bool = True
-) -> StreamedRows:
-    return StreamedRows(stream(), tokenizer, sequence_length=16, packing=packing, num_rows=num_rows)
-
-
-def ids(rows: Any) -> list[list[int]]:
-    return [list(row["input_ids"]) for row in rows]
-
-
-def test_a_stream_gives_the_same_rows_as_the_whole_split(
+def test_a_stream_packs_to_the_same_rows_as_the_whole_split(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     whole = packed(tokenizer, tmp_path)
-    rows = packed_rows(stream(), tokenizer, sequence_length=16, packing=True)
-    assert ids(rows) == whole["input_ids"][:].tolist()
-    assert ids(streamed(tokenizer, len(whole))) == whole["input_ids"][:].tolist()
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_stream_resumes_exactly_at_every_row_and_across_passes(
-    tokenizer: PreTrainedTokenizerBase, packing: bool
-) -> None:
-    num_rows = 260  # more than one pass
-    expected = ids(streamed(tokenizer, num_rows, packing=packing))
-    assert len(expected) == num_rows
-    running = streamed(tokenizer, num_rows, packing=packing)
-    states = [running.state_dict(), *(running.state_dict() for _ in running)]
-    for done in range(0, num_rows + 1, 13):
-        resumed = streamed(tokenizer, num_rows, packing=packing)
-        resumed.load_state_dict(states[done])
-        assert resumed.state_dict() == states[done]
-        assert ids(resumed) == expected[done:]
-
-
-def test_a_stream_starts_over_after_it_was_resumed(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = streamed(tokenizer, 40)
-    first = ids(rows)
-    iterator = iter(rows)
-    list(islice(iterator, 11))
-    rows.load_state_dict(rows.state_dict())
-    assert ids(rows) == first[11:]
-    assert ids(rows) == first
-
-
-def test_a_stream_too_short_for_a_row_ends_with_an_error(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    nothing = stream().filter(lambda _document: False)
-    rows = StreamedRows(nothing, tokenizer, sequence_length=16, packing=True, num_rows=5)
-    with pytest.raises(DataError, match="a whole pass over the stream gave no full sequence"):
-        list(rows)
+    stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
+    rows = packed_rows(stream, tokenizer, sequence_length=16, packing=True)
+    assert [row["input_ids"] for row in rows] == whole["input_ids"][:].tolist()

@@ -113,9 +113,9 @@ def short_epochs(new_job: NewJob, tmp_path: Path) -> Callable[..., Job]:
         ({}, (1, 3, 4, 5)),
         ({"num_workers": 1}, (4,)),
         ({"files": None, "dataset": "some/text", "streaming": True}, (1, 4)),
-        ({"files": None, "dataset": "some/text", "streaming": True, "num_workers": 1}, (4,)),
+        ({"files": None, "dataset": "some/text", "streaming": True, "num_workers": 2}, (4,)),
     ],
-    ids=["rows", "rows-worker", "stream", "stream-worker"],
+    ids=["rows", "rows-worker", "stream", "stream-workers"],
 )
 def test_another_micro_batch_goes_on_with_the_very_next_row(
     short_epochs: Callable[..., Job], tmp_path: Path, data: dict[str, Any], saved_at: tuple[int]

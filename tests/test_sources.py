@@ -1,5 +1,7 @@
 import json
 import os
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +175,49 @@ def test_a_failure_leaves_nothing_behind(cache: Path) -> None:
     schema = pa.schema([("text", pa.large_string())])
 
     def batches() -> Any:
-        yield pa.record_batch([pa.array(["a"], pa.large_string())], schema=schema)
+        yield pa.record_batch([pa.array(["a"], pa.large_string())], schema=schema), 1
         raise DataError("half way")
 
     with pytest.raises(DataError, match="half way"):
-        cached_dataset(cache / "a.arrow", schema, batches)
+        cached_dataset(cache / "a.arrow", schema, batches, content="text")
     assert not list(cache.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_and_written_again(cache: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    place = cache / f".a.arrow.{platform.node()}"
+    left, running = (Path(f"{place}.{number}") for number in (gone.pid, os.getppid()))
+    left.write_bytes(b"half")
+    running.write_bytes(b"another process is at it")
+    schema = pa.schema([("text", pa.large_string())])
+    batch = pa.record_batch([pa.array(["a", "b"], pa.large_string())], schema=schema)
+    dataset = cached_dataset(cache / "a.arrow", schema, lambda: [(batch, 2)], content="text")
+    assert texts(dataset) == ["a", "b"]
+    assert sorted(cache.iterdir()) == [running, cache / "a.arrow"]
+
+
+def test_long_writing_says_in_the_end_where_how_much_was_written(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("foam_lightning.data.cache._QUIET_SECONDS", 0)
+    schema = pa.schema([("text", pa.large_string())])
+    batch = pa.record_batch([pa.array(["a" * 5000], pa.large_string())], schema=schema)
+    cached_dataset(cache / "a.arrow", schema, lambda: [(batch, 1)], content="text")
+    line = capsys.readouterr().err.splitlines()[-1]
+    size = (cache / "a.arrow").stat().st_size
+    assert float(line.split()[1]) * 1000 == pytest.approx(size, abs=16)  # the end mark comes last
+    assert line.endswith(f"kB of text to {cache / 'a.arrow'}")
+
+
+def test_text_goes_to_the_cache_in_chunks_however_much_there_is(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foam_lightning.data.files._CHUNK_CHARACTERS", 100)
+    source = read([jsonl(tmp_path / "a.jsonl", ["x" * 30] * 400)], cache)
+    sizes = [chunk.num_rows for chunk in source.validation.data.to_batches()]
+    assert len(source.train) + len(source.validation) == 400
+    assert max(sizes) <= 4
 
 
 class Hub:
@@ -228,6 +267,16 @@ def test_a_missing_split_is_named(monkeypatch: pytest.MonkeyPatch, missing: str)
     monkeypatch.setattr(datasets, "load_dataset", Hub(splits))
     with pytest.raises(DataError, match=f"no split '{missing}'; it has {', '.join(splits)};"):
         hub_source("some/text", None, "text", streaming=False)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_split_is_named(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    load = Hub({"train": {"text": ["a"]}, "validation": {"text": ["b"]}})
+    splits = load("some/text", None, streaming=streaming)
+    splits["validation"] = splits["validation"].filter(lambda _document: False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_settings: splits)
+    with pytest.raises(DataError, match="split 'validation' of the dataset 'some/text' is empty"):
+        hub_source("some/text", None, "text", streaming=streaming)
 
 
 def test_a_missing_hub_column_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

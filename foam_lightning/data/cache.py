@@ -1,19 +1,26 @@
 """Prepared data on disk: written beside and renamed, so that a reader never sees half a file."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from foam_lightning.cache_home import cache_home
 from foam_lightning.errors import DataError
+from foam_lightning.units import in_words
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+
+_QUIET_SECONDS = 10
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -43,8 +50,12 @@ def cache_key(*parts: object) -> str:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give a temporary path that becomes `path` on success and vanishes on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Give a temporary path that becomes `path` on success and vanishes on failure.
+
+    What a killed process of this machine has left beside `path` vanishes too.
+    """
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    _clear(temporary)
     try:
         yield temporary
         temporary.replace(path)
@@ -57,14 +68,25 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def cached_dataset(
-    path: Path, schema: "pa.Schema", batches: Callable[[], Iterable["pa.RecordBatch"]]
+    path: Path,
+    schema: "pa.Schema",
+    batches: Callable[[], Iterable[tuple["pa.RecordBatch", int]]],
+    *,
+    content: str,
+    num_documents: int | None = None,
 ) -> "Dataset":
     """Open an Arrow file as a memory-mapped dataset, writing it first if it is not there.
+
+    Batches go to disk one by one, so the content may be larger than memory. Writing that takes
+    long shows a bar with the size so far, and leaves a line that says where how much was written.
 
     Args:
         path: The file; its name holds a `cache_key`, so what is there is never out of date.
         schema: The columns.
-        batches: Called to produce the content, only if the file is missing.
+        batches: Called to produce the content, only if the file is missing: each batch with the
+            number of documents that went into it.
+        content: What it is, in one word, for the bar.
+        num_documents: How many there will be; None where nobody knows.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -72,9 +94,64 @@ def cached_dataset(
     if not path.exists():
         with (
             written_beside(path) as temporary,
+            _Progress(content, num_documents, path) as progress,
             pa.OSFile(str(temporary), "wb") as file,
             pa.ipc.new_stream(file, schema) as writer,
         ):
-            for batch in batches():
+            for batch, count in batches():
                 writer.write_batch(batch)
+                progress.add(count, file.tell())
     return Dataset.from_file(str(path))
+
+
+class _Progress:
+    """A bar on stderr, for who waits longer than a moment, and a line in the end."""
+
+    def __init__(self, content: str, num_documents: int | None, path: Path) -> None:
+        from datasets.utils import tqdm
+
+        self._content = content
+        self._path = path
+        self._size = 0
+        self._began = time.monotonic()
+        self._bar = tqdm(
+            total=num_documents,
+            desc=f"Writing {content}",
+            unit="doc",
+            delay=_QUIET_SECONDS,
+            leave=False,
+            disable=None,  # in a log file
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add(self, num_documents: int, size: int) -> None:
+        self._size = size
+        self._bar.set_postfix_str(in_words(size), refresh=False)
+        self._bar.update(num_documents)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bar.close()
+        if kind is None and time.monotonic() - self._began >= _QUIET_SECONDS:
+            line = f"wrote {in_words(self._size)} of {self._content} to {self._path}"
+            self._bar.write(line, file=sys.stderr)
+
+
+def _clear(temporary: Path) -> None:
+    """Remove what killed processes of this machine were writing in the same place."""
+    stem, _, _ = temporary.name.rpartition(".")
+    for left in temporary.parent.glob(f"{glob.escape(stem)}.*"):
+        number = left.name.rpartition(".")[2]
+        if number.isdigit() and not _is_alive(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,15 +61,21 @@ def read_files(files: list[str], text_column: str, cache: Path) -> "Dataset":
     fingerprint = files_fingerprint(files, text_column)
     schema = pa.schema([("text", pa.large_string())])
     return cached_dataset(
-        cache / f"text-{fingerprint}.arrow", schema, lambda: _batches(files, text_column, schema)
+        cache / f"text-{fingerprint}.arrow",
+        schema,
+        lambda: _batches(files, text_column, schema),
+        content="text",
     )
 
 
-def _batches(files: list[str], column: str, schema: "pa.Schema") -> Iterator["pa.RecordBatch"]:
+def _batches(
+    files: list[str], column: str, schema: "pa.Schema"
+) -> Iterator[tuple["pa.RecordBatch", int]]:
     import pyarrow as pa
 
-    for texts in _chunks(text for path in files for text in _documents(Path(path), column)):
-        yield pa.record_batch([pa.array(texts, pa.large_string())], schema=schema)
+    for texts in _chunks(text for path in files for _, text in numbered(Path(path), column)):
+        batch = pa.record_batch([pa.array(texts, pa.large_string())], schema=schema)
+        yield batch, len(texts)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -84,20 +91,38 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _documents(path: Path, column: str) -> Iterator[str]:
-    found = False
+def numbered(path: Path, column: str, start: int = 0) -> Iterator[tuple[int, str]]:
+    """Read the documents of one file, each with the place where reading goes on after it.
+
+    What lies before that place is skipped without being parsed: lines of .jsonl, row groups of
+    .parquet.
+
+    Args:
+        path: A .txt, .jsonl or .parquet file.
+        column: The column of the text in the latter two.
+        start: Where to begin: 0, or a place that came with a document.
+
+    Yields:
+        The lines (.jsonl), rows (.parquet) or documents (.txt) read so far, and the text.
+
+    Raises:
+        DataError: The file is gone, cannot be read, or holds no text.
+    """
+    found = start > 0
     try:
-        for text in _READERS[path.suffix](path, column):
+        for place, text in _READERS[path.suffix](path, column, start):
             if text.strip():
                 found = True
-                yield text
+                yield place, text
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror or error})") from error
     if not found:
         raise DataError(f"{path} holds no text, only blanks; give a file that holds text")
 
 
-def _read_txt(path: Path, _column: str) -> Iterator[str]:
+def _read_txt(path: Path, _column: str, start: int) -> Iterator[tuple[int, str]]:
+    if start:
+        return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -106,32 +131,34 @@ def _read_txt(path: Path, _column: str) -> Iterator[str]:
         ) from error
     if "\0" in text:
         raise DataError(f"{path} is not text: it holds NUL bytes; give a text file")
-    yield text
+    yield 1, text
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+def _read_jsonl(path: Path, column: str, start: int) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # malformed, or not UTF-8
-                raise DataError(
-                    f"{path} line {number} is not JSON ({error}); "
-                    "every line must be one JSON object"
-                ) from error
-            if not isinstance(record, dict):
-                raise DataError(f"{path} line {number} is not a JSON object; write {{...}}")
-            if column not in record:
-                raise _no_column(f"{path} line {number}", column, record)
-            if not isinstance(record[column], str):
-                kind = type(record[column]).__name__
-                raise DataError(f"{path} line {number}: {column!r} holds {kind}, not a text")
-            yield record[column]
+            if number > start and line.strip():
+                yield number, _text_of(line, f"{path} line {number}", column)
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _text_of(line: bytes, place: str, column: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # malformed, or not UTF-8
+        raise DataError(
+            f"{place} is not JSON ({error}); every line must be one JSON object"
+        ) from error
+    if not isinstance(record, dict):
+        raise DataError(f"{place} is not a JSON object; write {{...}}")
+    if column not in record:
+        raise _no_column(place, column, record)
+    text = record[column]
+    if not isinstance(text, str):
+        raise DataError(f"{place}: {column!r} holds {type(text).__name__}, not a text")
+    return text
+
+
+def _read_parquet(path: Path, column: str, start: int) -> Iterator[tuple[int, str]]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -142,8 +169,15 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
             kind = file.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise DataError(f"{path}: column {column!r} holds {kind}, not a text")
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            ends = list(accumulate(sizes))
+            groups = [group for group, end in enumerate(ends) if end > start]
+            row = ends[groups[0]] - sizes[groups[0]] if groups else 0
+            for batch in file.iter_batches(1024, row_groups=groups, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if row > start and text is not None:
+                        yield row, text
     except pa.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} is not a Parquet file ({reason}); write it again") from error

@@ -1,18 +1,23 @@
 """Loaders that resume in the middle of an epoch with the very next row."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from foam_lightning.data.packing import Row
+from foam_lightning.data.streaming import StreamedRows
+from foam_lightning.errors import DataError
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[Row]], Batch]
+_ROWS_BETWEEN_STATES = 32  # a worker sends its state with so many rows; resuming counts the rest
 
 
 class EpochSampler(StatefulDistributedSampler):
@@ -35,6 +40,17 @@ class EpochSampler(StatefulDistributedSampler):
             self._surplus = epoch - self.epoch
             self._resumed = False
         super().set_epoch(epoch - self._surplus)
+
+    def __iter__(self) -> Iterator[int]:
+        self.yielded, self.next_yielded = self.next_yielded or 0, None
+        for index in self._order()[self.rank :: self.num_replicas][self.yielded :]:
+            self.yielded += 1
+            yield int(index)
+
+    def _order(self) -> Tensor:
+        """Shuffle all rows; a tensor, since a list takes five times the memory."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(len(self.dataset), generator=generator)[: self.total_size]  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Give the epoch and how many rows of it are done."""
@@ -71,35 +87,133 @@ class ShareOfRows(Dataset[Row]):
         return self._rows[position] if position < len(self._rows) else Row(input_ids=[])
 
 
+class StreamLoader:
+    """Batches of streamed rows, in an order that neither a micro-batch nor a kill changes.
+
+    Workers send single rows, in turn, and this process joins them: were batches theirs, a step
+    would see other rows with other micro-batches. Its length is known, without which Lightning
+    reads one batch ahead and does not resume exactly.
+
+    Args:
+        rows: The stream, without end.
+        collate: Joins rows into a batch.
+        batch_size: Rows in a batch.
+        num_rows: After how many rows to stop.
+        num_workers: Processes that read; 0 reads in this one.
+    """
+
+    def __init__(
+        self,
+        rows: StreamedRows,
+        collate: Collate,
+        *,
+        batch_size: int,
+        num_rows: int,
+        num_workers: int,
+    ) -> None:
+        self.batch_size = batch_size
+        self.num_rows = num_rows
+        self.num_workers = num_workers
+        self._collate = collate
+        self._done = 0
+        self._is_resumed = False
+        self._last: dict[str, Any] | None = None
+        ahead = max(2, -(-2 * batch_size // num_workers)) if num_workers else None
+        self._rows = _stateful(
+            rows,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=ahead,
+            snapshot_every_n_steps=_ROWS_BETWEEN_STATES,
+        )
+
+    def __len__(self) -> int:
+        return self.num_rows // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._is_resumed:
+            self._done = 0
+        self._is_resumed = False
+        self._last = None
+        return self._batches(iter(self._rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Describe the place after the batch yielded last."""
+        return {
+            "rows": self._done,
+            "workers": self.num_workers,
+            "stream": self._last or self._rows.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make the next iteration go on from such a place.
+
+        Raises:
+            DataError: As many workers would read other rows next.
+        """
+        if state["workers"] != self.num_workers:
+            raise DataError(
+                f"the checkpoint's stream was read by data.num_workers {state['workers']} and this "
+                f"run has {self.num_workers}; go on with as many, or start a new run"
+            )
+        self._rows.load_state_dict(state["stream"])
+        self._last = None
+        self._done = state["rows"]
+        self._is_resumed = True
+
+    def _batches(self, rows: Iterator[Row | DataError]) -> Iterator[Batch]:
+        while self._done + self.batch_size <= self.num_rows:
+            batch = [_row(item) for item in islice(rows, self.batch_size)]
+            self._done += len(batch)
+            if self._done + self.batch_size > self.num_rows:  # the workers may go
+                self._last = self._rows.state_dict()
+                self._rows.load_state_dict({})
+                rows = iter(())
+            yield self._collate(batch)
+
+
 def resumable_loader(
     rows: Dataset[Row],
     collate: Collate,
     *,
     batch_size: int,
     num_workers: int,
-    sampler: Sampler[int] | None = None,
+    sampler: Sampler[int],
 ) -> StatefulDataLoader[Row]:
     """Build a training loader whose state Lightning keeps in every checkpoint.
 
     Args:
-        rows: Rows by position, or a stream of them that can tell its state.
+        rows: Rows by position.
         collate: Joins rows into a batch.
         batch_size: Rows in a batch; an incomplete last one is dropped.
         num_workers: Processes that load; 0 loads in this one.
-        sampler: The order, for rows by position.
+        sampler: The order.
     """
-    # Lightning warns of two dangers that are not here: rows lie ready in a memory-mapped file, and
-    # a stream, whose length is known, has one worker at most.
+    return _stateful(
+        rows,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        drop_last=True,
+    )
+
+
+def _stateful(rows: Dataset[Any], **settings: Any) -> StatefulDataLoader[Any]:
+    # Lightning warns of a danger that is not here: rows lie ready in a memory-mapped file.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined")
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=collate,
-            drop_last=True,
-        )
+        return StatefulDataLoader(rows, **settings)
+
+
+def _row(item: Row | DataError) -> Row:
+    if isinstance(item, DataError):
+        raise item
+    return item
+
+
+def _as_it_is(row: Row | DataError) -> Row | DataError:
+    return row

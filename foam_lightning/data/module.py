@@ -2,24 +2,23 @@
 
 import os
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from foam_lightning.data.cache import cache_folder
-from foam_lightning.errors import ConfigError, DataError
+from foam_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import PreTrainedTokenizerBase
 
+    from foam_lightning.data.loader import StreamLoader
+    from foam_lightning.data.mixture import Source
     from foam_lightning.data.packing import Row
-    from foam_lightning.data.sources import TextSource
-    from foam_lightning.data.streaming import StreamedRows
+    from foam_lightning.data.prepared import PackedText, StreamedText
 
 
 class TextData(LightningDataModule):
@@ -37,8 +36,11 @@ class TextData(LightningDataModule):
         text_column: The column of the text in .jsonl, .parquet and `dataset`.
         dataset: Name of a dataset on the Hugging Face Hub with train and validation splits.
         dataset_config: Its configuration, such as "en", where it has several.
-        streaming: Read `dataset` over the network while training, with at most one worker, rather
-            than download it first.
+        sources: Several sources instead of one: for each its `weight`, its part of the training
+            rows relative to the others, and `files` or `dataset` with the settings that belong to
+            them. Validation rows are in the same proportion.
+        streaming: Read text while training: `dataset` over the network, rather than download it
+            first; `files` without a cache of them on disk.
         tokenizer: A local folder or a name on the Hub; by default one is trained on the text.
         vocab_size: The model's vocabulary: how many tokens to train, and the limit of `tokenizer`.
         sequence_length: Tokens in a row.
@@ -48,7 +50,8 @@ class TextData(LightningDataModule):
         micro_batch_size: Rows in one forward pass on one device; by default `batch_size`. It
             changes memory and speed, never which rows a step sees.
         validation_sequences: Rows to evaluate on, always the same; fewer if there are fewer.
-        num_workers: Processes that load batches; 0 loads them in the training process.
+        num_workers: Processes that load batches; 0 loads them in the training process. Streams
+            come in another order with 2 or more.
         seed: Decides the order of the training rows.
         cache_dir: Where prepared data is kept; by default foam-lightning in $XDG_CACHE_HOME or
             ~/.cache.
@@ -67,6 +70,7 @@ class TextData(LightningDataModule):
         text_column: str = "text",
         dataset: str | None = None,
         dataset_config: str | None = None,
+        sources: list[dict[str, Any]] | None = None,
         streaming: bool = False,
         tokenizer: str | None = None,
         vocab_size: int = 1024,
@@ -85,6 +89,7 @@ class TextData(LightningDataModule):
         self.text_column = text_column
         self.dataset = dataset
         self.dataset_config = dataset_config
+        self.sources = sources
         self.streaming = streaming
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
@@ -98,7 +103,9 @@ class TextData(LightningDataModule):
         self.stream_rows: int | None = None
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._text: PackedText | StreamedText
         self._check()
+        self._sources = self._read_sources()
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -123,54 +130,61 @@ class TextData(LightningDataModule):
         if self._tokenizer is not None:
             return
         from foam_lightning.data.packing import collate
-        from foam_lightning.data.sources import open_source
-        from foam_lightning.data.tokenizer import build_tokenizer, pad_id
+        from foam_lightning.data.tokenizer import pad_id
 
         # Said outright, or tokenizers prints a warning whenever a loader forks a worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         cache = cache_folder(self.cache_dir)
-        source = open_source(
-            files=self.files,
-            validation_files=self.validation_files,
-            text_column=self.text_column,
-            dataset=self.dataset,
-            dataset_config=self.dataset_config,
-            streaming=self.streaming,
-            cache=cache,
-        )
-        tokenizer = build_tokenizer(
-            self._tokenizer_name, vocab_size=self.vocab_size, documents=source.train, cache=cache
-        )
-        if self.streaming:
-            self._stream(source, tokenizer)
-        else:
-            self._pack(source, tokenizer, cache)
-        if len(self._validation) == 0:
-            raise DataError(
-                "the validation text is shorter than one sequence of "
-                f"{self.sequence_length} tokens; give more text, or lower data.sequence_length"
-            )
+        self._text, tokenizer = self._open_text(cache)
         self._collate = partial(
             collate, sequence_length=self.sequence_length, pad=pad_id(tokenizer, self.vocab_size)
         )
         self._tokenizer = tokenizer
 
-    def train_dataloader(self) -> "StatefulDataLoader[Row]":
-        """Serve the training rows in an order that resumes exactly, in or between epochs."""
-        from foam_lightning.data.loader import EpochSampler, resumable_loader
+    def _open_text(
+        self, cache: Path
+    ) -> "tuple[PackedText | StreamedText, PreTrainedTokenizerBase]":
+        from foam_lightning.data.mixture import in_turn
+        from foam_lightning.data.prepared import PackedText, StreamedText, Text
+        from foam_lightning.data.sources import open_source
+        from foam_lightning.data.tokenizer import build_tokenizer
 
-        world, rank = self._ranks()
+        texts = [
+            open_source(source, streaming=self.streaming, cache=cache) for source in self._sources
+        ]
+        train = [text.train for text in texts]
+        tokenizer = build_tokenizer(
+            self._tokenizer_name,
+            vocab_size=self.vocab_size,
+            documents=train[0] if len(train) == 1 else in_turn(train),
+            cache=cache,
+        )
+        text = Text(
+            sources=self._sources,
+            texts=texts,
+            tokenizer=tokenizer,
+            sequence_length=self.sequence_length,
+            packing=self.packing,
+            validation_sequences=self.validation_sequences,
+        )
         if self.streaming:
-            rows, sampler = self._streamed_rows(world, rank), None
-        else:
-            rows = self._train
-            sampler = EpochSampler(rows, world, rank, seed=self.seed, drop_last=True)
+            return StreamedText(text), tokenizer
+        return PackedText(text, batch_size=self.batch_size, cache=cache), tokenizer
+
+    def train_dataloader(self) -> "StatefulDataLoader[Row] | StreamLoader":
+        """Serve the training rows in an order that resumes exactly, in or between epochs."""
+        from foam_lightning.data.loader import resumable_loader
+        from foam_lightning.data.prepared import StreamedText
+
+        text, (world, rank) = self._text, self._ranks()
+        if isinstance(text, StreamedText):
+            return self._stream_loader(text, world, rank)
         return resumable_loader(
-            rows,
+            text.train,
             self._collate,
             batch_size=self.micro_batch_size,
-            num_workers=min(self.num_workers, 1) if self.streaming else self.num_workers,
-            sampler=sampler,
+            num_workers=self.num_workers,
+            sampler=text.sampler(seed=self.seed, world=world, rank=rank),
         )
 
     def val_dataloader(self) -> "DataLoader[Row]":
@@ -179,7 +193,7 @@ class TextData(LightningDataModule):
 
         world, rank = self._ranks()
         return DataLoader(
-            ShareOfRows(self._validation, world, rank) if world > 1 else self._validation,
+            ShareOfRows(self._text.validation, world, rank),
             batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             collate_fn=self._collate,
@@ -198,47 +212,34 @@ class TextData(LightningDataModule):
                 f"data.micro_batch_size {self.micro_batch_size} does not divide data.batch_size "
                 f"{self.batch_size}; choose a divisor"
             )
-        if self.files == []:
-            raise ConfigError("data.files names no file; name one, or leave the setting out")
-        if self.files is not None and self.dataset is not None:
-            raise ConfigError("data.files and data.dataset are both set; choose one")
-        if self.validation_files is not None and self.files is None:
-            raise ConfigError("data.validation_files needs data.files, the text to train on")
-        if self.streaming and self.dataset is None:
-            raise ConfigError("data.streaming is for a dataset of the Hub; set data.dataset")
-
-    def _pack(
-        self, source: "TextSource", tokenizer: "PreTrainedTokenizerBase", cache: "Path"
-    ) -> None:
-        from foam_lightning.data.packing import evenly_spaced, packed_dataset, whole_batches
-
-        train, validation = (
-            packed_dataset(
-                documents,
-                tokenizer=tokenizer,
-                fingerprint=f"{source.fingerprint}-{split}",
-                sequence_length=self.sequence_length,
-                packing=self.packing,
-                cache=cache,
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers must be at least 0, got {self.num_workers}")
+        own = ("files", "validation_files", "dataset", "dataset_config")
+        doubled = [name for name in own if getattr(self, name) is not None]
+        if self.sources is not None and doubled:
+            raise ConfigError(
+                f"data.sources and data.{doubled[0]} are both set; name it within data.sources"
             )
-            for split, documents in (("train", source.train), ("validation", source.validation))
+        if self.streaming and self.files is None and self.dataset is None and self.sources is None:
+            raise ConfigError("data.streaming has nothing to read; set data.dataset or data.files")
+
+    def _read_sources(self) -> "list[Source]":
+        from foam_lightning.data.mixture import Source, read_sources
+
+        if self.sources is not None:
+            return read_sources(self.sources)
+        source = Source(
+            files=self.files,
+            validation_files=self.validation_files,
+            text_column=self.text_column,
+            dataset=self.dataset,
+            dataset_config=self.dataset_config,
         )
-        self._train = whole_batches(train, self.batch_size, self.sequence_length)
-        count = min(self.validation_sequences, len(validation))
-        self._validation = validation.select(evenly_spaced(count, len(validation)))
+        source.check("data")
+        return [source]
 
-    def _stream(self, source: "TextSource", tokenizer: "PreTrainedTokenizerBase") -> None:
-        from foam_lightning.data.packing import packed_rows
-
-        self._train = source.train
-        length, packing = self.sequence_length, self.packing
-        rows = packed_rows(source.validation, tokenizer, sequence_length=length, packing=packing)
-        self._validation = list(islice(rows, self.validation_sequences))
-
-    def _streamed_rows(self, world: int, rank: int) -> "StreamedRows":
-        from datasets.distributed import split_dataset_by_node
-
-        from foam_lightning.data.streaming import StreamedRows
+    def _stream_loader(self, text: "StreamedText", world: int, rank: int) -> "StreamLoader":
+        from foam_lightning.data.loader import StreamLoader
 
         num_rows = self.stream_rows
         if num_rows is None:
@@ -246,10 +247,10 @@ class TextData(LightningDataModule):
             if max_steps < 1:
                 raise ConfigError("a stream has no end: set trainer.max_steps with data.streaming")
             num_rows = max_steps * self.batch_size
-        return StreamedRows(
-            split_dataset_by_node(self._train, rank, world),
-            self.tokenizer,
-            sequence_length=self.sequence_length,
-            packing=self.packing,
+        return StreamLoader(
+            text.rows(seed=self.seed, world=world, rank=rank),
+            self._collate,
+            batch_size=self.micro_batch_size,
             num_rows=num_rows // world,
+            num_workers=self.num_workers,
         )

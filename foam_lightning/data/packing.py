@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that the loss leaves out
 _DOCUMENTS_AT_ONCE = 256
-_QUIET_SECONDS = 10
 
 
 class Row(TypedDict):
@@ -117,26 +116,22 @@ def packed_dataset(
     schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
     key = cache_key(1, fingerprint, _fingerprint(tokenizer), sequence_length, packing)
 
-    def batches() -> Iterator["pa.RecordBatch"]:
-        from datasets.utils import tqdm
-
+    def batches() -> Iterator[tuple["pa.RecordBatch", int]]:
         packer = Packer(sequence_length, end_of_text(tokenizer), packing=packing)
-        with tqdm(
-            total=len(documents),
-            desc="Tokenising",
-            unit="doc",
-            delay=_QUIET_SECONDS,
-            leave=False,
-            disable=None,  # in a log file
-        ) as bar:
-            for texts in documents.iter(batch_size=_DOCUMENTS_AT_ONCE):
-                for piece in encode(tokenizer, texts["text"]):
-                    packer.add(piece)
-                rows = pa.array(list(packer.rows()), schema.field(0).type)
-                yield pa.record_batch([rows], schema=schema)
-                bar.update(len(texts["text"]))
+        for texts in documents.iter(batch_size=_DOCUMENTS_AT_ONCE):
+            for piece in encode(tokenizer, texts["text"]):
+                packer.add(piece)
+            rows = pa.array(list(packer.rows()), schema.field(0).type)
+            yield pa.record_batch([rows], schema=schema), len(texts["text"])
 
-    return cached_dataset(cache / f"rows-{key}.arrow", schema, batches).with_format("numpy")
+    rows = cached_dataset(
+        cache / f"rows-{key}.arrow",
+        schema,
+        batches,
+        content="tokens",
+        num_documents=len(documents),
+    )
+    return rows.with_format("numpy")
 
 
 def packed_rows(
@@ -155,20 +150,19 @@ def packed_rows(
             yield {"input_ids": ids}
 
 
-def whole_batches(rows: "Dataset", batch_size: int, sequence_length: int) -> "Dataset":
-    """Keep as many rows as fill batches, or the last step of an epoch would see fewer.
+def num_in_whole_batches(num_rows: int, batch_size: int, sequence_length: int) -> int:
+    """Count the rows that fill batches; with more, the last step of an epoch would see fewer.
 
     Raises:
         DataError: There is not one batch.
     """
-    count = len(rows) // batch_size * batch_size
-    if count == 0:
+    if num_rows < batch_size:
         raise DataError(
-            f"the training text makes {len(rows)} sequences of {sequence_length} tokens, fewer "
+            f"the training text makes {num_rows} sequences of {sequence_length} tokens, fewer "
             f"than one batch of {batch_size}; give more text, or lower data.sequence_length or "
             "data.batch_size"
         )
-    return rows.select(range(count))
+    return num_rows // batch_size * batch_size
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:

@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from foam_lightning.data import corpus
 from foam_lightning.data.files import files_fingerprint, read_files
 from foam_lightning.data.packing import evenly_spaced
+from foam_lightning.data.shards import FileStream, file_streams
 from foam_lightning.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+    from foam_lightning.data.mixture import Source
 
 VALIDATION_FRACTION = 0.05
 
@@ -27,26 +34,33 @@ class TextSource:
         fingerprint: Changes whenever the documents may have changed; names what is cached.
     """
 
-    train: "Dataset | IterableDataset"
-    validation: "Dataset | IterableDataset"
+    train: "Dataset | IterableDataset | FileStream"
+    validation: "Dataset | IterableDataset | FileStream"
     fingerprint: str
 
 
-def open_source(
-    *,
-    files: list[str] | None,
-    validation_files: list[str] | None,
-    text_column: str,
-    dataset: str | None,
-    dataset_config: str | None,
-    streaming: bool,
-    cache: Path,
-) -> TextSource:
-    """Open the files or the dataset, whichever is given, or else the default corpus."""
-    if files is not None:
-        return files_source(files, validation_files, text_column, cache=cache)
-    if dataset is not None:
-        return hub_source(dataset, dataset_config, text_column, streaming=streaming)
+def open_source(source: "Source", *, streaming: bool, cache: Path) -> TextSource:
+    """Open the files or the dataset of a source, or the default corpus if it names neither.
+
+    Args:
+        source: What the settings say.
+        streaming: Read it while training.
+        cache: Where files that are not streamed are kept in a form that is quick to open.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    if source.files is not None and streaming:
+        train, validation, fingerprint = file_streams(
+            source.files, source.validation_files, source.text_column
+        )
+        return TextSource(train=train, validation=validation, fingerprint=fingerprint)
+    if source.files is not None:
+        return files_source(source.files, source.validation_files, source.text_column, cache=cache)
+    if source.dataset is not None:
+        return hub_source(
+            source.dataset, source.dataset_config, source.text_column, streaming=streaming
+        )
     return corpus_source()
 
 
@@ -109,12 +123,35 @@ def hub_source(name: str, config: str | None, text_column: str, *, streaming: bo
         streaming: Read it over the network while training, rather than download it first.
 
     Raises:
-        DataError: The Hub cannot be reached, or the dataset, a split or the column is not there.
+        DataError: The Hub cannot be reached, the dataset, a split or the column is not there, or
+            a split is empty.
     """
     import datasets
 
-    try:
+    with _naming_failure(name):
         splits = datasets.load_dataset(name, config, streaming=streaming)
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise DataError(
+                f"the dataset {name!r} has no split {split!r}; it has {', '.join(splits)}; "
+                "choose a dataset with both train and validation, or give files with data.files"
+            )
+    with _naming_failure(name):
+        train, validation = (
+            _text_only(splits[split], name, split, text_column) for split in ("train", "validation")
+        )
+    fingerprint = json.dumps([name, config, text_column]) + "".join(
+        str(getattr(splits[split], "_fingerprint", "")) for split in ("train", "validation")
+    )
+    return TextSource(train=train, validation=validation, fingerprint=fingerprint)
+
+
+@contextmanager
+def _naming_failure(name: str) -> Iterator[None]:
+    import datasets
+
+    try:
+        yield
     except ConnectionError as error:
         raise DataError(
             f"cannot reach the Hugging Face Hub for the dataset {name!r} ({_first_line(error)}); "
@@ -125,26 +162,19 @@ def hub_source(name: str, config: str | None, text_column: str, *, streaming: bo
             f"cannot load the dataset {name!r} from the Hugging Face Hub: {_first_line(error)}; "
             "check data.dataset and data.dataset_config"
         ) from error
-    for split in ("train", "validation"):
-        if split not in splits:
-            raise DataError(
-                f"the dataset {name!r} has no split {split!r}; it has {', '.join(splits)}; "
-                "choose a dataset with both train and validation, or give files with data.files"
-            )
-    train, validation = (
-        _text_only(splits[split], name, text_column) for split in ("train", "validation")
-    )
-    fingerprint = json.dumps([name, config, text_column]) + "".join(
-        str(getattr(splits[split], "_fingerprint", "")) for split in ("train", "validation")
-    )
-    return TextSource(train=train, validation=validation, fingerprint=fingerprint)
 
 
 def _text_only(
-    dataset: "Dataset | IterableDataset", name: str, column: str
+    dataset: "Dataset | IterableDataset", name: str, split: str, column: str
 ) -> "Dataset | IterableDataset":
     # A stream may not know its columns before its first document.
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    first = next(iter(dataset), None)
+    if first is None:
+        raise DataError(
+            f"the split {split!r} of the dataset {name!r} is empty; choose another dataset, or "
+            "give files with data.files"
+        )
+    columns = dataset.column_names or list(first)
     if column not in columns:
         raise DataError(
             f"the dataset {name!r} has no column {column!r}; it has {', '.join(columns)}; "
@@ -170,7 +200,7 @@ def _hold_out(documents: "Dataset", fraction: float) -> tuple["Dataset", "Datase
             ),
         )
     held_out = evenly_spaced(count, len(documents))
-    kept = sorted(set(range(len(documents))) - set(held_out))
+    kept = np.delete(np.arange(len(documents)), held_out)
     return documents.select(kept), documents.select(held_out)
 
 

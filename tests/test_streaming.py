@@ -1,0 +1,296 @@
+import json
+import multiprocessing
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+from pyarrow import parquet
+from transformers import PreTrainedTokenizerBase
+
+from foam_lightning.data import streaming
+from foam_lightning.data.loader import StreamLoader
+from foam_lightning.data.packing import collate
+from foam_lightning.data.shards import Shard, file_streams, shards_of
+from foam_lightning.data.streaming import StreamedRows, StreamedSource
+from foam_lightning.data.tokenizer import build_tokenizer
+from foam_lightning.errors import ConfigError, DataError
+
+TEXTS = [
+    f"def name_{index}(value):\n    return value + {index}\n" * (1 + index % 4)
+    for index in range(90)
+]
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    documents = Dataset.from_dict({"text": TEXTS})
+    cache = tmp_path_factory.mktemp("tokenizer")
+    return build_tokenizer(None, vocab_size=300, documents=documents, cache=cache)
+
+
+@pytest.fixture(params=["files", "hub"])
+def shards(request: pytest.FixtureRequest, tmp_path: Path) -> list[Shard]:
+    """Three shards, and ten documents in a block."""
+    request.getfixturevalue("small_blocks")
+    if request.param == "hub":
+        documents = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
+        return list(shards_of(documents, "some/text"))
+    paths = [
+        jsonl(tmp_path / "a.jsonl", TEXTS[:40]),
+        jsonl(tmp_path / "b.jsonl", TEXTS[40:55]),
+        str(tmp_path / "c.parquet"),
+    ]
+    table = pa.table({"text": TEXTS[55:]})
+    parquet.write_table(table, paths[2], row_group_size=8)
+    train, _, _ = file_streams(paths, paths, "text")
+    return list(shards_of(train, "files"))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_BLOCK_CHARACTERS", 1000)
+
+
+def jsonl(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def streamed(tokenizer: PreTrainedTokenizerBase) -> Callable[..., StreamedRows]:
+    def make(*sources: list[Shard], packing: bool = True, **settings: Any) -> StreamedRows:
+        shares = settings.pop("shares", [1.0])
+        seed = settings.pop("seed", 0)
+        return StreamedRows(
+            [
+                StreamedSource(
+                    shards, tokenizer, sequence_length=LENGTH, packing=packing, seed=seed + index
+                )
+                for index, shards in enumerate(sources)
+            ],
+            shares,
+            seed=seed,
+            **settings,
+        )
+
+    return make
+
+
+def ids(rows: Any) -> list[list[int]]:
+    return [list(map(int, row["input_ids"])) for row in rows]
+
+
+def first_pass(rows: StreamedRows) -> list[list[int]]:
+    (source,) = rows.sources
+    taken = []
+    for row in rows:
+        if source.state_dict()["pass"]:
+            return taken
+        taken += ids([row])
+    raise AssertionError("a stream has no end")
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 5])
+def test_the_lanes_of_a_pass_share_every_document_once(
+    shards: list[Shard],
+    streamed: Callable[..., StreamedRows],
+    tokenizer: PreTrainedTokenizerBase,
+    lanes: int,
+) -> None:
+    padded = [
+        first_pass(streamed(shards, packing=False, world=lanes, rank=rank)) for rank in range(lanes)
+    ]
+    found = Counter(tuple(row) for row in chain.from_iterable(padded))
+    ends = [tokenizer.eos_token_id]
+    expected = (tokenizer(text, add_special_tokens=False)["input_ids"] + ends for text in TEXTS)
+    assert found == Counter(tuple(row[:LENGTH]) for row in expected)
+    assert sum(found.values()) == len(TEXTS)
+
+
+def test_blocks_and_passes_are_shuffled_by_the_seed(
+    shards: list[Shard], streamed: Callable[..., StreamedRows]
+) -> None:
+    rows = ids(islice(streamed(shards, packing=False), 2 * len(TEXTS)))
+    first, second = rows[: len(TEXTS)], rows[len(TEXTS) :]
+    other = ids(islice(streamed(shards, packing=False, seed=7), len(TEXTS)))
+    assert len({str(order) for order in (first, second, other)}) == 3
+    assert sorted(first) == sorted(second) == sorted(other)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_stream_resumes_exactly_at_every_row_and_across_passes(
+    shards: list[Shard], streamed: Callable[..., StreamedRows], packing: bool
+) -> None:
+    many = 300  # more than one pass
+    running = streamed(shards, packing=packing)
+    states, expected = [], []
+    for row in islice(running, many):
+        expected.append(row)
+        states.append(json.loads(json.dumps(running.state_dict())))
+    for done in range(1, many, 7):
+        resumed = streamed(shards, packing=packing)
+        resumed.load_state_dict(states[done - 1])
+        assert resumed.state_dict() == states[done - 1]
+        following = ids(islice(resumed, 20))
+        assert following[: many - done] == ids(expected[done : done + 20])
+
+
+def test_a_stream_starts_over_after_it_was_resumed(
+    shards: list[Shard], streamed: Callable[..., StreamedRows]
+) -> None:
+    rows = streamed(shards)
+    first = ids(islice(rows, 40))
+    list(islice(rows, 11))
+    rows.load_state_dict(rows.state_dict())
+    assert ids(islice(rows, 29)) == first[11:]
+    assert ids(islice(rows, 40)) == first
+
+
+def test_sources_are_mixed_by_their_shares_and_resume_exactly(
+    shards: list[Shard], streamed: Callable[..., StreamedRows]
+) -> None:
+    def make() -> StreamedRows:
+        return streamed(shards[:1], shards[1:], shares=[0.8, 0.2], packing=False)
+
+    own = set(map(tuple, first_pass(streamed(shards[:1], packing=False))))
+    running = make()
+    expected = ids(islice(running, 500))
+    state = running.state_dict()
+    assert 360 < sum(tuple(row) in own for row in expected) < 440
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert ids(islice(resumed, 60)) == ids(islice(make(), 560))[500:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_a_loader_killed_anywhere_goes_on_with_the_very_next_row(
+    shards: list[Shard], streamed: Callable[..., StreamedRows], num_workers: int
+) -> None:
+    def loader(batch_size: int) -> StreamLoader:
+        return StreamLoader(
+            streamed(shards, shards[:1], shares=[0.7, 0.3]),
+            lambda rows: collate(rows, sequence_length=LENGTH, pad=0),
+            batch_size=batch_size,
+            num_rows=240,
+            num_workers=num_workers,
+        )
+
+    def rows(batches: Any) -> list[list[int]]:
+        return [row for batch in batches for row in batch["input_ids"].tolist()]
+
+    kept = loader(4)
+    whole = rows(kept)
+    assert len(whole) == 240
+    assert not multiprocessing.active_children()
+    assert kept.state_dict()["rows"] == 240
+    for done in random.Random(num_workers).sample(range(1, 60), 3):
+        killed = loader(4)
+        assert rows(islice(killed, done)) == whole[: 4 * done]
+        state = json.loads(json.dumps(killed.state_dict()))
+        for batch_size in (4, 2):  # a micro-batch does not change the order
+            resumed = loader(batch_size)
+            resumed.load_state_dict(state)
+            assert rows(resumed) == whole[4 * done :], (done, batch_size)
+
+
+def test_other_workers_cannot_go_on(
+    shards: list[Shard], streamed: Callable[..., StreamedRows]
+) -> None:
+    def loader(num_workers: int) -> StreamLoader:
+        rows = streamed(shards)
+        return StreamLoader(rows, list, batch_size=4, num_rows=8, num_workers=num_workers)  # type: ignore[arg-type]
+
+    with pytest.raises(DataError, match=r"read by data\.num_workers 0 and this run has 2"):
+        loader(2).load_state_dict(loader(0).state_dict())
+
+
+def test_one_worker_reads_what_none_would(
+    shards: list[Shard], streamed: Callable[..., StreamedRows]
+) -> None:
+    orders = []
+    for num_workers in (0, 1):
+        loader = StreamLoader(
+            streamed(shards),
+            lambda rows: collate(rows, sequence_length=LENGTH, pad=0),
+            batch_size=4,
+            num_rows=80,
+            num_workers=num_workers,
+        )
+        orders.append([batch["input_ids"].tolist() for batch in loader])
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("fault", ["gone", "broken"])
+def test_what_happens_to_a_file_while_streaming_is_one_line(
+    tmp_path: Path,
+    streamed: Callable[..., StreamedRows],
+    small_blocks: None,
+    num_workers: int,
+    fault: str,
+) -> None:
+    paths = [jsonl(tmp_path / f"{name}.jsonl", TEXTS[:30]) for name in "ab"]
+    train, _, _ = file_streams(paths, None, "text")
+    if fault == "gone":
+        Path(paths[1]).unlink()
+        message = "cannot read .*b.jsonl .No such file or directory"
+    else:
+        with Path(paths[1]).open("a") as file:
+            file.write('{"text": \n')
+        message = "b.jsonl line 31 is not JSON"
+    loader = StreamLoader(
+        streamed(list(train.shards)),
+        lambda rows: collate(rows, sequence_length=LENGTH, pad=0),
+        batch_size=1,
+        num_rows=1000,
+        num_workers=num_workers,
+    )
+    with pytest.raises(DataError, match=message) as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_of_the_hub_that_is_gone_is_named(
+    tmp_path: Path, streamed: Callable[..., StreamedRows], small_blocks: None
+) -> None:
+    paths = [jsonl(tmp_path / f"{name}.jsonl", TEXTS) for name in "ab"]
+    documents = datasets.load_dataset("json", data_files=paths, streaming=True, split="train")
+    rows = streamed(list(shards_of(documents, "some/text")))
+    Path(paths[1]).unlink()
+    error = next(item for item in rows if isinstance(item, DataError))
+    assert "cannot read shard 2 of 2 of some/text" in str(error)
+    assert "\n" not in str(error)
+
+
+def test_files_hold_out_every_twentieth_document(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [f"document {index}" for index in range(60)])
+    train, validation, fingerprint = file_streams([path], None, "text")
+    held_out = [document["text"] for document in validation]
+    assert held_out == ["document 10", "document 30", "document 50"]
+    assert len(list(train)) == 57
+    assert fingerprint == file_streams([path], None, "text")[2]
+
+
+def test_a_single_document_has_nothing_to_hold_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a document")
+    with pytest.raises(ConfigError, match=r"a\.txt is a single document.*validation_files"):
+        file_streams([str(path)], None, "text")
+    train, validation, _ = file_streams([str(path)], [str(path)], "text")
+    assert list(train) == list(validation) == [{"text": "a document"}]
+
+
+def test_a_stream_too_short_for_a_row_ends_with_an_error(
+    streamed: Callable[..., StreamedRows],
+) -> None:
+    nothing = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset().filter(lambda _: False)
+    (error,) = streamed(list(shards_of(nothing, "")))
+    assert "a whole pass over the stream gave no full sequence" in str(error)
