@@ -12,6 +12,7 @@ from tuner.horizon import (
     FOLDED_EXPONENT,
     GAP_LEFT,
     TRANSFER_DEVIATION,
+    TRANSFER_SHARE,
     at_length,
     predicted,
 )
@@ -52,7 +53,7 @@ def test_four_times_as_long_a_gap_is_what_was_measured_there() -> None:
     found = predicted(Difference(-0.1, 0.02), False, num_steps=300, full_steps=1200)
     assert found.mean == pytest.approx(-0.1 * GAP_LEFT)
     assert found.half_width**2 == pytest.approx(
-        (0.02 * GAP_LEFT) ** 2 + (1.96 * TRANSFER_DEVIATION) ** 2
+        (0.02 * GAP_LEFT) ** 2 + 1.96**2 * (TRANSFER_DEVIATION**2 + (0.1 * TRANSFER_SHARE) ** 2)
     )
     longer = predicted(Difference(-0.1, 0.02), False, num_steps=300, full_steps=150_000)
     assert longer == found
@@ -61,7 +62,8 @@ def test_four_times_as_long_a_gap_is_what_was_measured_there() -> None:
 def test_a_gap_to_adam_stays_and_is_less_sure() -> None:
     found = predicted(Difference(-0.1, 0.02), True, num_steps=300, full_steps=1200)
     assert found.mean == -0.1
-    assert found.half_width == pytest.approx(math.hypot(0.02, 1.96 * TRANSFER_DEVIATION))
+    transfer = math.hypot(TRANSFER_DEVIATION, 0.1 * TRANSFER_SHARE)
+    assert found.half_width == pytest.approx(math.hypot(0.02, 1.96 * transfer))
 
 
 @given(
