@@ -208,9 +208,8 @@ def _fit(settings: "Settings") -> None:
 
 
 def _validate(settings: "Settings") -> None:
-    import math
-
     from foam_lightning.checkpoint import folder_of, load_module
+    from foam_lightning.perplexity import perplexity_text
     from foam_lightning.training import validate
 
     path = Path(settings.ckpt_path)
@@ -224,7 +223,8 @@ def _validate(settings: "Settings") -> None:
     data = job.new_data(plan.levers)
     trainer = job.new_trainer(plan.levers, [], logger=False, enable_checkpointing=False)
     loss, num_tokens = validate(trainer, module, data)
-    print(f"loss {loss:.4f} nats, perplexity {math.exp(loss):.2f}, over {num_tokens} tokens")
+    num_batches = len(data.val_dataloader()) if settings.biased else None
+    print(perplexity_text(loss, num_tokens, num_batches=num_batches))
 
 
 def _generate(settings: "Settings") -> None:

@@ -106,6 +106,10 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
     capfd.readouterr()
     assert cli.main(["validate", "--ckpt_path", checkpoint]) == 0
     assert f"loss {summary['final_validation_loss']:.4f} nats" in capfd.readouterr().out
+    assert cli.main(["validate", "--ckpt_path", checkpoint, "--biased", "true"]) == 0
+    assert "as the released FOAM code would print it: the losses of 4 batches" in (
+        capfd.readouterr().out
+    )
     options = ["--prompt", "import ", "--max_new_tokens", "8"]
     assert cli.main(["generate", "--ckpt_path", checkpoint, *options]) == 0
     assert capfd.readouterr().out.startswith("import ")

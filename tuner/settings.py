@@ -21,7 +21,7 @@ from tuner.effort import TuneOptions
 # Options of single commands; all others are shared, so that one YAML serves every command.
 _OWN = (
     *("ckpt_path", "format", "uniform_level", "tensors", "picture"),
-    *("prompt", "max_new_tokens", "temperature", "output"),
+    *("prompt", "max_new_tokens", "temperature", "output", "biased"),
 )
 
 
@@ -134,6 +134,8 @@ def _add_own(parser: ArgumentParser, command: str) -> None:
         parser.add_argument("--ckpt_path", type=str | None, default=None)
     if command in ("validate", "generate", "export"):
         parser.add_argument("--ckpt_path", type=str, required=True)
+    if command == "validate":
+        parser.add_argument("--biased", type=bool, default=False)
     if command == "plan":
         parser.add_argument("--format", choices=["table", "json"], default="table")
         parser.add_argument("--uniform_level", "--uniform-level", type=int | None, default=None)

@@ -43,7 +43,10 @@ OWN: dict[str, dict[str, str]] = {
         "--picture FILE": "draw the plan beside Adam, and its levels, into this PNG",
     },
     "tune": {},
-    "validate": {"--ckpt_path FILE": "the checkpoint (required)"},
+    "validate": {
+        "--ckpt_path FILE": "the checkpoint (required)",
+        "--biased true": "also what the released FOAM code would print, beside published numbers",
+    },
     "generate": {
         "--ckpt_path FILE": "the checkpoint (required)",
         "--prompt TEXT": "what the text begins with",
