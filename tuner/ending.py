@@ -79,4 +79,4 @@ def _rows(title: str, rows: Mapping[str, str]) -> list[str]:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)
