@@ -116,7 +116,7 @@ def make_parser(command: str) -> ArgumentParser:
     parser.add_argument("--name", type=str, default="default")
     parser.add_argument("--runs", type=str, default="runs")
     parser.add_class_arguments(TuneOptions, "tune", instantiate=False)
-    parser.add_class_arguments(LlamaFoam, "model", instantiate=False, skip={"seed"})
+    parser.add_class_arguments(LlamaFoam, "model", instantiate=False, skip={"seed", "architecture"})
     parser.add_class_arguments(TextData, "data", instantiate=False, skip={"seed", "vocab_size"})
     parser.add_class_arguments(
         Trainer,
