@@ -85,6 +85,7 @@ def _answer(words: list[str]) -> int:
         "validate": _validate,
         "generate": _generate,
         "export": _export,
+        "compare": _compare,
     }[command]
     runner(settings)
     return 0
@@ -169,23 +170,18 @@ def _tune(settings: "Settings") -> None:
 def _fit(settings: "Settings") -> None:
     from dataclasses import replace
 
-    from foam_lightning.continuing import without_folder
     from tuner.ending import ending
     from tuner.fit import fit
     from tuner.fitting import Fitting
     from tuner.guard import fallen_to, guarded
 
-    unfinished = _unfinished(settings)
-    starts = ([unfinished.last_checkpoint] if unfinished else []) + (
-        [Path(settings.ckpt_path)] if settings.ckpt_path else []
-    )
-    job = without_folder(settings.job(), starts)
+    job = settings.job()
     _calibrate(job)
     fitting = Fitting(job, settings.memory_budget or sys.maxsize)
     plan = _given_plan(settings, job)
-    levers = fallen_to(unfinished)
+    levers = fallen_to(_unfinished(settings))
     if plan is None and settings.memory_budget is None:
-        plan = job.plan_at(job.model["level"])
+        plan = job.own_plan()
     if plan is None and job.devices.count > 1:
         raise ConfigError(
             "tune in one process first: python cli.py tune with the same options, then fit "
@@ -213,15 +209,16 @@ def _fit(settings: "Settings") -> None:
 
 
 def _validate(settings: "Settings") -> None:
-    from foam_lightning.checkpoint import load_module
-    from foam_lightning.continuing import on_checkpoint
+    from foam_lightning.checkpoint import folder_of, load_module
     from foam_lightning.perplexity import perplexity_text
     from foam_lightning.training import validate
 
     path = Path(settings.ckpt_path)
     module = load_module(path)
     job = settings.job().on_one_device()
-    job = on_checkpoint(job, path, module.hparams["architecture"])
+    tokenizer = folder_of(path).tokenizer
+    if job.data["tokenizer"] is None and tokenizer.is_dir():
+        job = _with_tokenizer(job, str(tokenizer))
     plan = module.plan
     assert plan is not None
     data = job.new_data(plan.levers)
@@ -267,6 +264,15 @@ def _export(settings: "Settings") -> None:
     assert module.model is not None
     save(module.model, load_tokenizer(path), output)
     print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+
+def _compare(settings: "Settings") -> None:
+    from tuner.compare import Options
+    from tuner.comparing import run_comparison
+
+    options = Options.of(settings.optimizers, settings.steps, settings.seeds)
+    folder = Path(settings.runs) / settings.name / "compare"
+    run_comparison(settings.job(), options, folder, command=settings.command)
 
 
 # ---- parts of fit
@@ -318,6 +324,12 @@ def _identity(settings: "Settings") -> str:
     """Give the text that tells one run from another."""
     start = settings.values.get("ckpt_path")
     return settings.text if start is None else f"{settings.text}ckpt_path: {start}\n"
+
+
+def _with_tokenizer(job: "Job", tokenizer: str) -> "Job":
+    from dataclasses import replace
+
+    return replace(job, data={**job.data, "tokenizer": tokenizer})
 
 
 if __name__ == "__main__":

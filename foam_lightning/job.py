@@ -16,6 +16,7 @@ from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, find_gpu, known_costs
 from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.rivals import check as check_rival
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.replicas import OnePlaceDDP
 
@@ -38,15 +39,12 @@ class Job:
         data: Arguments of `TextData`.
         trainer: Arguments of Lightning's `Trainer`.
         seed: Seeds weights and order of the data.
-        architecture: Stands for the folder `model.pretrained` where that is gone, and a checkpoint
-            has the weights; see `LlamaFoam`.
     """
 
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
     seed: int
-    architecture: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what the account could not stand for.
@@ -65,6 +63,16 @@ class Job:
             raise ConfigError(
                 f"trainer.max_steps must be 1 or more, got {self.trainer.get('max_steps', -1)}"
             )
+
+    @property
+    def optimizer(self) -> str:
+        """The name of what trains."""
+        return str(self.model.get("optimizer", "foam"))
+
+    @property
+    def is_foam(self) -> bool:
+        """Whether FOAM trains; levels, budgets and the account are its own."""
+        return self.optimizer == "foam"
 
     @property
     def precision(self) -> Precision:
@@ -111,6 +119,7 @@ class Job:
         Raises:
             ConfigError: The settings contradict each other.
         """
+        self._check_optimizer()
         num_devices = self.devices.count
         releases = bool(self.model.get("gradient_release"))
         self._check_release(releases)
@@ -141,8 +150,11 @@ class Job:
 
         Raises:
             ConfigError: Gradients would be released that the trainer is to clip or several devices
-                are to average, or state would be offloaded from the CPU.
+                are to average, or state would be offloaded from the CPU; or a rival trains, which
+                has neither.
         """
+        if not self.is_foam:
+            self._check_levers_of_rival(levers)
         self._check_release(levers.gradient_release)
         clip_val = self.trainer.get("gradient_clip_val")
         if levers.gradient_release and clip_val:
@@ -182,13 +194,7 @@ class Job:
         Args:
             seed: Seeds the initial weights; the job's own by default.
         """
-        return LlamaFoam(
-            **{
-                **self.model,
-                "seed": self.seed if seed is None else seed,
-                "architecture": self.architecture,
-            }
-        )
+        return LlamaFoam(**{**self.model, "seed": self.seed if seed is None else seed})
 
     def new_data(self, levers: Levers, *, seed: int | None = None) -> TextData:
         """Make the data module for these levers.
@@ -200,22 +206,10 @@ class Job:
         return TextData(
             **{
                 **self.data,
-                **self._own_tokens,
                 "micro_batch_size": levers.micro_batch_size,
                 "seed": self.seed if seed is None else seed,
             }
         )
-
-    @cached_property
-    def _own_tokens(self) -> dict[str, Any]:
-        """Say which tokens a pretrained model knows: its own, unless the settings name others."""
-        pretrained = self.model.get("pretrained")
-        if pretrained is None:
-            return {}
-        return {
-            "tokenizer": self.data.get("tokenizer") or pretrained,
-            "vocab_size": self.new_module().llama_config().vocab_size,
-        }
 
     def new_trainer(
         self,
@@ -265,6 +259,26 @@ class Job:
     def plan_at(self, level: int) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at the settings' own levers."""
         return self.new_module().uniform_plan(level, self.levers)
+
+    def own_plan(self) -> FoldPlan:
+        """Make the plan of the settings alone: their level under FOAM, level 0 under a rival."""
+        return self.plan_at(self.model["level"] if self.is_foam else 0)
+
+    def _check_optimizer(self) -> None:
+        check_rival(self.optimizer)
+        if self.devices.shards and not self.is_foam:
+            raise ConfigError(
+                f"model.optimizer {self.optimizer} does not know shares of a matrix, and "
+                "trainer.strategy fsdp2 makes them; take ddp, or model.optimizer foam"
+            )
+
+    def _check_levers_of_rival(self, levers: Levers) -> None:
+        own = levers.state_dtype == self.model["state_dtype"]
+        if levers.gradient_release or levers.state_offload or not own:
+            raise ConfigError(
+                f"model.optimizer {self.optimizer} cannot release gradients, nor keep its state in "
+                f"{levers.state_dtype} or in host memory: those levers are FOAM's"
+            )
 
     def _check_release(self, releases: bool) -> None:
         count = self.devices.count

@@ -76,7 +76,7 @@ def train(
     """
     source = folder.last_checkpoint if folder.last_checkpoint.exists() else ckpt_path
     if source is not None:
-        _check_plan(source, plan)
+        _check_plan(source, plan, job.optimizer)
     module = job.new_module()
     module.follow(plan)
     data = job.new_data(plan.levers)
@@ -132,10 +132,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def _check_plan(path: Path, plan: FoldPlan) -> None:
-    """Refuse a checkpoint that would go on by a plan of its own."""
+def _check_plan(path: Path, plan: FoldPlan, optimizer: str) -> None:
+    """Refuse a checkpoint that would go on by a plan of its own, or that another one wrote."""
     # Reading it says what is wrong in one line, where Lightning would not.
     content = read_checkpoint(path)
+    wrote = content["hyper_parameters"].get("optimizer", "foam")
+    if wrote != optimizer:
+        raise CheckpointError(
+            f"the checkpoint {path} holds the state of {wrote}, not of {optimizer}; go on with "
+            f"--model.optimizer {wrote}, or start from its exported model (model.pretrained)"
+        )
     saved = FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}")
     for key in ("model", "levels", "scales", "lr"):
         if getattr(saved, key) != getattr(plan, key):

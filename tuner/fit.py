@@ -75,10 +75,10 @@ def _train(
     ckpt_path: Path | None,
 ) -> dict[str, Any]:
     folder.name_plan(settings)
-    predicted = fitting.accountant.account(plan).peak_bytes
+    predicted = fitting.accountant.account(plan).peak_bytes if job.is_foam else None
+    beside = "" if predicted is None else f", predicted peak {in_words(predicted)}"
     Console(soft_wrap=True).print(
-        f"training {job.max_steps} steps in {folder.path}, predicted peak {in_words(predicted)}",
-        highlight=False,
+        f"training {job.max_steps} steps in {folder.path}{beside}", highlight=False
     )
     trained = train(
         job,
@@ -102,7 +102,7 @@ def _train(
     return summary
 
 
-def _figures(predicted: int, tuned: Tuned | None, trained: Trained) -> dict[str, Any]:
+def _figures(predicted: int | None, tuned: Tuned | None, trained: Trained) -> dict[str, Any]:
     outcome = tuned.outcome if tuned else None
     return {
         "predicted_peak_bytes": predicted,

@@ -152,9 +152,18 @@ class Bench:
         Raises:
             MemoryShortageError: The device has not enough memory.
         """
-        clock = _Clock()
-        with self._trained(plan, 3, self.job.seed, [clock]):
-            return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+        clock = StepClock()
+        self.train(plan, num_steps=3, callbacks=[clock])
+        return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+
+    def train(self, plan: FoldPlan, *, num_steps: int, callbacks: Sequence[Callback]) -> None:
+        """Train for a few steps that somebody watches.
+
+        Raises:
+            MemoryShortageError: The device has not enough memory.
+        """
+        with self._trained(plan, num_steps, self.job.seed, callbacks):
+            pass
 
     @contextmanager
     def _trained(
@@ -178,8 +187,8 @@ class Bench:
             yield trainer, module
 
 
-class _Clock(Callback):
-    """Note when each optimizer step ends."""
+class StepClock(Callback):
+    """Note when each optimizer step ends: `times`, in seconds."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -48,8 +48,11 @@ def plan(
         picture: A PNG to draw the plan into; its folder exists.
 
     Raises:
-        ConfigError: There is neither a budget nor a level, or the picture cannot be written.
+        ConfigError: There is neither a budget nor a level, the picture cannot be written, or
+            another optimizer than FOAM is asked for.
     """
+    if not job.is_foam:
+        raise ConfigError(f"plan knows foam alone, not {job.optimizer}; leave model.optimizer out")
     if budget_bytes is None and uniform_level is None:
         raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
     fitting = Fitting(job, budget_bytes or sys.maxsize)

@@ -1,6 +1,7 @@
 """Settings: YAML and command line, read by Lightning's configuration layer into one job."""
 
 import json
+import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tuner.effort import TuneOptions
 _OWN = (
     *("ckpt_path", "format", "uniform_level", "tensors", "picture"),
     *("prompt", "max_new_tokens", "temperature", "output", "biased"),
+    *("optimizers", "steps", "seeds"),
 )
 
 
@@ -32,10 +34,12 @@ class Settings:
     Attributes:
         values: Every setting by name; nested ones in the form of the YAML.
         text: The settings that all commands share, as YAML; equal texts are the same run.
+        command: What was typed.
     """
 
     values: Namespace
     text: str
+    command: str
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.values, name)
@@ -52,6 +56,11 @@ class Settings:
             ConfigError: The settings contradict each other.
         """
         model = self.values.model.as_dict()
+        if model["optimizer"] != "foam" and (self.values.memory_budget or self.values.fold_plan):
+            raise ConfigError(
+                f"model.optimizer {model['optimizer']} goes without --memory-budget and "
+                "--fold-plan: levels and the account are FOAM's; leave them out"
+            )
         return Job(
             model=model,
             data={**self.values.data.as_dict(), "vocab_size": model["vocab_size"]},
@@ -78,7 +87,9 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
         shared = values.clone()
         for key in ("config", *_OWN):
             shared.pop(key, None)
-        return Settings(parser.instantiate(values), str(parser.dump(shared, skip_validation=True)))
+        text = str(parser.dump(shared, skip_validation=True))
+        typed = shlex.join(["python", "cli.py", command, *options])
+        return Settings(parser.instantiate(values), text, typed)
     except ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
@@ -105,7 +116,7 @@ def make_parser(command: str) -> ArgumentParser:
     """Build the parser of one command.
 
     Args:
-        command: One of fit, plan, tune, validate, generate, export.
+        command: One of fit, plan, tune, validate, generate, export, compare.
     """
     register_type(ByteSize, serializer=str, deserializer=ByteSize, fail_already_registered=False)
     parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False)
@@ -145,5 +156,9 @@ def _add_own(parser: ArgumentParser, command: str) -> None:
         parser.add_argument("--prompt", type=str, default="")
         parser.add_argument("--max_new_tokens", type=int, default=200)
         parser.add_argument("--temperature", type=float, default=0.8)
+    if command == "compare":
+        parser.add_argument("--optimizers", type=str | None, default=None)
+        parser.add_argument("--steps", type=int, default=300)
+        parser.add_argument("--seeds", type=int, default=2)
     if command == "export":
         parser.add_argument("--output", type=str, required=True)

@@ -15,6 +15,7 @@ COMMANDS = {
     "validate": "unbiased perplexity of a checkpoint",
     "generate": "text from a checkpoint",
     "export": "a Hugging Face folder from a checkpoint",
+    "compare": "optimizers side by side, each at the best of its learning rates",
 }
 
 SHARED = {
@@ -32,6 +33,7 @@ SHARED = {
     "--data.dataset NAME": "a dataset on the Hugging Face Hub",
     "--data.tokenizer PATH": "a local tokenizer or one on the Hub; none trains one",
     "--model.level L": "fold level of every matrix where there is no budget",
+    "--model.optimizer NAME": "foam, or a rival of `compare`, which trains without a budget",
     "--model.pretrained DIR": "start from a local Hugging Face LLaMA folder",
 }
 OWN: dict[str, dict[str, str]] = {
@@ -56,6 +58,11 @@ OWN: dict[str, dict[str, str]] = {
     "export": {
         "--ckpt_path FILE": "the checkpoint (required)",
         "--output DIR": "the folder to write (required)",
+    },
+    "compare": {
+        "--optimizers NAMES": "with commas between them; all that are installed by default",
+        "--steps N": "optimizer steps of each run; 300 by default, under 150 misleads",
+        "--seeds N": "seeds on which the best learning rate of each is run; 2 by default",
     },
 }
 

@@ -1,14 +1,13 @@
 """What every benchmark says above its table, commit and machine, and where it says it."""
 
 import datetime
-import os
-import platform
 import subprocess
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+from tuner.machine import machine, packages, processor
+
+__all__ = ["ROOT", "commit", "dated", "machine", "packages", "processor", "publish"]
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -22,33 +21,9 @@ def commit() -> str:
         return "unknown"
 
 
-def packages(*names: str) -> str:
-    """Name the versions of Python and of installed packages."""
-    found = [f"python {platform.python_version()}"]
-    for name in names:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)
-
-
-def processor() -> str:
-    """Name the processor as the system does."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def dated() -> str:
     """Name the commit and the day."""
     return f"commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}"
-
-
-def machine() -> str:
-    """Name the processor, and how much of it torch uses."""
-    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def publish(lines: Iterable[str], output: Path | None) -> None:

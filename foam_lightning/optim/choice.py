@@ -1,0 +1,61 @@
+"""The optimizer of a run, as its settings and its plan ask for it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from foam_lightning.optim.foam import FOAM
+from foam_lightning.optim.groups import param_groups
+from foam_lightning.optim.rivals import Settings, new_rival
+from foam_lightning.plan import FoldPlan
+
+
+def new_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    plan: FoldPlan,
+    model: Mapping[str, Any],
+    *,
+    hidden_size: int,
+    num_heads: int,
+) -> Optimizer:
+    """Make FOAM for a plan's levels, or a rival, which takes the plan's learning rate alone.
+
+    Args:
+        named_parameters: As from `model.named_parameters()`; frozen ones are left out.
+        plan: Levels, scales, learning rate and levers.
+        model: The arguments of `LlamaFoam`.
+        hidden_size: Width of the residual stream.
+        num_heads: Query heads.
+
+    Raises:
+        ConfigError: The optimizer is unknown, or its package is missing.
+    """
+    shared = {
+        "lr": plan.lr,
+        "betas": tuple(model["betas"]),
+        "eps": model["eps"],
+        "weight_decay": model["weight_decay"],
+    }
+    if model["optimizer"] != "foam":
+        settings = Settings(
+            **shared,
+            matrix_scale=model["unfolded_scale"],
+            exclude=model["exclude"],
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+        )
+        return new_rival(model["optimizer"], named_parameters, settings)
+    return FOAM(
+        param_groups(named_parameters, plan.levels, plan.scales, shared.pop("weight_decay")),
+        **shared,
+        residual_scale=model["residual_scale"],
+        second_moment=model["second_moment"],
+        bias_correct_moments_only=model["bias_correct_moments_only"],
+        state_dtype=getattr(torch, plan.levers.state_dtype),
+        clip_norm=model["clip_norm"],
+        stochastic_rounding=model["stochastic_rounding"],
+        state_offload=plan.levers.state_offload,
+    )

@@ -1,0 +1,283 @@
+import builtins
+import io
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from foam_lightning.errors import CheckpointError, ConfigError
+from foam_lightning.job import Job
+from foam_lightning.module import LlamaFoam
+from foam_lightning.optim import rivals
+from foam_lightning.optim.portable import state_bytes
+from foam_lightning.optim.rivals import OPTIMIZERS, Settings, new_rival
+from foam_lightning.training import train
+from tests.runs import NewJob, open_folder, small
+
+NEEDS_TORCHAO = pytest.mark.skipif(
+    find_spec("torchao") is None, reason="torchao is not in the extra dev, but in rivals"
+)
+RIVALS = [
+    pytest.param(name, marks=[NEEDS_TORCHAO, pytest.mark.filterwarnings("ignore")])
+    if name == "adamw8bit"
+    else name
+    for name in OPTIMIZERS[1:]
+]
+HIDDEN, HEADS, LAYERS, VOCABULARY, WIDE = 32, 2, 2, 320, 88
+
+
+def new_model(seed: int = 0) -> torch.nn.Module:
+    module = LlamaFoam(
+        hidden_size=HIDDEN,
+        intermediate_size=WIDE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        vocab_size=VOCABULARY,
+        seed=seed,
+    )
+    module.configure_model()
+    assert module.model is not None
+    return module.model
+
+
+def new_optimizer(name: str, model: torch.nn.Module, **changed: Any) -> torch.optim.Optimizer:
+    settings = Settings(
+        **{"lr": 5e-3, "matrix_scale": 0.5, "hidden_size": HIDDEN, "num_heads": HEADS, **changed}
+    )
+    return new_rival(name, model.named_parameters(), settings)
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
+    losses = []
+    for number in numbers:
+        random = torch.Generator().manual_seed(number)
+        tokens = torch.randint(0, 8, (4, 16), generator=random)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_each_lowers_the_loss_and_goes_on_exactly_where_it_was_saved(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in ("galore", "apollo", "fira"):  # a new projection before and after the save
+        from foam_lightning.optim import projected
+
+        monkeypatch.setattr(projected, "UPDATE_GAP", 3)
+    whole = new_model()
+    expected = steps(whole, new_optimizer(name, whole), range(8))
+    assert expected[-1] < expected[0] - 0.5
+    first = new_model()
+    optimizer = new_optimizer(name, first)
+    losses = steps(first, optimizer, range(4))
+    file = io.BytesIO()
+    torch.save([first.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    second = new_model(seed=1)
+    resumed = new_optimizer(name, second)
+    second.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    torch.randn(7)  # what others draw in between makes no difference
+    losses += steps(second, resumed, range(4, 8))
+    assert losses == expected
+    for found, wanted in zip(second.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+# ---- bytes of state, by hand
+
+MATRICES = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDE)
+NORMS = (2 * LAYERS + 1) * HIDDEN
+NUM_TENSORS = LAYERS * 9 + 3
+REST = 2 * VOCABULARY * HIDDEN + NORMS
+RANK = HIDDEN // 4
+# Of a matrix, both moments are (larger side, rank), and the projection is (rank, smaller side).
+PROJECTED = LAYERS * (4 * 3 * HIDDEN * RANK + 3 * (2 * WIDE * RANK + RANK * HIDDEN))
+NUM_MATRICES, NUM_REST = LAYERS * 7, NUM_TENSORS - LAYERS * 7
+BYTES = {
+    "adamw": 4 * (2 * (MATRICES + REST) + NUM_TENSORS),
+    "split_adamw": 4 * (2 * (MATRICES + REST) + NUM_TENSORS),
+    "galore": 4 * (PROJECTED + 2 * REST),
+    "apollo": 4 * (PROJECTED + NUM_MATRICES + 2 * REST),
+    "fira": 4 * (PROJECTED + NUM_MATRICES + 2 * REST),
+    "muon": 4 * (MATRICES + 2 * REST + NUM_REST),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_state_bytes_are_those_of_the_formula(name: str) -> None:
+    model = new_model()
+    optimizer = new_optimizer(name, model)
+    steps(model, optimizer, range(2))
+    assert state_bytes(optimizer) == BYTES[name]
+
+
+def test_adam_mini_keeps_little_more_than_one_moment() -> None:
+    model = new_model()
+    optimizer = new_optimizer("adam_mini", model)
+    steps(model, optimizer, range(2))
+    whole = 4 * (MATRICES + NORMS + 2 * 2 * VOCABULARY * HIDDEN)  # embedding and head keep both
+    assert whole < state_bytes(optimizer) < 1.01 * whole
+
+
+@NEEDS_TORCHAO
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_eight_bits_are_counted_inside_their_tensors() -> None:
+    model = new_model()
+    optimizer = new_optimizer("adamw8bit", model)
+    steps(model, optimizer, range(1))
+    of_adamw = BYTES["adamw"]
+    assert of_adamw / 4 < state_bytes(optimizer) < of_adamw
+
+
+# ---- which tensors, at which settings
+
+
+def test_the_split_scales_the_rate_of_what_folds_alone() -> None:
+    model = new_model()
+    optimizer = new_optimizer("split_adamw", model, lr=0.1, matrix_scale=0.25, weight_decay=0.3)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name, parameter in model.named_parameters()
+        if any(parameter is other for other in group["params"])
+    }
+    assert len(found) == NUM_TENSORS
+    for name, settings in found.items():
+        folds = "_proj" in name
+        assert settings == ((0.025, 0.3) if folds else (0.1, 0.0)), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore", "adam_mini", "muon"])
+def test_frozen_parameters_and_the_rest_are_left_out_of_the_decay(name: str) -> None:
+    model = new_model()
+    frozen = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    optimizer = new_optimizer(name, model, weight_decay=0.5)
+    steps(model, optimizer, range(2))
+    assert torch.equal(frozen, before)
+    folding = {id(p) for key, p in model.named_parameters() if "_proj" in key}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert parameter is not frozen
+            assert group["weight_decay"] == (0.5 if id(parameter) in folding else 0.0)
+
+
+def test_a_narrow_matrix_is_projected_to_a_quarter_of_its_own_smaller_side() -> None:
+    wide, narrow = (torch.nn.Parameter(torch.randn(size)) for size in ((32, 64), (8, 32)))
+    settings = Settings(lr=1e-3, hidden_size=32, num_heads=2)
+    optimizer = new_rival("galore", [("q.weight", wide), ("k.weight", narrow)], settings)
+    for parameter in (wide, narrow):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert optimizer.state[wide]["exp_avg"].shape == (8, 64)
+    assert optimizer.state[narrow]["exp_avg"].shape == (2, 32)
+
+
+# ---- refusals
+
+
+def test_an_unknown_name_is_refused_with_all_names() -> None:
+    with pytest.raises(ConfigError, match=r"'adam'.* foam, adamw, .*adamw8bit"):
+        new_optimizer("adam", new_model())
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, new_job: NewJob) -> None:
+    monkeypatch.setattr(
+        rivals, "find_spec", lambda name: None if name == "pytorch_optimizer" else name
+    )
+    assert set(OPTIMIZERS) - set(rivals.installed()) == {"galore", "apollo", "fira", "adam_mini"}
+    real = builtins.__import__
+
+    def no_import(name: str, *args: Any, **kwargs: Any) -> Any:
+        assert not name.startswith("pytorch_optimizer")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_import)
+    with pytest.raises(ConfigError, match="pip install pytorch-optimizer") as refusal:
+        _ = new_job(model={"optimizer": "galore"}).levers
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient_release": True}, {"state_offload": True}, {"clip_norm": 1.0}]
+)
+def test_what_is_foams_alone_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="muon goes without"):
+        LlamaFoam(optimizer="muon", **settings)
+
+
+def test_shares_of_matrices_are_refused(new_job: NewJob) -> None:
+    sharded = {"devices": 2, "strategy": "fsdp2"}
+    with pytest.raises(ConfigError, match="does not know shares"):
+        _ = new_job(model={"optimizer": "adamw"}, trainer=sharded).levers
+
+
+def test_levers_of_foam_are_refused(new_job: NewJob) -> None:
+    from dataclasses import replace
+
+    job = new_job(model={"optimizer": "adamw"})
+    for changed in ({"gradient_release": True}, {"state_dtype": "int8"}):
+        with pytest.raises(ConfigError, match="FOAM's"):
+            job.check(replace(job.levers, **changed))
+
+
+# ---- in fit
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+class KillAt(Callback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step >= self._step:
+            raise KilledError
+
+
+def rival_job(new_job: Callable[..., Job], name: str, **trainer: Any) -> Job:
+    job = small(new_job, **trainer)
+    return Job(
+        model={**job.model, "level": 2, "optimizer": name, "lr": 3e-3},
+        data=job.data,
+        trainer=job.trainer,
+        seed=job.seed,
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "galore"])
+def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(
+    name: str, new_job: NewJob, tmp_path: Path
+) -> None:
+    job = rival_job(new_job, name)
+    plan = job.own_plan()
+    assert set(plan.levels.values()) == {0}
+    whole = train(job, plan, open_folder(tmp_path / "whole"))
+    folder = open_folder(tmp_path / "killed")
+    with pytest.raises(KilledError):
+        train(rival_job(new_job, name, callbacks=[KillAt(9)]), plan, folder)
+    resumed = train(job, plan, folder)
+    assert resumed.final_validation_loss == whole.final_validation_loss
+    ends = [
+        torch.load(tmp_path / run / "run/version_0/checkpoints/last.ckpt", weights_only=True)
+        for run in ("whole", "killed")
+    ]
+    for key, weight in ends[0]["state_dict"].items():
+        assert torch.equal(weight, ends[1]["state_dict"][key]), key
+    other = rival_job(new_job, "split_adamw")
+    with pytest.raises(CheckpointError, match=f"state of {name}, not of split_adamw"):
+        train(other, plan, folder)

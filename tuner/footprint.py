@@ -1,0 +1,95 @@
+"""What an optimizer takes: bytes of state, peak memory, time of a step."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.optim.portable import state_bytes, state_tensors
+from foam_lightning.plan import FoldPlan
+from tuner.objective import Bench, StepClock
+
+_ROUNDS, _STEPS, _WARM_STEPS = 3, 7, 2
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an optimizer takes beside the loss it gives.
+
+    Attributes:
+        state_bytes: Of the tensors that it keeps between steps.
+        peak_bytes: Of a training step: on a CPU of all tensors, on a GPU what is allocated. What
+            compiled code takes inside itself on a CPU is not seen.
+        step_seconds: Median time of a training step, forward and backward pass included.
+    """
+
+    state_bytes: int
+    peak_bytes: int
+    step_seconds: float
+
+
+def measure(
+    benches: Mapping[str, tuple[Bench, FoldPlan]],
+    on_steps: Callable[[int], None] = lambda _: None,
+) -> dict[str, Footprint]:
+    """Measure optimizers side by side: some steps of each in turn, three times over.
+
+    Whatever else the machine does falls on all of them. The first steps, which compile and
+    decompose, are not timed.
+
+    Args:
+        benches: Where each trains, and by which plan, by name.
+        on_steps: Called with the number of steps that were taken.
+    """
+    watches = {name: _Watch() for name in benches}
+    seconds: dict[str, list[float]] = {name: [] for name in benches}
+    for name, (bench, plan) in benches.items():
+        bench.train(plan, num_steps=2, callbacks=[watches[name]])
+        on_steps(2)
+    for _ in range(_ROUNDS):
+        for name, (bench, plan) in benches.items():
+            clock = StepClock()
+            bench.train(plan, num_steps=_STEPS, callbacks=[clock])
+            steps = [after - before for before, after in pairwise(clock.times)]
+            seconds[name] += steps[_WARM_STEPS - 1 :]
+            on_steps(_STEPS)
+    return {
+        name: Footprint(watch.state_bytes, watch.peak_bytes, statistics.median(seconds[name]))
+        for name, watch in watches.items()
+    }
+
+
+def num_steps(num_optimizers: int) -> int:
+    """Count the optimizer steps that `measure` takes."""
+    return num_optimizers * (2 + _ROUNDS * _STEPS)
+
+
+class _Watch(Callback):
+    """Watch the memory of a short training, from its first step to its last."""
+
+    def __init__(self) -> None:
+        self.state_bytes = self.peak_bytes = 0
+        self._tracker = StorageTracker()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+            return
+        self._tracker.claim(pl_module.parameters(), "weights")
+        self._tracker.claim(state_tensors(trainer.optimizers[0]), "optimizer_state")
+        self._tracker.__enter__()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.state_bytes = state_bytes(trainer.optimizers[0])
+        if pl_module.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(pl_module.device)
+            return
+        self._tracker.__exit__(None, None, None)
+        self.peak_bytes = self._tracker.peak().total_bytes
