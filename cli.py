@@ -170,16 +170,21 @@ def _tune(settings: "Settings") -> None:
 def _fit(settings: "Settings") -> None:
     from dataclasses import replace
 
+    from foam_lightning.continuing import without_folder
     from tuner.ending import ending
     from tuner.fit import fit
     from tuner.fitting import Fitting
     from tuner.guard import fallen_to, guarded
 
-    job = settings.job()
+    unfinished = _unfinished(settings)
+    starts = ([unfinished.last_checkpoint] if unfinished else []) + (
+        [Path(settings.ckpt_path)] if settings.ckpt_path else []
+    )
+    job = without_folder(settings.job(), starts)
     _calibrate(job)
     fitting = Fitting(job, settings.memory_budget or sys.maxsize)
     plan = _given_plan(settings, job)
-    levers = fallen_to(_unfinished(settings))
+    levers = fallen_to(unfinished)
     if plan is None and settings.memory_budget is None:
         plan = job.own_plan()
     if plan is None and job.devices.count > 1:
@@ -209,16 +214,15 @@ def _fit(settings: "Settings") -> None:
 
 
 def _validate(settings: "Settings") -> None:
-    from foam_lightning.checkpoint import folder_of, load_module
+    from foam_lightning.checkpoint import load_module
+    from foam_lightning.continuing import on_checkpoint
     from foam_lightning.perplexity import perplexity_text
     from foam_lightning.training import validate
 
     path = Path(settings.ckpt_path)
     module = load_module(path)
     job = settings.job().on_one_device()
-    tokenizer = folder_of(path).tokenizer
-    if job.data["tokenizer"] is None and tokenizer.is_dir():
-        job = _with_tokenizer(job, str(tokenizer))
+    job = on_checkpoint(job, path, module.hparams["architecture"])
     plan = module.plan
     assert plan is not None
     data = job.new_data(plan.levers)
@@ -324,12 +328,6 @@ def _identity(settings: "Settings") -> str:
     """Give the text that tells one run from another."""
     start = settings.values.get("ckpt_path")
     return settings.text if start is None else f"{settings.text}ckpt_path: {start}\n"
-
-
-def _with_tokenizer(job: "Job", tokenizer: str) -> "Job":
-    from dataclasses import replace
-
-    return replace(job, data={**job.data, "tokenizer": tokenizer})
 
 
 if __name__ == "__main__":

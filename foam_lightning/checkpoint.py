@@ -48,7 +48,7 @@ def load_module(path: Path) -> LlamaFoam:
     module.follow(FoldPlan.from_json(content["fold_plan"], source=str(path)))
     weights = content["state_dict"]
     before = torch.get_default_dtype()
-    torch.set_default_dtype(weights["model.lm_head.weight"].dtype)
+    torch.set_default_dtype(weights["model.model.embed_tokens.weight"].dtype)
     try:
         module.configure_model()
     finally:

@@ -39,12 +39,15 @@ class Job:
         data: Arguments of `TextData`.
         trainer: Arguments of Lightning's `Trainer`.
         seed: Seeds weights and order of the data.
+        architecture: Stands for the folder `model.pretrained` where that is gone, and a checkpoint
+            has the weights; see `LlamaFoam`.
     """
 
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
     seed: int
+    architecture: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what the account could not stand for.
@@ -194,7 +197,13 @@ class Job:
         Args:
             seed: Seeds the initial weights; the job's own by default.
         """
-        return LlamaFoam(**{**self.model, "seed": self.seed if seed is None else seed})
+        return LlamaFoam(
+            **{
+                **self.model,
+                "seed": self.seed if seed is None else seed,
+                "architecture": self.architecture,
+            }
+        )
 
     def new_data(self, levers: Levers, *, seed: int | None = None) -> TextData:
         """Make the data module for these levers.
@@ -206,10 +215,22 @@ class Job:
         return TextData(
             **{
                 **self.data,
+                **self._own_tokens,
                 "micro_batch_size": levers.micro_batch_size,
                 "seed": self.seed if seed is None else seed,
             }
         )
+
+    @cached_property
+    def _own_tokens(self) -> dict[str, Any]:
+        """Say which tokens a pretrained model knows: its own, unless the settings name others."""
+        pretrained = self.model.get("pretrained")
+        if pretrained is None:
+            return {}
+        return {
+            "tokenizer": self.data.get("tokenizer") or pretrained,
+            "vocab_size": self.new_module().llama_config().vocab_size,
+        }
 
     def new_trainer(
         self,

@@ -1,14 +1,12 @@
 """LLaMA through transformers: describe, build, load and save it."""
 
+import json
 import shutil
 from collections.abc import Callable
-from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from foam_lightning.devices import is_first_process
 from foam_lightning.errors import CheckpointError, ConfigError
@@ -20,17 +18,14 @@ if TYPE_CHECKING:
 # values of a mask it makes for every forward pass to find that it is not needed: a GPU waits for
 # that, and fake tensors have no values, so an account of them would keep masks that no run makes.
 _ATTENTION = "sdpa_causal"
-# What a linear layer comes down to, without bias and with.
-_LINEAR = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-# What attention comes down to: a fused operator of the CPU or of CUDA, or plain products.
-_ATTENTION_PRODUCTS = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
-    torch.ops.aten.bmm.default,
-)
+# The architectures that are built of the same parts under the same names, by what config.json calls
+# them. A type that says LLaMA below stands for any of them.
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The numbers that make two models the same model to a fold plan.
 _FINGERPRINT = (
     "num_hidden_layers",
@@ -81,26 +76,64 @@ def describe(
 
 
 def read_config(folder: str) -> "LlamaConfig":
-    """Read the configuration of a local Hugging Face LLaMA folder.
+    """Read the configuration of a local Hugging Face folder: LLaMA, Mistral or Qwen2.
 
     Raises:
-        CheckpointError: There is no such folder, no readable `config.json`, or it is no LLaMA.
+        CheckpointError: There is no such folder, no readable `config.json`, it is of another
+            architecture, or it asks for code of its own.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
-    if not Path(folder, "config.json").is_file():
+    file = Path(folder, "config.json")
+    if not file.is_file():
         raise CheckpointError(
             f"{folder} has no config.json; pass a local Hugging Face LLaMA folder"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read {folder}/config.json: {_line(error)}") from error
-    if not isinstance(config, LlamaConfig):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model_type = content.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {file}: {_line(error)}") from error
+    if "auto_map" in content:
         raise CheckpointError(
-            f"{folder} holds a {config.model_type} model; only llama is supported"
+            f"{folder} asks for code of its own (auto_map in its config.json), which is always "
+            f"refused; pass a folder of {_known()} that needs none"
         )
+    if model_type not in _CLASSES:
+        raise CheckpointError(f"{folder} holds a {model_type} model; only {_known()} are supported")
+    try:
+        config: LlamaConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever its checks of sizes and types raise
+        raise CheckpointError(f"cannot read {file}: {_line(error)}") from error
     return config
+
+
+def with_depth(config: "LlamaConfig", num_layers: int) -> "LlamaConfig":
+    """Give the configuration another number of layers, in place."""
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):  # one for each
+        config.layer_types = config.layer_types[:num_layers]
+    return config
+
+
+def check_length(config: "LlamaConfig", length: int) -> None:
+    """Refuse rows that are longer than what attention sees.
+
+    There is no mask here for a sliding window (Mistral 7B v0.1 has one of 4096 tokens). Within it
+    a row needs none.
+
+    Raises:
+        ConfigError: They are.
+    """
+    window: int | None = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
+    if slides and window is not None and length > window:
+        raise ConfigError(
+            f"rows of {length} tokens are longer than the window of {window} that attention of "
+            f"this model has (sliding_window); set data.sequence_length to {window} or less"
+        )
 
 
 def fingerprint(config: "LlamaConfig") -> dict[str, int | bool]:
@@ -113,9 +146,7 @@ def lay_out(config: "LlamaConfig") -> "LlamaForCausalLM":
 
     The weights are not meant to be used; `build` draws them.
     """
-    from transformers import LlamaForCausalLM
-
-    return _without_mask(LlamaForCausalLM(config))
+    return _without_mask(_class_of(config)(config))
 
 
 def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
@@ -134,17 +165,17 @@ def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
 
 
 def load(folder: str) -> "LlamaForCausalLM":
-    """Load the weights of a local Hugging Face LLaMA folder, in the default dtype.
+    """Load the weights of a local Hugging Face folder, in the default dtype.
 
     Raises:
-        CheckpointError: The folder is not a LLaMA, or its weights are missing or do not fit it.
+        CheckpointError: The folder is none that `read_config` reads, or its weights are missing or
+            do not fit it.
     """
     from safetensors import SafetensorError
-    from transformers import LlamaForCausalLM
 
     config = read_config(folder)
     try:
-        loaded: Any = LlamaForCausalLM.from_pretrained(
+        loaded: Any = _class_of(config).from_pretrained(
             folder,
             config=config,
             dtype=torch.get_default_dtype(),
@@ -165,6 +196,11 @@ def load(folder: str) -> "LlamaForCausalLM":
         raise CheckpointError(
             f"{folder} has {name} of shape {tuple(found)}, its config.json asks for {tuple(wanted)}"
         )
+    if report["unexpected_keys"]:
+        raise CheckpointError(
+            f"{folder} has {len(report['unexpected_keys'])} weights that its config.json has no "
+            f"place for, the first is {min(report['unexpected_keys'])}"
+        )
     return _without_mask(model)
 
 
@@ -177,7 +213,10 @@ def save(
     """Write a Hugging Face folder beside `folder` and rename it, so that no half one is ever seen.
 
     The model's special tokens become the tokenizer's, so that whoever loads it stops at the right
-    one. Of several processes that train together the first alone writes.
+    one; where the model names several and the tokenizer's is among them, they stay, and so do those
+    for which the tokenizer has none that the model knows. Tied weights are written once. Rotation
+    is also described as before transformers 5, for older readers. Of several processes that train
+    together the first alone writes.
 
     Args:
         model: Says what it is, and has the weights where they are not given.
@@ -189,12 +228,19 @@ def save(
         CheckpointError: The folder cannot be written.
     """
     for config in (model.config, model.generation_config):
-        config.bos_token_id = tokenizer.bos_token_id
-        config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+        for name in _SPECIAL_TOKENS:
+            ours, theirs = getattr(config, name), getattr(tokenizer, name)
+            known = theirs is not None and theirs < model.config.vocab_size
+            if known and not (isinstance(ours, list) and theirs in ours):
+                setattr(config, name, theirs)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # sampling is described and not switched on, as in some old folders
+        model.generation_config.do_sample = True
     _write(
         folder,
         lambda beside: model.save_pretrained(beside, state_dict=weights),
+        _describe_rotation_twice,
         tokenizer.save_pretrained,
     )
 
@@ -239,55 +285,6 @@ def keep_rope_float32(model: "LlamaForCausalLM") -> None:
     rope.original_inv_freq = fresh.inv_freq.float().clone()
 
 
-def checkpoint_layers(model: "LlamaForCausalLM", *, selective: bool) -> None:
-    """Have the decoder layers keep little of what they compute, and compute the rest again.
-
-    A selective layer keeps its input and what matrix products and attention made of it: queries,
-    keys and values, the output of attention with its logarithms of sums, the output of `o_proj`,
-    which the second norm needs, and gate and up. It recomputes norms, rotation, activation,
-    products of elements and casts, so no matrix product runs twice. The output of `down_proj` is
-    not kept: it is only ever added to something. To keep that too costs 8192 bytes more in the
-    first row below; to keep neither it nor that of `o_proj` costs one matrix product a layer.
-
-    Python looks at each of the 74 operators of a selective layer, forward and again: twice the
-    processor's time of a whole one, 9 ms against 4.5 on a busy Xeon at 2.5 GHz. Where a GPU waits
-    for its processor, with few tokens in a micro-batch, whole layers are the faster ones.
-
-    Kept per token and layer of LLaMA 7B, in bytes, on the CPU and by `StorageTracker`; without
-    checkpointing bf16-mixed also keeps a bfloat16 copy of all weights, which is left out here:
-
-    | precision | nothing recomputed | selective | whole layers recomputed |
-    |---|---|---|---|
-    | bf16-true | 186504 | 93312 | 8192 |
-    | bf16-mixed | 227464 | 101504 | 16384 |
-    | 32-true | 340104 | 186496 | 16384 |
-
-    Args:
-        model: It trains with its layers so from now on, and evaluates as ever.
-        selective: Keep those results too; else each layer keeps its input alone.
-    """
-    settings: dict[str, Any] = {"use_reentrant": False}
-    if selective:
-        layer = model.model.layers[0]
-        num_linear = sum(isinstance(part, torch.nn.Linear) for part in layer.modules())
-        settings["context_fn"] = partial(_products_kept, num_linear)
-    model.activation_checkpointing_enable(settings)
-
-
-def _products_kept(num_linear: int) -> tuple[Any, Any]:
-    """Make the contexts of one pass through a layer: forward, and when it is recomputed."""
-    numbers = count(1)
-
-    def choose(_context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:
-        kept = (
-            next(numbers) < num_linear if operator in _LINEAR else operator in _ATTENTION_PRODUCTS
-        )
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
-
-    forward, recomputing = create_selective_checkpoint_contexts(choose)
-    return forward, recomputing
-
-
 def _without_mask(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -299,3 +296,25 @@ def _without_mask(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
 
 def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _class_of(config: "LlamaConfig") -> Any:
+    import transformers
+
+    return getattr(transformers, _CLASSES[config.model_type])
+
+
+def _known() -> str:
+    *others, last = _CLASSES
+    return f"{', '.join(others)} and {last}"
+
+
+def _describe_rotation_twice(folder: Path) -> None:
+    """Add the names `rope_theta`, `rope_scaling` and `torch_dtype` to config.json."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rotation = dict(content["rope_parameters"])
+    content["rope_theta"] = rotation.pop("rope_theta")
+    content["rope_scaling"] = rotation if rotation["rope_type"] != "default" else None
+    content["torch_dtype"] = content["dtype"]
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from foam_lightning import model as llama
+from foam_lightning.beginning import architecture_of, begin, config_of
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.loss import token_loss
 from foam_lightning.optim.choice import new_optimizer
@@ -22,8 +24,10 @@ from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
 from foam_lightning.optim.release import release_gradients
 from foam_lightning.optim.rivals import OptimizerName
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
+from foam_lightning.recompute import checkpoint_layers
 from foam_lightning.schedule import warmup_cosine
 from foam_lightning.sharding import shard
+from foam_lightning.step_mean import StepMean
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +50,7 @@ class LlamaFoam(LightningModule):
             as query heads.
         vocab_size: Tokens that the model knows; also what a tokenizer trained here gets.
         max_position_embeddings: The longest sequence that the exported model declares.
-        pretrained: A local Hugging Face LLaMA folder to start from; its sizes replace those above.
+        pretrained: A local folder to start from (LLaMA, Mistral, Qwen2); its sizes replace these.
         optimizer: FOAM, or a rival, which takes lr, betas, eps and weight_decay, and unfolded_scale
             where it splits the rate; other arguments of the optimizer are FOAM's.
         lr: Peak learning rate.
@@ -76,6 +80,7 @@ class LlamaFoam(LightningModule):
         final_lr_fraction: Where the cosine ends, as a share of the peak.
         exclude: Regular expression on the names of matrices that never fold.
         seed: Seeds the initial weights.
+        architecture: What a checkpoint kept of `pretrained`, to build on without that folder.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class LlamaFoam(LightningModule):
         final_lr_fraction: float = 0.1,
         exclude: str = DEFAULT_EXCLUDE,
         seed: int = 0,
+        architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if lr <= 0 or not 0 <= warmup_fraction <= 1 or not 0 <= final_lr_fraction <= 1:
@@ -127,23 +133,15 @@ class LlamaFoam(LightningModule):
         self.model: LlamaForCausalLM | None = None
         self.plan: FoldPlan | None = None
         self._scored = (0.0, 0)  # nats and tokens of the validation pass so far
+        self._step_mean = StepMean()
+        self._config: LlamaConfig | None = None
 
     # ---- what is trained, before a single weight exists
 
     def llama_config(self) -> "LlamaConfig":
-        """Describe the LLaMA that these settings ask for."""
-        hp = self.hparams
-        if hp["pretrained"] is not None:
-            return llama.read_config(hp["pretrained"])
-        return llama.describe(
-            hidden_size=hp["hidden_size"],
-            intermediate_size=hp["intermediate_size"],
-            num_hidden_layers=hp["num_hidden_layers"],
-            num_attention_heads=hp["num_attention_heads"],
-            num_key_value_heads=hp["num_key_value_heads"],
-            vocab_size=hp["vocab_size"],
-            max_position_embeddings=hp["max_position_embeddings"],
-        )
+        """Describe the model that these settings ask for; whoever asks may change it."""
+        self._config = self._config or config_of(self.hparams)
+        return deepcopy(self._config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -178,15 +176,12 @@ class LlamaFoam(LightningModule):
         plan.check_model(llama.fingerprint(self.llama_config()), self.foldable)
         self.plan = plan
 
-    # ---- building
-
     def layered(self, levers: Levers, num_layers: int) -> "LlamaFoam":
         """Lay a model of these sizes out, with these levers and so many layers, without weights.
 
         It lives where tensors are made now, such as in fake mode; the account traces it.
         """
-        config = self.llama_config()
-        config.num_hidden_layers = num_layers
+        config = llama.with_depth(self.llama_config(), num_layers)
         twin = LlamaFoam(**self.hparams)
         twin.plan = FoldPlan(model={}, levels={}, scales={}, lr=1.0, levers=levers)
         twin._adopt(llama.lay_out(config))
@@ -200,11 +195,7 @@ class LlamaFoam(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        hp = self.hparams
-        if hp["pretrained"] is not None:
-            self._adopt(llama.load(hp["pretrained"]))
-        else:
-            self._adopt(llama.build(self.llama_config(), seed=hp["seed"]))
+        self._adopt(begin(self.hparams))
         if self.device_mesh is not None:  # FSDP2; until now the model is whole, in host memory
             shard(self, self.layers(), self.device_mesh["data_parallel"], self.trainer.precision)
 
@@ -236,8 +227,10 @@ class LlamaFoam(LightningModule):
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """Run the decoder: token ids (B, S) to hidden states (B, S, H)."""
+        model = self._built()
+        llama.check_length(model.config, input_ids.shape[1])
         # No mask: rows are causal and padded on the right only, where nothing is scored.
-        hidden: Tensor = self._built().model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden: Tensor = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
     def mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -247,10 +240,15 @@ class LlamaFoam(LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.mean_loss(self.hidden_states(batch["input_ids"]), batch["labels"])
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        labels = batch["labels"]
+        total, num_tokens = self._summed_loss(self.hidden_states(batch["input_ids"]), labels)
+        self.log("train/loss", total.detach() / num_tokens.clamp(min=1), prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        return self._step_mean.share(total, num_tokens, labels, self.trainer)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self._step_mean.complete(self.parameters(), self.trainer)
 
     @override
     def optimizer_step(
@@ -270,8 +268,7 @@ class LlamaFoam(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         hidden = self.hidden_states(batch["input_ids"])
         total, num_tokens = self._summed_loss(hidden, batch["labels"])
-        nats, count = self._scored
-        self._scored = (nats + float(total), count + int(num_tokens))
+        self._scored = (self._scored[0] + float(total), self._scored[1] + int(num_tokens))
         return {"nll": total, "num_tokens": num_tokens}
 
     @override
@@ -312,6 +309,8 @@ class LlamaFoam(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fold_plan"] = self._plan().to_json()
+        if self.hparams["pretrained"] is not None:
+            checkpoint["hyper_parameters"]["architecture"] = architecture_of(self._built())
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -339,7 +338,7 @@ class LlamaFoam(LightningModule):
     def _adopt(self, model: "LlamaForCausalLM") -> None:
         model.train()
         if self.plan is not None and self.plan.levers.activation_checkpointing:
-            llama.checkpoint_layers(model, selective=self.plan.levers.selective_checkpointing)
+            checkpoint_layers(model, selective=self.plan.levers.selective_checkpointing)
         self.model = model
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

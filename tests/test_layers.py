@@ -25,11 +25,12 @@ FOAM_LIGHTNING_LAYERS = [
     {"plan"},
     {"optim"},
     {"memory"},
-    {"model", "data"},
+    {"model", "data", "recompute"},
+    {"beginning", "step_mean"},
     {"module"},
     {"callbacks", "job", "checkpoint", "shortage"},
     {"hyperparameters"},
-    {"training"},
+    {"training", "continuing"},
 ]
 TUNER_LAYERS = [
     {

@@ -1,4 +1,3 @@
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +18,10 @@ from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import Levers
+from foam_lightning.recompute import _products_kept, checkpoint_layers
+from tests.pretrained import save_pretrained, set_config
 
 # FOAM.md section 4: layers, hidden, intermediate, heads; vocabulary 32000.
 SIZES = {
@@ -165,13 +169,24 @@ def test_loading_takes_the_default_dtype(folder: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def set_config(folder: Path, **fields: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-
 def cut_off(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
+
+
+def split(folder: Path) -> Path:
+    """Save the model in several files, and give the last of them."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="5KB")
+    return sorted(folder.glob("*.safetensors"))[-1]
+
+
+def with_biases(folder: Path) -> None:
+    """Give the first layer biases that its configuration knows nothing of, as those of Qwen2."""
+    weights = load_file(folder / "model.safetensors")
+    for role in "qk":
+        weights[f"model.layers.0.self_attn.{role}_proj.bias"] = torch.ones(8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -183,6 +198,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "weights empty": lambda folder: cut_off(folder / "model.safetensors", 0),
     "other architecture": lambda folder: GPT2Config().save_pretrained(folder),
     "unknown architecture": lambda folder: set_config(folder, model_type="unheard-of"),
+    "code of its own": lambda folder: set_config(folder, auto_map={"AutoModel": "own.Model"}),
+    "no object": lambda folder: (folder / "config.json").write_text("[]"),
+    "sizes that do not fit": lambda folder: set_config(folder, num_attention_heads="four"),
+    "no second file": lambda folder: split(folder).unlink(),
+    "more weights": lambda folder: with_biases(folder),
     "other shapes": lambda folder: set_config(folder, intermediate_size=40),
     "more layers": lambda folder: set_config(folder, num_hidden_layers=3),
 }
@@ -197,8 +217,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         ("no weights", "cannot load the weights in .*llama"),
         ("weights cut off", "cannot load the weights in .*llama"),
         ("weights empty", "cannot load the weights in .*llama"),
-        ("other architecture", "holds a gpt2 model; only llama is supported"),
-        ("unknown architecture", r"cannot read .*config\.json: .*unheard-of"),
+        ("other architecture", "holds a gpt2 model; only llama, mistral and qwen2 are supported"),
+        ("unknown architecture", "holds a unheard-of model; only llama"),
+        ("code of its own", r"llama asks for code of its own \(auto_map in .* always refused"),
+        ("no object", r"cannot read .*config\.json"),
+        ("sizes that do not fit", r"cannot read .*config\.json"),
+        ("no second file", "cannot load the weights in .*llama"),
+        ("more weights", r"has 2 weights that its config\.json has no place for, the first is mod"),
         ("other shapes", r"layers\.0\.mlp\.down_proj\.weight of shape \(16, 24\), .*\(16, 40\)"),
         ("more layers", r"lacks 9 weights, the first is model\.layers\.2\."),
     ],
@@ -238,7 +263,7 @@ def keeping(checkpointing: str, config: LlamaConfig) -> LlamaForCausalLM:
     model = llama.build(config, seed=0)
     model.train()
     if checkpointing != "none":
-        llama.checkpoint_layers(model, selective=checkpointing == "selective")
+        checkpoint_layers(model, selective=checkpointing == "selective")
     return model
 
 
@@ -299,7 +324,7 @@ def test_attention_on_a_gpu_runs_once(kind: str) -> None:
 
     with Products() as products:
         for once in (True, False):
-            how: Any = {"context_fn": lambda: llama._products_kept(7)} if once else {}
+            how: Any = {"context_fn": lambda: _products_kept(7)} if once else {}
             checkpoint(layer, *parts, use_reentrant=False, **how).sum().backward()
             assert products.counts.total() == (1 if once else 1 + 2)
 
@@ -329,6 +354,16 @@ def test_what_a_selective_layer_keeps(dtype: torch.dtype) -> None:
     assert of_a_layer("selective") == elements * dtype.itemsize + heads * 4
     assert of_a_layer("whole") == hidden * dtype.itemsize
     assert of_a_layer("none") > 1.5 * of_a_layer("selective")
+
+
+def test_rows_beyond_a_sliding_window_are_refused(tmp_path: Path) -> None:
+    folder = save_pretrained(tmp_path, "mistral")  # its window is 64
+    module = LlamaFoam(pretrained=str(folder))
+    module.follow(module.uniform_plan(1, Levers(micro_batch_size=1)))
+    module.configure_model()
+    assert module.hidden_states(torch.zeros(1, 64, dtype=torch.int64)).shape == (1, 64, 32)
+    with pytest.raises(ConfigError, match=r"rows of 65 tokens .* window of 64"):
+        module.hidden_states(torch.zeros(1, 65, dtype=torch.int64))
 
 
 def test_an_evaluation_is_not_checkpointed() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import PreTrainedTokenizerBase
 
+    from foam_lightning.data.chat import ChatText
     from foam_lightning.data.loader import StreamLoader
     from foam_lightning.data.mixture import Source
     from foam_lightning.data.packing import Row
@@ -25,7 +26,8 @@ class TextData(LightningDataModule):
     """Read text, tokenise it, and serve it as batches.
 
     A batch holds "input_ids" and "labels", both int64 (micro_batch_size, sequence_length); labels
-    are the same tokens, not shifted, and -100 where there is only padding.
+    are the same tokens, not shifted, and -100 where there is only padding, or in a conversation
+    where the assistant does not speak.
 
     Without `files` and `dataset` the text is the source of Python's own library, which is on this
     machine already. What is prepared is kept in the cache folder, so a second run starts at once.
@@ -41,7 +43,10 @@ class TextData(LightningDataModule):
             them. Validation rows are in the same proportion.
         streaming: Read text while training: `dataset` over the network, rather than download it
             first; `files` without a cache of them on disk.
-        tokenizer: A local folder or a name on the Hub; by default one is trained on the text.
+        chat: The `files` are conversations, .jsonl as `ChatText` says, and responses alone are
+            learned. Each is a row, padded, whatever `packing` says.
+        tokenizer: A local folder or a name on the Hub; by default that of model.pretrained, or
+            else one is trained on the text.
         vocab_size: The model's vocabulary: how many tokens to train, and the limit of `tokenizer`.
         sequence_length: Tokens in a row.
         packing: Let documents follow each other so that every row is full; otherwise each
@@ -72,6 +77,7 @@ class TextData(LightningDataModule):
         dataset_config: str | None = None,
         sources: list[dict[str, Any]] | None = None,
         streaming: bool = False,
+        chat: bool = False,
         tokenizer: str | None = None,
         vocab_size: int = 1024,
         sequence_length: int = 64,
@@ -91,6 +97,7 @@ class TextData(LightningDataModule):
         self.dataset_config = dataset_config
         self.sources = sources
         self.streaming = streaming
+        self.chat = chat
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.packing = packing
@@ -103,7 +110,7 @@ class TextData(LightningDataModule):
         self.stream_rows: int | None = None
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._text: PackedText | StreamedText
+        self._text: PackedText | StreamedText | ChatText
         self._check()
         self._sources = self._read_sources()
 
@@ -135,7 +142,7 @@ class TextData(LightningDataModule):
         # Said outright, or tokenizers prints a warning whenever a loader forks a worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         cache = cache_folder(self.cache_dir)
-        self._text, tokenizer = self._open_text(cache)
+        self._text, tokenizer = self._open_chat(cache) if self.chat else self._open_text(cache)
         self._collate = partial(
             collate, sequence_length=self.sequence_length, pad=pad_id(tokenizer, self.vocab_size)
         )
@@ -170,6 +177,25 @@ class TextData(LightningDataModule):
         if self.streaming:
             return StreamedText(text), tokenizer
         return PackedText(text, batch_size=self.batch_size, cache=cache), tokenizer
+
+    def _open_chat(self, cache: Path) -> "tuple[ChatText, PreTrainedTokenizerBase]":
+        from foam_lightning.data.chat import ChatText
+        from foam_lightning.data.tokenizer import build_tokenizer
+
+        assert self.files is not None
+        tokenizer = build_tokenizer(
+            self._tokenizer_name, vocab_size=self.vocab_size, documents=iter(()), cache=cache
+        )
+        text = ChatText(
+            self.files,
+            self.validation_files,
+            tokenizer,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            validation_sequences=self.validation_sequences,
+            cache=cache,
+        )
+        return text, tokenizer
 
     def train_dataloader(self) -> "StatefulDataLoader[Row] | StreamLoader":
         """Serve the training rows in an order that resumes exactly, in or between epochs."""
@@ -211,6 +237,11 @@ class TextData(LightningDataModule):
             raise ConfigError(
                 f"data.micro_batch_size {self.micro_batch_size} does not divide data.batch_size "
                 f"{self.batch_size}; choose a divisor"
+            )
+        if self.chat and (self.files is None or self.streaming or self._tokenizer_name is None):
+            raise ConfigError(
+                "data.chat needs data.files and a tokenizer, from model.pretrained or "
+                "data.tokenizer, and does not go with data.streaming"
             )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers must be at least 0, got {self.num_workers}")

@@ -3,13 +3,13 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from foam_lightning.data.cache import cache_key, cached_dataset
-from foam_lightning.data.tokenizer import Piece, encode, end_of_text
+from foam_lightning.data.tokenizer import Piece, encode, end_of_text, fingerprint_of
 from foam_lightning.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ class Row(TypedDict):
 
     Attributes:
         input_ids: `sequence_length` tokens, or fewer where padding will follow.
+        labels: As many, -100 where nothing is scored; the same tokens where it is not there.
     """
 
     input_ids: Sequence[int]
+    labels: NotRequired[Sequence[int]]
 
 
 class PackerState(TypedDict):
@@ -114,7 +116,7 @@ def packed_dataset(
     import pyarrow as pa
 
     schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
-    key = cache_key(1, fingerprint, _fingerprint(tokenizer), sequence_length, packing)
+    key = cache_key(1, fingerprint, fingerprint_of(tokenizer), sequence_length, packing)
 
     def batches() -> Iterator[tuple["pa.RecordBatch", int]]:
         packer = Packer(sequence_length, end_of_text(tokenizer), packing=packing)
@@ -180,18 +182,12 @@ def collate(rows: Sequence[Row], *, sequence_length: int, pad: int) -> dict[str,
 
     Returns:
         "input_ids" and "labels", both int64 (B, S). The labels are the same tokens, not shifted,
-        and -100 where there is only padding.
+        and -100 where there is only padding, or where a row says so.
     """
     input_ids = torch.full((len(rows), sequence_length), pad)
     labels = torch.full((len(rows), sequence_length), IGNORED)
     for index, row in enumerate(rows):
         ids = torch.as_tensor(row["input_ids"])
         input_ids[index, : len(ids)] = ids
-        labels[index, : len(ids)] = ids
+        labels[index, : len(ids)] = torch.as_tensor(row["labels"]) if "labels" in row else ids
     return {"input_ids": input_ids, "labels": labels}
-
-
-def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return cache_key(rules, tokenizer.eos_token_id)

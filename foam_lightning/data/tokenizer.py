@@ -70,6 +70,13 @@ def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
     return token
 
 
+def fingerprint_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Name what a tokenizer makes of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return cache_key(rules, tokenizer.eos_token_id)
+
+
 def pad_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
     """Choose the token that fills up short rows; the loss never sees it."""
     pad = tokenizer.pad_token_id
@@ -206,5 +213,6 @@ def _check_fits(tokenizer: "PreTrainedTokenizerBase", name: str, vocab_size: int
     if largest >= vocab_size:
         raise DataError(
             f"the tokenizer {name!r} has tokens up to {largest}, and the model's vocabulary of "
-            f"{vocab_size} ends at {vocab_size - 1}; set model.vocab_size to at least {largest + 1}"
+            f"{vocab_size} ends at {vocab_size - 1}; set model.vocab_size to at least "
+            f"{largest + 1}, or with model.pretrained take the tokenizer of that folder"
         )

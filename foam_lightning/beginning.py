@@ -1,0 +1,67 @@
+"""What a model begins as: sizes, a Hugging Face folder, or what a checkpoint kept of one."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from foam_lightning import model as llama
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "max_position_embeddings"),
+)
+
+
+def config_of(settings: Mapping[str, Any]) -> "LlamaConfig":
+    """Describe the model that settings ask for.
+
+    Args:
+        settings: Sizes, `pretrained` and `architecture`, as `LlamaFoam` takes them.
+
+    Raises:
+        ConfigError: The sizes make no model.
+        CheckpointError: The folder holds none that is known.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if settings["architecture"] is not None:
+        content = dict(settings["architecture"]["config"])
+        kind: Any = CONFIG_MAPPING[content["model_type"]]
+        config: LlamaConfig = kind.from_dict(content)
+        return config
+    if settings["pretrained"] is not None:
+        return llama.read_config(settings["pretrained"])
+    return llama.describe(**{name: settings[name] for name in _SIZES})
+
+
+def begin(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
+    """Make the model that settings ask for, with the weights of the folder or with drawn ones.
+
+    Args:
+        settings: As for `config_of`, and `seed`. With `architecture` weights are drawn, and those
+            of a checkpoint are to follow.
+
+    Raises:
+        ConfigError: The sizes make no model.
+        CheckpointError: The folder holds none that is known, or its weights do not fit it.
+    """
+    from transformers import GenerationConfig
+
+    kept = settings["architecture"]
+    if settings["pretrained"] is not None and kept is None:
+        return llama.load(settings["pretrained"])
+    model = llama.build(config_of(settings), seed=settings["seed"])
+    if kept is not None:
+        model.generation_config = GenerationConfig.from_dict(dict(kept["generation_config"]))
+    return model
+
+
+def architecture_of(model: "LlamaForCausalLM") -> dict[str, Any]:
+    """Write down, as JSON values, what a checkpoint needs of its model besides weights."""
+    return {
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
+    }

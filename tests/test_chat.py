@@ -1,0 +1,214 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from foam_lightning.data.chat import PLAIN_TEMPLATE, ChatText, conversations, encode_chat
+from foam_lightning.data.module import TextData
+from foam_lightning.data.packing import IGNORED
+from foam_lightning.errors import ConfigError, DataError
+from tests.pretrained import CHAT_TEMPLATE, load_tokenizer, save_tokenizer
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "It is 4."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "Now it is 6."},
+    {"role": "user", "content": "Thanks."},
+]
+# Writes answers otherwise once more follows, as templates do that remove reasoning.
+FORGETFUL = CHAT_TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] if loop.last or message['role'] == 'user' else '...' }}",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, template=CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder)
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
+    """Write out every stretch of tokens that has labels."""
+    texts: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORED:
+            texts[-1].append(label)
+        elif texts[-1]:
+            texts.append([])
+    return [str(tokenizer.decode(ids)) for ids in texts if ids]
+
+
+def test_what_the_assistant_says_is_learned_and_nothing_else(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    ids, labels = encode_chat(tokenizer, TALK, "here")
+    assert learned(tokenizer, labels) == ["It is 4.<|end|>\n", "Now it is 6.<|end|>\n"]
+    whole = tokenizer.apply_chat_template(TALK[:5], return_dict=False)
+    assert ids == whole
+    assert [i for i, label in zip(ids, labels, strict=True) if label not in (i, IGNORED)] == []
+
+
+def test_a_tokenizer_without_a_template_gets_the_plain_one(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    ids, labels = encode_chat(tokenizer, TALK, "here")
+    assert learned(tokenizer, labels) == ["It is 4.</s>", "Now it is 6.</s>"]
+    assert tokenizer.decode(ids) == (
+        "<s>### System\nBe brief.\n\n### User\nWhat is 2 + 2?\n\n### Assistant\nIt is 4.</s>"
+        "### User\nAnd 3 + 3?\n\n### Assistant\nNow it is 6.</s>"
+    )
+
+
+def write_lines(path: Path, lines: list[Any]) -> str:
+    texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text("".join(f"{text}\n" for text in texts))
+    return str(path)
+
+
+def prompts(number: int) -> list[Any]:
+    return [{"prompt": f"{i} + {i}?", "response": f"{2 * i}."} for i in range(number)]
+
+
+def test_a_prompt_with_its_response_is_a_conversation_of_two(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "chat.jsonl", [*prompts(1), "", {"messages": TALK}])
+    (_, pair), (place, messages) = conversations(Path(path))
+    assert pair == [
+        {"role": "user", "content": "0 + 0?"},
+        {"role": "assistant", "content": "0."},
+    ]
+    assert messages == TALK
+    assert place == f"{path} line 3"
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no json": ('{"prompt": ', r"line 3 is not JSON"),
+    "a list": ([1, 2], r"line 3 is no conversation; write \{\"messages\""),
+    "no response": ({"prompt": "Why?"}, r"line 3 is no conversation"),
+    "no messages": ({"messages": []}, r"line 3 is no conversation"),
+    "no text": ({"messages": [{"role": "user", "content": 5}]}, r"line 3 is no conversation"),
+    "no answer": ({"messages": TALK[:2]}, r"line 3 needs a message of the assistant"),
+    "answer first": ({"messages": TALK[2:]}, r"line 3 needs a message of the assistant, and ano"),
+    "unknown role": (
+        {"messages": [*TALK, {"role": "tool", "content": "4"}]},
+        r"line 3 has the role 'tool'; there are system, user, assistant",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_line_is_named(kind: str, tmp_path: Path) -> None:
+    line, message = BROKEN[kind]
+    path = write_lines(tmp_path / "chat.jsonl", [*prompts(2), line])
+    with pytest.raises(DataError, match=message) as caught:
+        list(conversations(Path(path)))
+    assert str(caught.value).startswith(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (FORGETFUL, r"here: the chat template changes what it wrote before when message 5"),
+        ("{{ raise_exception('no system') }}", r"here: the chat template refuses it \(no system"),
+    ],
+    ids=["forgetful", "refusing"],
+)
+def test_a_template_that_does_not_tell_responses_apart_is_refused(
+    template: str, message: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=message):
+        encode_chat(tokenizer, TALK, "here")
+
+
+@pytest.fixture
+def chat(folder: Path, tmp_path: Path) -> Callable[..., TextData]:
+    def make(lines: list[Any], **settings: Any) -> TextData:
+        return TextData(
+            **{
+                "files": [write_lines(tmp_path / "chat.jsonl", lines)],
+                "chat": True,
+                "tokenizer": str(folder),
+                "vocab_size": 320,
+                "sequence_length": 40,
+                "batch_size": 4,
+                "cache_dir": str(tmp_path / "cache"),
+                **settings,
+            }
+        )
+
+    return make
+
+
+def test_conversations_are_padded_rows(
+    chat: Callable[..., TextData], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = chat(prompts(47))
+    data.setup()
+    batches = list(data.train_dataloader())
+    assert len(batches) == 45 // 4
+    assert sum(len(batch["labels"]) for batch in data.val_dataloader()) == 2
+    for batch in batches:
+        assert batch["input_ids"].shape == batch["labels"].shape == (4, 40)
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            (response,) = learned(tokenizer, labels.tolist())
+            question = str(tokenizer.decode(ids)).split("\n")[1].split(" ")[0]
+            assert response == f"{2 * int(question)}.<|end|>\n"
+
+
+def test_long_conversations_are_cut_and_counted(
+    chat: Callable[..., TextData], capfd: pytest.CaptureFixture[str]
+) -> None:
+    far = {"prompt": "Why? " * 40, "response": "So."}
+    wordy = {"prompt": "Why?", "response": "So. " * 40}
+    data = chat([*prompts(21), far, wordy], batch_size=1)
+    data.setup()
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "2 of 23 conversations are longer than data.sequence_length 40 and cut off; 1 have no "
+        "response within it and are left out"
+    ]
+    assert isinstance(data._text, ChatText)
+    assert max(len(row["input_ids"]) for row in data._text.train) == 40
+    assert all((row["labels"][1:] != IGNORED).any() for row in data._text.train)
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "message"),
+    [
+        (prompts(19), {}, r"19 conversations are too few to hold out 5%"),
+        (prompts(3) * 20, {"sequence_length": 4}, r"no conversation in .* within 4 tokens"),
+        (prompts(23), {"batch_size": 50}, r"makes 22 sequences .* fewer than one batch of 50"),
+    ],
+    ids=["nothing to validate on", "no response left", "no batch"],
+)
+def test_too_little_is_refused(
+    lines: list[Any], settings: dict[str, Any], message: str, chat: Callable[..., TextData]
+) -> None:
+    with pytest.raises(DataError, match=message):
+        chat(lines, **settings).setup()
+
+
+def test_other_files_and_settings_are_refused(
+    chat: Callable[..., TextData], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("no conversation")
+    with pytest.raises(DataError, match=r"text\.txt as conversations: data\.chat needs \.jsonl"):
+        chat(prompts(30), files=[str(text)]).setup()
+    for settings in ({"tokenizer": None}, {"files": None}, {"streaming": True}):
+        with pytest.raises(ConfigError, match=r"data\.chat needs data\.files and a tokenizer"):
+            chat(prompts(30), **settings)

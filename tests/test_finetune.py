@@ -1,0 +1,265 @@
+"""In from a folder that transformers made, and out to one that it loads."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+import cli
+from tests.pretrained import FAMILIES, TEXT, save_pretrained, save_tokenizer, set_config
+
+PROMPT = "def add(self, "
+NUM_TOKENS = 12
+
+
+class Run(NamedTuple):
+    """A finished run of the command line, and the words that started it."""
+
+    pretrained: Path
+    words: list[str]
+    folder: Path
+
+    @property
+    def checkpoint(self) -> str:
+        return str(self.folder / "checkpoints" / "last.ckpt")
+
+
+def words_for(pretrained: Path, tmp_path: Path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:30000], encoding="utf-8")
+    settings = {
+        "model.pretrained": pretrained,
+        "model.lr": 0.01,
+        "data.files": text,
+        "data.sequence_length": 32,
+        "data.batch_size": 4,
+        "data.validation_sequences": 8,
+        "data.cache_dir": tmp_path / "cache",
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 4,
+        "trainer.enable_progress_bar": "false",
+        "runs": tmp_path / "runs",
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    config = tmp_path / "empty.yaml"
+    config.write_text("name: tuned\n")
+    return ["--config", str(config), "--memory-budget", "20MB", *words]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    tmp_path = tmp_path_factory.mktemp(request.param)
+    pretrained = save_pretrained(tmp_path / "pretrained", request.param)
+    words = words_for(pretrained, tmp_path)
+    assert cli.main(["fit", *words]) == 0
+    return Run(pretrained, words, tmp_path / "runs" / "tuned" / "version_0")
+
+
+def rows_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the validation rows of the run, as its own data module makes them."""
+    from tuner.settings import parse
+
+    job = parse("fit", run.words, default=None).job()
+    data = job.new_data(job.levers)
+    data.setup()
+    batches = list(data.val_dataloader())
+    return tuple(torch.cat([b[key] for b in batches]) for key in ("input_ids", "labels"))  # type: ignore[return-value]
+
+
+def loss_of(folder: Path, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+def greedy(folder: Path) -> str:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    written = model.generate(
+        **ids, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+def test_a_folder_goes_in_and_out(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    hf = run.folder / "hf"
+    rows = rows_of(run)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    found = loss_of(hf, *rows)
+    assert found == pytest.approx(summary["final_validation_loss"], abs=1e-5)
+    assert found < loss_of(run.pretrained, *rows) - 0.05  # it did train
+    capfd.readouterr()
+    generate = ["--prompt", PROMPT, "--max_new_tokens", str(NUM_TOKENS), "--temperature", "0"]
+    assert cli.main(["generate", "--ckpt_path", run.checkpoint, *generate]) == 0
+    assert capfd.readouterr().out.strip("\n") == greedy(hf).strip("\n")
+
+
+def test_the_exported_folder_says_what_it_is(run: Run) -> None:
+    before, after = (AutoConfig.from_pretrained(f) for f in (run.pretrained, run.folder / "hf"))
+    # A Qwen2 tokenizer has a token to pad with, whatever its folder says.
+    unlike = {"dtype", "transformers_version", "_name_or_path", "pad_token_id"}
+    assert after.dtype == torch.float32
+    assert {k: v for k, v in after.to_dict().items() if k not in unlike} == {
+        k: v for k, v in before.to_dict().items() if k not in unlike
+    }
+    content = json.loads((run.folder / "hf" / "config.json").read_text())
+    assert content["torch_dtype"] == "float32"
+    assert content["rope_theta"] == before.rope_parameters["rope_theta"]
+    assert (content["rope_scaling"] or {}).get("rope_type", "default") == (
+        before.rope_parameters["rope_type"]
+    )
+    tokenizers = [AutoTokenizer.from_pretrained(f) for f in (run.pretrained, run.folder / "hf")]
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    assert tokenizers[0](TEXT[:500])["input_ids"] == tokenizers[1](TEXT[:500])["input_ids"]
+    assert (run.folder / "hf" / "generation_config.json").is_file()
+    from safetensors import safe_open
+
+    with safe_open(run.folder / "hf" / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not before.tie_word_embeddings  # noqa: SIM118
+
+
+def test_the_plan_folds_every_matrix_of_the_layers(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert cli.main(["plan", *run.words, "--format", "json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["feasible"]
+    roles = {name.split(".")[-2] for name in plan["levels"]}
+    assert roles == {f"{r}_proj" for r in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert len(plan["levels"]) == 14
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert 0.99 <= summary["predicted_peak_bytes"] / summary["measured_peak_bytes"] <= 1.01
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    # The settings of a tokenizer say how it was loaded.
+    names = {path.name for path in folder.iterdir()} - {"tokenizer_config.json"}
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_nothing_needs_the_folder_any_more(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((run.folder / "summary.json").read_text())
+    away = run.pretrained.with_name("away")
+    expected = contents(run.folder / "hf")
+    run.pretrained.rename(away)
+    try:
+        capfd.readouterr()
+        assert cli.main(["validate", "--ckpt_path", run.checkpoint]) == 0
+        assert f"{summary['final_validation_loss']:.4f}" in capfd.readouterr().out
+        exported = run.folder.parent / "exported"
+        words = ["export", "--ckpt_path", run.checkpoint, "--output", str(exported)]
+        assert cli.main(words) == 0
+        assert contents(exported) == expected
+        shutil.rmtree(exported)
+        (run.folder / "summary.json").unlink()  # as if it had been killed at the end
+        shutil.rmtree(run.folder / "hf")
+        assert cli.main(["fit", *run.words]) == 0
+        assert contents(run.folder / "hf") == expected
+        again = json.loads((run.folder / "summary.json").read_text())
+        assert again["final_validation_loss"] == summary["final_validation_loss"]
+    finally:
+        away.rename(run.pretrained)
+
+
+def write_chat(path: Path, number: int, *, last: str | None = None) -> Path:
+    lines = [json.dumps({"prompt": f"{i} + {i}?", "response": f"{2 * i}."}) for i in range(number)]
+    path.write_text("\n".join([*lines, *([last] if last else [])]) + "\n")
+    return path
+
+
+def chat_words(words: list[str], chat: Path) -> list[str]:
+    return [*words, "--data.files", str(chat), "--data.chat", "true"]
+
+
+def test_responses_alone_are_learned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pretrained = save_pretrained(tmp_path / "pretrained", "qwen2", template=None)
+    words = chat_words(words_for(pretrained, tmp_path), write_chat(tmp_path / "chat.jsonl", 60))
+    assert cli.main(["fit", *words]) == 0
+    folder = tmp_path / "runs" / "tuned" / "version_0"
+    run = Run(pretrained, words, folder)
+    ids, labels = rows_of(run)
+    assert 0 < int((labels != -100).sum()) < int((ids != ids[0, -1]).sum()) / 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["validation_tokens"] == int((labels[:, 1:] != -100).sum())
+    found = loss_of(folder / "hf", ids, labels)
+    assert found == pytest.approx(summary["final_validation_loss"], abs=1e-5)
+    exported = AutoTokenizer.from_pretrained(folder / "hf")
+    prompt = exported.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == "<s>### User\nHi\n\n### Assistant\n"
+
+
+def break_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def break_shape(folder: Path) -> None:
+    set_config(folder, intermediate_size=40)
+
+
+def break_architecture(folder: Path) -> None:
+    GPT2Config().save_pretrained(folder)
+
+
+def break_code(folder: Path) -> None:
+    set_config(folder, auto_map={"AutoModelForCausalLM": "own.Model"})
+
+
+def break_tokenizer(folder: Path) -> None:
+    save_tokenizer(folder, vocab_size=400, template=None)
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no weights": (break_weights, "cannot load the weights in"),
+    "wrong shape": (break_shape, "its config.json asks for"),
+    "GPT-2": (break_architecture, "holds a gpt2 model; only llama, mistral and qwen2"),
+    "remote code": (break_code, "asks for code of its own"),
+    "no folder": (shutil.rmtree, "has no config.json"),
+    "large tokenizer": (break_tokenizer, "has tokens up to 399, and the model's vocabulary of 328"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_a_bad_folder_is_one_line_and_leaves_nothing(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage, message = BAD_FOLDERS[kind]
+    pretrained = save_pretrained(tmp_path / "pretrained", "llama-2")
+    damage(pretrained)
+    assert cli.main(["fit", *words_for(pretrained, tmp_path)]) == 2
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert message in line
+    assert not list(tmp_path.glob("runs/*/*/hf"))
+    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+BAD_CHATS = {
+    "broken line": (30, '{"prompt": "Why?', "line 31 is not JSON"),
+    "no response": (30, '{"prompt": "Why?"}', "line 31 is no conversation"),
+    "nothing to validate on": (10, None, "10 conversations are too few to hold out 5%"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHATS)
+def test_bad_conversations_are_one_line_and_leave_nothing(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    number, last, message = BAD_CHATS[kind]
+    pretrained = save_pretrained(tmp_path / "pretrained", "llama-2")
+    chat = write_chat(tmp_path / "chat.jsonl", number, last=last)
+    assert cli.main(["fit", *chat_words(words_for(pretrained, tmp_path), chat)]) == 2
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "runs").exists()
