@@ -15,6 +15,7 @@ from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.training import train
+from tests.pretrained import save_tokenizer
 from tests.runs import STEPS, NewJob, open_folder, small
 from tests.test_release import assert_same
 from tests.test_training import StopAfter, StopError, final_weights
@@ -97,6 +98,7 @@ def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder, vocab_size=300, template=None)
     job = new_job(model={"pretrained": str(folder)}, trainer={"max_steps": 3})
     plan, memory = job.plan_at(2), MemoryWatch()
     modules = [fit(job, plan), fit(job, releasing(plan), memory)]
