@@ -1,25 +1,23 @@
 """Who steps in `optimizer_step`: one line a row, all at the same settings on the same weights."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import foldable, param_groups
+from foam_lightning.optim.rivals import Settings, new_rival
 from foam_lightning.optim.state import SecondMoment
 
 FUSED = "torch AdamW, fused"  # what every row is compared with
 LR = 1e-4
 SCALE = 0.25
-# The share of the width that GaLore's and APOLLO's papers keep.
-RANK_SHARE = 4
-_NEVER = 10**9  # steps until the next projection
 
 
 @dataclass(frozen=True)
@@ -104,68 +102,19 @@ def _adamw(weights: Weights, *, fused: bool = False, foreach: bool = False) -> l
     return [AdamW(weights.named.values(), LR, weight_decay=0.0, fused=fused, foreach=foreach)]
 
 
-def _torchao(weights: Weights) -> list[Optimizer]:
-    from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
-
-    return [AdamW8bit(weights.named.values(), LR, weight_decay=0.0)]
-
-
-def _low_rank(weights: Weights, scale: float) -> list[dict[str, Any]]:
-    matrices: dict[str, Any] = {
-        "params": list(weights.matrices.values()),
-        "rank": weights.width // RANK_SHARE,
-        "update_proj_gap": _NEVER,
-        "scale": scale,
-        "projection_type": "std",
-    }
-    return [matrices, {"params": weights.rest}] if weights.rest else [matrices]
+def _rival(weights: Weights, name: str) -> list[Optimizer]:
+    settings = Settings(lr=LR, hidden_size=weights.width, num_heads=weights.num_heads)
+    return [new_rival(name, weights.named.items(), settings)]
 
 
 def _galore(weights: Weights) -> list[Optimizer]:
-    from pytorch_optimizer import GaLore
-    from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
-
-    groups = _low_rank(weights, SCALE)
-    optimizer = GaLore(groups, LR)
+    (optimizer,) = _rival(weights, "galore")
     # The first matrix finds its basis by SVD in the first step. The others are given one at
     # random: a step costs the same on it, and hundreds of SVDs would take longer than the table.
-    options = {key: value for key, value in groups[0].items() if key != "params"}
     for matrix in list(weights.matrices.values())[1:]:
-        projector = GaLoreProjector(**options)
+        projector = optimizer.state[matrix]["projector"]
         projector.update_ortho_matrix(matrix.detach(), from_random_matrix=True)
-        optimizer.state[matrix]["projector"] = projector
     return [optimizer]
-
-
-def _apollo(weights: Weights) -> list[Optimizer]:
-    from pytorch_optimizer import APOLLO
-
-    return [APOLLO(_low_rank(weights, 1.0), LR, scale_type="channel")]
-
-
-class _Model(torch.nn.Module):
-    """Adam-mini asks a model for names; a name of ours holds dots, which a module's may not."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self._weights = weights
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        yield from self._weights.named.items()
-
-
-def _adam_mini(weights: Weights) -> list[Optimizer]:
-    from pytorch_optimizer import AdamMini
-
-    width, num_heads = weights.width, weights.num_heads
-    return [AdamMini(_Model(weights), LR, weight_decay=0.0, num_embeds=width, num_heads=num_heads)]
-
-
-def _muon(weights: Weights) -> list[Optimizer]:
-    optimizers: list[Optimizer] = [Muon(weights.matrices.values(), LR, weight_decay=0.0)]
-    return optimizers + ([AdamW(weights.rest, LR, fused=True)] if weights.rest else [])
 
 
 def _foam(weights: Weights, level: int, **options: Any) -> list[Optimizer]:
@@ -189,7 +138,9 @@ def foam_at(
     return [FOAM(groups, LR, **options)]
 
 
-_TORCHAO_8BIT = Row("torchao AdamW8bit", _torchao, ("cpu", "cuda"), package="torchao.optim")
+_TORCHAO_8BIT = Row(
+    "torchao AdamW8bit", partial(_rival, name="adamw8bit"), ("cpu", "cuda"), package="torchao.optim"
+)
 
 ROWS = (
     Row(FUSED, partial(_adamw, fused=True)),
@@ -197,9 +148,9 @@ ROWS = (
     Row("torch AdamW, loop", _adamw),
     _TORCHAO_8BIT,
     Row("GaLore", _galore, package="pytorch_optimizer"),
-    Row("APOLLO", _apollo, package="pytorch_optimizer"),
-    Row("Adam-mini", _adam_mini, package="pytorch_optimizer"),
-    Row("torch Muon", _muon, is_slow_on_cpu=True),
+    Row("APOLLO", partial(_rival, name="apollo"), package="pytorch_optimizer"),
+    Row("Adam-mini", partial(_rival, name="adam_mini"), package="pytorch_optimizer"),
+    Row("torch Muon", partial(_rival, name="muon"), is_slow_on_cpu=True),
     *(
         Row(f"FOAM level {level}", partial(_foam, level=level), ("cuda",))
         for level in (0, 1, 2, 3, 4, 8)

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from foam_lightning.optim.groups import is_foldable
-from tests.benchmarks.contenders import FUSED, LR, RANK_SHARE, ROWS, Row, Weights, first_step_rows
+from tests.benchmarks.contenders import FUSED, LR, ROWS, Row, Weights, first_step_rows
 from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
 from tests.benchmarks.stepping import Stepped, cold_caches, first_steps, start_compiler, step_all
 
@@ -137,7 +137,7 @@ def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
         f"Temporaries: {watched}. First step: from making the optimizer to the end of its first "
         "step; nothing was compiled before but what a row above uses too.",
         "",
-        f"GaLore and APOLLO keep 1/{RANK_SHARE} of the width. GaLore takes one SVD, of its first "
+        "GaLore and APOLLO keep a quarter of the smaller side. GaLore takes one SVD, of its first "
         "matrix, in its first step; the other matrices begin on a random basis, on which a step "
         "costs the same. No timed step holds an SVD."
         + (f" Too slow for a CPU: {', '.join(left_out)}." if left_out else ""),

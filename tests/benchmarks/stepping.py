@@ -6,18 +6,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.optim.portable import state_bytes, state_tensors
 from tests.benchmarks.contenders import Row, Weights
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
@@ -131,7 +132,7 @@ def first_steps(row: Row, weights: Weights) -> Stepped:
         elif weights.device not in row.compiled_on:
             stepped.temporary_bytes = _temporaries_on_cpu(stepped, weights)
         stepping(stepped)()
-        stepped.state_bytes = state_bytes(stepped.optimizers)
+        stepped.state_bytes = sum(map(state_bytes, stepped.optimizers))
         if [grad._version for grad in weights.gradients] != untouched:
             raise RuntimeError("it changes the gradients, which all rows share")
     except Exception as error:  # whatever a rival raises belongs into its row
@@ -160,12 +161,6 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def state_bytes(optimizers: Sequence[Optimizer]) -> int:
-    """Add up the storages, each once: what a view keeps alive is all of what it views."""
-    storages = [tensor.untyped_storage() for tensor in _state_tensors(optimizers)]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
 def start_compiler(rows: Sequence[Row], device: str) -> None:
     """Pay what the first compilation of a process costs, so that no row is charged with it."""
     if any(device in row.compiled_on for row in rows):
@@ -189,11 +184,11 @@ def say(words: str) -> None:
 def _temporaries_on_cpu(stepped: Stepped, weights: Weights) -> int:
     tracker = StorageTracker()
     tracker.claim([*weights.named.values(), *weights.gradients], "weights")
-    tracker.claim(_state_tensors(stepped.optimizers), "optimizer_state")
+    tracker.claim(chain.from_iterable(map(state_tensors, stepped.optimizers)), "optimizer_state")
     tracker.term = "workspace"
     with tracker:
         stepping(stepped)()
-    tracker.claim(_state_tensors(stepped.optimizers), "optimizer_state")
+    tracker.claim(chain.from_iterable(map(state_tensors, stepped.optimizers)), "optimizer_state")
     return tracker.peak().terms["workspace"]
 
 
@@ -204,25 +199,3 @@ def _temporaries_on_cuda(stepped: Stepped) -> int:
     stepping(stepped)()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _state_tensors(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    return [tensor for state in states for tensor in _tensors_in(state)]
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Find every plain tensor: in containers, in objects, inside tensor subclasses."""
-    if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit moments
-        for name in value.__tensor_flatten__()[0]:
-            yield from _tensors_in(getattr(value, name))
-    elif isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors_in(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors_in(entry)
-    elif hasattr(value, "__dict__"):  # the projector of GaLore and APOLLO
-        yield from _tensors_in(vars(value))
