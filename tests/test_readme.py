@@ -1,7 +1,9 @@
-"""What the README says to type works: parsed here, run by test_end_to_end and .ci/run."""
+"""What README and docs say to type works: parsed here, run by test_end_to_end and .ci/run."""
 
 import re
 import shlex
+
+import pytest
 
 import cli
 from tests.tiny import REPOSITORY
@@ -9,34 +11,58 @@ from tuner.settings import parse
 from tuner.usage import COMMANDS, check_at_once
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = [
+        line.split("python cli.py", 1)
+        for block in blocks("bash", page)
+        for line in block.splitlines()
+    ]
+    return ["python cli.py" + rest[0] for _, *rest in lines if rest]
 
 
 def test_the_first_code_stands_within_25_lines() -> None:
     assert README[: README.index("```bash")].count("\n") < 25
 
 
-def test_every_command_line_parses() -> None:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    commands = [line for line in lines if line.startswith("python cli.py")]
-    assert {line.split()[2] for line in commands} >= set(COMMANDS) - {"tune"}
-    for line in commands:
+def test_the_readme_names_every_command() -> None:
+    assert {line.split()[2] for line in commands(README)} >= set(COMMANDS) - {"tune"}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
+def test_every_command_line_parses(page: str) -> None:
+    for line in commands(page):
         _, _, command, *options = shlex.split(line)
         check_at_once(options)
         settings = parse(command, options, default=cli._default_config(options))
         settings.job()
 
 
-def test_every_python_block_runs() -> None:
-    found = blocks("python")
-    assert found
-    for block in found:
-        names: dict[str, object] = {}
-        exec(block, names)
-        assert "optimizer" in names
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
+def test_every_python_block_runs(page: str) -> None:
+    for block in blocks("python", page):
+        exec(block, {})
+
+
+def test_pages_show_commands_and_code() -> None:
+    assert blocks("python")
+    assert {name for name, page in PAGES.items() if commands(page)} == PAGES.keys() - {"log.md"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_to_a_file(name: str) -> None:
+    folder = REPOSITORY if name == "README.md" else REPOSITORY / "docs"
+    for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
+        assert (folder / target).exists(), target
 
 
 def test_ci_runs_exactly_the_readmes_test_command() -> None:

@@ -55,7 +55,7 @@ class Options:
 
         Args:
             names: Optimizers with commas between them; None takes all that are installed.
-            steps: 1 or more; under 150 the order of optimizers is not that of longer runs.
+            steps: 1 or more; under 300 the order of optimizers is not that of longer runs.
             seeds: 1 or more.
 
         Raises:

@@ -27,7 +27,7 @@ SHARED = {
     "--runs DIR": "the folder of all runs",
     "--tune.fraction F": "share of the full run's steps that the search may take; .02 by default",
     "--tune.trials N": "short runs of the search, instead of a fraction",
-    "--tune.steps N": "optimizer steps of a short run, instead of a fraction; under 150 misleads",
+    "--tune.steps N": "optimizer steps of a short run, instead of a fraction; under 300 misleads",
     "--trainer.max_steps N": "optimizer steps of the full run",
     "--data.files PATH": "text to train on (.txt, .jsonl, .parquet); none: Python's own library",
     "--data.dataset NAME": "a dataset on the Hugging Face Hub",
@@ -61,7 +61,7 @@ OWN: dict[str, dict[str, str]] = {
     },
     "compare": {
         "--optimizers NAMES": "with commas between them; all that are installed by default",
-        "--steps N": "optimizer steps of each run; 300 by default, under 150 misleads",
+        "--steps N": "optimizer steps of each run; 300 by default, under that misleads",
         "--seeds N": "seeds on which the best learning rate of each is run; 2 by default",
     },
 }
