@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.table import Table
 
+from foam_lightning import __version__
 from foam_lightning.run_folder import write_text
 from foam_lightning.units import in_words
 from tuner.canvas import BLUE, GREEN, GREY, GRID, ORANGE, PINK, RED, SKY, new_figure, save
@@ -94,7 +95,7 @@ def _page(found: Comparison, command: str, seed: int, picture: str) -> str:
         f"- command: `{command}`",
         f"- {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, seed {seed}",
         f"- {machine()}",
-        f"- {packages('foam-lightning', 'torch', 'torchao', 'pytorch-optimizer')}",
+        f"- foam-lightning {__version__}, {packages('torch', 'torchao', 'pytorch-optimizer')}",
         "",
         *_markdown(_COLUMNS, _rows(found)),
         "",
