@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 from foam_lightning.errors import ConfigError
@@ -178,6 +179,21 @@ def test_diverged_runs_are_passed_over_and_said(
     assert "| diverged | - |" in page.read_text()
     assert "0.04: diverged" in page.read_text()
     assert imread(picture).shape[0] > 500
+
+
+def test_a_decomposition_of_no_numbers_is_a_diverged_run(
+    bench: type[FakeBench], job: Job, tmp_path: Path
+) -> None:
+    def failing(lr: float) -> float:
+        if lr > 0.015:
+            torch.linalg.svd(torch.full((2, 2), math.nan))
+        return 3 + abs(lr - 0.01)
+
+    bench.bowls["galore"] = failing
+    found = compare(job, Options(["galore"], 1, 1), tmp_path)
+    (galore,) = found.contenders
+    assert galore.lr == 0.01
+    assert [lr for lr, loss in galore.losses.items() if math.isnan(loss)] == [0.02]
 
 
 def test_the_control_is_the_better_of_the_two(

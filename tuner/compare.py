@@ -178,7 +178,8 @@ def compare(
         if found is None:
             try:
                 found = bench.run(plan, num_steps=steps, seed=seed)
-            except torch.linalg.LinAlgError:  # decomposing what is no number any more
+            # Decomposing gradients that are no numbers any more; torch does not declare its export.
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 found = ShortRun([math.nan], [1])
             about = {"optimizer": name, "lr": lr, "seed": seed, "steps": steps}
             kept.put(key, about, found)
