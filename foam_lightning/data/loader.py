@@ -43,7 +43,9 @@ class EpochSampler(StatefulDistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.yielded, self.next_yielded = self.next_yielded or 0, None
-        for index in self._order()[self.rank :: self.num_replicas][self.yielded :]:
+        # No tensor: those that live while a step runs are counted as its memory.
+        order = self._order().numpy().copy()
+        for index in order[self.rank :: self.num_replicas][self.yielded :]:
             self.yielded += 1
             yield int(index)
 
