@@ -79,7 +79,7 @@ def _revived(value: Any, device: torch.device | None, new_object: Callable[[], A
     if not isinstance(value, Mapping):
         return value
     if _TENSOR in value:
-        from torchao.optim.subclass_8bit import OptimState8bit  # type: ignore[import-untyped]
+        from torchao.optim.subclass_8bit import OptimState8bit
 
         tensors = {name: tensor.to(device) for name, tensor in value[_TENSOR].items()}
         return OptimState8bit.__tensor_unflatten__(tensors, value["context"])

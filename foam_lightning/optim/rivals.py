@@ -147,7 +147,7 @@ def _new_adamw(
 
 
 def _new_adamw8bit(matrices: list[Tensor], rest: list[Tensor], settings: Settings) -> Optimizer:
-    from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+    from torchao.optim import AdamW8bit
 
     class _AdamW8bit(PlainState, AdamW8bit):  # type: ignore[misc]
         pass
