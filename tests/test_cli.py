@@ -103,7 +103,7 @@ def test_a_bad_configuration_is_one_line(
     [
         ("missing.txt", None, "missing.txt"),
         ("empty.txt", b"", "empty"),
-        ("short.txt", b"x = 1\n", "fewer"),
+        ("short.txt", b"x = 1\n", "shorter"),
         ("garbage.txt", bytes(range(256)) * 10, "text"),
         ("other.jsonl", b'{"body": "no text here"}\n', "body"),
         ("text.docx", b"abc", ".docx"),

@@ -248,7 +248,7 @@ def test_the_command_line_starts_the_ranks_and_speaks_once(tmp_path: Path) -> No
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("training 2 steps") == run.stdout.count("done: ") == 1
+    assert run.stdout.count("training 2 steps") == run.stdout.count("\ndone\n") == 1
     (version,) = (tmp_path / "runs" / "default").iterdir()
     assert RunFolder(version).summary.exists()
     assert RunFolder(version).hf.is_dir()
