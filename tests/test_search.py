@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,18 @@ def test_a_search_that_was_killed_runs_the_plans_of_one_that_was_not(
     bench.killed_at = None
     assert searched(fitting, tmp_path / "killed") == undisturbed
     assert done + bench.runs == calm
+
+
+@pytest.mark.parametrize("kind", ["files", "validation_files"])
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "among sources"])
+def test_a_job_is_another_once_its_text_has_changed(
+    tmp_path: Path, job: Job, kind: str, within: bool
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one")
+    source = {kind: [str(path)]}
+    changed = replace(job, data={**job.data, **({"sources": [source]} if within else source)})
+    before = job_key(changed)
+    assert job_key(changed) == before != job_key(job)
+    path.write_text("another")
+    assert job_key(changed) != before

@@ -44,7 +44,10 @@ def job_key(job: Job) -> str:
     """Name everything about a job, besides the plan, that its short runs depend on."""
     trainer = {key: value for key, value in job.trainer.items() if key not in _ELSEWHERE}
     data = {key: value for key, value in job.data.items() if key != "micro_batch_size"}
-    stamps = [_stamp(Path(path)) for path in data.get("files") or ()]
+    sources = [data, *(data.get("sources") or ())]
+    kinds = ("files", "validation_files")
+    paths = [path for source in sources for kind in kinds for path in source.get(kind) or ()]
+    stamps = [_stamp(Path(path)) for path in paths]
     return _digest([dict(job.model), data, stamps, trainer, job.seed, versions()])
 
 
