@@ -76,8 +76,8 @@ def _page(found: Comparison, command: str, seed: int, picture: str) -> str:
         if found.control
         else "No control: neither adamw nor split_adamw ran to its end.",
         "State is what the optimizer keeps between steps. Peak memory is of all tensors in two "
-        "training steps (on a GPU, what is allocated); what compiled code takes inside itself on a "
-        "CPU is not seen. The time is the median of whole training steps, forward and backward "
+        "training steps (on a GPU, what is allocated); on a CPU what a kernel takes inside itself is "
+        "not seen, and what torch.compile would fuse is counted operator by operator. The time is the median of whole training steps, forward and backward "
         "pass included, taken in turns; the decompositions of galore and fira, one every 200 "
         "steps, are not in it.",
         "apollo is that of pytorch-optimizer, which scales the projected gradient and projects it "
