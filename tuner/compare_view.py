@@ -76,10 +76,10 @@ def _page(found: Comparison, command: str, seed: int, picture: str) -> str:
         if found.control
         else "No control: neither adamw nor split_adamw ran to its end.",
         "State is what the optimizer keeps between steps. Peak memory is of all tensors in two "
-        "training steps (on a GPU, what is allocated); on a CPU what a kernel takes inside itself is "
-        "not seen, and what torch.compile would fuse is counted operator by operator. The time is the median of whole training steps, forward and backward "
-        "pass included, taken in turns; the decompositions of galore and fira, one every 200 "
-        "steps, are not in it.",
+        "training steps (on a GPU, what is allocated); on a CPU what a kernel takes inside itself "
+        "is not seen, and what torch.compile would fuse is counted operator by operator. The time "
+        "is the median of whole training steps, forward and backward pass included, taken in "
+        "turns; the decompositions of galore and fira, one every 200 steps, are not in it.",
         "apollo is that of pytorch-optimizer, which scales the projected gradient and projects it "
         "back, where the paper scales the gradient itself; adam_mini has one second moment for "
         "each matrix but q and k, where the paper's later version has one for each row.",
