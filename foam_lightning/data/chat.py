@@ -1,6 +1,5 @@
 """Conversations: jsonl to rows in which the loss sees what the assistant says, and nothing else."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from foam_lightning.data.cache import cache_key, cached_dataset
-from foam_lightning.data.files import files_fingerprint
+from foam_lightning.data.files import files_fingerprint, parse_line
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.packing import IGNORED, evenly_spaced, num_in_whole_batches
 from foam_lightning.data.sources import VALIDATION_FRACTION
@@ -218,12 +217,7 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, place:
 
 
 def _messages(line: bytes, place: str) -> Messages:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # malformed, or not UTF-8
-        raise DataError(
-            f"{place} is not JSON ({error}); every line must be one JSON object"
-        ) from error
+    record = parse_line(line, place)
     messages = _listed(record) if isinstance(record, dict) else None
     if messages is None:
         raise DataError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foam_lightning.data.cache import cache_key, cached_dataset
 from foam_lightning.errors import DataError
@@ -141,13 +141,26 @@ def _read_jsonl(path: Path, column: str, start: int) -> Iterator[tuple[int, str]
                 yield number, _text_of(line, f"{path} line {number}", column)
 
 
-def _text_of(line: bytes, place: str, column: str) -> str:
+def parse_line(line: bytes, place: str) -> Any:
+    """Parse a line of a .jsonl file.
+
+    Args:
+        line: As it is in the file.
+        place: What to call it in an error.
+
+    Raises:
+        DataError: It is malformed, or not UTF-8.
+    """
     try:
-        record = json.loads(line)
-    except ValueError as error:  # malformed, or not UTF-8
+        return json.loads(line)
+    except ValueError as error:
         raise DataError(
             f"{place} is not JSON ({error}); every line must be one JSON object"
         ) from error
+
+
+def _text_of(line: bytes, place: str, column: str) -> str:
+    record = parse_line(line, place)
     if not isinstance(record, dict):
         raise DataError(f"{place} is not a JSON object; write {{...}}")
     if column not in record:
