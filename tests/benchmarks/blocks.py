@@ -1,6 +1,6 @@
 """Blocks that share structure, and embedding and head folded: is there loss to gain at no bytes?
 
-    python -m tests.benchmarks.blocks [--levels 2 1 3] [--seeds 2] [--output FILE]
+    python -m tests.benchmarks.blocks [--model default] [--levels 2 1 3] [--seeds 2] [--output FILE]
 
 The default job, from the same weights on the same batches. First the matrices of the layers with
 other blocks than neighbouring columns. Then embedding and head with a level of their own beside
@@ -10,9 +10,7 @@ them. Delete them after a change of the code.
 
 import argparse
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,10 +24,10 @@ from foam_lightning.roles import role_of
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.arranged import ArrangedJob, View, in_rows
-from tests.benchmarks.heading import ROOT, dated, machine, publish
+from tests.benchmarks.heading import dated, machine, publish
 from tests.benchmarks.kept_runs import Kept, say
+from tests.benchmarks.ranking import MODELS, job_of, size_in_words
 from tuner.objective import Bench, ShortRun, paired_difference
-from tuner.settings import parse
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BASE = 2  # the uniform level that everything is paired with
@@ -232,47 +230,47 @@ def _against(runs: Mapping[int, list[ShortRun]], one: Row, other: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="default")
     parser.add_argument("--levels", type=int, nargs="+", default=[BASE, 1, 3], choices=range(1, 4))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--outer-seeds", type=int, default=1, help="of the second table")
+    parser.add_argument("--outer-seeds", type=int, default=1, help="of the second table; 0: none")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    job = parse("fit", [], default=ROOT / "configs" / "default.yaml").job()
+    job = job_of(arguments.model)
     kept = Kept(None if arguments.output is None else arguments.output.with_suffix(".json"))
     blocks, outer = block_rows(job, arguments.levels), outer_rows()
     in_blocks = run_all(job, blocks, arguments.seeds, arguments.steps, kept)
-    in_outer = run_all(job, outer, arguments.outer_seeds, arguments.steps, kept)
-    publish(
-        [
-            "# Blocks that share structure, and embedding and head folded",
-            "",
-            f"- command: `python -m tests.benchmarks.blocks {' '.join(sys.argv[1:])}`".rstrip(),
-            f"- {dated()}",
-            f"- {machine()}",
-            "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
-            f"- the default job, lr .02, complete schedules of {arguments.steps} steps, seeds "
-            "from 0",
-            "",
-            "Validation loss in nats per token; state of all parameters. A difference is paired, "
-            "same weights and batches; its interval holds evaluation batches and a seed deviation "
-            "of 0.01. Below zero the row is better.",
-            "",
-            "## Blocks of other elements",
-            "",
-            *block_table(job, blocks, in_blocks),
+    lines = [
+        "# Blocks that share structure, and embedding and head folded",
+        "",
+        f"- command: `python -m tests.benchmarks.blocks {' '.join(sys.argv[1:])}`".rstrip(),
+        f"- {dated()}",
+        f"- {machine()}",
+        "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+        f"- the default job with {size_in_words(arguments.model)}, lr {job.model['lr']:g}, "
+        f"complete schedules of {arguments.steps} steps, seeds from 0",
+        "",
+        "Validation loss in nats per token; state of all parameters. A difference is paired, "
+        "same weights and batches; its interval holds evaluation batches and a seed deviation "
+        "of 0.01. Below zero the row is better.",
+        "",
+        "## Blocks of other elements",
+        "",
+        *block_table(job, blocks, in_blocks),
+    ]
+    if arguments.outer_seeds:
+        in_outer = run_all(job, outer, arguments.outer_seeds, arguments.steps, kept)
+        lines += [
             "",
             "## Embedding and head",
             "",
-            "Scale 1 is the step that both have where they do not fold; the matrices have .25. "
-            "Blocks lie within a token.",
+            "Scale 1 is the step that both have where they do not fold; the matrices have "
+            f"{job.model['scale']:g}. Blocks lie within a token.",
             "",
             *outer_table(job, outer, in_outer),
-        ],
-        arguments.output,
-    )
+        ]
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

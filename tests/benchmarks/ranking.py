@@ -302,7 +302,7 @@ def main() -> None:
         f"- {dated()}",
         f"- {machine()}",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
-        f"- the default job with {_size(arguments.model)}, complete schedules of "
+        f"- the default job with {size_in_words(arguments.model)}, complete schedules of "
         f"{', '.join(map(str, lengths))} steps, seeds 0 to {arguments.seeds - 1}"
         + (
             "; shorter runs at the learning rate of their length (`tuner/horizon.py`): that of the "
@@ -325,7 +325,8 @@ def main() -> None:
     publish([*lines, *page.lines()], output)
 
 
-def _size(model: str) -> str:
+def size_in_words(model: str) -> str:
+    """Say what tells the models apart."""
     settings = job_of(model).model
     names = {"hidden_size": "hidden", "num_hidden_layers": "layers"}
     return ", ".join(f"{words} {settings[name]}" for name, words in names.items())

@@ -1,14 +1,14 @@
 """Does what a search finds on a narrow twin hold at full width, and how do scales carry over?
 
-    python -m tests.benchmarks.twin [--seeds 3] [--short-seeds 1] [--steps 600] [--output FILE]
+    python -m tests.benchmarks.twin [--seeds 3] [--short-seeds 1] [--steps 1200] [--output FILE]
 
 The model is the larger one of the ranking, 4 layers of hidden 192, its twin of hidden 64, both on
 the data of the default job. First, uniform level 2 and split-lr Adam at both widths and several
-scales, in complete runs of 150 steps. Then a budget that level 2 fits and Adam does not: a search
-of 8 short runs of 150 steps on the twin, whose plan is widened and trained at full width, beside
-what the settings say at the same bytes and beside Adam. One thread trains. Runs are
-kept beside FILE, in FILE.kept: interrupted, it goes on from them. Delete them after a change of the
-code.
+scales, in complete runs of 300 steps. Then a budget that level 2 fits and Adam does not: a search
+of 12 short runs of 300 steps on the twin, whose plan is widened and trained at full width, beside
+the plan that a search is not needed for, uniform ones of its bytes, and four Adams. One thread
+trains. Runs are kept beside FILE, in FILE.kept: interrupted, it goes on from them. Delete them
+after a change of the code.
 """
 
 import argparse
@@ -30,16 +30,14 @@ from tuner.effort import Effort
 from tuner.fitting import Fitting
 from tuner.objective import ShortRun, paired_difference
 from tuner.outcome import Outcome
-from tuner.scales import scales_in_words, turned
+from tuner.scales import ADAMS_QK, scales_in_words, turned
 from tuner.search import search
 from tuner.twin import Twin, twin_sizes
 
-FACTORS = (2.0, 1.0, 0.5, 0.333, 0.167)
-SHORT = 150
+FACTORS = (6.0, 3.0, 1.5, 1.0, 0.5)  # three is the ratio of the widths
+SHORT = 300
 LEVEL = 2  # the lowest that fits the budget
-EFFORT = Effort(num_trials=8, steps=SHORT, num_seeds=1)
-# The scale of Adam that is best at full width in the first table, beside that of the settings.
-ADAMS_FACTOR = 0.167
+EFFORT = Effort(num_trials=12, steps=SHORT, num_seeds=2)
 
 
 def twin_of(job: Job) -> Twin:
@@ -100,13 +98,22 @@ def rows_of(fitting: Fitting, outcome: Outcome) -> list[Row]:
         fitting.uniform_levels,
         key=lambda n: abs(fitting.folded_bytes(fitting.uniform(n)) - winner.state_bytes),
     )
+    uniform = fitting.uniform(level)
+    of_twin = next((c.plan for c in outcome.finalists if c.label == f"uniform level {level}"), None)
     return [
         Row(winner.label, "found on the twin", winner.plan),
-        Row(f"uniform level {level}", "as configured", fitting.uniform(level)),
-        Row(
-            "split-lr Adam",
-            f"scale x {ADAMS_FACTOR:.3g}, best at full width in the first table",
-            turned(adam, scale_factor=ADAMS_FACTOR),
+        *(
+            [Row(f"uniform level {level}", "found on the twin", of_twin)]
+            if of_twin not in (None, winner.plan)
+            else []
+        ),
+        Row("without a search", "as configured", fitting.untuned()),
+        Row(f"uniform level {level}", "as configured", uniform),
+        Row("split-lr Adam", "as configured", adam),
+        *(
+            Row("split-lr Adam", f"q, k x {ADAMS_QK:g}, lr x {factor:g}", plan)
+            for factor in (0.5, 1.0, 2.0)
+            for plan in (turned(adam, qk_factor=ADAMS_QK, lr_factor=factor),)
         ),
     ]
 
@@ -187,7 +194,8 @@ def transferred(job: Job, kept: Path, *, num_seeds: int, num_steps: int) -> list
         "",
         *search_table(outcome),
         "",
-        f"At full width, {num_steps} steps. A difference is paired, same weights and batches; its "
+        f"At full width, {num_steps} steps, short runs on the twin at the learning rate of their "
+        "length. A difference is paired, same weights and batches; its "
         "interval holds evaluation batches and a seed deviation of 0.01. Above zero the plan found "
         "is better.",
         "",
@@ -199,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="at full width; 0 leaves it out")
     parser.add_argument("--short-seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -209,6 +217,7 @@ def main() -> None:
             kept = arguments.output.with_suffix(".kept")
             kept.mkdir(exist_ok=True)
         job = job_of("larger")
+        job = replace(job, trainer={**job.trainer, "max_steps": arguments.steps})
         found = by_width(job, kept, arguments.short_seeds)
         if seeds := arguments.seeds:
             found += transferred(job, kept, num_seeds=seeds, num_steps=arguments.steps)
