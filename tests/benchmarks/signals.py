@@ -1,6 +1,7 @@
 """Does a signal of one Adam run predict which plan a long run prefers? Two models, 16 plans each.
 
-    python -m tests.benchmarks.signals [--models default] [--kept FOLDER] [--output FILE]
+    python -m tests.benchmarks.signals [--models default] [--short 150 300] [--kept FOLDER]
+        [--output FILE]
 
 The plans are the folded ones of `ranking`, which share lr and the rule of scales, and so are the
 runs: FOLDER holds default.json and larger.json as that benchmark keeps them, and what is missing
@@ -38,7 +39,7 @@ from tests.benchmarks.ranking import MODELS, Row, Task, job_of, rows_of, runs_of
 from tuner.objective import Bench
 
 PROBE_STEPS = 300
-LONG, SHORT = 1200, (150, 300)
+LONG = 1200
 SHARE = 0.25  # of Adam's state; plans that keep it are compared among themselves too
 BASE = "base curve"
 Table = Mapping[str, Sequence[float]]
@@ -113,11 +114,14 @@ def tables_of(model: str, kept: Kept) -> dict[str, Table]:
     }
 
 
-def measure(model: str, runs_at: Path | None, num_seeds: int, kept: Kept) -> Measured:
+def measure(
+    model: str, short: Sequence[int], runs_at: Path | None, num_seeds: int, kept: Kept
+) -> Measured:
     """Measure the signals of a model, and give the losses of its plans.
 
     Args:
         model: One of `MODELS`.
+        short: Optimizer steps of the runs that signals are set beside.
         runs_at: Where `ranking` keeps its runs.
         num_seeds: Seeds from 0.
         kept: Where signals are kept.
@@ -129,7 +133,7 @@ def measure(model: str, runs_at: Path | None, num_seeds: int, kept: Kept) -> Mea
             [Task(model, row.plan.to_json(), steps, seed) for row in rows]
             for seed in range(num_seeds)
         ]
-        for steps in (LONG, *SHORT)
+        for steps in (LONG, *short)
     }
     runs = runs_of([t for of_steps in tasks.values() for row in of_steps for t in row], runs_at)
     losses = {
@@ -154,7 +158,11 @@ def table(of: Measured) -> list[str]:
         (signal, words): np.array([predicted(row.plan, damage, weights) for row in of.rows])
         for signal, damage in of.tables.items()
         for words, weights in weighings.items()
-    } | {(f"loss after {steps} steps", "-"): of.losses[steps].mean(axis=0) for steps in SHORT}
+    } | {
+        (f"loss after {steps} steps", "-"): losses.mean(axis=0)
+        for steps, losses in of.losses.items()
+        if steps != LONG
+    }
     rival = predictions[BASE, "by size"]
     for (name, words), values in predictions.items():
         cells = []
@@ -191,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kept", type=Path, help="folder of the runs of the ranking benchmark")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--short", type=int, nargs="*", default=[150, 300], help="optimizer steps")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -214,7 +223,7 @@ def main() -> None:
     ]
     for model in arguments.models:
         runs_at = None if arguments.kept is None else arguments.kept / f"{model}.json"
-        found = measure(model, runs_at, arguments.seeds, kept)
+        found = measure(model, arguments.short, runs_at, arguments.seeds, kept)
         lines += ["", f"## The {model} model", "", *table(found)]
     publish(lines, arguments.output)
 
