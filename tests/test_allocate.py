@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.benchmarks.allocate import LAYERS, budget_of, by_milp, costs_of, damages_of, total
+from tests.benchmarks.allocate import (
+    LAYERS,
+    budget_of,
+    by_milp,
+    costs_of,
+    damages_of,
+    total,
+    unlike,
+)
 from tuner import knapsack
 from tuner.allocate import AllocationError, allocate
 
@@ -114,6 +122,18 @@ def test_equals_a_mixed_integer_solver_at_560_matrices_of_9_levels(kind: str, sh
     assert total(damage, columns) == pytest.approx(total(damage, theirs), rel=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.37, 0.06])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_near_ties_between_560_matrices_of_which_no_two_are_alike_are_proven(
+    seed: int, share: float
+) -> None:
+    cost, by_kind = unlike(560, seed)
+    budget = budget_of(cost, share)
+    for damage in by_kind.values():
+        columns = allocate(cost, damage, budget)  # would warn if it were not proven exact
+        assert budget - cost[:, 8].max() <= total(cost, columns) <= budget
+
+
 @given(tables(), st.integers(0, 10**12))
 def test_a_larger_budget_is_never_worse(problem: tuple[Costs, Damages, int], more: int) -> None:
     cost, damage, budget = problem
@@ -203,7 +223,7 @@ def test_the_largest_llama_is_solved_within_its_budget(fraction: float, are_alik
 
 
 def test_a_search_too_wide_says_how_far_the_optimum_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knapsack, "_WIDTHS", (4,))
+    monkeypatch.setattr(knapsack, "_SEARCHES", ((4, 40),))
     rng = np.random.default_rng(0)
     cost = rng.integers(1, 10**8, (40, 9))
     with pytest.warns(RuntimeWarning, match="not proven exact"):

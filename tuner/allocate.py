@@ -122,9 +122,6 @@ def _frontier(costs: _Ints, damages: _Floats) -> _Row:
 def _search(rows: list[_Row], room: int) -> list[int]:
     """Search with ever finer quanta until they are fine against the answer itself."""
     costs = [row.costs - row.costs[0] for row in rows]
-    # Only multiples of the common unit can be spent; counting in it makes every bound tighter.
-    unit = max(int(np.gcd.reduce(np.concatenate(costs))), 1)
-    costs, room = [row // unit for row in costs], room // unit
     scale = math.fsum(float(row.losses[0]) for row in rows)
     while True:
         shift = _QUANTA_BITS - math.frexp(scale)[1]
