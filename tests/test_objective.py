@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,26 @@ def test_the_interval_follows_from_batches_and_seeds() -> None:
     of_batches = [float(torch.tensor(row).var()) / 4 for row in gaps]
     variance = (SEED_DEVIATION**2 + sum(of_batches) / 2) / 2
     assert found.half_width == pytest.approx(1.96 * math.sqrt(variance), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_the_interval_is_that_of_a_bootstrap_over_batches_and_seeds(num_seeds: int) -> None:
+    random = np.random.default_rng(num_seeds)
+    tokens = random.integers(800, 1000, 32)
+    gaps = random.normal(-0.02, 0.04, (num_seeds, 32)) * tokens
+    others = random.normal(4.0, 0.5, (num_seeds, 32)) * tokens
+    found = paired_difference(
+        [ShortRun(nats.tolist(), tokens.tolist()) for nats in others + gaps],
+        [ShortRun(nats.tolist(), tokens.tolist()) for nats in others],
+    )
+    draws = []
+    for of_seed in gaps:
+        drawn = random.integers(0, 32, (20_000, 32))
+        means = of_seed[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
+        draws.append(means + random.normal(0, SEED_DEVIATION, 20_000))
+    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
+    assert found.half_width == pytest.approx((high - low) / 2, rel=0.05)
+    assert found.mean == pytest.approx((high + low) / 2, abs=5e-4)
 
 
 def test_the_difference_turns_round_with_its_sides() -> None:

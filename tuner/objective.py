@@ -71,6 +71,7 @@ def paired_difference(runs: Sequence[ShortRun], others: Sequence[ShortRun]) -> D
 
     The variance of the mean is that of the batches, which pairing makes small, plus that of the
     seeds, `SEED_DEVIATION ** 2`, over the number of seeds: too few runs to estimate it from them.
+    A bootstrap over batches and seeds of that deviation has the same interval.
 
     Args:
         runs: The first plan's runs, one per seed.
