@@ -310,6 +310,7 @@ def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
     """Open the run folder, once nothing that the user gave can still be wrong."""
     from foam_lightning.run_folder import RunFolder, write_text
 
+    job.check_weights()
     job.new_data(job.levers).setup()
     folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
     if not folder.plan.exists():

@@ -26,6 +26,7 @@ FOAM_LIGHTNING_LAYERS = [
     {"optim"},
     {"memory"},
     {"model", "data", "recompute"},
+    {"pretrained"},
     {"beginning", "step_mean"},
     {"module"},
     {"callbacks", "job", "checkpoint", "shortage"},

@@ -13,7 +13,7 @@ from foam_lightning.data.packing import IGNORED, evenly_spaced, num_in_whole_bat
 from foam_lightning.data.sources import VALIDATION_FRACTION
 from foam_lightning.data.tokenizer import fingerprint_of
 from foam_lightning.devices import is_first_process
-from foam_lightning.errors import DataError
+from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -195,8 +195,9 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, place:
                 messages[:number], add_generation_prompt=prompts, return_dict=False
             )
         except Exception as error:  # a template raises what it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"{place}: the chat template refuses it ({reason}); mend it") from error
+            raise DataError(
+                f"{place}: the chat template refuses it ({first_line(error)}); mend it"
+            ) from error
         return cast(list[int], found)
 
     ids: list[int] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from foam_lightning.data.cache import cache_key, written_beside
-from foam_lightning.errors import DataError
+from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -193,9 +193,8 @@ def _loaded(name: str) -> "PreTrainedTokenizerBase":
             name, trust_remote_code=False
         )
     except Exception as error:  # a broken tokenizer.json raises a plain Exception
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         raise DataError(
-            f"cannot load the tokenizer {name!r}: {reason}; give a folder that holds "
+            f"cannot load the tokenizer {name!r}: {first_line(error)}; give a folder that holds "
             "tokenizer.json, or the name of one on the Hugging Face Hub, with data.tokenizer"
         ) from error
     return tokenizer
