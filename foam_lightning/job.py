@@ -198,7 +198,7 @@ class Job:
         Raises:
             CheckpointError: They are missing, damaged, or do not fit.
         """
-        check_beginning({**self.model, "architecture": self.architecture})
+        check_beginning(self.new_module().hparams)
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
         """Make the module; weights come with `configure_model`.

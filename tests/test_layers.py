@@ -31,7 +31,7 @@ FOAM_LIGHTNING_LAYERS = [
     {"module"},
     {"callbacks", "job", "checkpoint", "shortage"},
     {"hyperparameters"},
-    {"training", "continuing"},
+    {"training", "continuing", "writing"},
 ]
 TUNER_LAYERS = [
     {

@@ -84,6 +84,12 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
     return pad if isinstance(pad, int) and pad < vocab_size else end_of_text(tokenizer)
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Give the tokens that no text becomes."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Piece]:
     """Turn documents into tokens, without any special token.
 
@@ -202,9 +208,7 @@ def _loaded(name: str) -> "PreTrainedTokenizerBase":
 
 def _check_fits(tokenizer: "PreTrainedTokenizerBase", name: str, vocab_size: int) -> None:
     # T5 numbers its sentinels <extra_id_*> above the vocabulary; text never becomes one of them.
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = special_ids(tokenizer)
     largest = max(
         end_of_text(tokenizer),
         *(number for number in tokenizer.get_vocab().values() if number not in special),
