@@ -35,10 +35,9 @@ def write(
     """
     from transformers import TextStreamer
 
+    module = load_module(path).eval()
     tokenizer = load_tokenizer(path)
     inputs = _of_user(tokenizer, prompt) if is_chat else _beginning(tokenizer, prompt)
-    module = load_module(path)
-    module.eval()
     writer: Any = module.model
     ends = writer.generation_config.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
