@@ -247,6 +247,7 @@ def _generate(settings: "Settings") -> None:
 
 def _export(settings: "Settings") -> None:
     from foam_lightning.checkpoint import load_module, load_tokenizer
+    from foam_lightning.data.chat import end_of_turn
     from foam_lightning.model import save
 
     path, output = Path(settings.ckpt_path), Path(settings.output)
@@ -254,7 +255,9 @@ def _export(settings: "Settings") -> None:
         raise CheckpointError(f"{output} exists and is not an empty folder; choose another")
     module = load_module(path)
     assert module.model is not None
-    save(module.model, load_tokenizer(path), output)
+    tokenizer = load_tokenizer(path)
+    turn = end_of_turn(tokenizer) if settings.data.chat else None
+    save(module.model, tokenizer, output, end_of_turn=turn)
     print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")
 
 

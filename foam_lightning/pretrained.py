@@ -1,6 +1,7 @@
 """A local Hugging Face folder to start from: what it holds, whether it is whole, its weights."""
 
 import json
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +183,8 @@ def _shapes_in(file: Path) -> Iterator[tuple[str, Shape]]:
             for name in opened.keys():  # noqa: SIM118
                 yield name, tuple(opened.get_slice(name).get_shape())
         return
-    content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    is_zip = zipfile.is_zipfile(file)  # of torch 1.6 and later; others cannot be mapped
+    content = torch.load(file, map_location="meta", weights_only=True, mmap=is_zip)
     yield from ((name, tuple(weight.shape)) for name, weight in content.items())
 
 
