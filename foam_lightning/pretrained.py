@@ -78,7 +78,7 @@ def check_weights(folder: str) -> None:
         except Exception as error:  # safetensors and torch raise anything on a damaged file
             raise CheckpointError(
                 f"cannot load the weights in {folder}: {file.name} is missing, truncated or "
-                f"damaged ({first_line(error)})"
+                f"damaged ({type(error).__name__}); take the whole folder again"
             ) from error
     _refuse(
         folder,
