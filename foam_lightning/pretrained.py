@@ -63,7 +63,7 @@ def read_config(folder: str) -> "LlamaConfig":
 def check_weights(folder: str) -> None:
     """Refuse a folder whose weights `load` would refuse, by names and shapes alone.
 
-    The heads of the files are read, and no weight: a large model takes a moment.
+    The heads of the files are read, and no weight.
 
     Raises:
         CheckpointError: As for `load`.
