@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning import model as llama
+from foam_lightning import pretrained
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +34,7 @@ def config_of(settings: Mapping[str, Any]) -> "LlamaConfig":
         config: LlamaConfig = kind.from_dict(content)
         return config
     if settings["pretrained"] is not None:
-        return llama.read_config(settings["pretrained"])
+        return pretrained.read_config(settings["pretrained"])
     return llama.describe(**{name: settings[name] for name in _SIZES})
 
 
@@ -52,11 +53,24 @@ def begin(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
 
     kept = settings["architecture"]
     if settings["pretrained"] is not None and kept is None:
-        return llama.load(settings["pretrained"])
+        return pretrained.load(settings["pretrained"])
     model = llama.build(config_of(settings), seed=settings["seed"])
     if kept is not None:
         model.generation_config = GenerationConfig.from_dict(dict(kept["generation_config"]))
     return model
+
+
+def check_beginning(settings: Mapping[str, Any]) -> None:
+    """Refuse weights that `begin` would refuse, before they are read.
+
+    Args:
+        settings: As for `begin`.
+
+    Raises:
+        CheckpointError: The folder holds no model that is known, or its weights do not fit it.
+    """
+    if settings["pretrained"] is not None and settings["architecture"] is None:
+        pretrained.check_weights(settings["pretrained"])
 
 
 def architecture_of(model: "LlamaForCausalLM") -> dict[str, Any]:

@@ -79,7 +79,9 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         raise CheckpointError(
             f"there is no tokenizer in {folder}; leave the checkpoint in its run folder"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise CheckpointError(f"{folder} does not hold a tokenizer")
     return tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, register_type
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, register_type
 from lightning.pytorch import Trainer
 
 from foam_lightning.data.module import TextData
@@ -89,9 +89,11 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
             shared.pop(key, None)
         text = str(parser.dump(shared, skip_validation=True))
         typed = shlex.join(["python", "cli.py", command, *options])
-        return Settings(parser.instantiate(values), text, typed)
+        settings = Settings(parser.instantiate(values), text, typed)
     except ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    _ = settings.tune  # its numbers are refused now, not when a folder is there
+    return settings
 
 
 def _with_lists(options: Sequence[str]) -> list[str]:
@@ -154,8 +156,8 @@ def _add_own(parser: ArgumentParser, command: str) -> None:
         parser.add_argument("--picture", type=str | None, default=None)
     if command == "generate":
         parser.add_argument("--prompt", type=str, default="")
-        parser.add_argument("--max_new_tokens", type=int, default=200)
-        parser.add_argument("--temperature", type=float, default=0.8)
+        parser.add_argument("--max_new_tokens", type=PositiveInt, default=200)
+        parser.add_argument("--temperature", type=NonNegativeFloat, default=0.8)
     if command == "compare":
         parser.add_argument("--optimizers", type=str | None, default=None)
         parser.add_argument("--steps", type=int, default=300)

@@ -156,8 +156,12 @@ def _read(settings: Mapping[str, Any], place: str) -> Source:
     if not _is_number(weight) or not 0 < weight < math.inf:
         raise ConfigError(f"{place}.weight must be a number above 0, got {weight!r}; give it one")
     for key in ("files", "validation_files"):
-        if not isinstance(settings.get(key), list | None):
-            raise ConfigError(f"{place}.{key} must be a list of paths, got {settings[key]!r}")
+        paths = settings.get(key)
+        if paths is not None and not _are_texts(paths):
+            raise ConfigError(f"{place}.{key} must be a list of paths, got {paths!r}")
+    for key in ("text_column", "dataset", "dataset_config"):
+        if not isinstance(settings.get(key, ""), str | None):
+            raise ConfigError(f"{place}.{key} must be a text, got {settings[key]!r}")
     source = Source(**settings)
     source.check(place)
     if source.files is None and source.dataset is None:
@@ -167,6 +171,10 @@ def _read(settings: Mapping[str, Any], place: str) -> Source:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _spread(documents: "Dataset") -> Iterator[dict[str, str]]:

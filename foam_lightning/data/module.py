@@ -233,6 +233,8 @@ class TextData(LightningDataModule):
         for name in ("sequence_length", "batch_size", "micro_batch_size", "validation_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise ConfigError("data.sequence_length 1 leaves no next token to learn; set 2 or more")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"data.micro_batch_size {self.micro_batch_size} does not divide data.batch_size "

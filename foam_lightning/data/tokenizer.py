@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from foam_lightning.data.cache import cache_key, written_beside
-from foam_lightning.errors import DataError
+from foam_lightning.data.cache import cache_key, damaged, written_beside
+from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -84,6 +84,12 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
     return pad if isinstance(pad, int) and pad < vocab_size else end_of_text(tokenizer)
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Give the tokens that no text becomes."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Piece]:
     """Turn documents into tokens, without any special token.
 
@@ -118,6 +124,7 @@ def _encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> lis
 
 
 def _cut(text: str) -> Iterator[tuple[str, bool, bool]]:
+    _require_text(text)
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         line_end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
@@ -125,6 +132,15 @@ def _cut(text: str) -> Iterator[tuple[str, bool, bool]]:
         yield text[start:stop], start == 0, False
         start = stop
     yield text[start:], start == 0, True
+
+
+def _require_text(text: object) -> None:
+    """Refuse what a dataset may hold in place of a text: a number, or nothing."""
+    if not isinstance(text, str):
+        raise DataError(
+            f"a document is {text!r:.40}, not a text; name the column that holds the text with "
+            "data.text_column, or choose another dataset"
+        )
 
 
 def _trained(
@@ -143,8 +159,12 @@ def _trained(
     if not path.exists():
         with written_beside(path) as temporary:
             _train(sample, vocab_size).save(str(temporary))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # what tokenizers raises is no more than that
+        raise damaged(path, error) from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_file(str(path)),
+        tokenizer_object=backend,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
@@ -179,6 +199,7 @@ def _sample(documents: "Dataset | IterableDataset") -> Iterator[str]:
         texts = (document["text"] for document in islice(documents, _SAMPLE_DOCUMENTS))
     left = _SAMPLE_CHARACTERS
     for text in texts:
+        _require_text(text)
         yield text[:left]
         left -= len(text)
         if left <= 0:
@@ -193,9 +214,8 @@ def _loaded(name: str) -> "PreTrainedTokenizerBase":
             name, trust_remote_code=False
         )
     except Exception as error:  # a broken tokenizer.json raises a plain Exception
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         raise DataError(
-            f"cannot load the tokenizer {name!r}: {reason}; give a folder that holds "
+            f"cannot load the tokenizer {name!r}: {first_line(error)}; give a folder that holds "
             "tokenizer.json, or the name of one on the Hugging Face Hub, with data.tokenizer"
         ) from error
     return tokenizer
@@ -203,9 +223,7 @@ def _loaded(name: str) -> "PreTrainedTokenizerBase":
 
 def _check_fits(tokenizer: "PreTrainedTokenizerBase", name: str, vocab_size: int) -> None:
     # T5 numbers its sentinels <extra_id_*> above the vocabulary; text never becomes one of them.
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = special_ids(tokenizer)
     largest = max(
         end_of_text(tokenizer),
         *(number for number in tokenizer.get_vocab().values() if number not in special),
