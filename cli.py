@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from foam_lightning import __version__
 from foam_lightning.devices import is_first_process
 from foam_lightning.errors import CheckpointError, ConfigError, FellBackError, FoamError
-from tuner.usage import COMMANDS, check_at_once, command_help, general_help, values_of
+from tuner.usage import (
+    COMMANDS,
+    check_at_once,
+    check_config,
+    command_help,
+    general_help,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from foam_lightning.job import Job
@@ -63,12 +70,11 @@ def _answer(words: list[str]) -> int:
         print(f"foam-lightning {__version__}")
         return 0
     command, options = words[0], words[1:]
-    if command not in COMMANDS:
-        raise ConfigError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-    if "-h" in options or "--help" in options:
+    if command in COMMANDS and ("-h" in options or "--help" in options):
         print(command_help(command))
         return 0
-    check_at_once(options)
+    check_at_once(command, options)
+    default = _default_config(options)
     is_first = "tuner.settings" not in sys.modules
     gc.disable()  # modules live to the end: looking for garbage among them takes seconds
     from tuner.settings import parse
@@ -76,7 +82,7 @@ def _answer(words: list[str]) -> int:
     if is_first:
         gc.freeze()  # nor is it looked for among them later
     gc.enable()
-    settings = parse(command, options, default=_default_config(options))
+    settings = parse(command, options, default=default)
     _quieten()
     runner = {
         "fit": _fit,
@@ -98,6 +104,7 @@ def _default_config(options: list[str]) -> Path | None:
     for checkpoint in values_of(options, "--ckpt_path"):
         beside = Path(checkpoint).resolve().parent.parent / "config.yaml"
         if beside.is_file():
+            check_config(beside)
             return beside
     return Path(__file__).parent / "configs" / "default.yaml"
 

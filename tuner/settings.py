@@ -1,14 +1,16 @@
 """Settings: YAML and command line, read by Lightning's configuration layer into one job."""
 
 import json
+import re
 import shlex
+import textwrap
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers
 from jsonargparse.typing import NonNegativeInt, register_type
 from lightning.pytorch import Trainer
 
@@ -17,14 +19,23 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.units import ByteSize
+from tuner.class_paths import allow_only, refusal
 from tuner.effort import TuneOptions
+from tuner.usage import nearest, values_of
+from tuner.yaml_text import careful
 
 # Options of single commands; all others are shared, so that one YAML serves every command.
 _OWN = (
     *("ckpt_path", "format", "uniform_level", "tensors", "picture"),
     *("prompt", "max_new_tokens", "temperature", "output", "biased"),
     *("optimizers", "steps", "seeds"),
+    "allow_class_paths",
 )
+# Values are YAML too, on the command line and as texts within a file; there is no public place to
+# say how they are read.
+_loaders_dumpers.yaml_default_loader = careful(_loaders_dumpers.get_yaml_default_loader())
+_ALLOW = ("--allow-class-paths", "--allow_class_paths")
+_MOST_CHARACTERS = 500  # of an error; a value may be long, and a type's description is
 
 
 @dataclass(frozen=True)
@@ -80,18 +91,33 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
     Raises:
         ConfigError: An option or a key is unknown, missing, or of the wrong type.
     """
+    allow_only(name for names in values_of(options, *_ALLOW) for name in names.split(","))
     parser = make_parser(command)
     try:
         beginning = ("--config", str(default)) if default else ()
-        values = parser.parse_args([*beginning, *_with_lists(options)])
+        values = parser.parse_args([*beginning, *_with_lists(options)], env=False)
         shared = values.clone()
         for key in ("config", *_OWN):
             shared.pop(key, None)
         text = str(parser.dump(shared, skip_validation=True))
         typed = shlex.join(["python", "cli.py", command, *options])
         return Settings(parser.instantiate(values), text, typed)
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except (ArgumentError, RecursionError) as error:
+        raise ConfigError(_line(error, parser)) from error
+
+
+def _line(error: Exception, parser: ArgumentParser) -> str:
+    """Say in one line what the configuration layer found."""
+    text = " ".join(str(error).split())
+    denied = re.search(r"Importing '([^']+)' is not allowed", text)
+    if denied is not None:
+        return refusal(denied[1])
+    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '(\S+)'", text)
+    if unknown is not None:
+        known = (name for action in parser._actions for name in action.option_strings)
+        word = (unknown[1] or f"--{unknown[2]}").partition("=")[0]
+        text += nearest(word, known if unknown[1] else (name[2:] for name in known))
+    return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...")
 
 
 def _with_lists(options: Sequence[str]) -> list[str]:
@@ -119,13 +145,14 @@ def make_parser(command: str) -> ArgumentParser:
         command: One of fit, plan, tune, validate, generate, export, compare.
     """
     register_type(ByteSize, serializer=str, deserializer=ByteSize, fail_already_registered=False)
-    parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--memory_budget", "--memory-budget", type=ByteSize, default=None)
     parser.add_argument("--fold_plan", "--fold-plan", type=str | None, default=None)
     parser.add_argument("--seed_everything", type=int, default=0)
     parser.add_argument("--name", type=str, default="default")
     parser.add_argument("--runs", type=str, default="runs")
+    parser.add_argument(*reversed(_ALLOW), type=str | None, default=None)
     parser.add_class_arguments(TuneOptions, "tune", instantiate=False)
     parser.add_class_arguments(LlamaFoam, "model", instantiate=False, skip={"seed", "architecture"})
     parser.add_class_arguments(TextData, "data", instantiate=False, skip={"seed", "vocab_size"})
