@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("type the same command again to go on", file=sys.stderr)
         return error.exit_code
     except FoamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What was typed, or is called so in a file, may hold line breaks.
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; type the same command again to go on", file=sys.stderr)

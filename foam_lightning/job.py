@@ -18,6 +18,7 @@ from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.rivals import check as check_rival
 from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.ranges import DATA, MAX_STEPS, SEED, check_ranges
 from foam_lightning.replicas import OnePlaceDDP
 
 _BARE = {
@@ -62,10 +63,9 @@ class Job:
                 "trainer.accumulate_grad_batches follows from data.batch_size and "
                 "data.micro_batch_size; set data.micro_batch_size instead"
             )
-        if self.trainer.get("max_steps", -1) < 1:
-            raise ConfigError(
-                f"trainer.max_steps must be 1 or more, got {self.trainer.get('max_steps', -1)}"
-            )
+        asked = {"seed_everything": self.seed, "trainer.max_steps": self.trainer.get("max_steps", -1)}
+        check_ranges("", asked, {"seed_everything": SEED, "trainer.max_steps": MAX_STEPS})
+        check_ranges("data.", self.data, DATA)
 
     @property
     def optimizer(self) -> str:
@@ -127,7 +127,7 @@ class Job:
         releases = bool(self.model.get("gradient_release"))
         self._check_release(releases)
         micro = int(self.data["micro_batch_size"] or max(1, self.batch_size // num_devices))
-        if micro < 1 or self.batch_size % (micro * num_devices):
+        if self.batch_size % (micro * num_devices):
             over = f" x trainer.devices {num_devices}" if num_devices > 1 else ""
             raise ConfigError(
                 f"data.micro_batch_size {micro}{over} must divide data.batch_size {self.batch_size}"

@@ -15,7 +15,8 @@ _UNITS = {
     "TIB": 2**40,
 }
 _NAMES = ("TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "kB")
-_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
+# Python reads no longer numbers, and no memory has so many bytes.
+_PATTERN = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]{1,3})\s*")
 
 
 class ByteSize(int):
@@ -53,7 +54,7 @@ def _parse(text: str) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(
-            f"{text!r} is not a memory size; write a number and a unit, for example 24GB or 22.5GiB"
+            f"{text[:40]!r} is not a memory size; write a number and a unit, for example 24GB or 22.5GiB"
         )
     whole, _, fraction = match[1].partition(".")
     # Integers all the way: a float would lose bytes above 2**53.

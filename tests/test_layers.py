@@ -20,7 +20,7 @@ FILES = sorted(
 FOAM_LIGHTNING_LAYERS = [
     {"units", "roles", "loss", "cache_home", "perplexity", "schedule", "sharding", "replicas"},
     {"errors"},
-    {"devices"},
+    {"devices", "ranges"},
     {"run_folder"},
     {"plan"},
     {"optim"},
@@ -36,7 +36,9 @@ TUNER_LAYERS = [
     {
         "relaxation",
         "scales",
-        "usage",
+        "yaml_text",
+        "credentials",
+        "class_paths",
         "tensor_view",
         "effort",
         "canvas",
@@ -58,6 +60,7 @@ TUNER_LAYERS = [
     {"report", "verdict", "rehearsal", "guard"},
     {"run", "plan", "comparing"},
     {"fit"},
+    {"usage"},
     {"settings"},
 ]
 

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import textwrap
-from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from jsonargparse.typing import NonNegativeInt, register_type
 from lightning.pytorch import Trainer
 
 from foam_lightning.data.module import TextData
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import ConfigError, FoamError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.units import ByteSize
@@ -101,22 +100,29 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
             shared.pop(key, None)
         text = str(parser.dump(shared, skip_validation=True))
         typed = shlex.join(["python", "cli.py", command, *options])
-        return Settings(parser.instantiate(values), text, typed)
-    except (ArgumentError, RecursionError) as error:
+        settings = Settings(parser.instantiate(values), text, typed)
+    except FoamError:
+        raise
+    except Exception as error:  # whatever a type, or the constructor of a callback, raises
         raise ConfigError(_line(error, parser)) from error
+    _ = settings.tune  # out of range, if any is
+    return settings
 
 
 def _line(error: Exception, parser: ArgumentParser) -> str:
     """Say in one line what the configuration layer found."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
     denied = re.search(r"Importing '([^']+)' is not allowed", text)
     if denied is not None:
         return refusal(denied[1])
-    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '(\S+)'", text)
-    if unknown is not None:
-        known = (name for action in parser._actions for name in action.option_strings)
-        word = (unknown[1] or f"--{unknown[2]}").partition("=")[0]
-        text += nearest(word, known if unknown[1] else (name[2:] for name in known))
+    flag = re.search(r"unrecognized arguments: (--[^\s=]+)", text)
+    key = re.search(r"(?:Group '(\w+)' does not accept option|Option) '([^']+)'", text)
+    flags = [name for action in parser._actions for name in action.option_strings]
+    if flag is not None:
+        text += nearest(flag[1], flags)
+    elif key is not None:
+        name = key[2] if key[1] is None or key[2].startswith(key[1]) else f"{key[1]}.{key[2]}"
+        text += nearest(name, (name[2:] for name in flags))
     return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...")
 
 

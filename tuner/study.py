@@ -171,7 +171,7 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.sampler = TPESampler(
-                seed=self._seed * 10_007 + num_begun,
+                seed=(self._seed * 10_007 + num_begun) % 2**32,  # numpy takes no more
                 n_startup_trials=max(1, len(openers)),
                 multivariate=True,
             )
