@@ -302,6 +302,7 @@ def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     """Take the plan that the user has, from a checkpoint or a file, and refuse another model's."""
     from foam_lightning.checkpoint import read_checkpoint
     from foam_lightning.plan import FoldPlan
+    from foam_lightning.training import check_plan
 
     if settings.ckpt_path is not None:  # its levels are those of its optimizer state
         saved = read_checkpoint(Path(settings.ckpt_path))["fold_plan"]
@@ -311,7 +312,10 @@ def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     else:
         return None
     job.new_module().follow(plan)
-    return job.spread(plan)
+    plan = job.spread(plan)
+    if settings.ckpt_path is not None:
+        check_plan(Path(settings.ckpt_path), plan, job.optimizer)
+    return plan
 
 
 def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning import model as llama
+from foam_lightning.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,18 +24,30 @@ def config_of(settings: Mapping[str, Any]) -> "LlamaConfig":
 
     Raises:
         ConfigError: The sizes make no model.
-        CheckpointError: The folder holds none that is known.
+        CheckpointError: The folder, or what a checkpoint kept of one, holds none that is known.
     """
-    from transformers import CONFIG_MAPPING
-
     if settings["architecture"] is not None:
-        content = dict(settings["architecture"]["config"])
-        kind: Any = CONFIG_MAPPING[content["model_type"]]
-        config: LlamaConfig = kind.from_dict(content)
-        return config
+        return _kept_config(settings["architecture"])
     if settings["pretrained"] is not None:
         return llama.read_config(settings["pretrained"])
     return llama.describe(**{name: settings[name] for name in _SIZES})
+
+
+def _kept_config(architecture: Mapping[str, Any]) -> "LlamaConfig":
+    from transformers import CONFIG_MAPPING
+
+    try:
+        content = llama.plain(architecture["config"])
+        kind: Any = CONFIG_MAPPING[llama.known_type(content)]
+        config: LlamaConfig = kind.from_dict(content)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever its checks of sizes and types raise
+        raise CheckpointError(
+            f"the architecture in the checkpoint's hyper_parameters makes no model "
+            f"({type(error).__name__}); use another checkpoint"
+        ) from error
+    return config
 
 
 def begin(settings: Mapping[str, Any]) -> "LlamaForCausalLM":

@@ -178,12 +178,12 @@ class Job:
             ConfigError: The devices do not divide the batch, or the plan is for another one.
         """
         count, levers = self.devices.count, plan.levers
-        if count == 1 or levers.batch_size * count == self.batch_size:
+        if levers.batch_size * count == self.batch_size:
             return plan
         if levers.batch_size != self.batch_size or self.batch_size % count:
             raise ConfigError(
-                f"the plan takes {levers.batch_size} rows a step on one device, which {count} "
-                f"devices cannot divide into data.batch_size {self.batch_size}; make a plan for "
+                f"the plan takes {levers.batch_size} rows a step on one device, of which {count} "
+                f"cannot make data.batch_size {self.batch_size}; make a plan for this batch and "
                 f"trainer.devices {count}"
             )
         rows = self.batch_size // count

@@ -4,9 +4,10 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from foam_lightning.errors import PlanError
+from foam_lightning.ranges import MODEL, POSITIVE
 from foam_lightning.run_folder import write_text
 
 SCHEMA = "foam-lightning/fold-plan/2"
@@ -109,7 +110,7 @@ class FoldPlan:
                 of the wrong type or range.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON ({error}); pass a fold_plan.json") from error
         schema = content.pop("schema", None) if isinstance(content, dict) else None
@@ -181,7 +182,10 @@ class FoldPlan:
             for key, size in sizes.items():
                 _expect(isinstance(size, int), f"{model}.{key} must be an integer, got {size!r}")
         for name, level in self.levels.items():
-            _expect(_is_count(level, 0), f"the level of {name} must be 0 or more, got {level!r}")
+            _expect(
+                _is_count(level, 0) and MODEL["level"].holds(level),
+                f"the level of {name} must be {MODEL['level']}, got {level!r}",
+            )
             _expect(name in self.scales, f"{name} has a level and no scale; give it one")
         for name, scale in self.scales.items():
             _expect(name in self.levels, f"{name} has a scale and no level; give it one")
@@ -205,6 +209,13 @@ def _spread(by_level: Mapping[str, float], levels: Mapping[str, int]) -> dict[st
     return {name: scales[level] for name, level in levels.items()}
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of what JSON holds; of a key that is there twice nobody knows which counts."""
+    content = dict(pairs)
+    _expect(len(content) == len(pairs), "it says a key twice in one place")
+    return content
+
+
 def _expect(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
@@ -215,6 +226,5 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def _is_positive(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    )
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and POSITIVE.holds(value)

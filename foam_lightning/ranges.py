@@ -1,7 +1,7 @@
 """Where the numbers of the settings may lie."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from foam_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of numbers; NaN and infinity lie in none.
+    """An interval of numbers; NaN, infinity and integers that no float holds lie in none.
 
     Args:
         low: The least number.
@@ -21,22 +21,21 @@ class Range:
     """
 
     low: float = 0
-    high: float = math.inf
+    high: float = sys.float_info.max
     without_low: bool = False
     without_high: bool = False
 
     def holds(self, number: float) -> bool:
         """Tell whether the number lies within."""
         return (
-            math.isfinite(number)
-            and self.low <= number <= self.high
+            self.low <= number <= self.high
             and not (self.without_low and number == self.low)
             and not (self.without_high and number == self.high)
         )
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.without_low else f"{self.low} or more"
-        if self.high == math.inf:
+        if self.high == sys.float_info.max:
             return f"a finite number {low}"
         return f"{low} and {'below' if self.without_high else 'at most'} {self.high}"
 

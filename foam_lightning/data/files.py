@@ -1,6 +1,7 @@
 """Local text files as documents, with errors that name the file and the line."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _CHUNK_CHARACTERS = 2**23  # held in memory before a write
+# Half of a character beyond 16 bits; without its other half it is no text, which JSON lets pass.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def files_fingerprint(files: list[str], text_column: str) -> str:
@@ -152,11 +155,14 @@ def parse_line(line: bytes, place: str) -> Any:
         DataError: It is malformed, or not UTF-8.
     """
     try:
-        return json.loads(line)
-    except ValueError as error:
+        content = json.loads(line)
+        if _SURROGATE.search(line):
+            json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{place} is not JSON ({error}); every line must be one JSON object"
         ) from error
+    return content
 
 
 def _text_of(line: bytes, place: str, column: str) -> str:

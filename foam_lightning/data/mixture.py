@@ -15,6 +15,7 @@ from foam_lightning.data import draw
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.packing import evenly_spaced
 from foam_lightning.errors import ConfigError
+from foam_lightning.ranges import POSITIVE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -153,16 +154,24 @@ def _read(settings: Mapping[str, Any], place: str) -> Source:
     if unknown:
         raise ConfigError(f"{place} has no setting {unknown[0]!r}; there are {', '.join(known)}")
     weight = settings.get("weight")
-    if not _is_number(weight) or not 0 < weight < math.inf:
+    if not _is_number(weight) or not POSITIVE.holds(weight):
         raise ConfigError(f"{place}.weight must be a number above 0, got {weight!r}; give it one")
     for key in ("files", "validation_files"):
-        if not isinstance(settings.get(key), list | None):
-            raise ConfigError(f"{place}.{key} must be a list of paths, got {settings[key]!r}")
+        paths = settings.get(key)
+        if paths is not None and not (isinstance(paths, list) and all(map(_is_text, paths))):
+            raise ConfigError(f"{place}.{key} must be a list of paths, got {paths!r}")
+    for key in ("text_column", "dataset", "dataset_config"):
+        if not _is_text(settings.get(key, "")):
+            raise ConfigError(f"{place}.{key} must be a text, got {settings[key]!r}")
     source = Source(**settings)
     source.check(place)
     if source.files is None and source.dataset is None:
         raise ConfigError(f"{place} names neither files nor a dataset; give it one of them")
     return source
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
