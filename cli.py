@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from foam_lightning import __version__
 from foam_lightning.devices import is_first_process
@@ -241,27 +241,15 @@ def _validate(settings: "Settings") -> None:
 
 
 def _generate(settings: "Settings") -> None:
-    import torch
-    from transformers import TextStreamer
+    from foam_lightning.writing import write
 
-    from foam_lightning.checkpoint import load_module, load_tokenizer
-
-    path = Path(settings.ckpt_path)
-    module = load_module(path)
-    tokenizer = load_tokenizer(path)
-    torch.manual_seed(settings.seed_everything)
-    # An empty prompt starts a document, which is where one ended in training.
-    prompt = settings.prompt or tokenizer.eos_token
-    module.eval()
-    writer: Any = module.model
-    writer.generate(
-        **tokenizer(prompt, return_tensors="pt", return_token_type_ids=False),
+    write(
+        Path(settings.ckpt_path),
+        settings.prompt,
+        is_chat=settings.data.chat,
         max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.temperature > 0,
-        temperature=settings.temperature or None,
-        use_cache=True,
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        temperature=settings.temperature,
+        seed=settings.seed_everything,
     )
 
 
@@ -322,6 +310,7 @@ def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
     """Open the run folder, once nothing that the user gave can still be wrong."""
     from foam_lightning.run_folder import RunFolder, write_text
 
+    job.check_weights()
     job.new_data(job.levers).setup()
     folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
     if not folder.plan.exists():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning import model as llama
-from foam_lightning.errors import CheckpointError
+from foam_lightning import pretrained
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,27 +27,12 @@ def config_of(settings: Mapping[str, Any]) -> "LlamaConfig":
         CheckpointError: The folder, or what a checkpoint kept of one, holds none that is known.
     """
     if settings["architecture"] is not None:
-        return _kept_config(settings["architecture"])
+        kept = settings["architecture"]
+        config = kept.get("config") if isinstance(kept, Mapping) else None
+        return pretrained.as_config(config, "the architecture in the checkpoint's hyper_parameters")
     if settings["pretrained"] is not None:
-        return llama.read_config(settings["pretrained"])
+        return pretrained.read_config(settings["pretrained"])
     return llama.describe(**{name: settings[name] for name in _SIZES})
-
-
-def _kept_config(architecture: Mapping[str, Any]) -> "LlamaConfig":
-    from transformers import CONFIG_MAPPING
-
-    try:
-        content = llama.plain(architecture["config"])
-        kind: Any = CONFIG_MAPPING[llama.known_type(content)]
-        config: LlamaConfig = kind.from_dict(content)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever its checks of sizes and types raise
-        raise CheckpointError(
-            f"the architecture in the checkpoint's hyper_parameters makes no model "
-            f"({type(error).__name__}); use another checkpoint"
-        ) from error
-    return config
 
 
 def begin(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
@@ -65,11 +50,24 @@ def begin(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
 
     kept = settings["architecture"]
     if settings["pretrained"] is not None and kept is None:
-        return llama.load(settings["pretrained"])
+        return pretrained.load(settings["pretrained"])
     model = llama.build(config_of(settings), seed=settings["seed"])
     if kept is not None:
         model.generation_config = GenerationConfig.from_dict(dict(kept["generation_config"]))
     return model
+
+
+def check_beginning(settings: Mapping[str, Any]) -> None:
+    """Refuse weights that `begin` would refuse, before they are read.
+
+    Args:
+        settings: As for `begin`.
+
+    Raises:
+        CheckpointError: The folder holds no model that is known, or its weights do not fit it.
+    """
+    if settings["pretrained"] is not None and settings["architecture"] is None:
+        pretrained.check_weights(settings["pretrained"])
 
 
 def architecture_of(model: "LlamaForCausalLM") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foam_lightning.errors import CheckpointError
+from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
@@ -51,7 +51,7 @@ def load_module(path: Path) -> LlamaFoam:
         module.follow(FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}"))
     except (TypeError, ValueError, AttributeError) as error:  # what comes of settings of any kind
         raise CheckpointError(
-            f"the hyper_parameters in {path} make no model: {_first_line(error)}; use another one"
+            f"the hyper_parameters in {path} make no model: {first_line(error)}; use another one"
         ) from error
     weights = content["state_dict"]
     before = torch.get_default_dtype()
@@ -86,10 +86,6 @@ def _check_kinds(path: Path, content: dict[str, Any]) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def folder_of(path: Path) -> RunFolder:
     """Find the run folder that a checkpoint lies in: the parent of `checkpoints/`."""
     return RunFolder(path.resolve().parent.parent)
@@ -114,7 +110,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         )
     except Exception as error:  # a broken tokenizer.json raises a plain Exception
         raise CheckpointError(
-            f"cannot load the tokenizer in {folder}: {_first_line(error)}; use another checkpoint"
+            f"cannot load the tokenizer in {folder}: {first_line(error)}; use another checkpoint"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise CheckpointError(f"{folder} does not hold a tokenizer")

@@ -69,3 +69,8 @@ class InfeasibleBudgetError(FoamError):
             f"({terms}); the largest term is {binding.replace('_', ' ')}; lower data.batch_size, "
             f"choose a smaller model, or raise --memory-budget to at least {needed}"
         )
+
+
+def first_line(error: BaseException) -> str:
+    """Give what another library says, as far as it goes into a line of ours."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from foam_lightning.beginning import check_beginning
 from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError
@@ -190,6 +191,14 @@ class Job:
         micro = next(n for n in range(levers.micro_batch_size, 0, -1) if rows % n == 0)
         spread = replace(levers, micro_batch_size=micro, accumulate_grad_batches=rows // micro)
         return replace(plan, levers=spread)
+
+    def check_weights(self) -> None:
+        """Refuse a pretrained folder whose weights are not those of its model, without reading any.
+
+        Raises:
+            CheckpointError: They are missing, damaged, or do not fit.
+        """
+        check_beginning(self.new_module().hparams)
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
         """Make the module; weights come with `configure_model`.

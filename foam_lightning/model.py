@@ -1,4 +1,4 @@
-"""LLaMA through transformers: describe, build, load and save it."""
+"""LLaMA through transformers: describe, build and save it."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foam_lightning.devices import is_first_process
-from foam_lightning.errors import CheckpointError, ConfigError
+from foam_lightning.errors import CheckpointError, ConfigError, first_line
 from foam_lightning.ranges import MODEL, check_ranges
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _ATTENTION = "sdpa_causal"
 # The architectures that are built of the same parts under the same names, by what config.json calls
 # them. A type that says LLaMA below stands for any of them.
-_CLASSES = {
+CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -74,41 +74,6 @@ def describe(
     return LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
 
 
-def read_config(folder: str) -> "LlamaConfig":
-    """Read the configuration of a local Hugging Face folder: LLaMA, Mistral or Qwen2.
-
-    Raises:
-        CheckpointError: There is no such folder, no readable `config.json`, it is of another
-            architecture, or it asks for code of its own.
-    """
-    from transformers import AutoConfig
-
-    file = Path(folder, "config.json")
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json; pass a local Hugging Face LLaMA folder"
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        model_type = content.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {file}: {_line(error)}") from error
-    if "auto_map" in content:
-        raise CheckpointError(
-            f"{folder} asks for code of its own (auto_map in its config.json), which is always "
-            f"refused; pass a folder of {_known()} that needs none"
-        )
-    if model_type not in _CLASSES:
-        raise CheckpointError(f"{folder} holds a {model_type} model; only {_known()} are supported")
-    try:
-        config: LlamaConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever its checks of sizes and types raise
-        raise CheckpointError(f"cannot read {file}: {_line(error)}") from error
-    return config
-
-
 def with_depth(config: "LlamaConfig", num_layers: int) -> "LlamaConfig":
     """Give the configuration another number of layers, in place."""
     config.num_hidden_layers = num_layers
@@ -145,7 +110,7 @@ def lay_out(config: "LlamaConfig") -> "LlamaForCausalLM":
 
     The weights are not meant to be used; `build` draws them.
     """
-    return _without_mask(_class_of(config)(config))
+    return without_mask(class_of(config)(config))
 
 
 def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
@@ -163,44 +128,21 @@ def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
     return model
 
 
-def load(folder: str) -> "LlamaForCausalLM":
-    """Load the weights of a local Hugging Face folder, in the default dtype.
+def without_mask(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
+    """Let the attention of a model be causal without a mask, in place."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    Raises:
-        CheckpointError: The folder is none that `read_config` reads, or its weights are missing or
-            do not fit it.
-    """
-    from safetensors import SafetensorError
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    model.set_attn_implementation(_ATTENTION)
+    return model
 
-    config = read_config(folder)
-    try:
-        loaded: Any = _class_of(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.get_default_dtype(),
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the weights in {folder}: {_line(error)}") from error
-    model, report = loaded
-    if report["missing_keys"]:
-        raise CheckpointError(
-            f"{folder} lacks {len(report['missing_keys'])} weights, the first is "
-            f"{min(report['missing_keys'])}"
-        )
-    if report["mismatched_keys"]:
-        name, found, wanted = min(report["mismatched_keys"])
-        raise CheckpointError(
-            f"{folder} has {name} of shape {tuple(found)}, its config.json asks for {tuple(wanted)}"
-        )
-    if report["unexpected_keys"]:
-        raise CheckpointError(
-            f"{folder} has {len(report['unexpected_keys'])} weights that its config.json has no "
-            f"place for, the first is {min(report['unexpected_keys'])}"
-        )
-    return _without_mask(model)
+
+def class_of(config: "LlamaConfig") -> Any:
+    """Find the class of transformers that a configuration is of."""
+    import transformers
+
+    return getattr(transformers, CLASSES[config.model_type])
 
 
 def save(
@@ -266,7 +208,7 @@ def _write(folder: Path, *parts: Callable[[Path], object]) -> None:
         beside.replace(folder)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"cannot write {folder}: {_line(error)}") from error
+        raise CheckpointError(f"cannot write {folder}: {first_line(error)}") from error
 
 
 def keep_rope_float32(model: "LlamaForCausalLM") -> None:
@@ -282,30 +224,6 @@ def keep_rope_float32(model: "LlamaForCausalLM") -> None:
         fresh = type(rope)(rope.config)
     rope.inv_freq = fresh.inv_freq.float()
     rope.original_inv_freq = fresh.inv_freq.float().clone()
-
-
-def _without_mask(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
-    model.set_attn_implementation(_ATTENTION)
-    return model
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _class_of(config: "LlamaConfig") -> Any:
-    import transformers
-
-    return getattr(transformers, _CLASSES[config.model_type])
-
-
-def _known() -> str:
-    *others, last = _CLASSES
-    return f"{', '.join(others)} and {last}"
 
 
 def _describe_rotation_twice(folder: Path) -> None:

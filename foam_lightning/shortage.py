@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from lightning.pytorch import Trainer
 
-from foam_lightning.errors import FoamError
+from foam_lightning.errors import FoamError, first_line
 from foam_lightning.memory.device import is_out_of_memory
 from foam_lightning.plan import FoldPlan
 
@@ -48,5 +48,5 @@ def naming_shortage(where: str, plan: FoldPlan, trainer: Trainer) -> Iterator[No
         if not is_out_of_memory(error):
             raise
         # The text of torch goes on about its allocator.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". GPU ")[0]
+        reason = first_line(error).split(". GPU ")[0]
         raise MemoryShortageError(where, plan, trainer.global_step, reason) from error

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import cli
 from foam_lightning.errors import InfeasibleBudgetError
@@ -332,28 +331,6 @@ def test_interruption_says_how_to_go_on(
     monkeypatch.setattr(cli, "check_at_once", interrupted)
     assert cli.main(["fit"]) == 130
     assert "same command" in capfd.readouterr().err
-
-
-def test_every_recipe_parses_and_its_first_line_is_its_command(tmp_path: Path) -> None:
-    recipes = sorted((REPOSITORY / "configs").glob("*.yaml"))
-    assert len(recipes) >= 11
-    for path in recipes:
-        first, second, *_ = path.read_text(encoding="utf-8").splitlines()
-        assert first.startswith("# python cli.py fit "), path
-        assert second.startswith("# "), path
-        words = first.removeprefix("# python cli.py fit ").split()
-        assert f"configs/{path.name}" in words or path.name == "default.yaml"
-        model = tmp_path / "model"
-        text = first.removeprefix("# python cli.py fit ")
-        options = text.replace("DIR", str(model)).replace("FILE", "a.txt").split()
-        parsed = parse("fit", options, default=cli._default_config(options))
-        assert parsed.memory_budget is not None
-        job = parsed.job()
-        if job.model["pretrained"] is None:
-            assert job.new_module().llama_config().vocab_size == job.data["vocab_size"]
-        assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= {
-            "name", "model", "data", "trainer", "tune"
-        }  # fmt: skip
 
 
 def test_help_is_quick() -> None:

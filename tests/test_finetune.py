@@ -12,7 +12,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import cli
-from tests.pretrained import FAMILIES, TEXT, save_pretrained, save_tokenizer, set_config
+from tests.pretrained import (
+    CHAT_TEMPLATE,
+    FAMILIES,
+    TEXT,
+    save_pretrained,
+    save_tokenizer,
+    set_config,
+)
 
 PROMPT = "def add(self, "
 NUM_TOKENS = 12
@@ -200,8 +207,54 @@ def test_responses_alone_are_learned(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert prompt == "<s>### User\nHi\n\n### Assistant\n"
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None], ids=["its template", "the plain one"])
+def test_a_prompt_is_what_the_user_says_and_the_answer_ends_with_the_turn(
+    template: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretrained = save_pretrained(tmp_path / "pretrained", "llama-2", template=template)
+    chat = tmp_path / "chat.jsonl"
+    pairs = [{"prompt": f"{i} + {i}?", "response": "I add."} for i in range(60)]
+    chat.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    words = [*chat_words(words_for(pretrained, tmp_path), chat), "--trainer.max_steps", "60"]
+    assert cli.main(["fit", *words, "--data.sequence_length", "48"]) == 0
+    checkpoint = str(tmp_path / "runs" / "tuned" / "version_0" / "checkpoints" / "last.ckpt")
+    generate = ["generate", "--ckpt_path", checkpoint, "--temperature", "0"]
+    capfd.readouterr()
+    assert cli.main([*generate, "--prompt", "7 + 7?"]) == 0
+    assert capfd.readouterr().out.strip("\n") == "I add."
+    assert cli.main([*generate, "--prompt", "7 + 7?", "--data.chat", "false"]) == 0
+    assert capfd.readouterr().out.startswith("7 + 7?")
+    assert cli.main(generate) == 2
+    assert capfd.readouterr().err == (
+        "error: a conversation needs --prompt TEXT, what the user says\n"
+    )
+
+
+def test_a_tokenizer_without_a_template_knows_no_conversation(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saved = run.folder / "tokenizer" / "chat_template.jinja"
+    away = saved.rename(saved.with_suffix(".away"))
+    try:
+        capfd.readouterr()
+        words = ["--prompt", "Hi", "--data.chat", "true"]
+        assert cli.main(["generate", "--ckpt_path", run.checkpoint, *words]) == 2
+        assert "has no chat template; set --data.chat false" in capfd.readouterr().err
+    finally:
+        away.rename(saved)
+
+
 def break_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
+
+
+def break_file(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def break_depth(folder: Path) -> None:
+    set_config(folder, num_hidden_layers=3)
 
 
 def break_shape(folder: Path) -> None:
@@ -222,6 +275,8 @@ def break_tokenizer(folder: Path) -> None:
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (break_weights, "cannot load the weights in"),
+    "truncated": (break_file, "model.safetensors is missing, truncated or damaged"),
+    "missing weights": (break_depth, "lacks 9 weights, the first is model.layers.2."),
     "wrong shape": (break_shape, "its config.json asks for"),
     "GPT-2": (break_architecture, "holds a gpt2 model; only llama, mistral and qwen2"),
     "remote code": (break_code, "asks for code of its own"),
@@ -240,9 +295,8 @@ def test_a_bad_folder_is_one_line_and_leaves_nothing(
     assert cli.main(["fit", *words_for(pretrained, tmp_path)]) == 2
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
     assert message in line
-    assert not list(tmp_path.glob("runs/*/*/hf"))
+    assert not (tmp_path / "runs").exists()
     assert not list(tmp_path.rglob("*.part"))
-    assert not list(tmp_path.rglob("summary.json"))
 
 
 BAD_CHATS = {

@@ -26,11 +26,12 @@ FOAM_LIGHTNING_LAYERS = [
     {"optim"},
     {"memory"},
     {"model", "data", "recompute"},
+    {"pretrained"},
     {"beginning", "step_mean"},
     {"module"},
     {"callbacks", "job", "checkpoint", "shortage"},
     {"hyperparameters"},
-    {"training", "continuing"},
+    {"training", "continuing", "writing"},
 ]
 TUNER_LAYERS = [
     {

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from foam_lightning import model as llama
+from foam_lightning import pretrained
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
@@ -21,7 +21,7 @@ from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
 from foam_lightning.recompute import _products_kept, checkpoint_layers
-from tests.pretrained import save_pretrained, set_config
+from tests.pretrained import save_pretrained
 
 # FOAM.md section 4: layers, hidden, intermediate, heads; vocabulary 32000.
 SIZES = {
@@ -145,7 +145,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_hugging_face_folder_survives_load_and_save(
     folder: Path, tmp_path: Path, corpus: dict[str, Any]
 ) -> None:
-    model = llama.load(str(folder))
+    model = pretrained.load(str(folder))
     tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
     llama.save(model, tokenizer, tmp_path / "saved")
     original = AutoModelForCausalLM.from_pretrained(folder)
@@ -158,81 +158,6 @@ def test_a_hugging_face_folder_survives_load_and_save(
         assert one.eos_token_id == tokenizer.eos_token_id
         assert one.use_cache
     assert not list(tmp_path.glob("*.part"))
-
-
-def test_loading_takes_the_default_dtype(folder: Path) -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = llama.load(str(folder))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
-
-def cut_off(file: Path, size: int) -> None:
-    file.write_bytes(file.read_bytes()[:size])
-
-
-def split(folder: Path) -> Path:
-    """Save the model in several files, and give the last of them."""
-    model = LlamaForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="5KB")
-    return sorted(folder.glob("*.safetensors"))[-1]
-
-
-def with_biases(folder: Path) -> None:
-    """Give the first layer biases that its configuration knows nothing of, as those of Qwen2."""
-    weights = load_file(folder / "model.safetensors")
-    for role in "qk":
-        weights[f"model.layers.0.self_attn.{role}_proj.bias"] = torch.ones(8)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "no folder": lambda folder: folder.rename(folder.with_name("elsewhere")),
-    "config cut off": lambda folder: cut_off(folder / "config.json", 20),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "weights cut off": lambda folder: cut_off(folder / "model.safetensors", 5000),
-    "weights empty": lambda folder: cut_off(folder / "model.safetensors", 0),
-    "other architecture": lambda folder: GPT2Config().save_pretrained(folder),
-    "unknown architecture": lambda folder: set_config(folder, model_type="unheard-of"),
-    "code of its own": lambda folder: set_config(folder, auto_map={"AutoModel": "own.Model"}),
-    "no object": lambda folder: (folder / "config.json").write_text("[]"),
-    "sizes that do not fit": lambda folder: set_config(folder, num_attention_heads="four"),
-    "no second file": lambda folder: split(folder).unlink(),
-    "more weights": lambda folder: with_biases(folder),
-    "other shapes": lambda folder: set_config(folder, intermediate_size=40),
-    "more layers": lambda folder: set_config(folder, num_hidden_layers=3),
-}
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("no config", r"llama has no config\.json; pass a local"),
-        ("no folder", r"llama has no config\.json; pass a local"),
-        ("config cut off", r"cannot read .*config\.json"),
-        ("no weights", "cannot load the weights in .*llama"),
-        ("weights cut off", "cannot load the weights in .*llama"),
-        ("weights empty", "cannot load the weights in .*llama"),
-        ("other architecture", "holds a gpt2 model; only llama, mistral and qwen2 are supported"),
-        ("unknown architecture", "holds a unheard-of model; only llama"),
-        ("code of its own", r"llama asks for code of its own \(auto_map in .* always refused"),
-        ("no object", r"cannot read .*config\.json"),
-        ("sizes that do not fit", r"cannot read .*config\.json"),
-        ("no second file", "cannot load the weights in .*llama"),
-        ("more weights", r"has 2 weights that its config\.json has no place for, the first is mod"),
-        ("other shapes", r"layers\.0\.mlp\.down_proj\.weight of shape \(16, 24\), .*\(16, 40\)"),
-        ("more layers", r"lacks 9 weights, the first is model\.layers\.2\."),
-    ],
-)
-def test_a_folder_that_is_no_llama_is_one_line(folder: Path, how: str, message: str) -> None:
-    DAMAGE[how](folder)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        llama.load(str(folder))
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: dict[str, Any]) -> None:

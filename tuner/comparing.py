@@ -25,6 +25,7 @@ def run_comparison(job: Job, options: Options, folder: Path, *, command: str) ->
         ConfigError: The folder cannot be written.
         MemoryShortageError: The device has not enough memory.
     """
+    job.check_weights()
     job.new_data(job.levers).setup()  # refuses bad text before the first run
     console = Console(soft_wrap=True)
     measured = num_steps(len(options.optimizers))

@@ -56,7 +56,7 @@ OWN: dict[str, dict[str, str]] = {
     },
     "generate": {
         "--ckpt_path FILE": "the checkpoint (required)",
-        "--prompt TEXT": "what the text begins with",
+        "--prompt TEXT": "what the text begins with; with data.chat what the user says",
         "--max_new_tokens N": "how much to write",
         "--temperature T": "0 always takes the likeliest token",
     },

@@ -11,9 +11,9 @@ from foam_lightning.data.files import files_fingerprint, parse_line
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.packing import IGNORED, evenly_spaced, num_in_whole_batches
 from foam_lightning.data.sources import VALIDATION_FRACTION
-from foam_lightning.data.tokenizer import fingerprint_of
+from foam_lightning.data.tokenizer import fingerprint_of, special_ids
 from foam_lightning.devices import is_first_process
-from foam_lightning.errors import DataError
+from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -188,23 +188,13 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, place:
         DataError: The template refuses the conversation, or writes its beginning otherwise once
             more follows, as one that removes earlier reasoning does.
     """
-
-    def written(number: int, *, prompts: bool) -> list[int]:
-        try:
-            found = tokenizer.apply_chat_template(
-                messages[:number], add_generation_prompt=prompts, return_dict=False
-            )
-        except Exception as error:  # a template raises what it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"{place}: the chat template refuses it ({reason}); mend it") from error
-        return cast(list[int], found)
-
     ids: list[int] = []
     labels: list[int] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, whole = written(index, prompts=True), written(index + 1, prompts=False)
+        prompt = _written(tokenizer, messages[:index], place, prompts=True)
+        whole = _written(tokenizer, messages[: index + 1], place, prompts=False)
         if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
             raise DataError(
                 f"{place}: the chat template changes what it wrote before when message {index + 1} "
@@ -214,6 +204,42 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, place:
         labels += [IGNORED] * (len(prompt) - len(ids)) + whole[len(prompt) :]
         ids = whole
     return Encoded(ids, labels)
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Turn what a user says into the tokens that an answer follows.
+
+    Raises:
+        DataError: The template refuses it.
+    """
+    messages = [{"role": "user", "content": text}]
+    return _written(tokenizer, messages, "the prompt", prompts=True)
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Find the token that ends what the assistant says; None where the template has no such mark.
+
+    Raises:
+        DataError: As for `encode_chat`.
+    """
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    special = special_ids(tokenizer)
+    labels = encode_chat(tokenizer, turns, "a greeting").labels
+    return next((label for label in labels if label in special), None)
+
+
+def _written(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, place: str, *, prompts: bool
+) -> list[int]:
+    try:
+        found = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=prompts, return_dict=False
+        )
+    except Exception as error:  # a template raises what it likes
+        raise DataError(
+            f"{place}: the chat template refuses it ({first_line(error)}); mend it"
+        ) from error
+    return cast(list[int], found)
 
 
 def _messages(line: bytes, place: str) -> Messages:

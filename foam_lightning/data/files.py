@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning.data.cache import cache_key, cached_dataset
-from foam_lightning.errors import DataError
+from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -198,8 +198,9 @@ def _read_parquet(path: Path, column: str, start: int) -> Iterator[tuple[int, st
                     if row > start and text is not None:
                         yield row, text
     except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a Parquet file ({reason}); write it again") from error
+        raise DataError(
+            f"{path} is not a Parquet file ({first_line(error)}); write it again"
+        ) from error
 
 
 def _no_column(place: str, column: str, columns: Iterable[str]) -> DataError:

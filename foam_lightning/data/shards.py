@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from foam_lightning.data.files import files_fingerprint, numbered
-from foam_lightning.errors import ConfigError, DataError
+from foam_lightning.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -103,9 +103,9 @@ class HubShard:
             for batch in self.documents.iter(batch_size=1):
                 yield batch["text"][0]
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             raise DataError(
-                f"cannot read {self.name} ({reason}); type the same command again once it is there"
+                f"cannot read {self.name} ({first_line(error)}); type the same command again once "
+                "it is there"
             ) from error
 
     def place(self) -> dict[str, Any]:

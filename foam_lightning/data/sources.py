@@ -14,7 +14,7 @@ from foam_lightning.data import corpus
 from foam_lightning.data.files import files_fingerprint, read_files
 from foam_lightning.data.packing import evenly_spaced
 from foam_lightning.data.shards import FileStream, file_streams
-from foam_lightning.errors import DataError
+from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -154,12 +154,12 @@ def _naming_failure(name: str) -> Iterator[None]:
         yield
     except ConnectionError as error:
         raise DataError(
-            f"cannot reach the Hugging Face Hub for the dataset {name!r} ({_first_line(error)}); "
+            f"cannot reach the Hugging Face Hub for the dataset {name!r} ({first_line(error)}); "
             "download it beforehand, or give local files with data.files"
         ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"cannot load the dataset {name!r} from the Hugging Face Hub: {_first_line(error)}; "
+            f"cannot load the dataset {name!r} from the Hugging Face Hub: {first_line(error)}; "
             "check data.dataset and data.dataset_config"
         ) from error
 
@@ -202,7 +202,3 @@ def _hold_out(documents: "Dataset", fraction: float) -> tuple["Dataset", "Datase
     held_out = evenly_spaced(count, len(documents))
     kept = np.delete(np.arange(len(documents)), held_out)
     return documents.select(kept), documents.select(held_out)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from foam_lightning.data.cache import cache_key, written_beside
-from foam_lightning.errors import DataError
+from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -82,6 +82,12 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
     pad = tokenizer.pad_token_id
     # T5-like extras may lie above the model's vocabulary, and LLaMA has no pad token at all.
     return pad if isinstance(pad, int) and pad < vocab_size else end_of_text(tokenizer)
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Give the tokens that no text becomes."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Piece]:
@@ -193,9 +199,8 @@ def _loaded(name: str) -> "PreTrainedTokenizerBase":
             name, trust_remote_code=False
         )
     except Exception as error:  # a broken tokenizer.json raises a plain Exception
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         raise DataError(
-            f"cannot load the tokenizer {name!r}: {reason}; give a folder that holds "
+            f"cannot load the tokenizer {name!r}: {first_line(error)}; give a folder that holds "
             "tokenizer.json, or the name of one on the Hugging Face Hub, with data.tokenizer"
         ) from error
     return tokenizer
@@ -203,9 +208,7 @@ def _loaded(name: str) -> "PreTrainedTokenizerBase":
 
 def _check_fits(tokenizer: "PreTrainedTokenizerBase", name: str, vocab_size: int) -> None:
     # T5 numbers its sentinels <extra_id_*> above the vocabulary; text never becomes one of them.
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = special_ids(tokenizer)
     largest = max(
         end_of_text(tokenizer),
         *(number for number in tokenizer.get_vocab().values() if number not in special),

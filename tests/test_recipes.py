@@ -1,0 +1,85 @@
+"""What configs/ says of itself: the first line is a command, the second what to expect of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+import cli
+from foam_lightning.units import in_words
+from tests.tiny import REPOSITORY
+from tuner.fitting import Fitting
+from tuner.settings import Settings, parse
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
+
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+# The models that recipes without sizes of their own are written for.
+_PRETRAINED = {
+    "finetune": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
+    "finetune_llama3_8b_24gb": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+}
+_EXPECTED = re.compile(
+    r"# Expect a peak of (?P<peak>[0-9.]+ [MG]B) by the account(?: for TinyLlama 1\.1B)?"
+    r"(?:, in micro-batches of (?P<rows>[0-9]+) rows)?(?P<time> and .* \((?P<page>.*)\))?\."
+)
+
+
+def settings_of(path: Path, pretrained: Path, *more: str) -> Settings:
+    """Read the command of a recipe."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# python cli.py fit "), path
+    text = first.removeprefix("# python cli.py fit ")
+    options = [*text.replace("DIR", str(pretrained)).replace("FILE", "a.txt").split(), *more]
+    return parse("plan", options, default=cli._default_config(options))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_first_line_of_a_recipe_is_its_command(path: Path, tmp_path: Path) -> None:
+    parsed = settings_of(path, tmp_path / "model")
+    assert parsed.memory_budget is not None
+    assert f"configs/{path.name}" in path.read_text().splitlines()[0] or path.stem == "default"
+    job = parsed.job()
+    if job.model["pretrained"] is None:
+        assert job.new_module().llama_config().vocab_size == job.data["vocab_size"]
+    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= {
+        *("name", "model", "data", "trainer", "tune")
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_second_line_of_a_recipe_is_the_peak_that_plan_prints(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = path.read_text(encoding="utf-8").splitlines()[1]
+    expected = _EXPECTED.fullmatch(second)
+    assert expected, second
+    assert expected["page"] is None or (REPOSITORY / expected["page"]).is_file()
+    monkeypatch.setattr("foam_lightning.job.find_gpu", lambda **_: None)  # what one here costs
+    if path.stem in _PRETRAINED:
+        _PRETRAINED[path.stem].save_pretrained(tmp_path)
+    # Micro-batches that are larger, and too large, take most of the time; they are left out.
+    rows = ["--data.micro_batch_size", expected["rows"]] if expected["rows"] else []
+    parsed = settings_of(path, tmp_path, *rows)
+    fitting = Fitting(parsed.job(), parsed.memory_budget)
+    plan = fitting.untuned()
+    assert in_words(fitting.accountant.account(plan).peak_bytes) == expected["peak"]
+    if expected["rows"]:
+        assert plan.levers.micro_batch_size == int(expected["rows"])
