@@ -103,7 +103,10 @@ def _default_config(options: list[str]) -> Path | None:
     if any(values_of(options, "--config")):
         return None
     for checkpoint in values_of(options, "--ckpt_path"):
-        beside = Path(checkpoint).resolve().parent.parent / "config.yaml"
+        try:
+            beside = Path(checkpoint).resolve().parent.parent / "config.yaml"
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or no path at all
+            continue
         if beside.is_file():
             check_config(beside)
             return beside
@@ -311,6 +314,7 @@ def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
     from foam_lightning.run_folder import RunFolder, write_text
 
     job.check_weights()
+    job.new_trainer(job.levers, [], logger=False)
     job.new_data(job.levers).setup()
     folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
     if not folder.plan.exists():

@@ -23,8 +23,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no such file, it is truncated, or it is something else.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; runs keep theirs in checkpoints/")
+    _find(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -68,6 +67,11 @@ def load_module(path: Path) -> LlamaFoam:
     return module
 
 
+def _find(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; runs keep theirs in checkpoints/")
+
+
 def _check_kinds(path: Path, content: dict[str, Any]) -> None:
     """Refuse what other programs have left under the names that are looked for.
 
@@ -95,10 +99,12 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer that was kept beside a checkpoint.
 
     Raises:
-        CheckpointError: The run folder holds none, or a broken one, or one with code of its own.
+        CheckpointError: There is no checkpoint, or its run folder holds no tokenizer, a broken one,
+            or one with code of its own.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    _find(path)
     folder = folder_of(path).tokenizer
     if not folder.is_dir():
         raise CheckpointError(

@@ -8,18 +8,19 @@ from typing import Any, Self, cast
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from foam_lightning.beginning import check_beginning
 from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, device_of, first_device
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import ConfigError, first_line
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, find_gpu, known_costs
 from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.rivals import check as check_rival
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.ranges import DATA, MAX_STEPS, SEED, check_ranges
+from foam_lightning.ranges import DATA, SEED, TRAINER, check_ranges
 from foam_lightning.replicas import OnePlaceDDP
 
 _BARE = {
@@ -64,8 +65,10 @@ class Job:
                 "trainer.accumulate_grad_batches follows from data.batch_size and "
                 "data.micro_batch_size; set data.micro_batch_size instead"
             )
-        asked = {"seed_everything": self.seed, "trainer.max_steps": self.trainer.get("max_steps", -1)}
-        check_ranges("", asked, {"seed_everything": SEED, "trainer.max_steps": MAX_STEPS})
+        if self.trainer.get("barebones"):
+            raise ConfigError("trainer.barebones keeps nothing of a run; leave it out")
+        check_ranges("", {"seed_everything": self.seed}, {"seed_everything": SEED})
+        check_ranges("trainer.", {"max_steps": -1, **self.trainer}, TRAINER)
         check_ranges("data.", self.data, DATA)
 
     @property
@@ -258,6 +261,9 @@ class Job:
                 settings, and one device, which then accumulates what the others would do. For short
                 runs.
             settings: Take the place of the job's own.
+
+        Raises:
+            ConfigError: Lightning refuses a setting.
         """
         merged = {**self.trainer, **(_BARE if bare else {}), **settings}
         accumulated = levers.accumulate_grad_batches * (self.devices.count if bare else 1)
@@ -267,7 +273,10 @@ class Job:
             merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
         merged["accumulate_grad_batches"] = accumulated
-        return Trainer(**merged | (_alone(merged) if bare else self._together()))
+        try:
+            return Trainer(**merged | (_alone(merged) if bare else self._together()))
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigError(f"trainer: {first_line(error)}") from error
 
     def new_accountant(self) -> Accountant:
         """Make the accountant of this job's model."""

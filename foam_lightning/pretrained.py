@@ -61,12 +61,12 @@ def as_config(content: Any, place: str) -> "LlamaConfig":
         raise CheckpointError(f"cannot read {place}: it is no JSON object")
     if "auto_map" in content:
         raise CheckpointError(
-            f"{place} asks for code of its own (auto_map), which is always refused; pass a folder "
-            f"of {_known()} that needs none"
+            f"{place} asks for code of its own (auto_map in it), which is always refused; pass a "
+            f"folder of {_known()} that needs none"
         )
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in CLASSES:
-        raise CheckpointError(f"{place} is of a {model_type} model; only {_known()} are supported")
+        raise CheckpointError(f"{place} holds a {model_type} model; only {_known()} are supported")
     if content.get("quantization_config") is not None:
         raise CheckpointError(
             f"{place} is of quantised weights, which do not train; pass the folder they came from"

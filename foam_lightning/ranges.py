@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +72,22 @@ DATA: Mapping[str, Range] = {
     "validation_sequences": Range(1, 2**31),
     "num_workers": Range(0, 1024),
 }
-MAX_STEPS = Range(1, 2**31)
+WRITING: Mapping[str, Range] = {"max_new_tokens": Range(1, 2**31), "temperature": Range()}
+TRAINER: Mapping[str, Range] = {
+    "max_steps": Range(1, 2**31),
+    "max_epochs": Range(1, 2**31),
+    "num_nodes": Range(1, 2**16),
+    "limit_train_batches": POSITIVE,
+    "limit_val_batches": POSITIVE,
+    "val_check_interval": POSITIVE,
+    "log_every_n_steps": Range(),
+    "gradient_clip_val": Range(),
+}
 SEED = Range(0, 2**32 - 1)
 
 
 def check_ranges(section: str, settings: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Refuse numbers that are out of range; None is a setting that is not set.
+    """Refuse numbers that are out of range; texts, and settings that are not set, are left alone.
 
     Args:
         section: What the names begin with, such as "model.".
@@ -89,8 +99,8 @@ def check_ranges(section: str, settings: Mapping[str, Any], ranges: Mapping[str,
     """
     for name, range_ in ranges.items():
         value = settings.get(name)
-        numbers = value if isinstance(value, Sequence) else () if value is None else (value,)
-        if not all(range_.holds(number) for number in numbers):
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if not all(range_.holds(one) for one in numbers if isinstance(one, int | float)):
             raise ConfigError(f"{section}{name} must be {range_}, got {value}")
 
 

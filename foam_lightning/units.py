@@ -54,7 +54,8 @@ def _parse(text: str) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(
-            f"{text[:40]!r} is not a memory size; write a number and a unit, for example 24GB or 22.5GiB"
+            f"{text[:40]!r} is not a memory size; write a number and a unit, for example 24GB or "
+            "22.5GiB"
         )
     whole, _, fraction = match[1].partition(".")
     # Integers all the way: a float would lose bytes above 2**53.

@@ -36,6 +36,7 @@ class Case:
         more: Further words.
         files: Texts to write, by name.
         prepare: Does the rest, with the folder of the case and that of the valid things.
+        has_begun: It says what it is about to do before it finds the place.
     """
 
     name: str
@@ -45,10 +46,17 @@ class Case:
     more: tuple[str, ...] = ()
     files: Mapping[str, Content] = field(default_factory=dict)
     prepare: Prepare = nothing
+    has_begun: bool = False
 
 
 def _fit(name: str, words: str, says: str, **rest: Any) -> Case:
     return Case(name, f"fit --config {{good}}/tiny.yaml {words}", says, **rest)
+
+
+def _reading(name: str, words: str, says: str, **rest: Any) -> Case:
+    """Read the data as `fit` does, without an account of memory before it."""
+    words = f"compare --config {{good}}/tiny.yaml --optimizers adamw {words}"
+    return Case(name, words, says, **rest)
 
 
 def _plan(name: str, words: str, says: str, **rest: Any) -> Case:
@@ -99,7 +107,7 @@ BUDGETS = [
         ("24GBB", "is not a memory size", 2),
         ("24,5GB", "is not a memory size", 2),
         ("1_000GB", "is not a memory size", 2),
-        ("٢٤GB", "is not a memory size", 2),  # noqa: RUF001
+        ("٢٤GB", "is not a memory size", 2),
         ("²GB", "is not a memory size", 2),
         ("24ＧＢ", "is not a memory size", 2),  # noqa: RUF001
         ("0x18GB", "is not a memory size", 2),
@@ -297,7 +305,7 @@ HOSTILE = [
 
 def _data(name: str, file: str, content: Content | None, says: str, words: str = "") -> Case:
     files = {} if content is None else {file: content}
-    return _fit(f"data: {name}", f"--data.files {{at}}/{file} {words}", says, files=files)
+    return _reading(f"data: {name}", f"--data.files {{at}}/{file} {words}", says, files=files)
 
 
 def _parquet(at: Path, _good: Path) -> None:
@@ -352,38 +360,38 @@ DATA = [
     _data("deep JSON", "d.jsonl", '{"text": ' + "[" * 100_000, "line 1"),
     _data("5000 digits in JSON", "5.jsonl", '{"text": ' + "1" * 5000 + "}", "line 1"),
     _data("text as Parquet", "t.parquet", "words", "not a Parquet file"),
-    _fit("data: Parquet cut off", "--data.files {at}/bad.parquet", "Parquet", prepare=_parquet),
-    _fit("data: damaged Parquet", "--data.files {at}/bad.parquet", "cannot read", prepare=_damaged),
-    _fit("data: Parquet of numbers", "--data.files {at}/bad.parquet", "int64", prepare=_numbers),
-    _fit("data: a column that is not there", "--data.files {at}/t.jsonl --data.text_column body",
+    _reading("data: Parquet cut off", "--data.files {at}/bad.parquet", "Parquet", prepare=_parquet),
+    _reading("data: damaged Parquet", "--data.files {at}/bad.parquet", "cannot read", prepare=_damaged),
+    _reading("data: Parquet of numbers", "--data.files {at}/bad.parquet", "int64", prepare=_numbers),
+    _reading("data: a column that is not there", "--data.files {at}/t.jsonl --data.text_column body",
          "'body'", files={"t.jsonl": _LINE}),
-    _fit("data: no file", "--data.files []", "names no file"),
-    _fit("data: validation alone", "--data.files null --data.validation_files a.txt",
+    _reading("data: no file", "--data.files []", "names no file"),
+    _reading("data: validation alone", "--data.files null --data.validation_files a.txt",
          "needs data.files"),
-    _fit("data: validation missing", "--data.validation_files {at}/no.txt", "there is no file"),
-    _fit("data: validation empty", "--data.validation_files {at}/no.txt", "is empty",
+    _reading("data: validation missing", "--data.validation_files {at}/no.txt", "there is no file"),
+    _reading("data: validation empty", "--data.validation_files {at}/no.txt", "is empty",
          files={"no.txt": ""}),
-    _fit("data: no validation rows", "--data.validation_sequences 0", "validation_sequences"),
-    _fit("data: more rows than text", "--data.batch_size 100000", "batch_size"),
-    _fit("data: rows longer than text", "--data.sequence_length 1000000", "short"),
-    _fit("data: a vocabulary too small", "--model.vocab_size 100", "too small"),
-    _fit("data: streaming nothing", "--data.files null --data.streaming true", "nothing to read"),
-    _fit("data: files and a dataset", "--data.dataset x/y", "choose one"),
-    _fit("data: micro-batches that do not divide", "--data.micro_batch_size 3", "divide"),
-    _fit("data: a cache that is a file", "--data.cache_dir {at}/f", "cache", files={"f": "x"}),
-    _fit("data: workers", "--data.num_workers -1", "num_workers"),
-    _fit("data: chat that is text", f"--data.files {{good}}/text.txt {_CHAT}", ".jsonl"),
-    _fit("data: chat without a tokenizer", "--data.chat true", "a tokenizer"),
-    _fit("data: chat with a broken line", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 1",
+    _reading("data: no validation rows", "--data.validation_sequences 0", "validation_sequences"),
+    _reading("data: more rows than text", "--data.batch_size 100000", "batch_size"),
+    _reading("data: rows longer than text", "--data.sequence_length 1000000", "short"),
+    _reading("data: a vocabulary too small", "--model.vocab_size 100", "too small"),
+    _reading("data: streaming nothing", "--data.files null --data.streaming true", "nothing to read"),
+    _reading("data: files and a dataset", "--data.dataset x/y", "choose one"),
+    _reading("data: micro-batches that do not divide", "--data.micro_batch_size 3", "divide"),
+    _reading("data: a cache that is a file", "--data.cache_dir {at}/f", "cache", files={"f": "x"}),
+    _reading("data: workers", "--data.num_workers -1", "num_workers"),
+    _reading("data: chat that is text", f"--data.files {{good}}/text.txt {_CHAT}", ".jsonl"),
+    _reading("data: chat without a tokenizer", "--data.chat true", "a tokenizer"),
+    _reading("data: chat with a broken line", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 1",
          files={"c.jsonl": "{"}),
-    _fit("data: chat without an answer", f"--data.files {{at}}/c.jsonl {_CHAT}", "assistant",
+    _reading("data: chat without an answer", f"--data.files {{at}}/c.jsonl {_CHAT}", "assistant",
          files={"c.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}'}),
-    _fit("data: chat with a number", f"--data.files {{at}}/c.jsonl {_CHAT}", "no conversation",
+    _reading("data: chat with a number", f"--data.files {{at}}/c.jsonl {_CHAT}", "no conversation",
          files={"c.jsonl": '{"prompt": "hi", "response": 1}'}),
-    _fit("data: chat of an unknown role", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 1",
+    _reading("data: chat of an unknown role", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 1",
          files={"c.jsonl": '{"messages": [{"role": ["x"], "content": "hi"}]}'}),
 ] + [
-    _fit(f"sources {name}", "--data.files null", says, more=(f"--data.sources={text}",))
+    _reading(f"sources {name}", "--data.files null", says, more=(f"--data.sources={text}",))
     for name, text, says in [
         ("empty", "[]", "names no source"),
         ("a mapping", "{}", "data.sources"),
@@ -549,6 +557,11 @@ def _hostile(at: Path, _good: Path) -> None:
     torch.save({"state_dict": _Touch(at / "hacked")}, at / "bad.ckpt")
 
 
+def _hostile_run(at: Path, good: Path) -> None:
+    shutil.copytree(good / "run", at / "run")
+    torch.save({"state_dict": _Touch(at / "hacked")}, at / "run" / "checkpoints" / "last.ckpt")
+
+
 def _saved(change: Callable[[dict[str, Any]], object]) -> Prepare:
     def prepare(at: Path, good: Path) -> None:
         path = good / "run" / "checkpoints" / "last.ckpt"
@@ -589,55 +602,66 @@ CHECKPOINTS = [
     for commands, name, says, files, prepare in [
         ("fit validate generate export", "missing", "there is no checkpoint", {}, nothing),
         ("generate", "a folder", "there is no checkpoint", {"bad.ckpt/x": ""}, nothing),
-        ("generate", "empty", "cannot read the checkpoint", {"bad.ckpt": ""}, nothing),
-        ("generate", "a text", "cannot read the checkpoint", {"bad.ckpt": "hello\n"}, nothing),
-        ("generate", "another zip", "cannot read the checkpoint", {}, _other_zip),
-        ("generate", "half of it", "cannot read the checkpoint", {}, _truncated(0.5)),
+        ("export", "empty", "cannot read the checkpoint", {"bad.ckpt": ""}, nothing),
+        ("export", "a text", "cannot read the checkpoint", {"bad.ckpt": "hello\n"}, nothing),
+        ("export", "another zip", "cannot read the checkpoint", {}, _other_zip),
+        ("export", "half of it", "cannot read the checkpoint", {}, _truncated(0.5)),
         ("fit", "all but the end", "cannot read the checkpoint", {}, _truncated(0.99)),
-        ("generate", "damaged", "cannot read the checkpoint", {}, _flipped),
-        ("fit validate generate export", "a hostile pickle", "cannot read the checkpoint", {},
+        ("export", "damaged", "cannot read the checkpoint", {}, _flipped),
+        ("fit validate export", "a hostile pickle", "cannot read the checkpoint", {},
          _hostile),
-        ("generate", "a tensor", "not a checkpoint of this tool", {},
+        ("export", "a tensor", "not a checkpoint of this tool", {},
          lambda at, _: torch.save(torch.ones(3), at / "bad.ckpt")),
-        ("generate", "a number as a key", "not a checkpoint of this tool", {},
+        ("export", "a number as a key", "not a checkpoint of this tool", {},
          lambda at, _: torch.save({1: 2}, at / "bad.ckpt")),
         ("fit", "no plan", "holds no fold plan", {}, _saved(lambda c: c.pop("fold_plan"))),
-        ("generate", "a plan of a number", "fold plan", {}, _saved(lambda c: c.update(fold_plan=1))),
+        ("export", "a plan of a number", "fold plan", {}, _saved(lambda c: c.update(fold_plan=1))),
         ("fit", "a plan of a number", "fold plan", {}, _saved(lambda c: c.update(fold_plan=1))),
-        ("generate", "a broken plan", "not JSON", {}, _saved(lambda c: c.update(fold_plan="{"))),
-        ("generate", "settings of a list", "hyper_parameters", {},
+        ("export", "a broken plan", "not JSON", {}, _saved(lambda c: c.update(fold_plan="{"))),
+        ("export", "settings of a list", "hyper_parameters", {},
          _saved(lambda c: c.update(hyper_parameters=[1]))),
         ("fit", "settings of a list", "hyper_parameters", {},
          _saved(lambda c: c.update(hyper_parameters=[1]))),
         ("validate", "an unknown setting", "hyper_parameters", {},
          _saved(lambda c: c[_HPARAMS].update(evil=1))),
-        ("generate", "a setting of a text", "hyper_parameters", {},
+        ("export", "a setting of a text", "hyper_parameters", {},
          _saved(lambda c: c[_HPARAMS].update(hidden_size="big"))),
-        ("generate", "a setting out of range", "hidden_size", {},
+        ("export", "a setting out of range", "hidden_size", {},
          _saved(lambda c: c[_HPARAMS].update(hidden_size=-1))),
-        ("generate", "an architecture that is not there", "hyper_parameters", {},
+        ("export", "an architecture that is not there", "hyper_parameters", {},
          _saved(lambda c: c[_HPARAMS].update(architecture={"config": {"model_type": "evil"}}))),
-        ("generate", "another architecture", "hyper_parameters", {},
+        ("export", "another architecture", "hyper_parameters", {},
          _saved(lambda c: c[_HPARAMS].update(architecture={"config": {"model_type": "gpt2"}}))),
-        ("generate", "an architecture of a number", "hyper_parameters", {},
+        ("export", "an architecture of a number", "hyper_parameters", {},
          _saved(lambda c: c[_HPARAMS].update(architecture=1))),
         ("export", "another model", "hidden_size", {},
          _saved(lambda c: c[_HPARAMS].update(hidden_size=64))),
-        ("generate", "a missing weight", "weights", {},
+        ("export", "a missing weight", "weights", {},
          _saved(lambda c: c["state_dict"].pop("model.lm_head.weight"))),
-        ("generate", "no embedding", "weights", {}, _saved(lambda c: c["state_dict"].pop(_FIRST))),
-        ("generate", "a weight of another shape", "weights", {},
+        ("export", "no embedding", "weights", {}, _saved(lambda c: c["state_dict"].pop(_FIRST))),
+        ("export", "a weight of another shape", "weights", {},
          _saved(lambda c: c["state_dict"].update({_FIRST: torch.ones(2, 2)}))),
-        ("generate", "an integer weight", "weights", {},
+        ("export", "an integer weight", "weights", {},
          _saved(lambda c: c["state_dict"].update({_FIRST: torch.ones(320, 32).int()}))),
-        ("generate", "a weight of a number", "weights", {},
+        ("export", "a weight of a number", "weights", {},
          _saved(lambda c: c["state_dict"].update({_FIRST: 1}))),
-        ("generate", "weights of a list", "weights", {}, _saved(lambda c: c.update(state_dict=[]))),
+        ("export", "weights of a list", "weights", {}, _saved(lambda c: c.update(state_dict=[]))),
         ("fit", "another optimizer", "--model.optimizer muon", {},
          _saved(lambda c: c[_HPARAMS].update(optimizer="muon"))),
         ("generate", "no tokenizer beside it", "no tokenizer", {}, _saved(lambda c: None)),
     ]
     for command in commands.split()
+] + [
+    Case("checkpoint: a hostile run folder", "generate --ckpt_path {at}/run/checkpoints/last.ckpt",
+         "cannot read the checkpoint", prepare=_hostile_run),
+    Case("checkpoint: a hostile config.yaml", "generate --ckpt_path {at}/checkpoints/x.ckpt",
+         "may not name", files={
+             "config.yaml": _PATH.format("hacked.Module"), "checkpoints/x.ckpt": ""}),
+    Case("checkpoint: a config.yaml that is none", "generate --ckpt_path {at}/checkpoints/x.ckpt",
+         "is not YAML", files={"config.yaml": "[", "checkpoints/x.ckpt": ""}),
+    Case("checkpoint: a symlink loop", "generate --ckpt_path {at}/bad.yaml", "checkpoint",
+         prepare=_loop),
+    Case("checkpoint: NUL in its name", "generate --ckpt_path", "checkpoint", more=("a\0b",)),
 ]  # fmt: skip
 
 # ---- tokenizers and pretrained folders
@@ -671,14 +695,16 @@ def _hostile_weights(folder: Path) -> None:
 
 
 def _code(folder: Path) -> None:
-    (folder / "evil.py").write_text(f"open({str(folder.parent / 'hacked')!r}, 'w')\nclass Evil: ...")
+    (folder / "evil.py").write_text(
+        f"open({str(folder.parent / 'hacked')!r}, 'w')\nclass Evil: ..."
+    )
 
 
 _AUTO = {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil",
          "AutoModelForCausalLM": "evil.Evil"}  # fmt: skip
 _HUGE = struct.pack("<Q", 2**60) + b"{}"
 FOLDERS = [
-    _fit(f"tokenizer: {name}", f"--data.tokenizer {{at}}/folder {words}", says, prepare=prepare)
+    _reading(f"tokenizer: {name}", f"--data.tokenizer {{at}}/folder {words}", says, prepare=prepare)
     for name, says, prepare, words in [
         ("an empty folder", "cannot load the tokenizer", lambda at, _: (at / "folder").mkdir(), ""),
         ("a file", "cannot load the tokenizer", lambda at, _: (at / "folder").touch(), ""),
@@ -703,8 +729,10 @@ FOLDERS = [
         ("broken JSON", "cannot read", _copy("pretrained", _written("config.json", b"{"))),
         ("a list", "cannot read", _copy("pretrained", _written("config.json", b"[1]"))),
         ("deep JSON", "cannot read", _copy("pretrained", _written("config.json", b"[" * 100_000))),
-        ("another architecture", "gpt2", _copy("pretrained", _json("config.json", model_type="gpt2"))),
-        ("a type of a list", "only", _copy("pretrained", _json("config.json", model_type=["llama"]))),
+        ("another architecture", "gpt2",
+         _copy("pretrained", _json("config.json", model_type="gpt2"))),
+        ("a type of a list", "only",
+         _copy("pretrained", _json("config.json", model_type=["llama"]))),
         ("code of its own", "always refused",
          _copy("pretrained", _code, _json("config.json", auto_map=_AUTO))),
         ("a size of a text", "cannot read",
@@ -716,14 +744,12 @@ FOLDERS = [
          _copy("pretrained", _json("config.json", num_hidden_layers=10**9))),
         ("heads that do not divide", "config.json",
          _copy("pretrained", _json("config.json", num_attention_heads=5))),
-        ("an attention kernel from the Hub", "config.json",
-         _copy("pretrained", _json("config.json", attn_implementation="evil/kernel",
-                                   _attn_implementation="evil/kernel"))),
         ("quantised", "config.json", _copy("pretrained", _json(
             "config.json", quantization_config={"quant_method": "gptq", "bits": 4}))),
         ("another shape", "shape", _copy("pretrained", _json("config.json", intermediate_size=48))),
-        ("another vocabulary", "vocab_size", _copy("pretrained", _json("config.json", vocab_size=300))),
-        ("no weights", "weights", _copy("pretrained", lambda f: (f / "model.safetensors").unlink())),
+        ("another vocabulary", "shape", _copy("pretrained", _json("config.json", vocab_size=300))),
+        ("no weights", "weights",
+         _copy("pretrained", lambda f: (f / "model.safetensors").unlink())),
         ("empty weights", "weights", _copy("pretrained", _written("model.safetensors", b""))),
         ("weights of a text", "weights", _copy("pretrained", _written("model.safetensors", b"hi"))),
         ("a huge header", "weights", _copy("pretrained", _written("model.safetensors", _HUGE))),
@@ -744,7 +770,7 @@ PLACES = [
     _fit("place: an absolute name", "--name {at}/out", "name"),
     _fit("place: a name of 300 letters", f"--name {'n' * 300}", "name"),
     _fit("place: a name with NUL", "--name", "name", more=("a\0b",)),
-    _plan("place: a picture in no folder", "--picture {at}/no/plan.png", "cannot write the picture"),
+    _plan("place: a picture in no folder", "--picture {at}/no/plan.png", "cannot write the"),
     _plan("place: a picture that is a folder", "--picture {at}", "cannot write the picture"),
     Case("place: export over a folder", "export --ckpt_path {good}/run/checkpoints/last.ckpt "
          "--output {at}/out", "not an empty folder", files={"out/x": "x"}),
@@ -753,7 +779,7 @@ PLACES = [
     Case("place: export below a file", "export --ckpt_path {good}/run/checkpoints/last.ckpt "
          "--output {at}/f/out", "cannot write", files={"f": "x"}),
     Case("place: compare below a file", "compare --config {good}/tiny.yaml --optimizers adamw "
-         "--runs {at}/f --steps 1 --seeds 1", "cannot write", files={"f": "x"}),
+         "--runs {at}/f --steps 1 --seeds 1", "cannot write", files={"f": "x"}, has_begun=True),
 ]  # fmt: skip
 _COMPARE = "compare --config {good}/tiny.yaml"
 _WRITE = "generate --ckpt_path {good}/run/checkpoints/last.ckpt"
@@ -771,16 +797,14 @@ REST = [
     _fit("trainer: a negative interval", "--trainer.val_check_interval -1", "val_check_interval"),
     _fit("trainer: an interval of 0", "--trainer.val_check_interval 0", "val_check_interval"),
     _fit("trainer: no validation", "--trainer.limit_val_batches 0", "limit_val_batches"),
-    _fit("trainer: log never", "--trainer.log_every_n_steps -1", "log_every_n_steps"),
+    _fit("trainer: log never", "--trainer.log_every_n_steps=-1", "log_every_n_steps"),
     _fit("trainer: barebones", "--trainer.barebones true", "barebones"),
-    _fit("trainer: a fast run", "--trainer.fast_dev_run true", "fast_dev_run"),
     _fit("trainer: an unknown accelerator", "--trainer.accelerator abacus", "abacus"),
-    _fit("trainer: an unknown profiler", "--trainer.profiler stopwatch", "stopwatch"),
+    _fit("trainer: an unknown profiler", "--trainer.profiler stopwatch", "profiler"),
     _fit("trainer: negative clipping", "--trainer.gradient_clip_val -1", "gradient_clip_val"),
     _fit("trainer: unknown clipping", "--trainer.gradient_clip_algorithm cube", "cube"),
     _fit("trainer: no nodes", "--trainer.num_nodes 0", "num_nodes"),
     _fit("trainer: a time that is none", "--trainer.max_time soon", "soon"),
-    _fit("trainer: min above max", "--trainer.min_steps 100", "min_steps"),
     _fit("trainer: no epochs", "--trainer.max_epochs 0", "max_epochs"),
     _fit("trainer: a rival without its package", "--model.optimizer adamw8bit", "torchao"),
     _fit("trainer: a rival with a budget", "--model.optimizer adamw --memory-budget 1GB",
@@ -789,3 +813,8 @@ REST = [
          "goes without"),
     _fit("trainer: state offload on a CPU", "--model.state_offload true", "needs a GPU"),
 ]  # fmt: skip
+
+CASES = (
+    *(*USAGE, *BUDGETS, *INFEASIBLE, *NUMBERS, *YAML, *HOSTILE, *DATA, *PLANS),
+    *(*CHECKPOINTS, *FOLDERS, *PLACES, *REST),
+)

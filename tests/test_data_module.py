@@ -336,7 +336,10 @@ def test_preparing_is_quiet(data: Any, capfd: pytest.CaptureFixture[str]) -> Non
     [
         ({"batch_size": 8, "micro_batch_size": 3}, "3 does not divide data.batch_size 8"),
         ({"batch_size": 0}, "data.batch_size must be 1 or more and at most 16777216, got 0"),
-        ({"sequence_length": 0}, "data.sequence_length must be 2 or more and at most 16777216, got 0"),
+        (
+            {"sequence_length": 0},
+            "data.sequence_length must be 2 or more and at most 16777216, got 0",
+        ),
         ({"files": []}, "data.files names no file"),
         ({"dataset": "some/text"}, "data.files and data.dataset are both set"),
         ({"files": None, "validation_files": ["a.txt"]}, "validation_files needs data.files"),

@@ -34,6 +34,7 @@ _OWN = (
 # say how they are read.
 _loaders_dumpers.yaml_default_loader = careful(_loaders_dumpers.get_yaml_default_loader())
 _ALLOW = ("--allow-class-paths", "--allow_class_paths")
+_LONGEST_NAME = 60  # in the bytes of any script far from what file systems take, 255
 _MOST_CHARACTERS = 500  # of an error; a value may be long, and a type's description is
 
 
@@ -106,7 +107,17 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
     except Exception as error:  # whatever a type, or the constructor of a callback, raises
         raise ConfigError(_line(error, parser)) from error
     _ = settings.tune  # out of range, if any is
+    _check_place(settings.runs, settings.name)
     return settings
+
+
+def _check_place(runs: str, name: str) -> None:
+    """Refuse a name that is no folder below that of all runs."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in runs + name:
+        raise ConfigError(f"--name {name!r} must be a folder below --runs {runs!r}; such as my-run")
+    if any(len(part) > _LONGEST_NAME for part in parts):
+        raise ConfigError(f"--name has a part longer than {_LONGEST_NAME} characters; shorten it")
 
 
 def _line(error: Exception, parser: ArgumentParser) -> str:
