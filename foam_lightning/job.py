@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self, cast
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from foam_lightning.beginning import check_beginning
 from foam_lightning.data.module import TextData
@@ -20,7 +20,7 @@ from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.rivals import check as check_rival
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.ranges import DATA, SEED, TRAINER, check_ranges
+from foam_lightning.ranges import DATA, SEED, check_ranges, check_trainer
 from foam_lightning.replicas import OnePlaceDDP
 
 _BARE = {
@@ -60,15 +60,8 @@ class Job:
         """
         weight_dtype(self.precision)
         _ = self.devices
-        if self.trainer.get("accumulate_grad_batches", 1) != 1:
-            raise ConfigError(
-                "trainer.accumulate_grad_batches follows from data.batch_size and "
-                "data.micro_batch_size; set data.micro_batch_size instead"
-            )
-        if self.trainer.get("barebones"):
-            raise ConfigError("trainer.barebones keeps nothing of a run; leave it out")
         check_ranges("", {"seed_everything": self.seed}, {"seed_everything": SEED})
-        check_ranges("trainer.", {"max_steps": -1, **self.trainer}, TRAINER)
+        check_trainer(self.trainer)
         check_ranges("data.", self.data, DATA)
 
     @property

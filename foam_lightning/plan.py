@@ -14,6 +14,8 @@ SCHEMA = "foam-lightning/fold-plan/2"
 # It had one scale for all matrices of a level, as {"2": 0.25}; files of it are still read.
 _SCALES_BY_LEVEL = "foam-lightning/fold-plan/1"
 
+_MOST_CHARACTERS = 300  # of what an error says of a plan
+
 StateDtype = Literal["float32", "bfloat16", "int8"]
 Fingerprint = Mapping[str, int | bool]
 
@@ -125,10 +127,11 @@ class FoldPlan:
             plan = cls(**{**content, "levers": Levers(**content["levers"])})
             plan._check()
         except KeyError as error:
-            raise PlanError(f"{source} is not a valid fold plan: it has no {error}") from error
+            missing = str(error)[:_MOST_CHARACTERS]
+            raise PlanError(f"{source} is not a valid fold plan: it has no {missing}") from error
         except (TypeError, ValueError, AttributeError, PlanError) as error:
-            # A name in the text may hold line breaks; a message is one line.
-            reason = " ".join(str(error).split())
+            # A name in the text may be long and hold line breaks; a message is one line.
+            reason = " ".join(str(error).split())[:_MOST_CHARACTERS]
             raise PlanError(f"{source} is not a valid fold plan: {reason}") from error
         return plan
 
@@ -226,5 +229,6 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def _is_positive(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and POSITIVE.holds(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return POSITIVE.holds(value)

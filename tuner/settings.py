@@ -32,7 +32,8 @@ _OWN = (
 )
 # Values are YAML too, on the command line and as texts within a file; there is no public place to
 # say how they are read.
-_loaders_dumpers.yaml_default_loader = careful(_loaders_dumpers.get_yaml_default_loader())
+_layer: Any = _loaders_dumpers
+_layer.yaml_default_loader = careful(_layer.get_yaml_default_loader())
 _ALLOW = ("--allow-class-paths", "--allow_class_paths")
 _LONGEST_NAME = 60  # in the bytes of any script far from what file systems take, 255
 _MOST_CHARACTERS = 500  # of an error; a value may be long, and a type's description is

@@ -106,7 +106,7 @@ class _Walk:
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == one.anchor for one in self.open):
                 raise UnsafeYamlError(f"*{event.anchor} contains itself")
-            self._add(self.sizes.get(event.anchor, 1), None)
+            self._add(self.sizes.get(str(event.anchor), 1), None)
 
     def _add(self, size: int, anchor: str | None, text: str | None = None) -> None:
         if anchor is not None:
