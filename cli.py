@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 from foam_lightning import __version__
 from foam_lightning.devices import is_first_process
-from foam_lightning.errors import CheckpointError, ConfigError, FellBackError, FoamError
+from foam_lightning.errors import (
+    CheckpointError,
+    ConfigError,
+    FellBackError,
+    FoamError,
+    in_one_line,
+)
 from tuner.usage import (
     COMMANDS,
     check_at_once,
@@ -55,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("type the same command again to go on", file=sys.stderr)
         return error.exit_code
     except FoamError as error:
-        # What was typed, or is called so in a file, may hold line breaks.
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", in_one_line(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; type the same command again to go on", file=sys.stderr)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from foam_lightning.errors import PlanError
+from foam_lightning.errors import PlanError, in_one_line
 from foam_lightning.ranges import MODEL, POSITIVE
 from foam_lightning.run_folder import write_text
 
@@ -131,7 +131,7 @@ class FoldPlan:
             raise PlanError(f"{source} is not a valid fold plan: it has no {missing}") from error
         except (TypeError, ValueError, AttributeError, PlanError) as error:
             # A name in the text may be long and hold line breaks; a message is one line.
-            reason = " ".join(str(error).split())[:_MOST_CHARACTERS]
+            reason = in_one_line(error)[:_MOST_CHARACTERS]
             raise PlanError(f"{source} is not a valid fold plan: {reason}") from error
         return plan
 

@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeInt, register_type
 from lightning.pytorch import Trainer
 
 from foam_lightning.data.module import TextData
-from foam_lightning.errors import ConfigError, FoamError
+from foam_lightning.errors import ConfigError, FoamError, in_one_line
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.units import ByteSize
@@ -123,7 +123,7 @@ def _check_place(runs: str, name: str) -> None:
 
 def _line(error: Exception, parser: ArgumentParser) -> str:
     """Say in one line what the configuration layer found."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_one_line(error)
     denied = re.search(r"Importing '([^']+)' is not allowed", text)
     if denied is not None:
         return refusal(denied[1])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import ConfigError, in_one_line
 from foam_lightning.units import ByteSize
 from tuner.credentials import refuse_credentials
 from tuner.yaml_text import load_yaml
@@ -171,6 +171,6 @@ def _read(path: Path) -> object:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise ConfigError(f"the configuration {path} is not YAML: {reason}") from error
     return content

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from foam_lightning.errors import FoamError
+from foam_lightning.errors import FoamError, in_one_line
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.units import ByteSize
 from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
@@ -101,16 +101,20 @@ def read_config(text: str) -> None:
     with tempfile.NamedTemporaryFile("wb", suffix=".yaml") as file:
         file.write(text.encode("utf-8", "surrogatepass"))
         file.flush()
-        options = ["--config", file.name]
-        check_at_once("plan", options)
-        settings.parse("plan", options, default=None).job().new_module()
+        _answer(["--config", file.name], None)
 
 
 def read_words(text: str) -> None:
     """Read what may be typed after `plan`."""
-    options = text.split(" ")
-    check_at_once("plan", options)
-    settings.parse("plan", options, default=ROOT / "configs" / "default.yaml").job().new_module()
+    _answer(text.split(" "), ROOT / "configs" / "default.yaml")
+
+
+def _answer(options: list[str], default: Path | None) -> None:
+    try:
+        check_at_once("plan", options)
+        settings.parse("plan", options, default=default).job().new_module()
+    except FoamError as error:
+        raise FoamError(in_one_line(error)) from error  # as the command line prints it
 
 
 TARGETS: dict[str, tuple[Callable[[str], None], Sequence[str]]] = {
