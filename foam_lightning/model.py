@@ -204,6 +204,10 @@ def _write(folder: Path, *parts: Callable[[Path], object]) -> None:
         beside.mkdir(parents=True)
         for write_part in parts:
             write_part(beside)
+        # safetensors makes files for their owner alone; the folder has what the umask leaves.
+        mode = beside.stat().st_mode & 0o666
+        for file in beside.iterdir():
+            file.chmod(mode)
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
     except OSError as error:

@@ -233,6 +233,7 @@ def _make(path: Path) -> None:
     for left in path.parent.glob(f"{path.name}.part*"):  # its journal too
         left.unlink()
     beside = path.with_name(f"{path.name}.part")
+    beside.touch()  # by the umask; sqlite would keep the group from writing whatever that says
     RDBStorage(f"sqlite:///{beside}").engine.dispose()
     beside.replace(path)
 
