@@ -121,6 +121,19 @@ def test_a_callback_of_the_list_is_made(tmp_path: Path) -> None:
     assert [type(one).__name__ for one in made] == ["EarlyStopping", "LearningRateMonitor"]
 
 
+def test_what_print_config_prints_is_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", "--print_config"])
+    assert caught.value.code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert "allow_class_paths: null" in path.read_text()
+    check_config(path)
+    assert parse("plan", ["--config", str(path)], default=None).job().max_steps == 600
+
+
 def test_a_mapping_that_looks_like_a_class_stays_a_mapping() -> None:
     looks = '[{"weight": 1, "text_column": {"class_path": "collections.Counter"}}]'
     parsed = parse("plan", ["--data.sources", looks], default=None)

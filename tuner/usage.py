@@ -156,7 +156,7 @@ def check_config(path: Path) -> None:
                 f"{section} in {path} is no mapping of settings; see configs/default.yaml"
             )
     for key in ("config", "allow_class_paths"):
-        if key in content:
+        if content.get(key) is not None:  # --print_config says null
             raise ConfigError(
                 f"{path} sets {key}, which stands on the command line alone; leave it out"
             )
