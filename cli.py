@@ -20,6 +20,7 @@ from foam_lightning.errors import (
     FoamError,
     in_one_line,
 )
+from foam_lightning.places import exists, is_file
 from tuner.usage import (
     COMMANDS,
     check_at_once,
@@ -112,7 +113,7 @@ def _default_config(options: list[str]) -> Path | None:
             beside = Path(checkpoint).resolve().parent.parent / "config.yaml"
         except (OSError, RuntimeError, ValueError):  # a loop of links, or no path at all
             continue
-        if beside.is_file():
+        if is_file(beside):
             check_config(beside)
             return beside
     return Path(__file__).parent / "configs" / "default.yaml"
@@ -263,14 +264,17 @@ def _generate(settings: "Settings") -> None:
 
 def _export(settings: "Settings") -> None:
     from foam_lightning.checkpoint import load_module, load_tokenizer
+    from foam_lightning.data.chat import end_of_turn
     from foam_lightning.model import save
 
     path, output = Path(settings.ckpt_path), Path(settings.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if exists(output) and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not an empty folder; choose another")
     module = load_module(path)
     assert module.model is not None
-    save(module.model, load_tokenizer(path), output)
+    tokenizer = load_tokenizer(path)
+    turn = end_of_turn(tokenizer) if settings.data.chat else None
+    save(module.model, tokenizer, output, end_of_turn=turn)
     print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")
 
 

@@ -7,6 +7,7 @@ import torch
 
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.module import LlamaFoam
+from foam_lightning.places import is_file
 from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
 
@@ -68,7 +69,7 @@ def load_module(path: Path) -> LlamaFoam:
 
 
 def _find(path: Path) -> None:
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"there is no checkpoint {path}; runs keep theirs in checkpoints/")
 
 

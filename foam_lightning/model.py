@@ -150,6 +150,8 @@ def save(
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
+    *,
+    end_of_turn: int | None = None,
 ) -> None:
     """Write a Hugging Face folder beside `folder` and rename it, so that no half one is ever seen.
 
@@ -164,6 +166,7 @@ def save(
         tokenizer: Goes with it.
         folder: Replaced if it exists.
         weights: Whole, by name, where the model has but a share of them.
+        end_of_turn: Another token to stop at, which ends what the assistant says.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -174,6 +177,8 @@ def save(
             known = theirs is not None and theirs < model.config.vocab_size
             if known and not (isinstance(ours, list) and theirs in ours):
                 setattr(config, name, theirs)
+    if end_of_turn is not None:
+        model.generation_config.eos_token_id = ends(model, end_of_turn)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling is described and not switched on, as in some old folders
@@ -184,6 +189,13 @@ def save(
         _describe_rotation_twice,
         tokenizer.save_pretrained,
     )
+
+
+def ends(model: "LlamaForCausalLM", *more: int | None) -> list[int] | int | None:
+    """List the tokens that a model stops at, and more; a single one is no list."""
+    own = model.generation_config.eos_token_id
+    found = {*(own if isinstance(own, list) else [own]), *more} - {None}
+    return sorted(found) if len(found) > 1 else next(iter(found), None)
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

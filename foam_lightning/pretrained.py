@@ -1,6 +1,7 @@
 """A local Hugging Face folder to start from: what it holds, whether it is whole, its weights."""
 
 import json
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import torch
 
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.model import CLASSES, class_of, lay_out, without_mask
+from foam_lightning.places import is_file
 from foam_lightning.ranges import MODEL, check_ranges
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def read_config(folder: str) -> "LlamaConfig":
             architecture, or it asks for code of its own.
     """
     file = Path(folder, "config.json")
-    if not file.is_file():
+    if not is_file(file):
         raise CheckpointError(
             f"{folder} has no config.json; pass a local Hugging Face LLaMA folder"
         )
@@ -86,7 +88,7 @@ def as_config(content: Any, place: str) -> "LlamaConfig":
 def check_weights(folder: str) -> None:
     """Refuse a folder whose weights `load` would refuse, by names and shapes alone.
 
-    The heads of the files are read, and no weight: a large model takes a moment.
+    The heads of the files are read, and no weight.
 
     Raises:
         CheckpointError: As for `load`.
@@ -101,7 +103,7 @@ def check_weights(folder: str) -> None:
         except Exception as error:  # safetensors and torch raise anything on a damaged file
             raise CheckpointError(
                 f"cannot load the weights in {folder}: {file.name} is missing, truncated or "
-                f"damaged ({first_line(error)})"
+                f"damaged ({type(error).__name__}); take the whole folder again"
             ) from error
     _refuse(
         folder,
@@ -181,7 +183,7 @@ def _refuse(
 def _files_of(folder: Path) -> list[Path]:
     """List the files of the weights, those too that an index names and that are not there."""
     for file in (folder / name for name in _FILES):
-        if not file.is_file():
+        if not is_file(file):
             continue
         if file.suffix != ".json":
             return [file]
@@ -206,7 +208,8 @@ def _shapes_in(file: Path) -> Iterator[tuple[str, Shape]]:
             for name in opened.keys():  # noqa: SIM118
                 yield name, tuple(opened.get_slice(name).get_shape())
         return
-    content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    is_zip = zipfile.is_zipfile(file)  # of torch 1.6 and later; others cannot be mapped
+    content = torch.load(file, map_location="meta", weights_only=True, mmap=is_zip)
     yield from ((name, tuple(weight.shape)) for name, weight in content.items())
 
 

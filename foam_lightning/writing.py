@@ -8,6 +8,7 @@ import torch
 from foam_lightning.checkpoint import load_module, load_tokenizer
 from foam_lightning.data.chat import encode_prompt, end_of_turn
 from foam_lightning.errors import ConfigError
+from foam_lightning.model import ends
 from foam_lightning.ranges import WRITING, check_ranges
 
 if TYPE_CHECKING:
@@ -38,15 +39,11 @@ def write(
 
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     check_ranges("--", asked, WRITING)
+    module = load_module(path).eval()
     tokenizer = load_tokenizer(path)
     inputs = _of_user(tokenizer, prompt) if is_chat else _beginning(tokenizer, prompt)
-    module = load_module(path)
-    module.eval()
     writer: Any = module.model
-    ends = writer.generation_config.eos_token_id
-    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    if is_chat:
-        stops.add(end_of_turn(tokenizer))
+    turn = end_of_turn(tokenizer) if is_chat else None
     torch.manual_seed(seed)
     writer.generate(
         **inputs,
@@ -54,7 +51,7 @@ def write(
         do_sample=temperature > 0,
         temperature=temperature or None,
         use_cache=True,
-        eos_token_id=sorted(stops - {None}),
+        eos_token_id=ends(writer, tokenizer.eos_token_id, turn),
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=is_chat, skip_special_tokens=True),
     )

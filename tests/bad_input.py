@@ -765,7 +765,23 @@ FOLDERS = [
 
 # ---- places to write to
 
+_LONG = "x" * 300
 PLACES = [
+    *(
+        Case(f"place: a long name, {words[:40]}", words + _LONG + end, says)
+        for words, end, says in [
+            ("fit --config ", "", "File name too long"),
+            ("fit --config {good}/tiny.yaml --fold-plan ", "", "File name too long"),
+            ("fit --config {good}/tiny.yaml --ckpt_path ", "", "there is no checkpoint"),
+            ("export --output {at}/out --ckpt_path ", "", "there is no checkpoint"),
+            ("export --ckpt_path {good}/run/checkpoints/last.ckpt --output ", "", "too long"),
+            ("compare --config {good}/tiny.yaml --data.files ", ".txt", "there is no file"),
+            ("fit --config {good}/tiny.yaml --model.pretrained ", "", "no config.json"),
+            ("compare --config {good}/tiny.yaml --data.tokenizer ", "", "cannot load"),
+            ("compare --config {good}/tiny.yaml --data.cache_dir ", "", "too long"),
+            ("fit --config {good}/tiny.yaml --runs ", "", "at most 200 bytes"),
+        ]
+    ),
     _fit("place: runs that is a file", "--runs {at}/f", "run folder", files={"f": "x"}),
     _fit("place: runs below a file", "--runs {at}/f/g", "run folder", files={"f": "x"}),
     _fit("place: runs in /proc", "--runs /proc/runs", "run folder"),
@@ -773,6 +789,8 @@ PLACES = [
     _fit("place: a name that leads out", "--name ../../out", "name"),
     _fit("place: an absolute name", "--name {at}/out", "name"),
     _fit("place: a name of 300 letters", f"--name {'n' * 300}", "name"),
+    _fit("place: a name with a line break", "--name", "printable", more=("a\nb",)),
+    _fit("place: a name of half a character", "--name", "printable", more=("\ud800",)),
     _fit("place: a name with NUL", "--name", "name", more=("a\0b",)),
     _plan("place: a picture in no folder", "--picture {at}/no/plan.png", "cannot write the"),
     _plan("place: a picture that is a folder", "--picture {at}", "cannot write the picture"),

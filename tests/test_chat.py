@@ -189,11 +189,12 @@ def test_long_conversations_are_cut_and_counted(
 @pytest.mark.parametrize(
     ("lines", "settings", "message"),
     [
+        ([" "], {}, r"chat\.jsonl holds no conversation, only blanks"),
         (prompts(19), {}, r"19 conversations are too few to hold out 5%"),
         (prompts(3) * 20, {"sequence_length": 4}, r"no conversation in .* within 4 tokens"),
         (prompts(23), {"batch_size": 50}, r"makes 22 sequences .* fewer than one batch of 50"),
     ],
-    ids=["nothing to validate on", "no response left", "no batch"],
+    ids=["blank", "nothing to validate on", "no response left", "no batch"],
 )
 def test_too_little_is_refused(
     lines: list[Any], settings: dict[str, Any], message: str, chat: Callable[..., TextData]

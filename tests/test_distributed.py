@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from foam_lightning.run_folder import RunFolder
 from foam_lightning.training import train
 from tests.runs import NewJob
 from tests.tiny import REPOSITORY, write_settings
+from tests.unequal import BATCH, job_of_unequal_rows, trained
 
 WORLD = 2
 STEPS, STOPPED_AFTER = 6, 3
@@ -98,10 +100,11 @@ class Found(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """What one rank found, by the name of the case."""
+    """What one rank found, by the name of the case; of unequal rows the weights, by strategy."""
 
     runs: dict[str, Found]
     peaks: dict[str, int]
+    unequal: dict[str, dict[str, Tensor]]
 
 
 def case(new_job: NewJob, folder: Path, strategy: str, settings: dict[str, Any]) -> Case:
@@ -134,7 +137,9 @@ CASES: dict[str, dict[str, Any]] = {
 EXACT = ("ddp", "fsdp2")  # in float32; of the others only the memory is looked at
 
 
-def one_of_two(rank: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
+def one_of_two(
+    rank: int, port: int, folder: Path, cases: dict[str, Case], unequal: dict[str, Job]
+) -> None:
     """Be a rank, as a launcher starts it, and do one run after the other."""
     os.environ |= {
         "LOCAL_RANK": str(rank),
@@ -157,7 +162,9 @@ def one_of_two(rank: int, port: int, folder: Path, cases: dict[str, Case]) -> No
         before, after = cases[name].run(STOPPED_AFTER), cases[name].run()
         runs[name] = tuple(after._replace(losses=before.losses + after.losses))
     peaks = {name: shared.peak_bytes() for name, shared in cases.items()}
-    torch.save((runs, peaks), folder / f"{rank}.pt")
+    micro = {"micro_batch_size": 1, "accumulate_grad_batches": BATCH // WORLD}
+    weights = {name: trained(job, **micro) for name, job in unequal.items()}
+    torch.save((runs, peaks, weights), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -166,6 +173,7 @@ class Together(NamedTuple):
 
     cases: dict[str, Case]
     ranks: list[Rank]
+    alone_on_unequal: dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -177,15 +185,20 @@ def together(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> Toget
     }
     data = cases["ddp"].job.new_data(cases["ddp"].plan.levers)
     data.setup()  # what is in the cache then is there for both
+    unequal = {
+        name: job_of_unequal_rows(new_job, folder, devices=WORLD, strategy=name) for name in EXACT
+    }
+    expected = trained(job_of_unequal_rows(new_job, folder), micro_batch_size=BATCH)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, folder, cases), nprocs=WORLD)
+    torch.multiprocessing.spawn(one_of_two, (port, folder, cases, unequal), nprocs=WORLD)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     ranks = [
-        Rank({name: Found(*run) for name, run in runs.items()}, peaks) for runs, peaks in found
+        Rank({name: Found(*run) for name, run in runs.items()}, peaks, unequal)
+        for runs, peaks, unequal in found
     ]
-    return Together(cases, ranks)
+    return Together(cases, ranks, expected)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +219,16 @@ def test_two_processes_equal_one_through_a_kill(
         assert found.losses == pytest.approx(expected.losses, rel=1e-6)
         assert found.loss == pytest.approx(expected.loss, rel=1e-6)
         assert found.num_tokens == expected.num_tokens == 19 * 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_rows_of_unequal_length_count_token_by_token_over_all_ranks(
+    name: str, together: Together
+) -> None:
+    for rank in together.ranks:
+        for key, weights in together.alone_on_unequal.items():
+            torch.testing.assert_close(rank.unequal[name][key], weights, atol=1e-6, rtol=0, msg=key)
 
 
 @pytest.mark.slow

@@ -207,6 +207,24 @@ def test_responses_alone_are_learned(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert prompt == "<s>### User\nHi\n\n### Assistant\n"
 
 
+def answered(folder: Path, text: str) -> str:
+    """Let plain transformers answer."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = inputs["input_ids"]
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=40,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None], ids=["its template", "the plain one"])
 def test_a_prompt_is_what_the_user_says_and_the_answer_ends_with_the_turn(
     template: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -222,6 +240,11 @@ def test_a_prompt_is_what_the_user_says_and_the_answer_ends_with_the_turn(
     capfd.readouterr()
     assert cli.main([*generate, "--prompt", "7 + 7?"]) == 0
     assert capfd.readouterr().out.strip("\n") == "I add."
+    exported = tmp_path / "exported"
+    assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(exported)]) == 0
+    for folder in (exported, tmp_path / "runs" / "tuned" / "version_0" / "hf"):
+        assert answered(folder, "7 + 7?") == "I add."
+    capfd.readouterr()
     assert cli.main([*generate, "--prompt", "7 + 7?", "--data.chat", "false"]) == 0
     assert capfd.readouterr().out.startswith("7 + 7?")
     assert cli.main(generate) == 2

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tuner.footprint import measure
 from tuner.objective import StepClock
@@ -39,3 +40,28 @@ def test_memory_is_watched_where_steps_are_compiled() -> None:
     assert found.state_bytes == pytest.approx(2 * weights, abs=16)
     assert 4 * weights <= found.peak_bytes < 6 * weights
     assert found.step_seconds > 0
+
+
+class FailingBench(Bench):
+    """The same, but memory runs out in its first step."""
+
+    def train(self, plan: Any, *, num_steps: int, callbacks: list[Any]) -> None:
+        def fail(*_: Any) -> None:
+            for callback in callbacks:
+                callback.on_exception(None, None, error)
+            raise error
+
+        error = RuntimeError("out of memory")
+        torch.optim.Adam.step, step = fail, torch.optim.Adam.step  # type: ignore[method-assign]
+        try:
+            super().train(plan, num_steps=num_steps, callbacks=callbacks)
+        finally:
+            torch.optim.Adam.step = step  # type: ignore[method-assign]
+
+
+def test_nothing_is_watched_any_more_after_a_failure() -> None:
+    resize = torch.UntypedStorage.resize_
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure({"adam": (FailingBench(), None)})  # type: ignore[arg-type]
+    assert _get_current_dispatch_mode() is None
+    assert torch.UntypedStorage.resize_ is resize

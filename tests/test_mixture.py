@@ -143,6 +143,8 @@ GOOD = {"dataset": "x", "weight": 1}
         ([{**GOOD, "path": "x"}], "has no setting 'path'; there are files, validation_files"),
         ([{**GOOD, "files": ["a.txt"]}], r"\[0\].files and data.sources\[0\].dataset are both set"),
         ([{"files": "a.txt", "weight": 1}], "files must be a list of paths, got 'a.txt'"),
+        ([{"files": [5], "weight": 1}], r"files must be a list of paths, got \[5\]"),
+        ([{**GOOD, "text_column": 5}], r"data.sources\[0\].text_column must be a text, got 5"),
         ([{"files": [], "weight": 1}], r"data.sources\[0\].files names no file"),
     ],
     ids=str,

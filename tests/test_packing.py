@@ -78,12 +78,8 @@ def test_packed_rows_are_the_flow_but_for_its_last_incomplete_row(
 def test_padded_rows_are_the_beginnings_of_the_documents(
     documents: list[list[list[int]]], length: int
 ) -> None:
-    rows = pack([[joined(document)] for document in documents], length, packing=False)
+    rows = pack(documents, length, packing=False)
     assert rows == [[*joined(document), EOS][:length] for document in documents]
-
-
-def test_only_the_first_piece_of_a_long_document_is_padded() -> None:
-    assert pack([[[1, 2, 3], [4, 5], [6]], [[7]]], 2, packing=False) == [[1, 2], [7, EOS]]
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 256])

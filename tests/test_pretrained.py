@@ -130,6 +130,9 @@ WHOLE: dict[str, Callable[[Path], object]] = {
     "one file": lambda folder: None,
     "several files": split,
     "before safetensors": lambda folder: torch.save(as_bin(folder), folder / "pytorch_model.bin"),
+    "before torch 1.6": lambda folder: torch.save(
+        as_bin(folder), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    ),
     "names of the decoder": without_head,
     "old buffer": with_rotation,
 }

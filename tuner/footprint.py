@@ -77,7 +77,7 @@ class _Watch(Callback):
     def __init__(self) -> None:
         self.state_bytes = self.peak_bytes = 0
         self._tracker = StorageTracker()
-        self._uncompiled = ExitStack()
+        self._watching = ExitStack()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,10 +85,16 @@ class _Watch(Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
             return
         # Under the tracker torch.compile refuses to compile: adamw8bit would end there.
-        self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        self._watching.enter_context(torch.compiler.set_stance("force_eager"))
         self._tracker.claim(pl_module.parameters(), "weights")
         self._tracker.claim(state_tensors(trainer.optimizers[0]), "optimizer_state")
-        self._tracker.__enter__()
+        self._watching.enter_context(self._tracker)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._watching.close()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,6 +102,5 @@ class _Watch(Callback):
         if pl_module.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(pl_module.device)
             return
-        self._tracker.__exit__(None, None, None)
-        self._uncompiled.close()
+        self._watching.close()
         self.peak_bytes = self._tracker.peak().total_bytes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers
-from jsonargparse.typing import NonNegativeInt, register_type
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, register_type
 from lightning.pytorch import Trainer
 
 from foam_lightning.data.module import TextData
@@ -35,7 +35,7 @@ _OWN = (
 _layer: Any = _loaders_dumpers
 _layer.yaml_default_loader = careful(_layer.get_yaml_default_loader())
 _ALLOW = ("--allow-class-paths", "--allow_class_paths")
-_LONGEST_NAME = 60  # in the bytes of any script far from what file systems take, 255
+_LONGEST_NAME = 200  # bytes; file systems take 255, and files in the making have longer names
 _MOST_CHARACTERS = 500  # of an error; a value may be long, and a type's description is
 
 
@@ -113,12 +113,17 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
 
 
 def _check_place(runs: str, name: str) -> None:
-    """Refuse a name that is no folder below that of all runs."""
+    """Refuse a name that is no folder below that of all runs, and names that no disk takes."""
     parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in runs + name:
+    if not parts or Path(name).is_absolute() or ".." in parts:
         raise ConfigError(f"--name {name!r} must be a folder below --runs {runs!r}; such as my-run")
-    if any(len(part) > _LONGEST_NAME for part in parts):
-        raise ConfigError(f"--name has a part longer than {_LONGEST_NAME} characters; shorten it")
+    for part in (*Path(runs).parts, *parts):
+        size = len(part.encode("utf-8", "replace"))
+        if size > _LONGEST_NAME or not part.isprintable():
+            raise ConfigError(
+                f"--runs and --name hold a name of {size} bytes, {part[:40]!r}; give folders whose "
+                f"names are printable and have at most {_LONGEST_NAME} bytes"
+            )
 
 
 def _line(error: Exception, parser: ArgumentParser) -> str:
@@ -199,8 +204,8 @@ def _add_own(parser: ArgumentParser, command: str) -> None:
         parser.add_argument("--picture", type=str | None, default=None)
     if command == "generate":
         parser.add_argument("--prompt", type=str, default="")
-        parser.add_argument("--max_new_tokens", type=int, default=200)
-        parser.add_argument("--temperature", type=float, default=0.8)
+        parser.add_argument("--max_new_tokens", type=PositiveInt, default=200)
+        parser.add_argument("--temperature", type=NonNegativeFloat, default=0.8)
     if command == "compare":
         parser.add_argument("--optimizers", type=str | None, default=None)
         parser.add_argument("--steps", type=int, default=300)

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from foam_lightning.errors import ConfigError, in_one_line
+from foam_lightning.places import exists, is_file
 from foam_lightning.units import ByteSize
 from tuner.credentials import refuse_credentials
 from tuner.yaml_text import load_yaml
@@ -163,7 +164,7 @@ def check_config(path: Path) -> None:
 
 
 def _read(path: Path) -> object:
-    if path.exists() and not path.is_file():
+    if exists(path) and not is_file(path):
         raise ConfigError(f"cannot read the configuration {path}: it is no ordinary file")
     try:
         content: object = load_yaml(path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from foam_lightning.data.chat import end_of_turn
 from foam_lightning.data.module import TextData
 from foam_lightning.model import save
 from foam_lightning.module import LlamaFoam
@@ -31,4 +32,5 @@ class Export(Callback):
         if pl_module.device_mesh is not None:  # every rank gives its share to the first
             gathered = trainer.strategy.lightning_module_state_dict()
             weights = {name.removeprefix("model."): whole for name, whole in gathered.items()}
-        save(pl_module.model, data.tokenizer, self._folder, weights)
+        turn = end_of_turn(data.tokenizer) if data.chat else None
+        save(pl_module.model, data.tokenizer, self._folder, weights, end_of_turn=turn)

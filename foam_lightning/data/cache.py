@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from foam_lightning.cache_home import cache_home
-from foam_lightning.errors import DataError
+from foam_lightning.errors import DataError, first_line
 from foam_lightning.units import in_words
 
 if TYPE_CHECKING:
@@ -87,6 +87,9 @@ def cached_dataset(
             number of documents that went into it.
         content: What it is, in one word, for the bar.
         num_documents: How many there will be; None where nobody knows.
+
+    Raises:
+        DataError: The file cannot be written, or what is there is damaged.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -101,7 +104,18 @@ def cached_dataset(
             for batch, count in batches():
                 writer.write_batch(batch)
                 progress.add(count, file.tell())
-    return Dataset.from_file(str(path))
+    try:
+        return Dataset.from_file(str(path))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> DataError:
+    """Say that a prepared file cannot be read, as after the machine has crashed."""
+    return DataError(
+        f"the prepared file {path} is damaged ({first_line(error)}); delete it, and the same "
+        "command makes it again"
+    )
 
 
 class _Progress:

@@ -141,6 +141,8 @@ def chat_dataset(
         lambda: _batches(files, tokenizer, sequence_length, schema),
         content="conversations",
     )
+    if not len(rows):
+        raise DataError(f"{files[0]} holds no conversation, only blanks; give one a line")
     lengths, scored = (rows.data.column(name).to_numpy() for name in ("length", "scored"))
     num_cut, num_out = int((lengths > sequence_length).sum()), int((scored == 0).sum())
     if num_out == len(rows):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from foam_lightning.data.cache import cache_key, cached_dataset
 from foam_lightning.errors import DataError, first_line
+from foam_lightning.places import is_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +37,7 @@ def files_fingerprint(files: list[str], text_column: str) -> str:
                 f"cannot read {path}: its extension must be one of {', '.join(_READERS)}; "
                 "convert it, or rename it if only the extension is wrong"
             )
-        if not path.is_file():
+        if not is_file(path):
             raise DataError(f"there is no file {path}; check data.files")
         stat = path.stat()
         if stat.st_size == 0:

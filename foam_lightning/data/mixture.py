@@ -158,10 +158,10 @@ def _read(settings: Mapping[str, Any], place: str) -> Source:
         raise ConfigError(f"{place}.weight must be a number above 0, got {weight!r}; give it one")
     for key in ("files", "validation_files"):
         paths = settings.get(key)
-        if paths is not None and not (isinstance(paths, list) and all(map(_is_text, paths))):
+        if paths is not None and not _are_texts(paths):
             raise ConfigError(f"{place}.{key} must be a list of paths, got {paths!r}")
     for key in ("text_column", "dataset", "dataset_config"):
-        if not _is_text(settings.get(key, "")):
+        if not isinstance(settings.get(key, ""), str | None):
             raise ConfigError(f"{place}.{key} must be a text, got {settings[key]!r}")
     source = Source(**settings)
     source.check(place)
@@ -170,12 +170,12 @@ def _read(settings: Mapping[str, Any], place: str) -> Source:
     return source
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _spread(documents: "Dataset") -> Iterator[dict[str, str]]:

@@ -74,8 +74,11 @@ class Packer:
             full = len(self._tail) - len(self._tail) % length
             self._rows.extend(self._tail[at : at + length] for at in range(0, full, length))
             del self._tail[:full]
-        elif piece.starts:
-            self._rows.append(ids[:length])
+            return
+        self._tail = ids[:length] if piece.starts else [*self._tail, *ids][:length]
+        if piece.ends:
+            self._rows.append(self._tail)
+            self._tail = []
 
     def rows(self) -> Iterator[list[int]]:
         """Hand over the finished rows, oldest first."""
@@ -116,7 +119,7 @@ def packed_dataset(
     import pyarrow as pa
 
     schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
-    key = cache_key(1, fingerprint, fingerprint_of(tokenizer), sequence_length, packing)
+    key = cache_key(2, fingerprint, fingerprint_of(tokenizer), sequence_length, packing)
 
     def batches() -> Iterator[tuple["pa.RecordBatch", int]]:
         packer = Packer(sequence_length, end_of_text(tokenizer), packing=packing)

@@ -148,8 +148,6 @@ def hub_source(name: str, config: str | None, text_column: str, *, streaming: bo
 
 @contextmanager
 def _naming_failure(name: str) -> Iterator[None]:
-    import datasets
-
     try:
         yield
     except ConnectionError as error:
@@ -157,7 +155,7 @@ def _naming_failure(name: str) -> Iterator[None]:
             f"cannot reach the Hugging Face Hub for the dataset {name!r} ({first_line(error)}); "
             "download it beforehand, or give local files with data.files"
         ) from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # StopIteration where a file is empty, and what else there is
         raise DataError(
             f"cannot load the dataset {name!r} from the Hugging Face Hub: {first_line(error)}; "
             "check data.dataset and data.dataset_config"

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from foam_lightning.data.cache import cache_key, written_beside
+from foam_lightning.data.cache import cache_key, damaged, written_beside
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def _encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> lis
 
 
 def _cut(text: str) -> Iterator[tuple[str, bool, bool]]:
+    _require_text(text)
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         line_end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
@@ -131,6 +132,15 @@ def _cut(text: str) -> Iterator[tuple[str, bool, bool]]:
         yield text[start:stop], start == 0, False
         start = stop
     yield text[start:], start == 0, True
+
+
+def _require_text(text: object) -> None:
+    """Refuse what a dataset may hold in place of a text: a number, or nothing."""
+    if not isinstance(text, str):
+        raise DataError(
+            f"a document is {text!r:.40}, not a text; name the column that holds the text with "
+            "data.text_column, or choose another dataset"
+        )
 
 
 def _trained(
@@ -149,8 +159,12 @@ def _trained(
     if not path.exists():
         with written_beside(path) as temporary:
             _train(sample, vocab_size).save(str(temporary))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # what tokenizers raises is no more than that
+        raise damaged(path, error) from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_file(str(path)),
+        tokenizer_object=backend,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
@@ -185,6 +199,7 @@ def _sample(documents: "Dataset | IterableDataset") -> Iterator[str]:
         texts = (document["text"] for document in islice(documents, _SAMPLE_DOCUMENTS))
     left = _SAMPLE_CHARACTERS
     for text in texts:
+        _require_text(text)
         yield text[:left]
         left -= len(text)
         if left <= 0:

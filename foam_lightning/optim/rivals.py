@@ -141,8 +141,8 @@ def _new_adamw(
     matrices: list[Tensor], rest: list[Tensor], settings: Settings, scale: float
 ) -> Optimizer:
     groups = _groups(matrices, rest, settings.weight_decay)
-    for group in groups[len(groups) - 1 if matrices else len(groups) :]:
-        group["lr"] = settings.lr * scale
+    if matrices:
+        groups[-1]["lr"] = settings.lr * scale
     return AdamW(groups, **settings.of_adam, fused=True)
 
 

@@ -25,8 +25,9 @@ from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.arranged import ArrangedJob, View, in_rows
 from tests.benchmarks.heading import dated, machine, publish
-from tests.benchmarks.kept_runs import Kept, say
+from tests.benchmarks.kept_runs import say
 from tests.benchmarks.ranking import MODELS, job_of, size_in_words
+from tuner.kept import Kept
 from tuner.objective import Bench, ShortRun, paired_difference
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

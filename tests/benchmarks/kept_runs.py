@@ -12,8 +12,8 @@ from lightning.pytorch import Callback
 
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
-from foam_lightning.run_folder import write_json
 from tests.benchmarks.damage import DamageProbe
+from tuner.kept import Kept
 from tuner.objective import Bench, ShortRun
 
 RmsByRole = Mapping[str, Mapping[int, float]]
@@ -36,28 +36,6 @@ class Row:
     def key(self, seed: int, num_steps: int) -> str:
         text = json.dumps([self.plan.to_json(), seed, num_steps])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Kept:
-    """What was measured so far, by key.
-
-    Args:
-        path: The file to keep it in; None keeps none.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._done: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self._done = json.loads(path.read_text(encoding="utf-8"))
-
-    def of(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Give what was measured under a key, now or before."""
-        if key not in self._done:
-            self._done[key] = measure()
-            if self._path is not None:
-                write_json(self._path, self._done)
-        return self._done[key]
 
 
 def say(text: str) -> None:

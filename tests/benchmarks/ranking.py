@@ -34,12 +34,12 @@ from rich.progress import track
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.roles import ROLES, role_of
-from foam_lightning.run_folder import write_json
 from foam_lightning.training import versions
 from tests.benchmarks.heading import ROOT, dated, machine, publish
 from tests.benchmarks.ranking_page import Entry, RankingPage
 from tuner.fitting import UNTUNED, Fitting
 from tuner.horizon import at_length
+from tuner.kept import KeptRuns
 from tuner.objective import Bench, ShortRun
 from tuner.scales import turned
 from tuner.settings import parse
@@ -183,19 +183,13 @@ def plans_of(model: str) -> list[Row]:
 
 def runs_of(tasks: Sequence[Task], kept: Path | None) -> dict[Task, ShortRun]:
     """Do the runs that are not kept yet, two at a time, and give all."""
-    done = json.loads(kept.read_text("utf-8")) if kept and kept.exists() else {}
-    missing = [task for task in tasks if task.key not in done]
+    runs = KeptRuns(kept)
+    missing = [task for task in tasks if runs.get(task.key) is None]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         futures = {processes.submit(one_run, task): task for task in missing}
         for future in track(as_completed(futures), "training", total=len(missing)):
-            run = future.result()
-            done[futures[future].key] = {
-                "nats": list(run.nats),
-                "num_tokens": list(run.num_tokens),
-            }
-            if kept is not None:
-                write_json(kept, done)
-    return {t: ShortRun(done[t.key]["nats"], done[t.key]["num_tokens"]) for t in tasks}
+            runs.put(futures[future].key, {}, future.result())
+    return {task: run for task in tasks if (run := runs.get(task.key)) is not None}
 
 
 def levels_in_words(plan: FoldPlan) -> str:

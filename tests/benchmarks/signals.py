@@ -33,8 +33,8 @@ from tests.benchmarks.agreement import (
 )
 from tests.benchmarks.damage import LEVELS, SIGNALS, DamageProbe
 from tests.benchmarks.heading import dated, machine, publish
-from tests.benchmarks.kept_runs import Kept
 from tests.benchmarks.ranking import MODELS, Row, Task, job_of, rows_of, runs_of
+from tuner.kept import Kept
 from tuner.objective import Bench
 
 PROBE_STEPS = 300

@@ -1,0 +1,52 @@
+"""Rows of unequal length, and what training on them comes to."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan
+from tests.runs import NewJob
+
+BATCH = 4
+
+
+def job_of_unequal_rows(new_job: NewJob, folder: Path, **trainer: Any) -> Job:
+    """Make a job of three steps on rows of 2 to 16 tokens, padded.
+
+    Its eps does not blow rounding up.
+    """
+    path = folder / "texts.jsonl"
+    texts = [f"{i} and " * (1 + i * i % 7) for i in range(60)]
+    if not path.exists():
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return new_job(
+        data={"files": [str(path)], "packing": False, "batch_size": BATCH},
+        model={"eps": 1e-2},
+        trainer={"max_steps": 3, **trainer},
+    )
+
+
+def trained(job: Job, **levers: Any) -> dict[str, Tensor]:
+    """Train with these levers, and give the weights, whole."""
+    plan: FoldPlan = job.plan_at(1)
+    plan = replace(plan, levers=replace(plan.levers, **levers))
+    module = job.new_module()
+    module.follow(plan)
+    trainer = job.new_trainer(
+        plan.levers,
+        [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, datamodule=job.new_data(plan.levers))
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in module.named_parameters()
+    }
