@@ -766,9 +766,10 @@ FOLDERS = [
 # ---- places to write to
 
 _LONG = "x" * 300
+_TINY = "--config {good}/tiny.yaml "
 PLACES = [
     *(
-        Case(f"place: a long name, {words[:40]}", words + _LONG + end, says)
+        Case(f"place: a long name, {words.replace(_TINY, '')}", words + _LONG + end, says)
         for words, end, says in [
             ("fit --config ", "", "File name too long"),
             ("fit --config {good}/tiny.yaml --fold-plan ", "", "File name too long"),
