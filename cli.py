@@ -13,8 +13,22 @@ from typing import TYPE_CHECKING
 
 from foam_lightning import __version__
 from foam_lightning.devices import is_first_process
-from foam_lightning.errors import CheckpointError, ConfigError, FellBackError, FoamError
-from tuner.usage import COMMANDS, check_at_once, command_help, general_help, values_of
+from foam_lightning.errors import (
+    CheckpointError,
+    ConfigError,
+    FellBackError,
+    FoamError,
+    in_one_line,
+)
+from foam_lightning.places import exists, is_file
+from tuner.usage import (
+    COMMANDS,
+    check_at_once,
+    check_config,
+    command_help,
+    general_help,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from foam_lightning.job import Job
@@ -48,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("type the same command again to go on", file=sys.stderr)
         return error.exit_code
     except FoamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", in_one_line(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; type the same command again to go on", file=sys.stderr)
@@ -63,12 +77,11 @@ def _answer(words: list[str]) -> int:
         print(f"foam-lightning {__version__}")
         return 0
     command, options = words[0], words[1:]
-    if command not in COMMANDS:
-        raise ConfigError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-    if "-h" in options or "--help" in options:
+    if command in COMMANDS and ("-h" in options or "--help" in options):
         print(command_help(command))
         return 0
-    check_at_once(options)
+    check_at_once(command, options)
+    default = _default_config(options)
     is_first = "tuner.settings" not in sys.modules
     gc.disable()  # modules live to the end: looking for garbage among them takes seconds
     from tuner.settings import parse
@@ -76,7 +89,7 @@ def _answer(words: list[str]) -> int:
     if is_first:
         gc.freeze()  # nor is it looked for among them later
     gc.enable()
-    settings = parse(command, options, default=_default_config(options))
+    settings = parse(command, options, default=default)
     _quieten()
     runner = {
         "fit": _fit,
@@ -96,8 +109,12 @@ def _default_config(options: list[str]) -> Path | None:
     if any(values_of(options, "--config")):
         return None
     for checkpoint in values_of(options, "--ckpt_path"):
-        beside = Path(checkpoint).resolve().parent.parent / "config.yaml"
-        if beside.is_file():
+        try:
+            beside = Path(checkpoint).resolve().parent.parent / "config.yaml"
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or no path at all
+            continue
+        if is_file(beside):
+            check_config(beside)
             return beside
     return Path(__file__).parent / "configs" / "default.yaml"
 
@@ -251,7 +268,7 @@ def _export(settings: "Settings") -> None:
     from foam_lightning.model import save
 
     path, output = Path(settings.ckpt_path), Path(settings.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if exists(output) and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not an empty folder; choose another")
     module = load_module(path)
     assert module.model is not None
@@ -285,6 +302,7 @@ def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     """Take the plan that the user has, from a checkpoint or a file, and refuse another model's."""
     from foam_lightning.checkpoint import read_checkpoint
     from foam_lightning.plan import FoldPlan
+    from foam_lightning.training import check_plan
 
     if settings.ckpt_path is not None:  # its levels are those of its optimizer state
         saved = read_checkpoint(Path(settings.ckpt_path))["fold_plan"]
@@ -294,7 +312,10 @@ def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     else:
         return None
     job.new_module().follow(plan)
-    return job.spread(plan)
+    plan = job.spread(plan)
+    if settings.ckpt_path is not None:
+        check_plan(Path(settings.ckpt_path), plan, job.optimizer)
+    return plan
 
 
 def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
@@ -302,6 +323,7 @@ def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
     from foam_lightning.run_folder import RunFolder, write_text
 
     job.check_weights()
+    job.new_trainer(job.levers, [], logger=False)
     job.new_data(job.levers).setup()
     folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
     if not folder.plan.exists():

@@ -24,15 +24,12 @@ def config_of(settings: Mapping[str, Any]) -> "LlamaConfig":
 
     Raises:
         ConfigError: The sizes make no model.
-        CheckpointError: The folder holds none that is known.
+        CheckpointError: The folder, or what a checkpoint kept of one, holds none that is known.
     """
-    from transformers import CONFIG_MAPPING
-
     if settings["architecture"] is not None:
-        content = dict(settings["architecture"]["config"])
-        kind: Any = CONFIG_MAPPING[content["model_type"]]
-        config: LlamaConfig = kind.from_dict(content)
-        return config
+        kept = settings["architecture"]
+        config = kept.get("config") if isinstance(kept, Mapping) else None
+        return pretrained.as_config(config, "the architecture in the checkpoint's hyper_parameters")
     if settings["pretrained"] is not None:
         return pretrained.read_config(settings["pretrained"])
     return llama.describe(**{name: settings[name] for name in _SIZES})

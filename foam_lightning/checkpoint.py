@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foam_lightning.errors import CheckpointError
+from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.module import LlamaFoam
+from foam_lightning.places import is_file
 from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KEYS = {"fold_plan", "state_dict", "hyper_parameters"}
+_EMBEDDING = "model.model.embed_tokens.weight"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -22,8 +24,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no such file, it is truncated, or it is something else.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; runs keep theirs in checkpoints/")
+    _find(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -34,6 +35,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise CheckpointError(f"{path} holds no fold plan: it is not a checkpoint of this tool")
+    _check_kinds(path, content)
     return content
 
 
@@ -44,11 +46,16 @@ def load_module(path: Path) -> LlamaFoam:
         CheckpointError: The checkpoint cannot be read, or does not hold the model it names.
     """
     content = read_checkpoint(path)
-    module = LlamaFoam(**content["hyper_parameters"])
-    module.follow(FoldPlan.from_json(content["fold_plan"], source=str(path)))
+    try:
+        module = LlamaFoam(**content["hyper_parameters"])
+        module.follow(FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}"))
+    except (TypeError, ValueError, AttributeError) as error:  # what comes of settings of any kind
+        raise CheckpointError(
+            f"the hyper_parameters in {path} make no model: {first_line(error)}; use another one"
+        ) from error
     weights = content["state_dict"]
     before = torch.get_default_dtype()
-    torch.set_default_dtype(weights["model.model.embed_tokens.weight"].dtype)
+    torch.set_default_dtype(weights[_EMBEDDING].dtype)
     try:
         module.configure_model()
     finally:
@@ -61,6 +68,29 @@ def load_module(path: Path) -> LlamaFoam:
     return module
 
 
+def _find(path: Path) -> None:
+    if not is_file(path):
+        raise CheckpointError(f"there is no checkpoint {path}; runs keep theirs in checkpoints/")
+
+
+def _check_kinds(path: Path, content: dict[str, Any]) -> None:
+    """Refuse what other programs have left under the names that are looked for.
+
+    Raises:
+        CheckpointError: There is no text of a plan, no mapping of settings, or no weights.
+    """
+    settings, weights = content["hyper_parameters"], content["state_dict"]
+    if not isinstance(content["fold_plan"], str):
+        raise CheckpointError(f"the fold plan in {path} is no text; use another checkpoint")
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise CheckpointError(f"the hyper_parameters in {path} are no settings; use another one")
+    first = weights.get(_EMBEDDING) if isinstance(weights, dict) else None
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        raise CheckpointError(
+            f"the weights in {path} are not those of a model: there is no {_EMBEDDING} of floats"
+        )
+
+
 def folder_of(path: Path) -> RunFolder:
     """Find the run folder that a checkpoint lies in: the parent of `checkpoints/`."""
     return RunFolder(path.resolve().parent.parent)
@@ -70,18 +100,25 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer that was kept beside a checkpoint.
 
     Raises:
-        CheckpointError: The run folder holds none.
+        CheckpointError: There is no checkpoint, or its run folder holds no tokenizer, a broken one,
+            or one with code of its own.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    _find(path)
     folder = folder_of(path).tokenizer
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no tokenizer in {folder}; leave the checkpoint in its run folder"
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a broken tokenizer.json raises a plain Exception
+        raise CheckpointError(
+            f"cannot load the tokenizer in {folder}: {first_line(error)}; use another checkpoint"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise CheckpointError(f"{folder} does not hold a tokenizer")
     return tokenizer

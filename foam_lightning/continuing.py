@@ -7,6 +7,7 @@ from typing import Any
 
 from foam_lightning.checkpoint import folder_of, read_checkpoint
 from foam_lightning.job import Job
+from foam_lightning.places import is_file, is_folder
 
 
 def on_checkpoint(job: Job, path: Path, architecture: Mapping[str, Any] | None) -> Job:
@@ -33,7 +34,7 @@ def without_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
         CheckpointError: The checkpoint cannot be read.
     """
     pretrained = job.model["pretrained"]
-    found = next((path for path in checkpoints if path.is_file()), None)
-    if pretrained is None or Path(pretrained).is_dir() or found is None:
+    found = next((path for path in checkpoints if is_file(path)), None)
+    if pretrained is None or is_folder(Path(pretrained)) or found is None:
         return job
     return on_checkpoint(job, found, read_checkpoint(found)["hyper_parameters"].get("architecture"))

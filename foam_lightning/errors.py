@@ -74,3 +74,8 @@ class InfeasibleBudgetError(FoamError):
 def first_line(error: BaseException) -> str:
     """Give what another library says, as far as it goes into a line of ours."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+
+
+def in_one_line(error: BaseException) -> str:
+    """Give all that an error says without line breaks, which names in files may hold."""
+    return " ".join(str(error).split()) or type(error).__name__

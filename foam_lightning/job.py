@@ -6,19 +6,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self, cast
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from foam_lightning.beginning import check_beginning
 from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, device_of, first_device
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import ConfigError, first_line
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, find_gpu, known_costs
 from foam_lightning.memory.trace import Precision, weight_dtype
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.rivals import check as check_rival
 from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.ranges import DATA, SEED, check_ranges, check_trainer
 from foam_lightning.replicas import OnePlaceDDP
 
 _BARE = {
@@ -58,15 +60,9 @@ class Job:
         """
         weight_dtype(self.precision)
         _ = self.devices
-        if self.trainer.get("accumulate_grad_batches", 1) != 1:
-            raise ConfigError(
-                "trainer.accumulate_grad_batches follows from data.batch_size and "
-                "data.micro_batch_size; set data.micro_batch_size instead"
-            )
-        if self.trainer.get("max_steps", -1) < 1:
-            raise ConfigError(
-                f"trainer.max_steps must be 1 or more, got {self.trainer.get('max_steps', -1)}"
-            )
+        check_ranges("", {"seed_everything": self.seed}, {"seed_everything": SEED})
+        check_trainer(self.trainer)
+        check_ranges("data.", self.data, DATA)
 
     @property
     def optimizer(self) -> str:
@@ -128,7 +124,7 @@ class Job:
         releases = bool(self.model.get("gradient_release"))
         self._check_release(releases)
         micro = int(self.data["micro_batch_size"] or max(1, self.batch_size // num_devices))
-        if micro < 1 or self.batch_size % (micro * num_devices):
+        if self.batch_size % (micro * num_devices):
             over = f" x trainer.devices {num_devices}" if num_devices > 1 else ""
             raise ConfigError(
                 f"data.micro_batch_size {micro}{over} must divide data.batch_size {self.batch_size}"
@@ -179,12 +175,12 @@ class Job:
             ConfigError: The devices do not divide the batch, or the plan is for another one.
         """
         count, levers = self.devices.count, plan.levers
-        if count == 1 or levers.batch_size * count == self.batch_size:
+        if levers.batch_size * count == self.batch_size:
             return plan
         if levers.batch_size != self.batch_size or self.batch_size % count:
             raise ConfigError(
-                f"the plan takes {levers.batch_size} rows a step on one device, which {count} "
-                f"devices cannot divide into data.batch_size {self.batch_size}; make a plan for "
+                f"the plan takes {levers.batch_size} rows a step on one device, of which {count} "
+                f"cannot make data.batch_size {self.batch_size}; make a plan for this batch and "
                 f"trainer.devices {count}"
             )
         rows = self.batch_size // count
@@ -258,6 +254,9 @@ class Job:
                 settings, and one device, which then accumulates what the others would do. For short
                 runs.
             settings: Take the place of the job's own.
+
+        Raises:
+            ConfigError: Lightning refuses a setting.
         """
         merged = {**self.trainer, **(_BARE if bare else {}), **settings}
         accumulated = levers.accumulate_grad_batches * (self.devices.count if bare else 1)
@@ -267,7 +266,10 @@ class Job:
             merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
         merged["accumulate_grad_batches"] = accumulated
-        return Trainer(**merged | (_alone(merged) if bare else self._together()))
+        try:
+            return Trainer(**merged | (_alone(merged) if bare else self._together()))
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigError(f"trainer: {first_line(error)}") from error
 
     def new_accountant(self) -> Accountant:
         """Make the accountant of this job's model."""

@@ -10,6 +10,7 @@ import torch
 
 from foam_lightning.devices import is_first_process
 from foam_lightning.errors import CheckpointError, ConfigError, first_line
+from foam_lightning.ranges import MODEL, check_ranges
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -51,16 +52,14 @@ def describe(
     """Turn sizes into a transformers configuration, untied embedding and head, SDPA attention.
 
     Raises:
-        ConfigError: A size is below 1, or the heads do not divide what they must.
+        ConfigError: A size is out of range, or the heads do not divide what they must.
     """
     from transformers import LlamaConfig
 
     sizes = dict(locals())
     sizes.pop("LlamaConfig")
     sizes["num_key_value_heads"] = num_key_value_heads or num_attention_heads
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"model.{name} must be 1 or more, got {size}")
+    check_ranges("model.", sizes, MODEL)
     if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
         raise ConfigError(
             f"model.hidden_size {hidden_size} must be an even multiple of "
@@ -217,6 +216,10 @@ def _write(folder: Path, *parts: Callable[[Path], object]) -> None:
         beside.mkdir(parents=True)
         for write_part in parts:
             write_part(beside)
+        # safetensors makes files for their owner alone; the folder has what the umask leaves.
+        mode = beside.stat().st_mode & 0o666
+        for file in beside.iterdir():
+            file.chmod(mode)
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
     except OSError as error:

@@ -1,6 +1,5 @@
 """LLaMA trained with FOAM, as a LightningModule."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -24,6 +23,7 @@ from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
 from foam_lightning.optim.release import release_gradients
 from foam_lightning.optim.rivals import OptimizerName
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
+from foam_lightning.ranges import MODEL, check_pattern, check_ranges
 from foam_lightning.recompute import checkpoint_layers
 from foam_lightning.schedule import warmup_cosine
 from foam_lightning.sharding import shard
@@ -117,13 +117,8 @@ class LlamaFoam(LightningModule):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if lr <= 0 or not 0 <= warmup_fraction <= 1 or not 0 <= final_lr_fraction <= 1:
-            raise ConfigError(
-                f"model.lr {lr} must be above 0, model.warmup_fraction {warmup_fraction} and "
-                f"model.final_lr_fraction {final_lr_fraction} between 0 and 1"
-            )
-        if clip_norm is not None and not 0 < clip_norm < math.inf:
-            raise ConfigError(f"model.clip_norm must be above 0, or null for none; got {clip_norm}")
+        check_ranges("model.", locals(), MODEL)
+        check_pattern("model.exclude", exclude)
         if optimizer != "foam" and (gradient_release or state_offload or clip_norm):
             raise ConfigError(
                 f"model.optimizer {optimizer} goes without model.gradient_release, "

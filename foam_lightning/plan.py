@@ -4,14 +4,17 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
-from foam_lightning.errors import PlanError
+from foam_lightning.errors import PlanError, in_one_line
+from foam_lightning.ranges import MODEL, POSITIVE
 from foam_lightning.run_folder import write_text
 
 SCHEMA = "foam-lightning/fold-plan/2"
 # It had one scale for all matrices of a level, as {"2": 0.25}; files of it are still read.
 _SCALES_BY_LEVEL = "foam-lightning/fold-plan/1"
+
+_MOST_CHARACTERS = 300  # of what an error says of a plan
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 Fingerprint = Mapping[str, int | bool]
@@ -109,7 +112,7 @@ class FoldPlan:
                 of the wrong type or range.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON ({error}); pass a fold_plan.json") from error
         schema = content.pop("schema", None) if isinstance(content, dict) else None
@@ -124,10 +127,11 @@ class FoldPlan:
             plan = cls(**{**content, "levers": Levers(**content["levers"])})
             plan._check()
         except KeyError as error:
-            raise PlanError(f"{source} is not a valid fold plan: it has no {error}") from error
+            missing = str(error)[:_MOST_CHARACTERS]
+            raise PlanError(f"{source} is not a valid fold plan: it has no {missing}") from error
         except (TypeError, ValueError, AttributeError, PlanError) as error:
-            # A name in the text may hold line breaks; a message is one line.
-            reason = " ".join(str(error).split())
+            # A name in the text may be long and hold line breaks; a message is one line.
+            reason = in_one_line(error)[:_MOST_CHARACTERS]
             raise PlanError(f"{source} is not a valid fold plan: {reason}") from error
         return plan
 
@@ -181,7 +185,10 @@ class FoldPlan:
             for key, size in sizes.items():
                 _expect(isinstance(size, int), f"{model}.{key} must be an integer, got {size!r}")
         for name, level in self.levels.items():
-            _expect(_is_count(level, 0), f"the level of {name} must be 0 or more, got {level!r}")
+            _expect(
+                _is_count(level, 0) and MODEL["level"].holds(level),
+                f"the level of {name} must be {MODEL['level']}, got {level!r}",
+            )
             _expect(name in self.scales, f"{name} has a level and no scale; give it one")
         for name, scale in self.scales.items():
             _expect(name in self.levels, f"{name} has a scale and no level; give it one")
@@ -205,6 +212,13 @@ def _spread(by_level: Mapping[str, float], levels: Mapping[str, int]) -> dict[st
     return {name: scales[level] for name, level in levels.items()}
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of what JSON holds; of a key that is there twice nobody knows which counts."""
+    content = dict(pairs)
+    _expect(len(content) == len(pairs), "it says a key twice in one place")
+    return content
+
+
 def _expect(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
@@ -215,6 +229,6 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def _is_positive(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return POSITIVE.holds(value)

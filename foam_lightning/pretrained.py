@@ -10,6 +10,8 @@ import torch
 
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.model import CLASSES, class_of, lay_out, without_mask
+from foam_lightning.places import is_file
+from foam_lightning.ranges import MODEL, check_ranges
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,31 +34,54 @@ def read_config(folder: str) -> "LlamaConfig":
         CheckpointError: There is no such folder, no readable `config.json`, it is of another
             architecture, or it asks for code of its own.
     """
-    from transformers import AutoConfig
-
     file = Path(folder, "config.json")
-    if not file.is_file():
+    if not is_file(file):
         raise CheckpointError(
             f"{folder} has no config.json; pass a local Hugging Face LLaMA folder"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        model_type = content.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {first_line(error)}") from error
+    return as_config(content, str(file))
+
+
+def as_config(content: Any, place: str) -> "LlamaConfig":
+    """Make a configuration of what a config.json or a checkpoint says, and of nothing else.
+
+    Args:
+        content: JSON.
+        place: What to call it in an error.
+
+    Raises:
+        CheckpointError: It is of another architecture, asks for code of its own, is of quantised
+            weights, or its sizes make no model.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(content, dict):
+        raise CheckpointError(f"cannot read {place}: it is no JSON object")
     if "auto_map" in content:
         raise CheckpointError(
-            f"{folder} asks for code of its own (auto_map in its config.json), which is always "
-            f"refused; pass a folder of {_known()} that needs none"
+            f"{place} asks for code of its own (auto_map in it), which is always refused; pass a "
+            f"folder of {_known()} that needs none"
         )
-    if model_type not in CLASSES:
-        raise CheckpointError(f"{folder} holds a {model_type} model; only {_known()} are supported")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CLASSES:
+        raise CheckpointError(f"{place} holds a {model_type} model; only {_known()} are supported")
+    if content.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{place} is of quantised weights, which do not train; pass the folder they came from"
+        )
+    # An implementation of attention may be the name of compiled code on the Hub; `model` says ours.
+    plain = {key: value for key, value in content.items() if "implementation" not in key}
+    kind: Any = CONFIG_MAPPING[model_type]
     try:
-        config: LlamaConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever its checks of sizes and types raise
-        raise CheckpointError(f"cannot read {file}: {first_line(error)}") from error
+        config: LlamaConfig = kind.from_dict(plain)
+        sizes = {name: getattr(config, name) for name in MODEL if hasattr(config, name)}
+        check_ranges("", sizes, MODEL)
+    except Exception as error:  # whatever checks of sizes and types raise
+        raise CheckpointError(f"cannot read {place}: {first_line(error)}") from error
     return config
 
 
@@ -158,7 +183,7 @@ def _refuse(
 def _files_of(folder: Path) -> list[Path]:
     """List the files of the weights, those too that an index names and that are not there."""
     for file in (folder / name for name in _FILES):
-        if not file.is_file():
+        if not is_file(file):
             continue
         if file.suffix != ".json":
             return [file]

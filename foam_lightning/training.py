@@ -76,7 +76,7 @@ def train(
     """
     source = folder.last_checkpoint if folder.last_checkpoint.exists() else ckpt_path
     if source is not None:
-        _check_plan(source, plan, job.optimizer)
+        check_plan(source, plan, job.optimizer)
     module = job.new_module()
     module.follow(plan)
     data = job.new_data(plan.levers)
@@ -132,8 +132,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def _check_plan(path: Path, plan: FoldPlan, optimizer: str) -> None:
-    """Refuse a checkpoint that would go on by a plan of its own, or that another one wrote."""
+def check_plan(path: Path, plan: FoldPlan, optimizer: str) -> None:
+    """Refuse a checkpoint that would go on by a plan of its own, or that another one wrote.
+
+    Raises:
+        CheckpointError: It would, or cannot be read.
+    """
     # Reading it says what is wrong in one line, where Lightning would not.
     content = read_checkpoint(path)
     wrote = content["hyper_parameters"].get("optimizer", "foam")

@@ -14,8 +14,10 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_MOST = 2**63 - 1  # what an address of 64 bits can reach
 _NAMES = ("TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "kB")
-_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
+# Python reads no longer numbers, and no memory has so many bytes.
+_PATTERN = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]{1,3})\s*")
 
 
 class ByteSize(int):
@@ -27,15 +29,17 @@ class ByteSize(int):
         value: A text with a number and a unit, or a number of bytes as an int.
 
     Raises:
-        ValueError: The text has no number, no unit or an unknown one, or the size is not positive.
+        ValueError: The text has no number, no unit or an unknown one, or the size is not
+            positive or above any memory.
     """
 
     def __new__(cls, value: str | int) -> Self:
         """Read a text, or take a number of bytes."""
         size = super().__new__(cls, _parse(value) if isinstance(value, str) else value)
-        if size <= 0:
+        if not 0 < size <= _MOST:
             raise ValueError(
-                f"a memory size must be above zero, got {value}; write for example 24GB"
+                f"a memory size must be above zero and at most {_MOST} bytes, got "
+                f"{' '.join(str(value).split())}; write for example 24GB"
             )
         return size
 
@@ -53,7 +57,8 @@ def _parse(text: str) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(
-            f"{text!r} is not a memory size; write a number and a unit, for example 24GB or 22.5GiB"
+            f"{text[:40]!r} is not a memory size; write a number and a unit, for example 24GB or "
+            "22.5GiB"
         )
     whole, _, fraction = match[1].partition(".")
     # Integers all the way: a float would lose bytes above 2**53.

@@ -9,6 +9,7 @@ from foam_lightning.checkpoint import load_module, load_tokenizer
 from foam_lightning.data.chat import encode_prompt, end_of_turn
 from foam_lightning.errors import ConfigError
 from foam_lightning.model import ends
+from foam_lightning.ranges import WRITING, check_ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,12 +31,14 @@ def write(
 
     Raises:
         CheckpointError: The checkpoint or its tokenizer cannot be read.
-        ConfigError: It is to be a conversation, and the tokenizer has no chat template, or the
-            user says nothing.
+        ConfigError: A number is out of range; or it is to be a conversation, and the tokenizer has
+            no chat template, or the user says nothing.
         DataError: The chat template refuses a conversation of one message.
     """
     from transformers import TextStreamer
 
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    check_ranges("--", asked, WRITING)
     module = load_module(path).eval()
     tokenizer = load_tokenizer(path)
     inputs = _of_user(tokenizer, prompt) if is_chat else _beginning(tokenizer, prompt)

@@ -162,7 +162,9 @@ def test_a_plan_of_one_device_serves_several(
 
 def test_a_plan_of_another_batch_does_not_serve_several(new_job: NewJob) -> None:
     plan = new_job(data={"batch_size": 6}).plan_at(2)
-    with pytest.raises(ConfigError, match="takes 6 rows a step on one device, which 2 devices"):
+    with pytest.raises(
+        ConfigError, match="takes 6 rows a step on one device, of which 2 cannot make"
+    ):
         new_job(trainer={"devices": 2}).spread(plan)
 
 

@@ -18,9 +18,19 @@ FILES = sorted(
 
 # From low to high; the modules of one line do not import each other.
 FOAM_LIGHTNING_LAYERS = [
-    {"units", "roles", "loss", "cache_home", "perplexity", "schedule", "sharding", "replicas"},
+    {
+        "units",
+        "places",
+        "roles",
+        "loss",
+        "cache_home",
+        "perplexity",
+        "schedule",
+        "sharding",
+        "replicas",
+    },
     {"errors"},
-    {"devices"},
+    {"devices", "ranges"},
     {"run_folder"},
     {"plan"},
     {"optim"},
@@ -37,7 +47,9 @@ TUNER_LAYERS = [
     {
         "relaxation",
         "scales",
-        "usage",
+        "yaml_text",
+        "credentials",
+        "class_paths",
         "tensor_view",
         "effort",
         "canvas",
@@ -59,6 +71,7 @@ TUNER_LAYERS = [
     {"report", "verdict", "rehearsal", "guard"},
     {"run", "plan", "comparing"},
     {"fit"},
+    {"usage"},
     {"settings"},
 ]
 

@@ -72,8 +72,11 @@ def test_the_sizes_of_the_paper_have_its_parameter_counts(name: str) -> None:
         ({"hidden_size": 18}, "hidden_size 18 must be an even multiple of"),
         ({"hidden_size": 12}, "hidden_size 12 must be an even multiple of"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of"),
-        ({"vocab_size": 0}, r"model\.vocab_size must be 1 or more, got 0"),
-        ({"num_attention_heads": -1}, r"model\.num_attention_heads must be 1 or more, got -1"),
+        ({"vocab_size": 0}, r"model\.vocab_size must be 1 or more and at most 16777216, got 0"),
+        (
+            {"num_attention_heads": -1},
+            r"model\.num_attention_heads must be 1 or more and at most 65536, got -1",
+        ),
     ],
 )
 def test_sizes_that_make_no_model_are_refused(sizes: dict[str, int], message: str) -> None:

@@ -56,7 +56,7 @@ def test_the_schedule_never_leaves_its_range(
     "settings", [{"lr": 0}, {"warmup_fraction": 1.5}, {"final_lr_fraction": -0.1}]
 )
 def test_a_schedule_out_of_range_is_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"model\.lr"):
+    with pytest.raises(ConfigError, match=r"model\.(lr|warmup_fraction|final_lr_fraction) must be"):
         LlamaFoam(**settings)  # type: ignore[arg-type]
 
 

@@ -83,7 +83,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         ("weights empty", "cannot load the weights in .*llama"),
         ("other architecture", "holds a gpt2 model; only llama, mistral and qwen2 are supported"),
         ("unknown architecture", "holds a unheard-of model; only llama"),
-        ("code of its own", r"llama asks for code of its own \(auto_map in .* always refused"),
+        (
+            "code of its own",
+            r"config.json asks for code of its own \(auto_map in .* always refused",
+        ),
         ("no object", r"cannot read .*config\.json"),
         ("sizes that do not fit", r"cannot read .*config\.json"),
         ("no second file", "cannot load the weights in .*llama"),

@@ -42,7 +42,7 @@ def test_the_readme_names_every_command() -> None:
 def test_every_command_line_parses(page: str) -> None:
     for line in commands(page):
         _, _, command, *options = shlex.split(line)
-        check_at_once(options)
+        check_at_once(command, options)
         settings = parse(command, options, default=cli._default_config(options))
         settings.job()
 

@@ -1,5 +1,6 @@
 """How much to search: short runs, their length and the seeds of the finals, and what they cost."""
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -33,7 +34,7 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be searched with."""
-        if not self.fraction > 0:
+        if not 0 < self.fraction < math.inf:
             raise ConfigError(
                 f"tune.fraction must be above 0, got {self.fraction:g}; .02 is 2 % of the full run"
             )

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from foam_lightning.errors import ConfigError, FoamError, InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
+from foam_lightning.ranges import MODEL, check_ranges
 from tuner.fitting import Fitting
 from tuner.neighbours import neighbours
 from tuner.plan_view import level_grid, plan_json, plan_table
@@ -55,6 +56,7 @@ def plan(
         raise ConfigError(f"plan knows foam alone, not {job.optimizer}; leave model.optimizer out")
     if budget_bytes is None and uniform_level is None:
         raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
+    check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
     fitting = Fitting(job, budget_bytes or sys.maxsize)
     found, refusal = _choose(fitting) if uniform_level is None else _check(fitting, uniform_level)
     account = fitting.accountant.account(found)

@@ -1,30 +1,42 @@
 """Settings: YAML and command line, read by Lightning's configuration layer into one job."""
 
 import json
+import re
 import shlex
-from argparse import ArgumentError
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, register_type
 from lightning.pytorch import Trainer
 
 from foam_lightning.data.module import TextData
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import ConfigError, FoamError, in_one_line
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.units import ByteSize
+from tuner.class_paths import allow_only, refusal
 from tuner.effort import TuneOptions
+from tuner.usage import nearest, values_of
+from tuner.yaml_text import careful
 
 # Options of single commands; all others are shared, so that one YAML serves every command.
 _OWN = (
     *("ckpt_path", "format", "uniform_level", "tensors", "picture"),
     *("prompt", "max_new_tokens", "temperature", "output", "biased"),
     *("optimizers", "steps", "seeds"),
+    "allow_class_paths",
 )
+# Values are YAML too, on the command line and as texts within a file; there is no public place to
+# say how they are read.
+_layer: Any = _loaders_dumpers
+_layer.yaml_default_loader = careful(_layer.get_yaml_default_loader())
+_ALLOW = ("--allow-class-paths", "--allow_class_paths")
+_LONGEST_NAME = 200  # bytes; file systems take 255, and files in the making have longer names
+_MOST_CHARACTERS = 500  # of an error; a value may be long, and a type's description is
 
 
 @dataclass(frozen=True)
@@ -80,20 +92,55 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
     Raises:
         ConfigError: An option or a key is unknown, missing, or of the wrong type.
     """
+    allow_only(name for names in values_of(options, *_ALLOW) for name in names.split(","))
     parser = make_parser(command)
     try:
         beginning = ("--config", str(default)) if default else ()
-        values = parser.parse_args([*beginning, *_with_lists(options)])
+        values = parser.parse_args([*beginning, *_with_lists(options)], env=False)
         shared = values.clone()
         for key in ("config", *_OWN):
             shared.pop(key, None)
         text = str(parser.dump(shared, skip_validation=True))
         typed = shlex.join(["python", "cli.py", command, *options])
         settings = Settings(parser.instantiate(values), text, typed)
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    _ = settings.tune  # its numbers are refused now, not when a folder is there
+    except FoamError:
+        raise
+    except Exception as error:  # whatever a type, or the constructor of a callback, raises
+        raise ConfigError(_line(error, parser)) from error
+    _ = settings.tune  # out of range, if any is
+    _check_place(settings.runs, settings.name)
     return settings
+
+
+def _check_place(runs: str, name: str) -> None:
+    """Refuse a name that is no folder below that of all runs, and names that no disk takes."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise ConfigError(f"--name {name!r} must be a folder below --runs {runs!r}; such as my-run")
+    for part in (*Path(runs).parts, *parts):
+        size = len(part.encode("utf-8", "replace"))
+        if size > _LONGEST_NAME or not part.isprintable():
+            raise ConfigError(
+                f"--runs and --name hold a name of {size} bytes, {part[:40]!r}; give folders whose "
+                f"names are printable and have at most {_LONGEST_NAME} bytes"
+            )
+
+
+def _line(error: Exception, parser: ArgumentParser) -> str:
+    """Say in one line what the configuration layer found."""
+    text = in_one_line(error)
+    denied = re.search(r"Importing '([^']+)' is not allowed", text)
+    if denied is not None:
+        return refusal(denied[1])
+    flag = re.search(r"unrecognized arguments: (--[^\s=]+)", text)
+    key = re.search(r"(?:Group '(\w+)' does not accept option|Option) '([^']+)'", text)
+    flags = [name for action in parser._actions for name in action.option_strings]
+    if flag is not None:
+        text += nearest(flag[1], flags)
+    elif key is not None:
+        name = key[2] if key[1] is None or key[2].startswith(key[1]) else f"{key[1]}.{key[2]}"
+        text += nearest(name, (name[2:] for name in flags))
+    return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...")
 
 
 def _with_lists(options: Sequence[str]) -> list[str]:
@@ -121,13 +168,14 @@ def make_parser(command: str) -> ArgumentParser:
         command: One of fit, plan, tune, validate, generate, export, compare.
     """
     register_type(ByteSize, serializer=str, deserializer=ByteSize, fail_already_registered=False)
-    parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--memory_budget", "--memory-budget", type=ByteSize, default=None)
     parser.add_argument("--fold_plan", "--fold-plan", type=str | None, default=None)
     parser.add_argument("--seed_everything", type=int, default=0)
     parser.add_argument("--name", type=str, default="default")
     parser.add_argument("--runs", type=str, default="runs")
+    parser.add_argument(*reversed(_ALLOW), type=str | None, default=None)
     parser.add_class_arguments(TuneOptions, "tune", instantiate=False)
     parser.add_class_arguments(LlamaFoam, "model", instantiate=False, skip={"seed", "architecture"})
     parser.add_class_arguments(TextData, "data", instantiate=False, skip={"seed", "vocab_size"})

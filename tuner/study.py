@@ -171,7 +171,7 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.sampler = TPESampler(
-                seed=self._seed * 10_007 + num_begun,
+                seed=(self._seed * 10_007 + num_begun) % 2**32,  # numpy takes no more
                 n_startup_trials=max(1, len(openers)),
                 multivariate=True,
             )
@@ -233,6 +233,7 @@ def _make(path: Path) -> None:
     for left in path.parent.glob(f"{path.name}.part*"):  # its journal too
         left.unlink()
     beside = path.with_name(f"{path.name}.part")
+    beside.touch()  # by the umask; sqlite would keep the group from writing whatever that says
     RDBStorage(f"sqlite:///{beside}").engine.dispose()
     beside.replace(path)
 

@@ -1,12 +1,16 @@
 """What the command line answers before anything slow is imported: help, and obvious mistakes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import ConfigError, in_one_line
+from foam_lightning.places import exists, is_file
 from foam_lightning.units import ByteSize
+from tuner.credentials import refuse_credentials
+from tuner.yaml_text import load_yaml
 
 COMMANDS = {
     "fit": "plan, tune, rehearse, train, export",
@@ -35,7 +39,9 @@ SHARED = {
     "--model.level L": "fold level of every matrix where there is no budget",
     "--model.optimizer NAME": "foam, or a rival of `compare`, which trains without a budget",
     "--model.pretrained DIR": "start from a local Hugging Face LLaMA folder",
+    "--allow-class-paths P": "let the configuration name these classes or packages (P,P), and run",
 }
+SECTIONS = ("model", "data", "trainer", "tune")
 OWN: dict[str, dict[str, str]] = {
     "fit": {"--ckpt_path FILE": "continue from this checkpoint"},
     "plan": {
@@ -91,19 +97,35 @@ def command_help(command: str) -> str:
     )
 
 
-def check_at_once(options: Sequence[str]) -> None:
-    """Refuse a bad budget or configuration file before anything slow is imported.
+def check_at_once(command: str, options: Sequence[str]) -> None:
+    """Refuse an unknown command, a bad budget or configuration before anything slow is imported.
 
     Raises:
         ConfigError: One of them is bad.
     """
+    if command not in COMMANDS:
+        raise ConfigError(
+            f"there is no command {command!r}{nearest(command, COMMANDS)}; there are "
+            f"{', '.join(COMMANDS)}"
+        )
+    for option in options:
+        refuse_credentials("the command line", option)
     for value in values_of(options, "--memory-budget", "--memory_budget"):
         try:
             ByteSize(value)
         except ValueError as error:
             raise ConfigError(f"--memory-budget: {error}") from error
     for value in values_of(options, "--config"):
-        _check_config(Path(value))
+        check_config(Path(value))
+    # Each would be read as another configuration file, past all these checks.
+    for value in values_of(options, *(f"--{section}" for section in SECTIONS)):
+        raise ConfigError(f"{value!r} is given to a whole section; name a setting, as --model.lr")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Ask whether the word was meant as the known one that is most like it; "" if none is."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def values_of(options: Sequence[str], *flags: str) -> Iterator[str]:
@@ -116,16 +138,40 @@ def values_of(options: Sequence[str], *flags: str) -> Iterator[str]:
             yield value if equals else options[position + 1]
 
 
-def _check_config(path: Path) -> None:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ConfigError(f"cannot read the configuration {path}: {reason}") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the configuration {path} is not YAML: {reason}") from error
+def check_config(path: Path) -> None:
+    """Refuse a configuration file that cannot be read, or says what only a person may say.
+
+    Raises:
+        ConfigError: It is missing, no YAML, holds no settings, or holds a password; or it would
+            read another file, or allow itself class paths.
+    """
+    content = _read(path)
     if not isinstance(content, dict) or not content:
         raise ConfigError(
             f"the configuration {path} holds no settings; see configs/default.yaml for their form"
         )
+    refuse_credentials(f"the configuration {path}", content)
+    for section in SECTIONS:
+        if not isinstance(content.get(section, {}), dict):
+            raise ConfigError(
+                f"{section} in {path} is no mapping of settings; see configs/default.yaml"
+            )
+    for key in ("config", "allow_class_paths"):
+        if content.get(key) is not None:  # --print_config says null
+            raise ConfigError(
+                f"{path} sets {key}, which stands on the command line alone; leave it out"
+            )
+
+
+def _read(path: Path) -> object:
+    if exists(path) and not is_file(path):
+        raise ConfigError(f"cannot read the configuration {path}: it is no ordinary file")
+    try:
+        content: object = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        reason = in_one_line(error)
+        raise ConfigError(f"the configuration {path} is not YAML: {reason}") from error
+    return content

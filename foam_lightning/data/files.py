@@ -1,6 +1,7 @@
 """Local text files as documents, with errors that name the file and the line."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from foam_lightning.data.cache import cache_key, cached_dataset
 from foam_lightning.errors import DataError, first_line
+from foam_lightning.places import is_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
 _CHUNK_CHARACTERS = 2**23  # held in memory before a write
+# Half of a character beyond 16 bits; without its other half it is no text, which JSON lets pass.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def files_fingerprint(files: list[str], text_column: str) -> str:
@@ -33,7 +37,7 @@ def files_fingerprint(files: list[str], text_column: str) -> str:
                 f"cannot read {path}: its extension must be one of {', '.join(_READERS)}; "
                 "convert it, or rename it if only the extension is wrong"
             )
-        if not path.is_file():
+        if not is_file(path):
             raise DataError(f"there is no file {path}; check data.files")
         stat = path.stat()
         if stat.st_size == 0:
@@ -152,11 +156,14 @@ def parse_line(line: bytes, place: str) -> Any:
         DataError: It is malformed, or not UTF-8.
     """
     try:
-        return json.loads(line)
-    except ValueError as error:
+        content = json.loads(line)
+        if _SURROGATE.search(line):
+            json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{place} is not JSON ({error}); every line must be one JSON object"
         ) from error
+    return content
 
 
 def _text_of(line: bytes, place: str, column: str) -> str:

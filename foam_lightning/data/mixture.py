@@ -15,6 +15,7 @@ from foam_lightning.data import draw
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.packing import evenly_spaced
 from foam_lightning.errors import ConfigError
+from foam_lightning.ranges import POSITIVE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -153,7 +154,7 @@ def _read(settings: Mapping[str, Any], place: str) -> Source:
     if unknown:
         raise ConfigError(f"{place} has no setting {unknown[0]!r}; there are {', '.join(known)}")
     weight = settings.get("weight")
-    if not _is_number(weight) or not 0 < weight < math.inf:
+    if not _is_number(weight) or not POSITIVE.holds(weight):
         raise ConfigError(f"{place}.weight must be a number above 0, got {weight!r}; give it one")
     for key in ("files", "validation_files"):
         paths = settings.get(key)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from foam_lightning.data.cache import cache_folder
 from foam_lightning.errors import ConfigError
+from foam_lightning.ranges import DATA, check_ranges
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -230,11 +231,7 @@ class TextData(LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _check(self) -> None:
-        for name in ("sequence_length", "batch_size", "micro_batch_size", "validation_sequences"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        if self.sequence_length < 2:
-            raise ConfigError("data.sequence_length 1 leaves no next token to learn; set 2 or more")
+        check_ranges("data.", vars(self), DATA)
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"data.micro_batch_size {self.micro_batch_size} does not divide data.batch_size "
@@ -245,8 +242,6 @@ class TextData(LightningDataModule):
                 "data.chat needs data.files and a tokenizer, from model.pretrained or "
                 "data.tokenizer, and does not go with data.streaming"
             )
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers must be at least 0, got {self.num_workers}")
         own = ("files", "validation_files", "dataset", "dataset_config")
         doubled = [name for name in own if getattr(self, name) is not None]
         if self.sources is not None and doubled:

@@ -1,0 +1,112 @@
+"""Every kind of bad input ends in one line, with the documented exit code, and leaves nothing."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from tests.bad_input import CASES, Case
+from tests.pretrained import save_pretrained, save_tokenizer
+from tests.tiny import write_settings
+from tuner import settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
+
+
+def make_good(folder: Path) -> Path:
+    """Make one of everything that a command takes, all of it valid."""
+    file = write_settings(folder)
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(f"runs: {folder}/runs", "runs: runs"), encoding="utf-8")
+    job = settings.parse("fit", ["--config", str(file)], default=None).job()
+    plan = job.plan_at(1)
+    plan.save(folder / "plan.json")
+    module = job.new_module()
+    module.follow(plan)
+    module.configure_model()
+    checkpoints = folder / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    content = {
+        "fold_plan": plan.to_json(),
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+    }
+    torch.save(content, checkpoints / "last.ckpt")
+    save_tokenizer(folder / "run" / "tokenizer", template=None)
+    (folder / "run" / "config.yaml").write_text(file.read_text(encoding="utf-8"))
+    save_pretrained(folder / "pretrained", "llama-2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        # A command makes one parser in its life; so many commands need not make it again.
+        patch.setattr(settings, "make_parser", cache(settings.make_parser))
+        yield make_good(tmp_path_factory.mktemp("good"))
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Name everything in a folder, what is cached left out, with a digest of its content."""
+    return {
+        str(path.relative_to(folder)): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        )
+        for path in sorted(folder.rglob("*"))
+        if "cache" not in path.relative_to(folder).parts
+    }
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """Tell when what is in a folder was changed."""
+    return {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "cache"}
+
+
+def lay_out(case: Case, at: Path, good: Path) -> list[str]:
+    """Prepare a case, and give the words to type."""
+
+    def filled(text: str) -> str:
+        return text.replace("{at}", str(at)).replace("{good}", str(good))
+
+    for name, content in case.files.items():
+        path = at / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    case.prepare(at, good)
+    return [*map(filled, case.words.split()), *map(filled, case.more)]
+
+
+def test_there_are_more_than_a_hundred_cases_and_each_has_a_name_of_its_own() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) > 400
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name[:60])
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: Case,
+    good: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = lay_out(case, tmp_path, good)
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    changed = times(good)
+    capfd.readouterr()
+
+    code = cli.main(words)
+
+    out, err = capfd.readouterr()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert len(err) < 1500  # with the names of the files of a test
+    assert case.says in err
+    assert code == case.code
+    assert not out or case.has_begun or case.code == 3, "only a plan that is refused is shown first"
+    assert "usage" not in out
+    assert tree(tmp_path) == before
+    assert times(good) == changed
