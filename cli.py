@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning import __version__
+from foam_lightning.breakage import breakage
 from foam_lightning.devices import is_first_process
 from foam_lightning.errors import CheckpointError, ConfigError, FellBackError, FoamError
+from foam_lightning.interruption import Interrupted, listening
 from tuner.usage import COMMANDS, check_at_once, command_help, general_help, values_of
 
 if TYPE_CHECKING:
@@ -31,14 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 2 bad usage, 3 the budget is infeasible or memory ran out with every
-        lever pulled, 4 memory ran out and the same words go on with less, 130 interrupted. A
-        process of its own goes on by itself.
+        lever pulled, 4 memory ran out and the same words go on with less (a process of its own
+        does so by itself), 5 a disk or a file failed, 6 another process is at work there, 130 or
+        143 ended by SIGINT or SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not is_first_process():  # it speaks for all
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        return _answer(words)
+        with listening():
+            return _answer(words)
     except FellBackError as error:
         print(error, file=sys.stderr)
         if arguments is None:
@@ -50,9 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FoamError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; type the same command again to go on", file=sys.stderr)
-        return 130
+    except Interrupted as interrupted:
+        print(f"{interrupted}; type the same command again to go on", file=sys.stderr)
+        # Whoever started other processes to train with takes a code of theirs for a fault.
+        return interrupted.exit_code if is_first_process() else 0
+    except Exception as error:
+        broken = breakage(error)
+        if broken is None:
+            raise
+        print(f"error: {broken}", file=sys.stderr)
+        return broken.exit_code
 
 
 def _answer(words: list[str]) -> int:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foam_lightning.checkpoint import folder_of, read_checkpoint
+from foam_lightning.checkpoint import folder_of, newest_whole
 from foam_lightning.job import Job
 
 
@@ -33,7 +33,11 @@ def without_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
         CheckpointError: The checkpoint cannot be read.
     """
     pretrained = job.model["pretrained"]
-    found = next((path for path in checkpoints if path.is_file()), None)
-    if pretrained is None or Path(pretrained).is_dir() or found is None:
+    if pretrained is None or Path(pretrained).is_dir():
         return job
-    return on_checkpoint(job, found, read_checkpoint(found)["hyper_parameters"].get("architecture"))
+    for path in checkpoints:
+        if (found := newest_whole(path)) is not None:
+            return on_checkpoint(
+                job, found.path, found.content["hyper_parameters"].get("architecture")
+            )
+    return job

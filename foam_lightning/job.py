@@ -7,8 +7,10 @@ from functools import cached_property
 from typing import Any, Self, cast
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from foam_lightning.checkpoint_files import CheckpointFiles
 from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError
@@ -258,6 +260,10 @@ class Job:
             merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
         merged["accumulate_grad_batches"] = accumulated
+        plugins = merged.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            merged["plugins"] = [*plugins, CheckpointFiles()]
         return Trainer(**merged | (_alone(merged) if bare else self._together()))
 
     def new_accountant(self) -> Accountant:

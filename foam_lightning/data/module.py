@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from foam_lightning.data.cache import cache_folder
 from foam_lightning.errors import ConfigError
+from foam_lightning.interruption import outlive_signals
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -223,6 +224,7 @@ class TextData(LightningDataModule):
             batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             collate_fn=self._collate,
+            worker_init_fn=outlive_signals,
         )
 
     def _ranks(self) -> tuple[int, int]:
