@@ -41,7 +41,9 @@ class NoteSteps(Callback):
         self._path = path
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._path.write_text(str(trainer.global_step), encoding="utf-8")
+        beside = self._path.with_name("step.next")
+        beside.write_text(str(trainer.global_step), encoding="utf-8")
+        beside.replace(self._path)
 
 
 @dataclass
@@ -120,11 +122,12 @@ class Place:
     def steps_lost(self) -> int:
         """Count the steps that the process killed last had done since the checkpoint there is."""
         noted = self.folder / "step"
-        text = noted.read_text(encoding="utf-8") if noted.exists() else ""
-        if not text:
-            return 0
+        return int(noted.read_text(encoding="utf-8")) - self.steps_kept() if noted.exists() else 0
+
+    def steps_kept(self) -> int:
+        """Tell of what step the checkpoint is that the run would go on from."""
         whole = newest_whole(self.last)
-        return int(text) - (whole.content["global_step"] if whole else 0)
+        return whole.content["global_step"] if whole else 0
 
     def weights(self) -> dict[str, torch.Tensor]:
         content: dict[str, Any] = torch.load(self.last, weights_only=True)
@@ -143,6 +146,15 @@ def killed_after(process: ForkServerProcess, seconds: float) -> int | None:
     process.join()
     process.close()
     return code
+
+
+def has_stepped(place: Place, process: ForkServerProcess) -> bool:
+    """Wait for the first step of a run; tell whether it came before the end of the process."""
+    while process.exitcode is None:
+        if (place.folder / "step").exists():
+            return True
+        time.sleep(0.002)
+    return False
 
 
 def moments(seed: int) -> Callable[[float], float]:
