@@ -76,9 +76,10 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch ends its archive all the same, in vain
-            reason = error.__context__
+    except (OSError, RuntimeError) as error:
+        # After a failure torch ends its archive all the same, in vain.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
             raise OSError(reason.errno, reason.strerror, str(path)) from error
         raise
 

@@ -84,14 +84,12 @@ def ends_alike(folder: RunFolder, trained: Trained, finished: Finished) -> bool:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_step_under_way_is_done_and_saved(
-    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run, number: signal.Signals
+    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
 ) -> None:
     folder = open_folder(tmp_path)
-    with pytest.raises(Interrupted, match=f"^ended by {number.name}, saved step 8$") as caught:
-        run(folder, small(new_job, callbacks=[Signal(7, number)]))
-    assert caught.value.exit_code == 128 + number
+    with pytest.raises(Interrupted, match=r"^ended by SIGTERM, saved step 8$"):
+        run(folder, small(new_job, callbacks=[Signal(7, signal.SIGTERM)]))
     assert read_checkpoint(folder.last_checkpoint)["global_step"] == 8
     assert ends_alike(folder, run(folder, small(new_job)), finished)
 
@@ -100,8 +98,8 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(
     finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
 ) -> None:
     folder = open_folder(tmp_path)
-    with pytest.raises(Interrupted, match=r"saved step 9$"):
-        run(folder, small(new_job, callbacks=[Signal(8, signal.SIGTERM, evaluating=True)]))
+    with pytest.raises(Interrupted, match=r"^ended by SIGINT, saved step 9$"):
+        run(folder, small(new_job, callbacks=[Signal(8, signal.SIGINT, evaluating=True)]))
     assert ends_alike(folder, run(folder, small(new_job)), finished)
 
 
@@ -149,6 +147,7 @@ def test_a_search_that_a_signal_ends_keeps_its_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["tune", "--config", str(write_settings(tmp_path)), "--memory-budget", "24GB"]
+    words += ["--tune.trials", "4", "--tune.steps", "4"]
     trained = Bench._trained
     count = 0
 
@@ -164,13 +163,15 @@ def test_a_search_that_a_signal_ends_keeps_its_trials(
         return trained(bench, *others, [*callbacks, Ends()])
 
     monkeypatch.setattr(Bench, "_trained", counted)
+    monkeypatch.setattr("tuner.run.write_report", lambda *_: {})  # its plots take seconds
     assert cli.main(words) == 143
     out, err = capfd.readouterr()
-    assert out.count(" loss ") == 2  # the first of the four is for the time of a step
     assert err.endswith("ended by SIGTERM; type the same command again to go on\n")
     assert "Traceback" not in err
+    assert len(losses(out)) == 2  # the first of the four is for the time of a step
     assert cli.main(words) == 0
-    assert capfd.readouterr().out.count(" loss ") > 5
-    begun = count
-    assert cli.main(words) == 0
-    assert count == begun + 1
+    assert losses(capfd.readouterr().out)[:2] == losses(out)
+
+
+def losses(out: str) -> list[str]:
+    return [line for line in out.splitlines() if " loss " in line]
