@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as interrupted:
+        if not is_first_process():  # whoever started it would take its code for a fault
+            return 0
         print(f"{interrupted}; type the same command again to go on", file=sys.stderr)
-        # Whoever started other processes to train with takes a code of theirs for a fault.
-        return interrupted.exit_code if is_first_process() else 0
+        return interrupted.exit_code
     except Exception as error:
         broken = breakage(error)
         if broken is None:

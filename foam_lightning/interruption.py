@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from foam_lightning.devices import is_first_process
+
 # A process that reads data may get the signal that all of a job get; its parent needs it for the
 # rest of a step, and ends it then.
 _LIFE_AFTER_SECONDS = 60
@@ -102,9 +104,10 @@ def _hear(number: int, _: FrameType | None) -> None:
     is_first, _ears.heard = _ears.heard is None, number
     if not _ears.is_waited_for or not is_first:
         raise Interrupted(number)
-    # Not `print`, which a signal may have interrupted.
-    name = signal.Signals(number).name
-    os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
+    if is_first_process():
+        name = signal.Signals(number).name
+        # Not `print`, which a signal may have interrupted.
+        os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
 
 
 def _outlive_once(number: int, _: FrameType | None) -> None:

@@ -18,19 +18,10 @@ FILES = sorted(
 
 # From low to high; the modules of one line do not import each other.
 FOAM_LIGHTNING_LAYERS = [
-    {
-        "units",
-        "roles",
-        "interruption",
-        "loss",
-        "cache_home",
-        "perplexity",
-        "schedule",
-        "sharding",
-        "replicas",
-    },
+    {"units", "roles", "loss", "cache_home", "perplexity", "schedule", "sharding", "replicas"},
     {"errors"},
-    {"devices", "interruption"},
+    {"devices"},
+    {"interruption"},
     {"run_folder", "checkpoint_files", "breakage"},
     {"whole_folder"},
     {"plan"},
