@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foam_lightning import __version__
+from foam_lightning.breakage import breakage
 from foam_lightning.devices import is_first_process
 from foam_lightning.errors import (
     CheckpointError,
@@ -20,6 +21,7 @@ from foam_lightning.errors import (
     FoamError,
     in_one_line,
 )
+from foam_lightning.interruption import Interrupted, listening
 from foam_lightning.places import exists, is_file
 from tuner.usage import (
     COMMANDS,
@@ -45,14 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 2 bad usage, 3 the budget is infeasible or memory ran out with every
-        lever pulled, 4 memory ran out and the same words go on with less, 130 interrupted. A
-        process of its own goes on by itself.
+        lever pulled, 4 memory ran out and the same words go on with less (a process of its own
+        does so by itself), 5 a disk or a file failed, 6 another process is at work there, 130 or
+        143 ended by SIGINT or SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not is_first_process():  # it speaks for all
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        return _answer(words)
+        with listening():
+            return _answer(words)
     except FellBackError as error:
         print(error, file=sys.stderr)
         if arguments is None:
@@ -64,9 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FoamError as error:
         print("error:", in_one_line(error), file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; type the same command again to go on", file=sys.stderr)
-        return 130
+    except Interrupted as interrupted:
+        if not is_first_process():  # whoever started it would take its code for a fault
+            return 0
+        print(f"{interrupted}; type the same command again to go on", file=sys.stderr)
+        return interrupted.exit_code
+    except Exception as error:
+        broken = breakage(error)
+        if broken is None:
+            raise
+        print(f"error: {broken}", file=sys.stderr)
+        return broken.exit_code
 
 
 def _answer(words: list[str]) -> int:
@@ -305,8 +317,8 @@ def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     from foam_lightning.training import check_plan
 
     if settings.ckpt_path is not None:  # its levels are those of its optimizer state
-        saved = read_checkpoint(Path(settings.ckpt_path))["fold_plan"]
-        plan = FoldPlan.from_json(saved, source=settings.ckpt_path)
+        saved = read_checkpoint(Path(settings.ckpt_path))
+        plan = FoldPlan.from_json(saved["fold_plan"], source=settings.ckpt_path)
     elif settings.fold_plan is not None:
         plan = FoldPlan.load(Path(settings.fold_plan))
     else:
@@ -314,7 +326,7 @@ def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     job.new_module().follow(plan)
     plan = job.spread(plan)
     if settings.ckpt_path is not None:
-        check_plan(Path(settings.ckpt_path), plan, job.optimizer)
+        check_plan(Path(settings.ckpt_path), saved, plan, job.optimizer)
     return plan
 
 

@@ -1,13 +1,16 @@
 """Read a checkpoint back into a model, without the configuration that made it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from rich.console import Console
 
+from foam_lightning.checkpoint_files import flaw, one_before
+from foam_lightning.devices import is_first_process
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.module import LlamaFoam
-from foam_lightning.places import is_file
+from foam_lightning.places import exists, is_file
 from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
 
@@ -16,27 +19,95 @@ if TYPE_CHECKING:
 
 _KEYS = {"fold_plan", "state_dict", "hyper_parameters"}
 _EMBEDDING = "model.model.embed_tokens.weight"
+_ADVICE = "; use an older one"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load the content of a checkpoint, tensors on the CPU.
 
     Raises:
-        CheckpointError: There is no such file, it is truncated, or it is something else.
+        CheckpointError: There is no such file, it is damaged, or it is something else.
     """
     _find(path)
+    try:
+        reason = flaw(path, thorough=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    if reason is not None:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}{_ADVICE}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises anything from EOFError to UnpicklingError on a damaged file.
         raise CheckpointError(
             f"cannot read the checkpoint {path}: it is truncated or no checkpoint "
-            f"({type(error).__name__}); use an older one"
+            f"({type(error).__name__}){_ADVICE}"
         ) from error
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise CheckpointError(f"{path} holds no fold plan: it is not a checkpoint of this tool")
     _check_kinds(path, content)
     return content
+
+
+class Whole(NamedTuple):
+    """A checkpoint that could be read.
+
+    Attributes:
+        path: Its file.
+        content: What is in it, tensors on the CPU.
+        complaint: What is wrong with the newer one, in whose place it was read; None if nothing is.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    complaint: str | None = None
+
+
+def newest_whole(last: Path) -> Whole | None:
+    """Read the checkpoint to go on from: the last one, or if that is damaged the one before.
+
+    Args:
+        last: The last checkpoint of a run.
+
+    Returns:
+        None where the run has none.
+
+    Raises:
+        CheckpointError: None of those that there are can be read.
+    """
+    before = one_before(last)
+    if not exists(last):
+        return Whole(before, read_checkpoint(before)) if exists(before) else None
+    try:
+        return Whole(last, read_checkpoint(last))
+    except CheckpointError as error:
+        if not exists(before):
+            raise
+        return Whole(before, read_checkpoint(before), str(error).removesuffix(_ADVICE))
+
+
+def start_of(last: Path) -> Whole | None:
+    """Do the same, say what is wrong, and put a damaged checkpoint out of the way of the next.
+
+    Args:
+        last: The last checkpoint of a run, which no other process trains.
+
+    Raises:
+        CheckpointError: None of those that there are can be read.
+    """
+    found = newest_whole(last)
+    if found is None or found.complaint is None:
+        return found
+    aside = last.with_name(f"damaged{last.suffix}")
+    if is_first_process():  # none of the others needs it: they see that it is damaged, or gone
+        last.replace(aside)
+    Console(soft_wrap=True).print(
+        f"{found.complaint}; it is {aside.name} now, and the run goes on from the one before, "
+        f"of step {found.content['global_step']}",
+        highlight=False,
+        markup=False,
+    )
+    return found
 
 
 def load_module(path: Path) -> LlamaFoam:

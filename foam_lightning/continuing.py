@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foam_lightning.checkpoint import folder_of, read_checkpoint
+from foam_lightning.checkpoint import folder_of, newest_whole
 from foam_lightning.job import Job
-from foam_lightning.places import is_file, is_folder
+from foam_lightning.places import is_folder
 
 
 def on_checkpoint(job: Job, path: Path, architecture: Mapping[str, Any] | None) -> Job:
@@ -34,7 +34,11 @@ def without_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
         CheckpointError: The checkpoint cannot be read.
     """
     pretrained = job.model["pretrained"]
-    found = next((path for path in checkpoints if is_file(path)), None)
-    if pretrained is None or is_folder(Path(pretrained)) or found is None:
+    if pretrained is None or is_folder(Path(pretrained)):
         return job
-    return on_checkpoint(job, found, read_checkpoint(found)["hyper_parameters"].get("architecture"))
+    for path in checkpoints:
+        if (found := newest_whole(path)) is not None:
+            return on_checkpoint(
+                job, found.path, found.content["hyper_parameters"].get("architecture")
+            )
+    return job

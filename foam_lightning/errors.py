@@ -35,6 +35,18 @@ class FellBackError(FoamError):
     exit_code = 4
 
 
+class StorageError(FoamError):
+    """A disk, a file or a process that reads one failed under a command; it can be repeated."""
+
+    exit_code = 5
+
+
+class BusyError(FoamError):
+    """Another process is at work in the folder."""
+
+    exit_code = 6
+
+
 class InfeasibleBudgetError(FoamError):
     """No plan fits the budget, with every lever pulled, or a plan that was given does not.
 

@@ -8,9 +8,11 @@ from typing import Any, Self, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from foam_lightning.beginning import check_beginning
+from foam_lightning.checkpoint_files import CheckpointFiles
 from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError, first_line
@@ -266,6 +268,10 @@ class Job:
             merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
         merged["accumulate_grad_batches"] = accumulated
+        plugins = merged.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            merged["plugins"] = [*plugins, CheckpointFiles()]
         try:
             return Trainer(**merged | (_alone(merged) if bare else self._together()))
         except (MisconfigurationException, ValueError, TypeError) as error:

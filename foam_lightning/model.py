@@ -1,16 +1,14 @@
 """LLaMA through transformers: describe, build and save it."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foam_lightning.devices import is_first_process
-from foam_lightning.errors import CheckpointError, ConfigError, first_line
+from foam_lightning.errors import ConfigError
 from foam_lightning.ranges import MODEL, check_ranges
+from foam_lightning.whole_folder import write_folder
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -170,6 +168,7 @@ def save(
 
     Raises:
         CheckpointError: The folder cannot be written.
+        BusyError: Another process is writing it.
     """
     for config in (model.config, model.generation_config):
         for name in _SPECIAL_TOKENS:
@@ -183,7 +182,7 @@ def save(
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling is described and not switched on, as in some old folders
         model.generation_config.do_sample = True
-    _write(
+    write_folder(
         folder,
         lambda beside: model.save_pretrained(beside, state_dict=weights),
         _describe_rotation_twice,
@@ -203,28 +202,9 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
     Raises:
         CheckpointError: The folder cannot be written.
+        BusyError: Another process is writing it.
     """
-    _write(folder, tokenizer.save_pretrained)
-
-
-def _write(folder: Path, *parts: Callable[[Path], object]) -> None:
-    if not is_first_process():
-        return
-    beside = folder.with_name(folder.name + ".part")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for write_part in parts:
-            write_part(beside)
-        # safetensors makes files for their owner alone; the folder has what the umask leaves.
-        mode = beside.stat().st_mode & 0o666
-        for file in beside.iterdir():
-            file.chmod(mode)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.replace(folder)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"cannot write {folder}: {first_line(error)}") from error
+    write_folder(folder, tokenizer.save_pretrained)
 
 
 def keep_rope_float32(model: "LlamaForCausalLM") -> None:

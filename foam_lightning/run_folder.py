@@ -6,16 +6,22 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
+
 from foam_lightning.devices import is_first_process
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import BusyError, ConfigError
 
 # How long a process waits for the first one to open the folder, and how often it looks.
 _PATIENCE_SECONDS = 600.0
 _GLANCE_SECONDS = 0.2
+# Who only looks whether a folder is free holds its lock for less than this.
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,38 @@ class RunFolder:
         is_open = not found.summary.exists() and found._digest() == _digest(settings)
         return found if is_open else None
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from training here, until this context or the process ends.
+
+        Of several processes that train together the first one holds the folder for all.
+
+        Raises:
+            BusyError: Another process holds it.
+            ConfigError: The file system has no locks.
+        """
+        if not is_first_process():
+            yield
+            return
+        # Where there is no flock, a mere file in its place would outlive a process that was killed.
+        lock = FileLock(self.path / ".training.lock", fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=_LOOK_SECONDS, poll_interval=_GLANCE_SECONDS)
+        except Timeout as error:
+            raise BusyError(
+                f"another process trains in {self.path}; wait for its end, or start a run of its "
+                "own with --name"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"cannot lock a file in {self.path}: {error.strerror}; choose another place with "
+                "--runs"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     @property
     def config(self) -> Path:
         """The resolved configuration."""
@@ -134,8 +172,10 @@ class RunFolder:
 
     def others(self, name: str) -> list[Path]:
         """List the files of this name in the other versions of the run, oldest first."""
-        found = (path / name for path in self.path.parent.glob("version_*") if path != self.path)
-        return sorted((path for path in found if path.exists()), key=lambda p: p.stat().st_mtime)
+        # By the number of the version: a clock may have gone backwards.
+        numbers = sorted(_numbers(self.path.parent))
+        found = (self.path.parent / f"version_{number}" / name for number in numbers)
+        return [path for path in found if path.exists() and self.path not in path.parents]
 
     def name_plan(self, settings: str) -> None:
         """Put the plan into the configuration of the run, so that it alone repeats the run.
@@ -160,8 +200,12 @@ class RunFolder:
 
 def _newest(runs: Path) -> int:
     """Find the number of the newest version; -1 if there is none."""
-    numbers = [folder.name.removeprefix("version_") for folder in runs.glob("version_*")]
-    return max((int(number) for number in numbers if number.isdigit()), default=-1)
+    return max(_numbers(runs), default=-1)
+
+
+def _numbers(runs: Path) -> list[int]:
+    names = (folder.name.removeprefix("version_") for folder in runs.glob("version_*"))
+    return [int(name) for name in names if name.isdigit()]
 
 
 def _digest(settings: str) -> str:
@@ -177,8 +221,15 @@ def write_text(path: Path, text: str) -> None:
         return
     # Workers on one search may write the same file at once.
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as a full disk says it
+            error.filename = str(path)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

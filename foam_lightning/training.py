@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,13 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from foam_lightning.callbacks.board import Board
+from foam_lightning.callbacks.ending import SaveAndEnd, ending_together
 from foam_lightning.callbacks.export import Export
 from foam_lightning.callbacks.folding import ResidualEnergy
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.callbacks.progress import StepBar, progress
 from foam_lightning.callbacks.resumption import Resumption
 from foam_lightning.callbacks.throughput import Throughput
-from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.checkpoint import Whole, read_checkpoint, start_of
+from foam_lightning.checkpoint_files import one_before
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError
 from foam_lightning.hyperparameters import figures_of, settings_of
@@ -74,9 +77,7 @@ def train(
         CheckpointError: The checkpoint cannot be read, or is of another plan.
         MemoryShortageError: The device has not enough memory; the last checkpoint is whole.
     """
-    source = folder.last_checkpoint if folder.last_checkpoint.exists() else ckpt_path
-    if source is not None:
-        check_plan(source, plan, job.optimizer)
+    source = _source(folder, ckpt_path, plan, job.optimizer)
     module = job.new_module()
     module.follow(plan)
     data = job.new_data(plan.levers)
@@ -105,7 +106,7 @@ def train(
         enable_model_summary=False,
         default_root_dir=folder.path,
     )
-    with naming_shortage("training", plan, trainer):
+    with naming_shortage("training", plan, trainer), ending_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
         if trainer.global_step % _steps_between_checkpoints(job):
             trainer.save_checkpoint(folder.last_checkpoint)
@@ -116,6 +117,8 @@ def train(
         step=trainer.global_step,
     )
     logger.finalize("success")
+    if trainer.is_global_zero:  # the last one is of the last step
+        one_before(folder.last_checkpoint).unlink(missing_ok=True)
     return Trained(memory.measured_bytes, loss, num_tokens, throughput.tokens_per_second)
 
 
@@ -132,14 +135,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def check_plan(path: Path, plan: FoldPlan, optimizer: str) -> None:
+def _source(
+    folder: RunFolder, ckpt_path: Path | None, plan: FoldPlan, optimizer: str
+) -> Path | None:
+    """Find the checkpoint to go on from; reading it says what is wrong with it in one line."""
+    start = start_of(folder.last_checkpoint)
+    if start is None and ckpt_path is not None:
+        start = Whole(ckpt_path, read_checkpoint(ckpt_path))
+    if start is None:
+        return None
+    check_plan(start.path, start.content, plan, optimizer)
+    return start.path
+
+
+def check_plan(path: Path, content: Mapping[str, Any], plan: FoldPlan, optimizer: str) -> None:
     """Refuse a checkpoint that would go on by a plan of its own, or that another one wrote.
 
+    Args:
+        path: Its file.
+        content: What is in it.
+        plan: The plan to go on by.
+        optimizer: The optimizer to go on with.
+
     Raises:
-        CheckpointError: It would, or cannot be read.
+        CheckpointError: It would.
     """
-    # Reading it says what is wrong in one line, where Lightning would not.
-    content = read_checkpoint(path)
     wrote = content["hyper_parameters"].get("optimizer", "foam")
     if wrote != optimizer:
         raise CheckpointError(
@@ -180,6 +200,7 @@ def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
         ),
         ResidualEnergy(),
         Resumption(),
+        SaveAndEnd(folder.last_checkpoint),
     ]
 
 

@@ -1,12 +1,13 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -325,12 +326,13 @@ def test_unknown_words_are_one_line(refused: Check) -> None:
 def test_interruption_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "check_at_once", interrupted)
-    assert cli.main(["fit"]) == 130
-    assert "same command" in capfd.readouterr().err
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        kill = partial(os.kill, os.getpid(), number)
+        monkeypatch.setattr(cli, "check_at_once", lambda _, kill=kill: kill())
+        assert cli.main(["fit"]) == code
+        assert capfd.readouterr().err == (
+            f"ended by {number.name}; type the same command again to go on\n"
+        )
 
 
 def test_help_is_quick() -> None:

@@ -1,65 +1,15 @@
 import json
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
-from tests.tiny import start, write_settings
+from tests.tiny import write_settings
 from tuner.workers import Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
-
-
-def finished(settings: Path, *words: str) -> Path:
-    process = start("fit", "--config", settings, "--memory-budget", "24GB", *words)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return settings.parent / "runs" / "default"
-
-
-def killed_when(settings: Path, reached: str) -> None:
-    """Start the run and kill it as soon as a file appears."""
-    process = start("fit", "--config", settings, "--memory-budget", "24GB")
-    deadline = time.monotonic() + 200
-    while not list(settings.parent.glob(reached)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.slow
-def test_a_run_killed_twice_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    for name in ("calm", "killed"):
-        (tmp_path / name).mkdir()
-    calm = write_settings(tmp_path / "calm")
-    killed = write_settings(tmp_path / "killed")
-    undisturbed = finished(calm) / "version_0"
-
-    killed_when(killed, "runs/default/version_0/tuning/study.db")
-    assert not list(killed.parent.glob("runs/default/*/fold_plan.json"))
-    killed_when(killed, "runs/default/version_0/checkpoints/last.ckpt")
-    folder = finished(killed)
-    assert [path.name for path in folder.iterdir()] == ["version_0"]
-    resumed = folder / "version_0"
-
-    plan = (undisturbed / "fold_plan.json").read_text()
-    assert (resumed / "fold_plan.json").read_text() == plan
-    summaries = [json.loads((f / "summary.json").read_text()) for f in (undisturbed, resumed)]
-    for figure in ("final_validation_loss", "reference_loss", "uniform_loss", "tuned_loss"):
-        assert summaries[0][figure] == summaries[1][figure]
-    weights = [
-        torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for f in (undisturbed, resumed)
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.slow

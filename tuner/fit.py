@@ -51,18 +51,23 @@ def fit(
         InfeasibleBudgetError: No plan fits.
         MemoryShortageError: A run needs more than was predicted, and more than there is.
         CheckpointError: The checkpoint cannot be read, or is of another plan.
+        BusyError: Another process trains in the folder.
     """
     if plan is not None:
-        plan.save(folder.plan)
-        return _train(job, fitting, folder, plan, None, settings, ckpt_path)
+        with folder.held():
+            plan.save(folder.plan)
+            return _train(job, fitting, folder, plan, None, settings, ckpt_path)
+    with folder.held():  # or else say so now, and not after the search
+        pass
     with Worker(folder.tuning, "fit", print) as worker:
         tuned = tune(job, fitting, folder, options, worker=worker, levers=levers)
         if tuned is None:
             return None
-        if folder.summary.exists():  # the one that had the lead was quicker than this one looked
-            Console(soft_wrap=True).print(f"{folder.path} is finished", highlight=False)
-            return None
-        return _train(job, fitting, folder, tuned.plan, tuned, settings, ckpt_path)
+        with folder.held():
+            if folder.summary.exists():  # the one that had the lead was quicker than this looked
+                Console(soft_wrap=True).print(f"{folder.path} is finished", highlight=False)
+                return None
+            return _train(job, fitting, folder, tuned.plan, tuned, settings, ckpt_path)
 
 
 def _train(

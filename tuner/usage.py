@@ -82,7 +82,9 @@ def general_help() -> str:
         f"{rows}\n\n"
         "  python cli.py fit --memory-budget 24GB     the whole way, on text of this machine\n"
         "  python cli.py COMMAND --help               the options of a command\n"
-        "  python cli.py COMMAND --print_config       every setting there is, with its value"
+        "  python cli.py COMMAND --print_config       every setting there is, with its value\n\n"
+        "exit codes: 0 done, 2 bad usage, 3 the budget is infeasible, 4 memory ran out, 5 a disk\n"
+        "or a file failed, 6 another process is at work there, 130, 143 ended by SIGINT, SIGTERM"
     )
 
 

@@ -14,6 +14,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from foam_lightning.data.packing import Row
 from foam_lightning.data.streaming import StreamedRows
 from foam_lightning.errors import DataError
+from foam_lightning.interruption import outlive_signals
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[Row]], Batch]
@@ -208,7 +209,7 @@ def _stateful(rows: Dataset[Any], **settings: Any) -> StatefulDataLoader[Any]:
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(rows, **settings)
+        return StatefulDataLoader(rows, worker_init_fn=outlive_signals, **settings)
 
 
 def _row(item: Row | DataError) -> Row:

@@ -1,0 +1,177 @@
+"""A run that a signal ends goes on at the very next step, and ends like one that nothing ended."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+import cli
+from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.interruption import Interrupted, listening
+from foam_lightning.job import Job
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.training import Trained, train
+from tests.runs import STEPS, Finished, NewJob, open_folder, small
+from tests.tiny import write_settings
+from tuner.objective import Bench
+
+
+class Signal(Callback):
+    """Send this process a signal in the middle of a step, or of an evaluation."""
+
+    def __init__(
+        self, step: int, *numbers: signal.Signals, evaluating: bool = False, to_all: bool = False
+    ) -> None:
+        self._step = step
+        self._numbers = numbers
+        self._evaluating = evaluating
+        self._to_all = to_all
+        self._is_sent = False
+
+    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
+        if not self._evaluating:
+            self._send(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._evaluating:
+            self._send(trainer)
+
+    def _send(self, trainer: Trainer) -> None:
+        if trainer.global_step != self._step or self._is_sent:
+            return
+        self._is_sent = True
+        for number in self._numbers:
+            for process in [*(_children() if self._to_all else []), os.getpid()]:
+                os.kill(process, number)
+
+
+def _children() -> list[int]:
+    """List the processes that read data."""
+    found = [process.pid for process in multiprocessing.active_children()]
+    assert found
+    return [pid for pid in found if pid is not None]
+
+
+Run = Callable[..., Trained]
+
+
+@pytest.fixture
+def run(finished: Finished) -> Iterator[Run]:
+    """Give `run(folder, job)`: train by the plan of the finished run, and listen for signals."""
+
+    def run(folder: RunFolder, job: Job) -> Trained:
+        with listening():
+            return train(job, finished.plan, folder)
+
+    yield run
+    # Lightning leaves nothing behind that would take the next signal.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def ends_alike(folder: RunFolder, trained: Trained, finished: Finished) -> bool:
+    expected = read_checkpoint(finished.folder.last_checkpoint)["state_dict"]
+    found = read_checkpoint(folder.last_checkpoint)["state_dict"]
+    return (
+        trained.final_validation_loss == finished.trained.final_validation_loss
+        and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        and [path.name for path in folder.checkpoints.iterdir()] == ["last.ckpt"]
+    )
+
+
+def test_the_step_under_way_is_done_and_saved(
+    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
+) -> None:
+    folder = open_folder(tmp_path)
+    with pytest.raises(Interrupted, match=r"^ended by SIGTERM, saved step 8$"):
+        run(folder, small(new_job, callbacks=[Signal(7, signal.SIGTERM)]))
+    assert read_checkpoint(folder.last_checkpoint)["global_step"] == 8
+    assert ends_alike(folder, run(folder, small(new_job)), finished)
+
+
+def test_a_signal_during_an_evaluation_waits_for_the_next_step(
+    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
+) -> None:
+    folder = open_folder(tmp_path)
+    with pytest.raises(Interrupted, match=r"^ended by SIGINT, saved step 9$"):
+        run(folder, small(new_job, callbacks=[Signal(8, signal.SIGINT, evaluating=True)]))
+    assert ends_alike(folder, run(folder, small(new_job)), finished)
+
+
+def test_a_second_signal_ends_at_once_and_the_checkpoint_before_is_whole(
+    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
+) -> None:
+    folder = open_folder(tmp_path)
+    both = Signal(7, signal.SIGTERM, signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"^ended by SIGINT$"):
+        run(folder, small(new_job, callbacks=[both]))
+    assert read_checkpoint(folder.last_checkpoint)["global_step"] == 6
+    assert ends_alike(folder, run(folder, small(new_job)), finished)
+
+
+def test_after_the_last_step_a_signal_has_nothing_to_wait_for(
+    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
+) -> None:
+    class AtTheEnd(Callback):
+        def on_fit_end(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = open_folder(tmp_path)
+    with pytest.raises(Interrupted, match=r"^ended by SIGTERM$"):
+        run(folder, small(new_job, callbacks=[AtTheEnd()]))
+    assert ends_alike(folder, run(folder, small(new_job)), finished)
+
+
+def test_a_signal_to_all_processes_lets_those_that_read_data_end_the_step(
+    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
+) -> None:
+    def job(*callbacks: Callback) -> Job:
+        return new_job(
+            data={"micro_batch_size": 4, "num_workers": 2},
+            trainer={"max_steps": STEPS, "val_check_interval": 4, "callbacks": list(callbacks)},
+        )
+
+    folder = open_folder(tmp_path)
+    with pytest.raises(Interrupted, match=r"saved step 3$"):
+        run(folder, job(Signal(2, signal.SIGTERM, to_all=True)))
+    assert ends_alike(folder, run(folder, job()), finished)
+
+
+@pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
+def test_a_search_that_a_signal_ends_keeps_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tune", "--config", str(write_settings(tmp_path)), "--memory-budget", "24GB"]
+    words += ["--tune.trials", "4", "--tune.steps", "4"]
+    trained = Bench._trained
+    count = 0
+
+    class Ends(Callback):
+        def on_before_backward(self, trainer: Trainer, _: LightningModule, *__: Any) -> None:
+            if count == 4 and trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def counted(bench: Bench, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        *others, callbacks = arguments
+        return trained(bench, *others, [*callbacks, Ends()])
+
+    monkeypatch.setattr(Bench, "_trained", counted)
+    monkeypatch.setattr("tuner.run.write_report", lambda *_: {})  # its plots take seconds
+    assert cli.main(words) == 143
+    out, err = capfd.readouterr()
+    assert err.endswith("ended by SIGTERM; type the same command again to go on\n")
+    assert "Traceback" not in err
+    assert len(losses(out)) == 2  # the first of the four is for the time of a step
+    assert cli.main(words) == 0
+    assert losses(capfd.readouterr().out)[:2] == losses(out)
+
+
+def losses(out: str) -> list[str]:
+    return [line for line in out.splitlines() if " loss " in line]

@@ -1,0 +1,239 @@
+"""Disks that are full, files that are damaged or gone: one line, and the same command goes on."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import cli
+from foam_lightning import training
+from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.checkpoint_files import one_before
+from foam_lightning.errors import CheckpointError
+from foam_lightning.run_folder import RunFolder
+from foam_lightning.training import train
+from tests.faults.limits import files_up_to
+from tests.runs import Finished, NewJob, open_folder, small
+from tests.test_streamed_run import streamed_settings
+from tests.test_training import StopAfter, StopError
+from tests.tiny import write_settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
+
+
+# ---- damaged checkpoints
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    finished: Finished, new_job: NewJob, tmp_path_factory: pytest.TempPathFactory
+) -> RunFolder:
+    """A run that was stopped after step 7, with checkpoints of steps 4 and 6."""
+    folder = open_folder(tmp_path_factory.mktemp("stopped"))
+    with pytest.raises(StopError):
+        train(small(new_job, callbacks=[StopAfter(7)]), finished.plan, folder)
+    return folder
+
+
+@pytest.fixture
+def broken(stopped: RunFolder, tmp_path: Path) -> RunFolder:
+    """Copy it; the clock has gone back since, as the times of its files say."""
+    shutil.copytree(stopped.path, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    os.utime(folder.last_checkpoint, (0, 0))
+    os.utime(one_before(folder.last_checkpoint), (time.time() + 10**6,) * 2)
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(cut, "truncated or no checkpoint"), (flip, "damaged, as the checksum of its ")],
+)
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(
+    finished: Finished,
+    broken: RunFolder,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    reason: str,
+) -> None:
+    damage(broken.last_checkpoint)
+    capfd.readouterr()
+    trained = train(finished.job, finished.plan, broken)
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "cannot read" in line]
+    assert line.startswith(f"cannot read the checkpoint {broken.last_checkpoint}: {reason}")
+    assert line.endswith(
+        "; it is damaged.ckpt now, and the run goes on from the one before, of step 4"
+    )
+    assert trained.final_validation_loss == finished.trained.final_validation_loss
+    expected = read_checkpoint(finished.folder.last_checkpoint)["state_dict"]
+    found = read_checkpoint(broken.last_checkpoint)["state_dict"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    names = sorted(path.name for path in broken.checkpoints.iterdir())
+    assert names == ["damaged.ckpt", "last.ckpt"]
+
+
+def test_a_run_without_any_whole_checkpoint_is_one_line(
+    finished: Finished, broken: RunFolder
+) -> None:
+    cut(broken.last_checkpoint)
+    cut(one_before(broken.last_checkpoint))
+    with pytest.raises(CheckpointError, match=r"previous\.ckpt: truncated") as caught:
+        train(finished.job, finished.plan, broken)
+    assert len(str(caught.value).splitlines()) == 1
+    names = sorted(path.name for path in broken.checkpoints.iterdir())
+    assert names == ["last.ckpt", "previous.ckpt"]
+
+
+# ---- whole commands
+
+
+class At(Callback):
+    """Do something in the middle of a run, once."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        self._step = step
+        self._act = act
+
+    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            self._act()
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Give `at(step, act)`: the next run of the command line acts in that step."""
+    callbacks = training._callbacks
+
+    def at(step: int, act: Callable[[], None]) -> None:
+        def once(*arguments: Any) -> list[Callback]:
+            monkeypatch.setattr(training, "_callbacks", callbacks)
+            return [*callbacks(*arguments), At(step, act)]
+
+        monkeypatch.setattr(training, "_callbacks", once)
+
+    return at
+
+
+def last_line(capfd: pytest.CaptureFixture[str]) -> str:
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    return err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_settings(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def calm(settings: Path) -> RunFolder:
+    """The run of the settings that nothing happens to."""
+    assert cli.main(["fit", "--config", str(settings), "--name", "calm"]) == 0
+    return RunFolder(settings.parent / "runs" / "calm" / "version_0")
+
+
+def ends_like(calm: RunFolder, runs: Path) -> bool:
+    """Tell whether a run is alone and whole, and has the final loss of the calm one."""
+    (folder,) = (runs / "default").iterdir()
+    assert not [path for path in runs.rglob("*") if ".part" in path.name]
+    losses = [
+        json.loads(path.read_text())["final_validation_loss"]
+        for path in (calm.summary, folder / "summary.json")
+    ]
+    return bool(losses[0] == losses[1])
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    settings: Path, calm: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "--config", str(settings), "--runs", str(tmp_path)]
+    checkpoint = RunFolder(tmp_path / "default" / "version_0").last_checkpoint
+    with files_up_to(calm.last_checkpoint.stat().st_size - 1000):
+        assert cli.main(words) == 5
+    assert last_line(capfd) == (
+        f"error: cannot read or write {checkpoint}.part: File too large; once that is mended, type "
+        "the same command again"
+    )
+    assert list(checkpoint.parent.iterdir()) == []
+    assert cli.main(words) == 0
+    assert ends_like(calm, tmp_path)
+
+
+@pytest.mark.usefixtures("calm")  # which has prepared the text
+def test_a_full_disk_in_a_search_is_one_line(
+    settings: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(settings), "--runs", str(tmp_path), "--memory-budget", "24GB"]
+    with files_up_to(100_000):
+        assert cli.main(["tune", *words]) == 5
+    assert last_line(capfd).startswith("error: cannot read or write the study of the search: ")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    settings: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A place that nobody can write, whatever their rights.
+    assert cli.main(["fit", "--config", str(settings), "--runs", "/proc/runs"]) == 2
+    assert last_line(capfd).startswith("error: cannot write the run folder /proc/runs/default/")
+
+
+def test_a_process_that_reads_data_and_dies_is_one_line_and_the_run_goes_on(
+    settings: Path,
+    calm: RunFolder,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    at: Callable[[int, Callable[[], None]], None],
+) -> None:
+    words = ["fit", "--config", str(settings), "--runs", str(tmp_path), "--data.num_workers", "1"]
+
+    def die() -> None:
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    at(7, die)
+    assert cli.main(words) == 5
+    assert last_line(capfd).startswith("error: a process that reads data is gone (DataLoader ")
+    assert cli.main(words) == 0
+    assert ends_like(calm, tmp_path)
+
+
+def test_a_shard_that_vanishes_is_one_line(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    at: Callable[[int, Callable[[], None]], None],
+) -> None:
+    settings = streamed_settings(tmp_path / "run")
+    words = ["fit", "--config", str(settings), "--data.validation_files"]
+    words.append(str(settings.parent / "text.txt"))
+    shards = [settings.parent / f"{index}.jsonl" for index in range(3)]
+    for shard in shards:  # an epoch of a few steps, after which the files are opened again
+        shard.write_text("".join(shard.read_text().splitlines(keepends=True)[:3]))
+
+    def vanish() -> None:
+        for shard in shards:
+            shard.unlink()
+
+    at(3, vanish)
+    assert cli.main(words) == 2
+    assert last_line(capfd) == f"error: cannot read {shards[0]} (No such file or directory)"
