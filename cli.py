@@ -292,18 +292,21 @@ def _calibrate(job: "Job") -> None:
 
 def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     """Take the plan that the user has, from a checkpoint or a file, and refuse another model's."""
+    from foam_lightning.callbacks.resumption import num_ranks_of
     from foam_lightning.checkpoint import read_checkpoint
     from foam_lightning.plan import FoldPlan
 
+    num_devices = None
     if settings.ckpt_path is not None:  # its levels are those of its optimizer state
-        saved = read_checkpoint(Path(settings.ckpt_path))["fold_plan"]
-        plan = FoldPlan.from_json(saved, source=settings.ckpt_path)
+        saved = read_checkpoint(Path(settings.ckpt_path))
+        plan = FoldPlan.from_json(saved["fold_plan"], source=settings.ckpt_path)
+        num_devices = num_ranks_of(saved)
     elif settings.fold_plan is not None:
         plan = FoldPlan.load(Path(settings.fold_plan))
     else:
         return None
     job.new_module().follow(plan)
-    return job.spread(plan)
+    return job.spread(plan, num_devices=num_devices)
 
 
 def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":

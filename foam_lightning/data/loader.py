@@ -55,12 +55,12 @@ class EpochSampler(StatefulDistributedSampler):
         return torch.randperm(len(self.dataset), generator=generator)[: self.total_size]  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the epoch and how many rows of it are done."""
-        return {**super().state_dict(), "epoch": self.epoch}
+        """Give the epoch and how many rows of it are done, by all ranks together."""
+        return {"rows": self.yielded * self.num_replicas, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the epoch of the state."""
-        super().load_state_dict(state_dict)
+        """Go on in the epoch of the state, with the very next row for any number of ranks."""
+        self.next_yielded = state_dict["rows"] // self.num_replicas
         self.epoch = state_dict["epoch"]
         self._resumed = True
 
@@ -116,6 +116,7 @@ class StreamLoader:
         self.batch_size = batch_size
         self.num_rows = num_rows
         self.num_workers = num_workers
+        self.num_ranks = rows.world
         self._collate = collate
         self._done = 0
         self._is_resumed = False
@@ -145,6 +146,7 @@ class StreamLoader:
         return {
             "rows": self._done,
             "workers": self.num_workers,
+            "ranks": self.num_ranks,
             "stream": self._last or self._rows.state_dict(),
         }
 
@@ -152,12 +154,14 @@ class StreamLoader:
         """Make the next iteration go on from such a place.
 
         Raises:
-            DataError: As many workers would read other rows next.
+            DataError: So many workers or ranks would read other rows next.
         """
-        if state["workers"] != self.num_workers:
+        before, now = (state["workers"], state["ranks"]), (self.num_workers, self.num_ranks)
+        if before != now:
             raise DataError(
-                f"the checkpoint's stream was read by data.num_workers {state['workers']} and this "
-                f"run has {self.num_workers}; go on with as many, or start a new run"
+                f"the checkpoint's stream was read by data.num_workers {before[0]} on each of "
+                f"{before[1]} devices, and this run has {now[0]} on {now[1]}; go on with as many, "
+                "or start a new run"
             )
         self._rows.load_state_dict(state["stream"])
         self._last = None
@@ -208,7 +212,9 @@ def _stateful(rows: Dataset[Any], **settings: Any) -> StatefulDataLoader[Any]:
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(rows, **settings)
+        # A loader seeds its workers; were the numbers drawn from torch's own generator, a run that
+        # went on would draw others than one that did not.
+        return StatefulDataLoader(rows, generator=torch.Generator(), **settings)
 
 
 def _row(item: Row | DataError) -> Row:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -223,6 +224,7 @@ class TextData(LightningDataModule):
             batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             collate_fn=self._collate,
+            generator=torch.Generator(),  # as in `data.loader`
         )
 
     def _ranks(self) -> tuple[int, int]:
