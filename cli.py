@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 2 bad usage, 3 the budget is infeasible or memory ran out with every
-        lever pulled, 4 memory ran out and the same words go on with less, 130 interrupted. A
-        process of its own goes on by itself.
+        lever pulled, 4 memory ran out and the same words go on with less, 5 training diverged, 130
+        interrupted. A process of its own goes on by itself.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not is_first_process():  # it speaks for all

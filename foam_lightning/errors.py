@@ -35,6 +35,12 @@ class FellBackError(FoamError):
     exit_code = 4
 
 
+class DivergedError(FoamError):
+    """Training stopped: losses or gradients are not finite, or spike, beyond the limit."""
+
+    exit_code = 5
+
+
 class InfeasibleBudgetError(FoamError):
     """No plan fits the budget, with every lever pulled, or a plan that was given does not.
 

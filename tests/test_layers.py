@@ -18,7 +18,17 @@ FILES = sorted(
 
 # From low to high; the modules of one line do not import each other.
 FOAM_LIGHTNING_LAYERS = [
-    {"units", "roles", "loss", "cache_home", "perplexity", "schedule", "sharding", "replicas"},
+    {
+        "units",
+        "roles",
+        "loss",
+        "cache_home",
+        "perplexity",
+        "schedule",
+        "sharding",
+        "replicas",
+        "judge",
+    },
     {"errors"},
     {"devices"},
     {"run_folder"},

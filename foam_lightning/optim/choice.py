@@ -1,5 +1,6 @@
 """The optimizer of a run, as its settings and its plan ask for it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,10 +8,44 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from foam_lightning.errors import ConfigError
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import param_groups
 from foam_lightning.optim.rivals import Settings, new_rival
 from foam_lightning.plan import FoldPlan
+
+_LIMITS = ("max_skipped_steps", "max_rollbacks", "spike_nats")
+
+
+def check_settings(model: Mapping[str, Any]) -> None:
+    """Refuse settings of the optimizer that are out of range, or contradict each other.
+
+    Args:
+        model: The arguments of `LlamaFoam`.
+
+    Raises:
+        ConfigError: They do.
+    """
+    lr, warmup, final = model["lr"], model["warmup_fraction"], model["final_lr_fraction"]
+    if lr <= 0 or not 0 <= warmup <= 1 or not 0 <= final <= 1:
+        raise ConfigError(
+            f"model.lr {lr} must be above 0, model.warmup_fraction {warmup} and "
+            f"model.final_lr_fraction {final} between 0 and 1"
+        )
+    clip_norm, optimizer = model["clip_norm"], model["optimizer"]
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise ConfigError(f"model.clip_norm must be above 0, or null for none; got {clip_norm}")
+    skipped, rollbacks, spike = (model[key] for key in _LIMITS)
+    if skipped < 0 or rollbacks < 0 or not spike > 0:
+        raise ConfigError(
+            f"model.max_skipped_steps {skipped} and model.max_rollbacks {rollbacks} must be 0 or "
+            f"more, model.spike_nats {spike} above 0"
+        )
+    if optimizer != "foam" and (model["gradient_release"] or model["state_offload"] or clip_norm):
+        raise ConfigError(
+            f"model.optimizer {optimizer} goes without model.gradient_release, "
+            "model.state_offload and model.clip_norm, which are FOAM's; leave them out"
+        )
 
 
 def new_optimizer(
