@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foam_lightning import __version__
-from foam_lightning.devices import is_first_process
+from foam_lightning.devices import Devices, check_launched, is_first_process
 from foam_lightning.errors import CheckpointError, ConfigError, FellBackError, FoamError
 from tuner.usage import COMMANDS, check_at_once, command_help, general_help, values_of
 
@@ -77,6 +77,7 @@ def _answer(words: list[str]) -> int:
         gc.freeze()  # nor is it looked for among them later
     gc.enable()
     settings = parse(command, options, default=_default_config(options))
+    check_launched(command, Devices.of(settings.values.trainer.as_dict()))
     _quieten()
     runner = {
         "fit": _fit,

@@ -15,17 +15,29 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
+from foam_lightning import judge
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.checkpoint import load_module, read_checkpoint
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
 from foam_lightning.training import train
+from tests.planted import Plant
+from tests.resumed import (
+    STEPS,
+    STOP,
+    STOPPED,
+    WORLD,
+    Stoppable,
+    differences,
+    fit,
+    part_of_two,
+    stoppable,
+)
 from tests.runs import NewJob
 from tests.tiny import REPOSITORY, write_settings
 
-WORLD = 2
-STEPS, STOPPED_AFTER = 6, 3
+STOPPED_AFTER = 3
 
 
 class StopError(Exception):
@@ -102,6 +114,7 @@ class Rank(NamedTuple):
 
     runs: dict[str, Found]
     peaks: dict[str, int]
+    losses: dict[str, dict[str, list[float]]]
 
 
 def case(new_job: NewJob, folder: Path, strategy: str, settings: dict[str, Any]) -> Case:
@@ -134,7 +147,9 @@ CASES: dict[str, dict[str, Any]] = {
 EXACT = ("ddp", "fsdp2")  # in float32; of the others only the memory is looked at
 
 
-def one_of_two(rank: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
+def one_of_two(
+    rank: int, port: int, folder: Path, cases: dict[str, Case], stopped: dict[str, Stoppable]
+) -> None:
     """Be a rank, as a launcher starts it, and do one run after the other."""
     os.environ |= {
         "LOCAL_RANK": str(rank),
@@ -157,7 +172,9 @@ def one_of_two(rank: int, port: int, folder: Path, cases: dict[str, Case]) -> No
         before, after = cases[name].run(STOPPED_AFTER), cases[name].run()
         runs[name] = tuple(after._replace(losses=before.losses + after.losses))
     peaks = {name: shared.peak_bytes() for name, shared in cases.items()}
-    torch.save((runs, peaks), folder / f"{rank}.pt")
+    judge._STEPS_BEFORE_SPIKES = 2
+    losses = {name: part_of_two(one) for name, one in stopped.items()}
+    torch.save((runs, peaks, losses), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -165,7 +182,10 @@ class Together(NamedTuple):
     """The cases, and what each rank found of them."""
 
     cases: dict[str, Case]
+    stopped: dict[str, Stoppable]
     ranks: list[Rank]
+    single: Stoppable
+    losses: list[float]  # of one process
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +200,18 @@ def together(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> Toget
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, folder, cases), nprocs=WORLD)
+    single = stoppable(new_job, folder / "one", "one")
+    losses = fit(*single[:3], Plant("shard", (1,)))
+    stopped = {name: stoppable(new_job, folder / name.replace(" ", "+"), name) for name in STOPPED}
+    for name in EXACT:
+        stopped[name] = stopped[name]._replace(one=single.folder / f"{STOP}.ckpt")
+    torch.multiprocessing.spawn(one_of_two, (port, folder, cases, stopped), nprocs=WORLD)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     ranks = [
-        Rank({name: Found(*run) for name, run in runs.items()}, peaks) for runs, peaks in found
+        Rank({name: Found(*run) for name, run in runs.items()}, peaks, of_stopped)
+        for runs, peaks, of_stopped in found
     ]
-    return Together(cases, ranks)
+    return Together(cases, stopped, ranks, single, losses)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +258,43 @@ def test_the_checkpoint_and_the_export_are_whole(
         torch.testing.assert_close(loaded.state_dict()[key], weight, atol=1e-5, rtol=0)
         assert torch.equal(exported[key.removeprefix("model.")], loaded.state_dict()[key])
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["last.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOPPED)
+def test_two_that_are_stopped_end_as_two_that_are_not(name: str, together: Together) -> None:
+    folder = together.stopped[name].folder
+    for rank in together.ranks:
+        losses = rank.losses[name]
+        assert len(losses["whole"]) == STEPS
+        assert losses["rest"] == losses["whole"][STOP:]
+    ends = [folder / part / f"{STEPS}.ckpt" for part in ("whole", "rest")]
+    assert differences(*ends) == []
+    counts = read_checkpoint(ends[0])["callbacks"]["BadSteps"]
+    assert counts["skipped"] == 1  # by both, where one alone had a bad number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_goes_on_with_another_number_of_processes(
+    name: str, together: Together, tmp_path: Path
+) -> None:
+    for rank in together.ranks:
+        assert rank.losses[name]["whole"] == pytest.approx(together.losses, rel=1e-6)
+        assert rank.losses[name]["from one"] == pytest.approx(together.losses[STOP:], rel=1e-6)
+    two = together.stopped[name].folder / "whole" / f"{STOP}.ckpt"
+    found = fit(*together.single[:2], tmp_path, start=two)
+    assert found == pytest.approx(together.losses[STOP:], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_ranks_roll_back_together(name: str, together: Together) -> None:
+    folder = together.stopped[name].folder
+    paths = (folder / "whole" / f"{STOP}.ckpt", folder / "spiked" / f"{STEPS}.ckpt")
+    assert differences(*paths, keys=("state_dict", "optimizer_states")) == []
+    counts = read_checkpoint(paths[1])["callbacks"]["BadSteps"]
+    assert (counts["skipped"], counts["rollbacks"]) == (2, 1)
 
 
 @pytest.mark.slow
