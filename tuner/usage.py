@@ -34,6 +34,8 @@ SHARED = {
     "--data.tokenizer PATH": "a local tokenizer or one on the Hub; none trains one",
     "--model.level L": "fold level of every matrix where there is no budget",
     "--model.optimizer NAME": "foam, or a rival of `compare`, which trains without a budget",
+    "--model.max_skipped_steps N": "steps in a row skipped for bad numbers before fit stops; 10",
+    "--model.max_rollbacks N": "go back to the last checkpoint, up to N times, where loss spikes",
     "--model.pretrained DIR": "start from a local Hugging Face LLaMA folder",
 }
 OWN: dict[str, dict[str, str]] = {
