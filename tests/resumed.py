@@ -1,7 +1,6 @@
 """Runs that are stopped and gone on with, beside runs that are not: where both end."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,20 +90,21 @@ def fit(
     return log.losses
 
 
-def differences(path: Path, other: Path, *, keys: Sequence[str] = _DECISIVE) -> list[str]:
+def differences(path: Path, other: Path) -> list[str]:
     """Name what differs between two checkpoints of what decides how a run goes on."""
     contents = [read_checkpoint(one) for one in (path, other)]
-    return [key for key in keys if not _same(*(content[key] for content in contents))]
+    return [key for key in _DECISIVE if not same(*(content[key] for content in contents))]
 
 
-def _same(left: Any, right: Any) -> bool:
+def same(left: Any, right: Any) -> bool:
+    """Tell whether two trees of tensors and numbers are equal, bit for bit."""
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
         keys = left.keys() - _UNUSED
-        return keys == right.keys() - _UNUSED and all(_same(left[key], right[key]) for key in keys)
+        return keys == right.keys() - _UNUSED and all(same(left[key], right[key]) for key in keys)
     if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(_same, left, right))
+        return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
 
 
@@ -114,11 +114,11 @@ WORLD = 2
 STEPS, STOP = 6, 3
 STOPPED: dict[str, dict[str, Any]] = {
     "ddp": {"micro": 2, "data": "rows", "num_workers": 2},
-    "fsdp2": {"micro": 2, "data": "rows"},
+    "fsdp2": {"micro": 2, "data": "rows", "num_workers": 2},
     "ddp bf16-true": {"state": "bfloat16", "data": "stream", "num_workers": 2},
     "fsdp2 bf16-true": {"state": "bfloat16", "data": "stream"},
     "ddp 32-true": {"state": "int8", "data": "mixture"},
-    "fsdp2 bf16-mixed": {"state": "int8", "data": "rows", "num_workers": 2},
+    "fsdp2 bf16-mixed": {"state": "int8", "data": "rows"},
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from foam_lightning.errors import DataError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from tests.planted import Plant
@@ -102,3 +103,13 @@ def test_dropout_of_a_pretrained_model_draws_the_same_numbers(
         trainer={"max_steps": STEPS, "val_check_interval": 3},
     )
     assert_exact(job, mixed(job, "accumulated"), tmp_path, (4,))
+
+
+def test_another_number_of_workers_is_refused_in_one_line(new_job: NewJob, tmp_path: Path) -> None:
+    data = data_of("rows", tmp_path)
+    job, other = (
+        new_job(data={**data, "num_workers": n}, trainer={"max_steps": 1}) for n in (0, 1)
+    )
+    fit(job, job.plan_at(1), tmp_path)
+    with pytest.raises(DataError, match=r"by data\.num_workers 0 and this run has 1; go on with"):
+        fit(other, other.plan_at(1), tmp_path / "other", start=tmp_path / "1.ckpt")

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from foam_lightning.data.streaming import StreamedRows
 from foam_lightning.errors import DataError
 
 Batch = dict[str, Tensor]
+_Loader = TypeVar("_Loader", bound=StatefulDataLoader[Any])
 Collate = Callable[[Sequence[Row]], Batch]
 _ROWS_BETWEEN_STATES = 32  # a worker sends its state with so many rows; resuming counts the rest
 
@@ -124,6 +125,7 @@ class StreamLoader:
         ahead = max(2, -(-2 * batch_size // num_workers)) if num_workers else None
         self._rows = _stateful(
             rows,
+            StatefulDataLoader,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=num_workers,
@@ -179,6 +181,25 @@ class StreamLoader:
             yield self._collate(batch)
 
 
+class RowLoader(StatefulDataLoader[Row]):
+    """torchdata's loader, which says in one line what it cannot go on from."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Make the next iteration go on from a state.
+
+        Raises:
+            DataError: It was saved with another number of workers.
+        """
+        main = state_dict.get("_snapshot", {}).get("_main_snapshot", {})
+        before = main.get("_num_workers", 0)
+        if before != self.num_workers:
+            raise DataError(
+                f"the checkpoint's rows were loaded by data.num_workers {before} and this run has "
+                f"{self.num_workers}; go on with as many"
+            )
+        super().load_state_dict(state_dict)
+
+
 def resumable_loader(
     rows: Dataset[Row],
     collate: Collate,
@@ -186,7 +207,7 @@ def resumable_loader(
     batch_size: int,
     num_workers: int,
     sampler: Sampler[int],
-) -> StatefulDataLoader[Row]:
+) -> RowLoader:
     """Build a training loader whose state Lightning keeps in every checkpoint.
 
     Args:
@@ -198,6 +219,7 @@ def resumable_loader(
     """
     return _stateful(
         rows,
+        RowLoader,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
@@ -206,7 +228,7 @@ def resumable_loader(
     )
 
 
-def _stateful(rows: Dataset[Any], **settings: Any) -> StatefulDataLoader[Any]:
+def _stateful(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> _Loader:
     # Lightning warns of a danger that is not here: rows lie ready in a memory-mapped file.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     with warnings.catch_warnings():
@@ -214,7 +236,7 @@ def _stateful(rows: Dataset[Any], **settings: Any) -> StatefulDataLoader[Any]:
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         # A loader seeds its workers; were the numbers drawn from torch's own generator, a run that
         # went on would draw others than one that did not.
-        return StatefulDataLoader(rows, generator=torch.Generator(), **settings)
+        return kind(rows, generator=torch.Generator(), **settings)
 
 
 def _row(item: Row | DataError) -> Row:

@@ -13,11 +13,10 @@ from foam_lightning.data.cache import cache_folder
 from foam_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import PreTrainedTokenizerBase
 
     from foam_lightning.data.chat import ChatText
-    from foam_lightning.data.loader import StreamLoader
+    from foam_lightning.data.loader import RowLoader, StreamLoader
     from foam_lightning.data.mixture import Source
     from foam_lightning.data.packing import Row
     from foam_lightning.data.prepared import PackedText, StreamedText
@@ -198,7 +197,7 @@ class TextData(LightningDataModule):
         )
         return text, tokenizer
 
-    def train_dataloader(self) -> "StatefulDataLoader[Row] | StreamLoader":
+    def train_dataloader(self) -> "RowLoader | StreamLoader":
         """Serve the training rows in an order that resumes exactly, in or between epochs."""
         from foam_lightning.data.loader import resumable_loader
         from foam_lightning.data.prepared import StreamedText
