@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+import cli
 from foam_lightning.callbacks.bad_steps import BadSteps
 from foam_lightning.errors import ConfigError, DivergedError
 from foam_lightning.job import Job
@@ -19,6 +20,7 @@ from foam_lightning.training import train
 from tests.planted import Plant
 from tests.runs import NewJob, open_folder
 from tests.test_resumption import Steps
+from tests.tiny import write_settings
 from tuner.objective import Bench
 
 NOWHERE = Path("/nowhere/last.ckpt")
@@ -54,7 +56,7 @@ def fit(job: Job, plan: FoldPlan, *callbacks: Callback) -> Trainer:
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16, int8": {"model": {"state_dtype": "int8"}, "trainer": {"precision": "bf16-true"}},
-    "accumulated": {"data": {"micro_batch_size": 2}},
+    "accumulated": {"data": {"micro_batch_size": 4}},
     "clipped": {"trainer": {"gradient_clip_val": 0.1}},
     "clipped each": {"model": {"clip_norm": 0.1}},
     "released": {"model": {"gradient_release": True}},
@@ -186,11 +188,25 @@ def test_spikes_without_end_stop_the_run_which_then_goes_on_from_its_checkpoint(
 ) -> None:
     folder = open_folder(tmp_path)
     job = spiking(new_job, {}, range(32, 40), 2)
-    message = r"stopped at step 35, .* 2 rollbacks \(model.max_rollbacks\); its last checkpoint is"
+    message = r"stopped at step 35, .* 2 rollbacks \(model.max_rollbacks\); its last"
     with pytest.raises(DivergedError, match=message):
         train(job, job.plan_at(1), folder)
     trained = train(spiking(new_job, {}, range(34, 35), 2), job.plan_at(1), folder)
     assert (trained.skipped_steps, trained.rollbacks) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
+def test_the_command_line_stops_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model.lr", "1e30", "--model.max_skipped_steps", "2"]
+    assert cli.main(["fit", "--config", str(write_settings(tmp_path)), *words]) == 5
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: training stopped at step ")
+    assert "after 3 steps in a row (model.max_skipped_steps); its last checkpoint is" in last
+    assert not (tmp_path / "runs/default/version_0/summary.json").exists()
 
 
 @pytest.mark.parametrize(

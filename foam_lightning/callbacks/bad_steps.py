@@ -133,7 +133,8 @@ class BadSteps(Callback):
         counts = f"{judge.in_a_row} steps in a row (model.max_skipped_steps)"
         if judge.max_rollbacks:
             counts += f" and {judge.rollbacks} rollbacks (model.max_rollbacks)"
-        at = "its last checkpoint is whole" if self._checkpoint.exists() else "it has no checkpoint"
+        has_one = self._checkpoint.exists()
+        at = "its last checkpoint is from before" if has_one else "it has no checkpoint"
         return (
             f"training stopped at {where}: {found}, after {counts}; {at}; lower model.lr, look at "
             "these rows, or raise the limit"
