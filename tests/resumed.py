@@ -1,6 +1,7 @@
 """Runs that are stopped and gone on with, beside runs that are not: where both end."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from foam_lightning import judge
 from foam_lightning.callbacks.bad_steps import BadSteps
 from foam_lightning.callbacks.resumption import Resumption
 from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.data import streaming
 from foam_lightning.job import Job
 from foam_lightning.judge import Judge
 from foam_lightning.plan import FoldPlan
@@ -44,9 +47,10 @@ def data_of(kind: str, folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Log(Callback):
-    """Note the loss of every step, over all ranks, and save after every step."""
+    """Note the loss of every step, over all ranks, and save after some."""
 
     folder: Path
+    saves: Collection[int]
     losses: list[float] = field(default_factory=list)
     _parts: list[float] = field(default_factory=list)
 
@@ -58,27 +62,36 @@ class Log(Callback):
         if len(self._parts) == trainer.accumulate_grad_batches:
             self.losses.append(sum(self._parts))
             self._parts.clear()
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+            if trainer.global_step in self.saves:
+                trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
 def fit(
-    job: Job, plan: FoldPlan, folder: Path, *watches: Callback, start: Path | None = None
+    job: Job,
+    plan: FoldPlan,
+    folder: Path,
+    *watches: Callback,
+    start: Path | None = None,
+    stops: Collection[int] = (),
 ) -> list[float]:
     """Train on from a checkpoint, or from the beginning; give the loss of every step.
 
     Args:
         job: What to train.
         plan: What to train by.
-        folder: Gets a checkpoint for every step.
+        folder: Gets a checkpoint of the last step.
         watches: Callbacks that come first.
         start: The checkpoint, which a spike rolls back to.
+        stops: Steps after which there is a checkpoint too.
     """
-    module, log = job.new_module(), Log(folder)
+    module, log = job.new_module(), Log(folder, {*stops, job.max_steps})
     module.follow(plan)
-    judge = Judge(max_skipped_steps=1, spike_nats=1.0, max_rollbacks=1)
+    bad_steps = BadSteps(
+        Judge(max_skipped_steps=1, spike_nats=1.0, max_rollbacks=1), start or folder / "none.ckpt"
+    )
     trainer = job.new_trainer(
         plan.levers,
-        [*watches, BadSteps(judge, start or folder / "none.ckpt"), Resumption(), log],
+        [*watches, bad_steps, Resumption(), log],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -112,6 +125,9 @@ def same(left: Any, right: Any) -> bool:
 
 WORLD = 2
 STEPS, STOP = 6, 3
+BLOCK = (
+    150  # characters of a stream that are shuffled: a few rows, so that ranks are at places apart
+)
 STOPPED: dict[str, dict[str, Any]] = {
     "ddp": {"micro": 2, "data": "rows", "num_workers": 2},
     "fsdp2": {"micro": 2, "data": "rows", "num_workers": 2},
@@ -156,10 +172,12 @@ def stoppable(new_job: NewJob, folder: Path, name: str) -> Stoppable:
 
 def part_of_two(run: Stoppable) -> dict[str, list[float]]:
     """Be one of two ranks: train, go on from the middle, from one process, and past a spike."""
+    judge._STEPS_BEFORE_SPIKES = 2
+    streaming._BLOCK_CHARACTERS = BLOCK
     job, plan, folder, one = run
     whole = folder / "whole"
     start = whole / f"{STOP}.ckpt"
-    losses = {"whole": fit(job, plan, whole, Plant("shard", (1,)))}
+    losses = {"whole": fit(job, plan, whole, Plant("shard", (1,)), stops=(STOP,))}
     losses["rest"] = fit(job, plan, folder / "rest", start=start)
     if one is not None:
         losses["from one"] = fit(job, plan, folder / "from-one", start=one)

@@ -156,7 +156,7 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("way", ["accumulated", "released", "adamw"])
+@pytest.mark.parametrize("way", ["accumulated", "released"])
 def test_a_spike_rolls_back_to_the_last_checkpoint_and_the_data_goes_on(
     way: str, new_job: NewJob, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
-from foam_lightning import judge
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.checkpoint import load_module, read_checkpoint
 from foam_lightning.job import Job
@@ -175,7 +174,6 @@ def one_of_two(
         before, after = cases[name].run(STOPPED_AFTER), cases[name].run()
         runs[name] = tuple(after._replace(losses=before.losses + after.losses))
     peaks = {name: shared.peak_bytes() for name, shared in cases.items()}
-    judge._STEPS_BEFORE_SPIKES = 2
     losses = {name: part_of_two(one) for name, one in stopped.items()}
     torch.save((runs, peaks, losses), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -204,7 +202,7 @@ def together(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> Toget
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     single = stoppable(new_job, folder / "one", "one")
-    losses = fit(*single[:3], Plant("shard", (1,)))
+    losses = fit(*single[:3], Plant("shard", (1,)), stops=(STOP,))
     stopped = {name: stoppable(new_job, folder / name.replace(" ", "+"), name) for name in STOPPED}
     for name in EXACT:
         stopped[name] = stopped[name]._replace(one=single.folder / f"{STOP}.ckpt")
