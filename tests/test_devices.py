@@ -184,6 +184,24 @@ def test_a_plan_of_one_device_serves_several(
     assert replace(found, levers=plan.levers) == plan
 
 
+def test_the_plan_of_a_checkpoint_serves_any_number_that_divides_the_batch(
+    new_job: NewJob,
+) -> None:
+    job = new_job(data={"micro_batch_size": 2}, trainer={"devices": 2})
+    plan = job.plan_at(2)
+    assert job.spread(plan, num_devices=2) == plan
+    found = {n: new_job(trainer={"devices": n}).spread(plan, num_devices=2) for n in (1, 4)}
+    sizes = {
+        n: (plan.levers.micro_batch_size, plan.levers.accumulate_grad_batches)
+        for n, plan in found.items()
+    }
+    assert sizes == {1: (2, 4), 4: (2, 1)}
+    with pytest.raises(ConfigError, match=r"4 rows a step on each of 2 devices, which 3 devices"):
+        new_job(trainer={"devices": 3}).spread(plan, num_devices=2)
+    with pytest.raises(ConfigError, match=r"which 1 device cannot divide into data\.batch_size 6"):
+        new_job(data={"batch_size": 6}).spread(plan, num_devices=2)
+
+
 def test_a_plan_of_another_batch_does_not_serve_several(new_job: NewJob) -> None:
     plan = new_job(data={"batch_size": 6}).plan_at(2)
     with pytest.raises(ConfigError, match="takes 6 rows a step on one device, which 2 devices"):
