@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from foam_lightning import __version__
 from foam_lightning.breakage import breakage
-from foam_lightning.devices import is_first_process
+from foam_lightning.devices import Devices, check_launched, is_first_process
 from foam_lightning.errors import (
     CheckpointError,
     ConfigError,
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 bad usage, 3 the budget is infeasible or memory ran out with every
         lever pulled, 4 memory ran out and the same words go on with less (a process of its own
-        does so by itself), 5 a disk or a file failed, 6 another process is at work there, 130 or
-        143 ended by SIGINT or SIGTERM.
+        does so by itself), 5 a disk or a file failed, 6 another process is at work there, 7
+        training diverged, 130 or 143 ended by SIGINT or SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not is_first_process():  # it speaks for all
@@ -102,6 +102,7 @@ def _answer(words: list[str]) -> int:
         gc.freeze()  # nor is it looked for among them later
     gc.enable()
     settings = parse(command, options, default=default)
+    check_launched(command, Devices.of(settings.values.trainer.as_dict()))
     _quieten()
     runner = {
         "fit": _fit,
@@ -312,19 +313,22 @@ def _calibrate(job: "Job") -> None:
 
 def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
     """Take the plan that the user has, from a checkpoint or a file, and refuse another model's."""
+    from foam_lightning.callbacks.resumption import num_ranks_of
     from foam_lightning.checkpoint import read_checkpoint
     from foam_lightning.plan import FoldPlan
     from foam_lightning.training import check_plan
 
+    num_devices = None
     if settings.ckpt_path is not None:  # its levels are those of its optimizer state
         saved = read_checkpoint(Path(settings.ckpt_path))
         plan = FoldPlan.from_json(saved["fold_plan"], source=settings.ckpt_path)
+        num_devices = num_ranks_of(saved)
     elif settings.fold_plan is not None:
         plan = FoldPlan.load(Path(settings.fold_plan))
     else:
         return None
     job.new_module().follow(plan)
-    plan = job.spread(plan)
+    plan = job.spread(plan, num_devices=num_devices)
     if settings.ckpt_path is not None:
         check_plan(Path(settings.ckpt_path), saved, plan, job.optimizer)
     return plan

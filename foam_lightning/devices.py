@@ -71,6 +71,47 @@ def is_first_process() -> bool:
     return said.get("SLURM_PROCID", "0") == "0"
 
 
+def launched_processes() -> int | None:
+    """Count the processes that a launcher has started, this one among them; None without one.
+
+    torchrun says WORLD_SIZE, and so does Lightning to the processes that it starts. srun says
+    SLURM_NTASKS, which Lightning goes by as well, except in a job named "bash" or "interactive".
+    """
+    said = os.environ
+    if "WORLD_SIZE" in said and ("RANK" in said or "LOCAL_RANK" in said):
+        return int(said["WORLD_SIZE"])
+    if "SLURM_NTASKS" in said and said.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return int(said["SLURM_NTASKS"])
+    return None
+
+
+def check_launched(command: str, devices: Devices) -> None:
+    """Refuse processes that a launcher has started in another number than a command can use.
+
+    Each of them would do the whole job, in one folder.
+
+    Args:
+        command: Of the command line; only `fit` is for several processes.
+        devices: Those of the settings.
+
+    Raises:
+        ConfigError: There are too many, or too few.
+    """
+    count = launched_processes()
+    if count is None:
+        return
+    if count > 1 and command != "fit":
+        raise ConfigError(
+            f"{command} is for one process and was started in {count}; type it without torchrun "
+            "or srun"
+        )
+    if command == "fit" and count != devices.count:
+        raise ConfigError(
+            f"processes started: {count}; trainer.devices x trainer.num_nodes: {devices.count}; "
+            "set trainer.devices to the processes of one machine, trainer.num_nodes to the machines"
+        )
+
+
 def first_device(devices: Any) -> int | list[int]:
     """Choose one of Lightning's `devices`: the first where they are named, else any."""
     named = _named(devices)

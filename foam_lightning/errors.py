@@ -47,6 +47,12 @@ class BusyError(FoamError):
     exit_code = 6
 
 
+class DivergedError(FoamError):
+    """Training stopped: losses or gradients are not finite, or spike, beyond the limit."""
+
+    exit_code = 7
+
+
 class InfeasibleBudgetError(FoamError):
     """No plan fits the budget, with every lever pulled, or a plan that was given does not.
 

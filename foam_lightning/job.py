@@ -170,22 +170,29 @@ class Job:
                 "host memory anyway; leave it out"
             )
 
-    def spread(self, plan: FoldPlan) -> FoldPlan:
-        """Make a plan for one device one for these: the same batch, in micro-batches no larger.
+    def spread(self, plan: FoldPlan, *, num_devices: int | None = None) -> FoldPlan:
+        """Make a plan for other devices one for these: the same batch, in micro-batches no larger.
+
+        Args:
+            plan: The plan.
+            num_devices: How many it is for; by default these, or one where that is the batch.
 
         Raises:
             ConfigError: The devices do not divide the batch, or the plan is for another one.
         """
         count, levers = self.devices.count, plan.levers
-        if levers.batch_size * count == self.batch_size:
+        if num_devices is None:
+            num_devices = count if levers.batch_size * count == self.batch_size else 1
+        if num_devices == count and levers.batch_size * count == self.batch_size:
             return plan
-        if levers.batch_size != self.batch_size or self.batch_size % count:
+        rows, rest = divmod(levers.batch_size * num_devices, count)
+        if levers.batch_size * num_devices != self.batch_size or rest:
+            on = "one device" if num_devices == 1 else f"each of {num_devices} devices"
             raise ConfigError(
-                f"the plan takes {levers.batch_size} rows a step on one device, of which {count} "
+                f"the plan takes {levers.batch_size} rows a step on {on}, of which {count} "
                 f"cannot make data.batch_size {self.batch_size}; make a plan for this batch and "
                 f"trainer.devices {count}"
             )
-        rows = self.batch_size // count
         micro = next(n for n in range(levers.micro_batch_size, 0, -1) if rows % n == 0)
         spread = replace(levers, micro_batch_size=micro, accumulate_grad_batches=rows // micro)
         return replace(plan, levers=spread)

@@ -18,9 +18,9 @@ from foam_lightning import model as llama
 from foam_lightning.beginning import architecture_of, begin, config_of
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.loss import token_loss
-from foam_lightning.optim.choice import new_optimizer
+from foam_lightning.optim.choice import check_settings, new_optimizer
 from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
-from foam_lightning.optim.release import release_gradients
+from foam_lightning.optim.release import Gate, release_gradients
 from foam_lightning.optim.rivals import OptimizerName
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
 from foam_lightning.ranges import MODEL, check_pattern, check_ranges
@@ -76,6 +76,10 @@ class LlamaFoam(LightningModule):
             pile up; a step is then one micro-batch. A memory budget turns it on where need be.
         state_offload: Keep both moments in host memory, from where they visit the GPU for their
             update: twice their bytes over the bus a step. The last thing that a budget turns on.
+        max_skipped_steps: Steps in a row that are skipped where loss or gradient is not finite.
+        max_rollbacks: How often a run may go back to the weights of its last checkpoint where its
+            loss spikes; the data goes on behind the spike. 0 looks for none.
+        spike_nats: A spike is a loss so far above the mean of the last 50 steps.
         warmup_fraction: Share of the steps over which the learning rate rises.
         final_lr_fraction: Where the cosine ends, as a share of the peak.
         exclude: Regular expression on the names of matrices that never fold.
@@ -110,6 +114,9 @@ class LlamaFoam(LightningModule):
         stochastic_rounding: bool = True,
         gradient_release: bool = False,
         state_offload: bool = False,
+        max_skipped_steps: int = 10,
+        max_rollbacks: int = 0,
+        spike_nats: float = 1.0,
         warmup_fraction: float = 0.1,
         final_lr_fraction: float = 0.1,
         exclude: str = DEFAULT_EXCLUDE,
@@ -119,16 +126,13 @@ class LlamaFoam(LightningModule):
         super().__init__()
         check_ranges("model.", locals(), MODEL)
         check_pattern("model.exclude", exclude)
-        if optimizer != "foam" and (gradient_release or state_offload or clip_norm):
-            raise ConfigError(
-                f"model.optimizer {optimizer} goes without model.gradient_release, "
-                "model.state_offload and model.clip_norm, which are FOAM's; leave them out"
-            )
         self.save_hyperparameters()
+        check_settings(self.hparams)
         self.model: LlamaForCausalLM | None = None
         self.plan: FoldPlan | None = None
         self._scored = (0.0, 0)  # nats and tokens of the validation pass so far
-        self._step_mean = StepMean()
+        self.step_mean = StepMean()
+        self.gate: Gate | None = None
         self._config: LlamaConfig | None = None
 
     # ---- what is trained, before a single weight exists
@@ -239,11 +243,16 @@ class LlamaFoam(LightningModule):
         total, num_tokens = self._summed_loss(self.hidden_states(batch["input_ids"]), labels)
         self.log("train/loss", total.detach() / num_tokens.clamp(min=1), prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return self._step_mean.share(total, num_tokens, labels, self.trainer)
+        return self.step_mean.share(total, num_tokens, labels, self.trainer)
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.gate is None or not self.releases or self.gate.opens(loss):
+            super().backward(loss, *args, **kwargs)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self._step_mean.complete(self.parameters(), self.trainer)
+        self.step_mean.complete(self.parameters(), self.trainer)
 
     @override
     def optimizer_step(
@@ -254,7 +263,8 @@ class LlamaFoam(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         # For one step at a time: what a checkpoint or an error replaces or leaves is never hooked.
-        with release_gradients(optimizer.optimizer) if self._releases else nullcontext():
+        mend_ = () if self.gate is None else (self.gate.mend_,)
+        with release_gradients(optimizer.optimizer, *mend_) if self.releases else nullcontext():
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Lightning frees gradients after the next forward pass, whose peak would then hold them.
         optimizer.zero_grad(set_to_none=True)
@@ -285,7 +295,7 @@ class LlamaFoam(LightningModule):
     @override
     def on_train_start(self) -> None:
         trainer = self.trainer
-        if self._releases and (
+        if self.releases and (
             trainer.gradient_clip_val
             or trainer.accumulate_grad_batches != 1
             or not isinstance(trainer.strategy, SingleDeviceStrategy)
@@ -322,7 +332,8 @@ class LlamaFoam(LightningModule):
         return self.plan
 
     @property
-    def _releases(self) -> bool:
+    def releases(self) -> bool:
+        """Whether the optimizer steps inside backward."""
         return self._plan().levers.gradient_release
 
     def _built(self) -> "LlamaForCausalLM":

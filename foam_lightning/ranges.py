@@ -61,6 +61,9 @@ MODEL: Mapping[str, Range] = {
     "unfolded_scale": POSITIVE,
     "residual_scale": Range(),
     "clip_norm": POSITIVE,
+    "max_skipped_steps": Range(0, 2**31),
+    "max_rollbacks": Range(0, 2**31),
+    "spike_nats": POSITIVE,
     "warmup_fraction": _FRACTION,
     "final_lr_fraction": _FRACTION,
 }

@@ -18,6 +18,7 @@ class StepMean:
     """
 
     def __init__(self) -> None:
+        self._nats: Tensor | int = 0
         self._scored: Tensor | int = 0
         self._places = 1
 
@@ -30,11 +31,16 @@ class StepMean:
             labels: (B, S), of the same shape in every micro-batch.
             trainer: Averages over micro-batches and ranks.
         """
+        self._nats = self._nats + total.detach()
+        self._scored = self._scored + num_tokens
         if _is_whole(trainer):
             return total / num_tokens.clamp(min=1)
-        self._scored = self._scored + num_tokens
         self._places = max(1, labels[:, 1:].numel())
         return total / self._places
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Give what this rank has of the step so far: nats, and over how many tokens."""
+        return torch.as_tensor(self._nats), torch.as_tensor(self._scored)
 
     def complete(self, parameters: Iterable[Tensor], trainer: Trainer) -> None:
         """Correct the gradients of a step, when all its micro-batches went backward.
@@ -43,11 +49,12 @@ class StepMean:
             parameters: They have averages over micro-batches and ranks of what `share` gave.
             trainer: Adds up over ranks.
         """
+        own = torch.as_tensor(self._scored)
+        self._nats = self._scored = 0
         if _is_whole(trainer):
             return
-        scored = trainer.strategy.reduce(torch.as_tensor(self._scored), reduce_op="sum")
+        scored = trainer.strategy.reduce(own, reduce_op="sum")
         assert isinstance(scored, Tensor)
-        self._scored = 0
         stood_for = self._places * trainer.accumulate_grad_batches * trainer.world_size
         factor = stood_for / scored.clamp(min=1)
         for parameter in parameters:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from foam_lightning.callbacks.bad_steps import BadSteps
 from foam_lightning.callbacks.board import Board
 from foam_lightning.callbacks.ending import SaveAndEnd, ending_together
 from foam_lightning.callbacks.export import Export
@@ -26,6 +27,7 @@ from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError
 from foam_lightning.hyperparameters import figures_of, settings_of
 from foam_lightning.job import Job
+from foam_lightning.judge import LIMITS, Judge
 from foam_lightning.model import save_tokenizer
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
@@ -44,12 +46,16 @@ class Trained:
         final_validation_loss: In nats per token, unbiased.
         validation_tokens: How many tokens that is the mean of.
         tokens_per_second: None where nothing was trained.
+        skipped_steps: Steps that were not taken, since their numbers were bad.
+        rollbacks: How often the run went back to a checkpoint.
     """
 
     measured_peak_bytes: int | None
     final_validation_loss: float
     validation_tokens: int
     tokens_per_second: float | None
+    skipped_steps: int = 0
+    rollbacks: int = 0
 
 
 def train(
@@ -75,6 +81,7 @@ def train(
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another plan.
+        DivergedError: Too many steps in a row had bad numbers.
         MemoryShortageError: The device has not enough memory; the last checkpoint is whole.
     """
     source = _source(folder, ckpt_path, plan, job.optimizer)
@@ -86,11 +93,14 @@ def train(
     logger = TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False)
     memory = MemoryWatch(predicted_bytes, budget_bytes=budget_bytes)
     throughput = Throughput()
+    limits = {key: module.hparams[key] for key in LIMITS}
+    bad_steps = BadSteps(Judge(**limits), folder.last_checkpoint)
     wants_progress = job.trainer.get("enable_progress_bar") is not False
     shown = [progress(throughput, memory)] if wants_progress else []
     trainer = job.new_trainer(
         plan.levers,
         [
+            bad_steps,  # before all that looks at gradients, or saves
             *_callbacks(folder, job),
             # What it reads and draws is no part of the run, so it is done before anything counts.
             Board(folder.path, pictures or {}, throughput),
@@ -119,7 +129,14 @@ def train(
     logger.finalize("success")
     if trainer.is_global_zero:  # the last one is of the last step
         one_before(folder.last_checkpoint).unlink(missing_ok=True)
-    return Trained(memory.measured_bytes, loss, num_tokens, throughput.tokens_per_second)
+    return Trained(
+        memory.measured_bytes,
+        loss,
+        num_tokens,
+        throughput.tokens_per_second,
+        bad_steps.judge.skipped,
+        bad_steps.judge.rollbacks,
+    )
 
 
 def validate(trainer: Trainer, module: LlamaFoam, data: TextData) -> tuple[float, int]:

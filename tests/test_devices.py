@@ -1,8 +1,10 @@
 """Devices counted, and one of them accounted for, without any of them."""
 
 import json
+import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,14 @@ from torch import Tensor
 import cli
 from foam_lightning import run_folder
 from foam_lightning.data.loader import ShareOfRows
-from foam_lightning.devices import ONE_DEVICE, Devices, first_device, is_first_process
+from foam_lightning.devices import (
+    ONE_DEVICE,
+    Devices,
+    check_launched,
+    first_device,
+    is_first_process,
+    launched_processes,
+)
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.ranks import NCCL_BYTES, buckets, one_of
@@ -34,6 +43,24 @@ from tuner.plan_view import plan_json, plan_table
 
 DDP, SHARED = Devices(2), Devices(2, shards=True)
 SIZES = {"hidden_size": 32, "intermediate_size": 45, "num_attention_heads": 2, "vocab_size": 301}
+
+
+Launcher = Callable[[dict[str, str]], None]
+TWO = ["--trainer.devices", "2"]
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    """Give `launcher(said)`: the environment of a process that a launcher has started."""
+
+    def start(said: dict[str, str]) -> None:
+        for name in os.environ:
+            if "RANK" in name or name.startswith("SLURM_") or name == "WORLD_SIZE":
+                monkeypatch.delenv(name)
+        for name, value in said.items():
+            monkeypatch.setenv(name, value)
+
+    return start
 
 
 # ---- counted
@@ -89,12 +116,9 @@ def test_the_first_device_is_the_one_named_first(devices: Any, first: Any) -> No
     ],
 )
 def test_launchers_say_which_process_is_first(
-    said: dict[str, str], is_first: bool, monkeypatch: pytest.MonkeyPatch
+    said: dict[str, str], is_first: bool, launcher: Launcher
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
+    launcher(said)
     assert is_first_process() == is_first
 
 
@@ -160,6 +184,24 @@ def test_a_plan_of_one_device_serves_several(
     assert replace(found, levers=plan.levers) == plan
 
 
+def test_the_plan_of_a_checkpoint_serves_any_number_that_divides_the_batch(
+    new_job: NewJob,
+) -> None:
+    job = new_job(data={"micro_batch_size": 2}, trainer={"devices": 2})
+    plan = job.plan_at(2)
+    assert job.spread(plan, num_devices=2) == plan
+    found = {n: new_job(trainer={"devices": n}).spread(plan, num_devices=2) for n in (1, 4)}
+    sizes = {
+        n: (plan.levers.micro_batch_size, plan.levers.accumulate_grad_batches)
+        for n, plan in found.items()
+    }
+    assert sizes == {1: (2, 4), 4: (2, 1)}
+    with pytest.raises(ConfigError, match=r"4 rows a step on each of 2 devices, which 3 devices"):
+        new_job(trainer={"devices": 3}).spread(plan, num_devices=2)
+    with pytest.raises(ConfigError, match=r"which 1 device cannot divide into data\.batch_size 6"):
+        new_job(data={"batch_size": 6}).spread(plan, num_devices=2)
+
+
 def test_a_plan_of_another_batch_does_not_serve_several(new_job: NewJob) -> None:
     plan = new_job(data={"batch_size": 6}).plan_at(2)
     with pytest.raises(
@@ -185,6 +227,50 @@ def test_what_is_for_one_process_is_refused_before_anything_is_written(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["tune", "--memory-budget", "24GB"], "tune is for one"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["export", "--ckpt_path", "x"], "export is for one"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["fit", "--memory-budget", "24GB"], "set trainer.dev"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["fit", *TWO, "--memory-budget", "24GB"], "tune in one"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, ["fit"], "processes started: 2; trainer.dev"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, ["fit", *TWO], "processes started: 1; "),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, ["tune"], "tune is for one process and was"),
+    ],
+)
+def test_no_rank_of_a_launcher_tunes_or_does_what_is_for_one(
+    said: dict[str, str],
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    launcher: Launcher,
+) -> None:
+    launcher(said)
+    command, *options = words
+    more = ["--output", str(tmp_path / "out")] if command == "export" else []
+    assert cli.main([command, "--config", str(write_settings(tmp_path)), *options, *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_launcher_starts_as_the_settings_say_is_let_through(launcher: Launcher) -> None:
+    for said, expected in (
+        ({}, None),
+        ({"WORLD_SIZE": "2"}, None),  # a shell's own
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, 2),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 2),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "interactive"}, None),
+    ):
+        launcher(said)
+        assert launched_processes() == expected
+        check_launched("fit", DDP if expected else ONE_DEVICE)
 
 
 # ---- files

@@ -22,12 +22,24 @@ from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.run_folder import RunFolder
 from foam_lightning.training import train
+from tests.planted import Plant
+from tests.resumed import (
+    STEPS,
+    STOP,
+    STOPPED,
+    WORLD,
+    Stoppable,
+    differences,
+    fit,
+    part_of_two,
+    same,
+    stoppable,
+)
 from tests.runs import NewJob
 from tests.tiny import REPOSITORY, write_settings
 from tests.unequal import BATCH, job_of_unequal_rows, trained
 
-WORLD = 2
-STEPS, STOPPED_AFTER = 6, 3
+STOPPED_AFTER = 3
 
 
 class StopError(Exception):
@@ -104,6 +116,7 @@ class Rank(NamedTuple):
 
     runs: dict[str, Found]
     peaks: dict[str, int]
+    losses: dict[str, dict[str, list[float]]]
     unequal: dict[str, dict[str, Tensor]]
 
 
@@ -138,7 +151,12 @@ EXACT = ("ddp", "fsdp2")  # in float32; of the others only the memory is looked 
 
 
 def one_of_two(
-    rank: int, port: int, folder: Path, cases: dict[str, Case], unequal: dict[str, Job]
+    rank: int,
+    port: int,
+    folder: Path,
+    cases: dict[str, Case],
+    stopped: dict[str, Stoppable],
+    unequal: dict[str, Job],
 ) -> None:
     """Be a rank, as a launcher starts it, and do one run after the other."""
     os.environ |= {
@@ -149,6 +167,8 @@ def one_of_two(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    # As where a launcher starts a rank: workers of a spawned process would be spawned too, slowly.
+    torch.multiprocessing.set_start_method("fork", force=True)
     scatter = torch.distributed.reduce_scatter_single
 
     def scatter_unwatched(**arguments: Any) -> Any:
@@ -162,9 +182,10 @@ def one_of_two(
         before, after = cases[name].run(STOPPED_AFTER), cases[name].run()
         runs[name] = tuple(after._replace(losses=before.losses + after.losses))
     peaks = {name: shared.peak_bytes() for name, shared in cases.items()}
+    losses = {name: part_of_two(one) for name, one in stopped.items()}
     micro = {"micro_batch_size": 1, "accumulate_grad_batches": BATCH // WORLD}
     weights = {name: trained(job, **micro) for name, job in unequal.items()}
-    torch.save((runs, peaks, weights), folder / f"{rank}.pt")
+    torch.save((runs, peaks, losses, weights), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -172,7 +193,10 @@ class Together(NamedTuple):
     """The cases, and what each rank found of them."""
 
     cases: dict[str, Case]
+    stopped: dict[str, Stoppable]
     ranks: list[Rank]
+    single: Stoppable
+    losses: list[float]  # of one process
     alone_on_unequal: dict[str, Tensor]
 
 
@@ -192,13 +216,17 @@ def together(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> Toget
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, folder, cases, unequal), nprocs=WORLD)
+    single = stoppable(new_job, folder / "one", "one")
+    losses = fit(*single[:3], Plant("shard", (1,)), stops=(STOP,))
+    stopped = {name: stoppable(new_job, folder / name.replace(" ", "+"), name) for name in STOPPED}
+    for name in EXACT:
+        stopped[name] = stopped[name]._replace(one=single.folder / f"{STOP}.ckpt")
+    torch.multiprocessing.spawn(one_of_two, (port, folder, cases, stopped, unequal), nprocs=WORLD)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     ranks = [
-        Rank({name: Found(*run) for name, run in runs.items()}, peaks, unequal)
-        for runs, peaks, unequal in found
+        Rank({name: Found(*run) for name, run in runs.items()}, *others) for runs, *others in found
     ]
-    return Together(cases, ranks, expected)
+    return Together(cases, stopped, ranks, single, losses, expected)
 
 
 @pytest.fixture(scope="module")
@@ -258,12 +286,64 @@ def test_the_checkpoint_and_the_export_are_whole(
 
 
 @pytest.mark.slow
-def test_the_command_line_starts_the_ranks_and_speaks_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", STOPPED)
+def test_two_that_are_stopped_end_as_two_that_are_not(name: str, together: Together) -> None:
+    folder = together.stopped[name].folder
+    for rank in together.ranks:
+        losses = rank.losses[name]
+        assert len(losses["whole"]) == STEPS
+        assert losses["rest"] == losses["whole"][STOP:]
+    ends = [folder / part / f"{STEPS}.ckpt" for part in ("whole", "rest")]
+    assert differences(*ends) == []
+    counts = read_checkpoint(ends[0])["callbacks"]["BadSteps"]
+    assert counts["skipped"] == 1  # by both, where one alone had a bad number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_goes_on_with_another_number_of_processes(
+    name: str, together: Together, tmp_path: Path
+) -> None:
+    for rank in together.ranks:
+        assert rank.losses[name]["whole"] == pytest.approx(together.losses, rel=1e-6)
+        assert rank.losses[name]["from one"] == pytest.approx(together.losses[STOP:], rel=1e-6)
+    two = together.stopped[name].folder / "whole" / f"{STOP}.ckpt"
+    found = fit(*together.single[:2], tmp_path, start=two)
+    assert found == pytest.approx(together.losses[STOP:], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_ranks_roll_back_together(name: str, together: Together) -> None:
+    folder = together.stopped[name].folder
+    paths = (folder / "whole" / f"{STOP}.ckpt", folder / "spiked" / f"{STEPS}.ckpt")
+    saved, spiked = map(read_checkpoint, paths)
+    assert same(saved["state_dict"], spiked["state_dict"])
+    # The learning rate, among the groups, goes on.
+    states = [content["optimizer_states"][0]["state"] for content in (saved, spiked)]
+    assert same(*states)
+    counts = spiked["callbacks"]["BadSteps"]
+    assert (counts["skipped"], counts["rollbacks"]) == (2, 1)
+
+
+LAUNCHERS = {
+    "lightning": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "strategy"), [("lightning", "fsdp2"), ("torchrun", "ddp")], ids=LAUNCHERS
+)
+def test_the_command_line_starts_the_ranks_and_speaks_once(
+    launcher: str, strategy: str, tmp_path: Path
+) -> None:
     words = ["fit", "--config", write_settings(tmp_path), "--trainer.devices", "2"]
-    words += ["--trainer.strategy", "fsdp2", "--trainer.max_steps", "2"]
+    words += ["--trainer.strategy", strategy, "--trainer.max_steps", "2"]
     environment = {key: value for key, value in os.environ.items() if "RANK" not in key}
     run = subprocess.run(
-        [sys.executable, str(REPOSITORY / "cli.py"), *map(str, words)],
+        [*LAUNCHERS[launcher], str(REPOSITORY / "cli.py"), *map(str, words)],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,

@@ -63,6 +63,10 @@ def test_it_says_nothing_of_what_was_not_measured(tmp_path: Path) -> None:
     screen = sections(ending(RunFolder(tmp_path), diverged))
     assert screen["done"] == {"validation": "loss nan nats, perplexity nan, over 480 tokens"}
     assert screen["where"] == {"run folder": str(tmp_path)}
+    rough = {**SUMMARY, "skipped_steps": 4, "rollbacks": 1}
+    said = sections(ending(RunFolder(tmp_path), rough))["done"]["skipped"]
+    assert said == "4 steps with bad numbers, 1 rollbacks"
+    assert "skipped" not in ending(RunFolder(tmp_path), {**rough, "skipped_steps": 0})
     rival = {**SUMMARY, "predicted_peak_bytes": None}
     assert sections(ending(RunFolder(tmp_path), rival))["done"]["memory"] == "peak 5.1 GB"
 

@@ -28,6 +28,7 @@ FOAM_LIGHTNING_LAYERS = [
         "schedule",
         "sharding",
         "replicas",
+        "judge",
     },
     {"errors"},
     {"devices", "ranges"},

@@ -177,7 +177,7 @@ def test_other_levers_change_no_count() -> None:
         (
             4,
             replace(PLAIN, micro_batch_size=2),
-            r"has 8 rows a step on each device and this run 4; go on",
+            r"has 8 rows a step and this run 4; go on with --data.batch_size 8",
         ),
     ],
 )

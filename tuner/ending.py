@@ -39,6 +39,10 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, str]:
             found["memory"] += f", {in_words(summary['predicted_peak_bytes'])} predicted"
     if summary["tokens_per_second"] is not None:
         found["speed"] = f"{summary['tokens_per_second']:.0f} tokens/s"
+    if summary.get("skipped_steps"):
+        found["skipped"] = (
+            f"{summary['skipped_steps']} steps with bad numbers, {summary['rollbacks']} rollbacks"
+        )
     return found
 
 

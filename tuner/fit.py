@@ -99,6 +99,8 @@ def _train(
     summary = {
         **_figures(predicted, tuned, trained),
         "twin": plan.twin,
+        "skipped_steps": trained.skipped_steps,
+        "rollbacks": trained.rollbacks,
         "fallbacks": len(fallback.events) if fallback else 0,
         "versions": versions(),
         "seed": job.seed,

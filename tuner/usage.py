@@ -38,6 +38,8 @@ SHARED = {
     "--data.tokenizer PATH": "a local tokenizer or one on the Hub; none trains one",
     "--model.level L": "fold level of every matrix where there is no budget",
     "--model.optimizer NAME": "foam, or a rival of `compare`, which trains without a budget",
+    "--model.max_skipped_steps N": "steps in a row skipped for bad numbers before fit stops; 10",
+    "--model.max_rollbacks N": "go back to the last checkpoint, up to N times, where loss spikes",
     "--model.pretrained DIR": "start from a local Hugging Face LLaMA folder",
     "--allow-class-paths P": "let the configuration name these classes or packages (P,P), and run",
 }
@@ -84,7 +86,8 @@ def general_help() -> str:
         "  python cli.py COMMAND --help               the options of a command\n"
         "  python cli.py COMMAND --print_config       every setting there is, with its value\n\n"
         "exit codes: 0 done, 2 bad usage, 3 the budget is infeasible, 4 memory ran out, 5 a disk\n"
-        "or a file failed, 6 another process is at work there, 130, 143 ended by SIGINT, SIGTERM"
+        "or a file failed, 6 another process is at work there, 7 training diverged, 130, 143 ended\n"
+        "by SIGINT, SIGTERM"
     )
 
 

@@ -147,6 +147,9 @@ def figures(
         for name, tag in (("loss", "train/loss"), ("validation", "validation/loss"))
         if tag in logged
     }
+    skipped = int(logged.get("train/skipped_steps", 0))
+    if skipped:
+        found["skipped"] = str(skipped)
     if throughput.tokens_per_second is not None:
         found["tokens/s"] = f"{throughput.tokens_per_second:.0f}"
     if memory.measured_bytes is not None:

@@ -1,24 +1,52 @@
-"""Go on from a checkpoint with micro-batches of another size, at the very next row."""
+"""Go on from a checkpoint with other micro-batches or devices, at the very next row."""
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from foam_lightning.errors import CheckpointError
 from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.checkpoint import renumbered
 from foam_lightning.plan import FoldPlan, Levers
 
+# What every rank has of its own, in a list by rank: the place in its data, and random numbers.
+RANKS = "ranks"
+_LOADERS = ("state_dict", "combined_loader")
 _COUNTS = "epoch_loop.batch_progress"
 
 
 class Resumption(Callback):
-    """Make a checkpoint fit the micro-batch of the run that goes on from it.
+    """Make a checkpoint exact, and fit the micro-batch and the devices of the run that goes on.
 
     Lightning counts batches: by them it knows where in the epoch it is, whether the gradients of
-    a step are complete, and when to evaluate. The rows that a step sees do not depend on the
-    micro-batch, so the counts are turned into steps and back. Sampler and stream count rows.
+    a step are complete, and when to evaluate. The rows that a step sees depend neither on the
+    micro-batch nor on the number of devices, so the counts are turned into steps and back. Sampler
+    and stream count rows.
+
+    Lightning keeps the place in the data of the first rank alone, but each reads a stream of its
+    own; and no random numbers, which dropout draws in a pretrained model that has some.
     """
+
+    def __init__(self) -> None:
+        self._random: dict[str, Any] | None = None
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        own = {"loaders": _loaders(checkpoint), "random": _random_state(pl_module)}
+        checkpoint[RANKS] = _from_all_ranks(own, trainer)
+        if not isinstance(trainer.strategy, ModelParallelStrategy):  # which numbers them like that
+            order = list(pl_module.parameters())
+            checkpoint["optimizer_states"] = [
+                renumbered(state, optimizer.param_groups, order)
+                for state, optimizer in zip(
+                    checkpoint["optimizer_states"], trainer.optimizers, strict=True
+                )
+            ]
 
     @override
     def on_load_checkpoint(
@@ -27,27 +55,63 @@ class Resumption(Callback):
         assert isinstance(pl_module, LlamaFoam)
         assert pl_module.plan is not None
         saved = FoldPlan.from_json(checkpoint["fold_plan"], source="the checkpoint's fold plan")
-        rescale(checkpoint["loops"]["fit_loop"], saved.levers, pl_module.plan.levers)
+        num_ranks = num_ranks_of(checkpoint)
+        rescale(
+            checkpoint["loops"]["fit_loop"],
+            saved.levers,
+            pl_module.plan.levers,
+            num_ranks=(num_ranks, trainer.world_size),
+        )
+        # Another number of ranks goes on from the place of the first: rows are counted over all.
+        own = checkpoint[RANKS][trainer.global_rank if num_ranks == trainer.world_size else 0]
+        if own["loaders"] is not None:
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own["loaders"]
+        self._random = own["random"]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._random is not None:
+            torch.set_rng_state(self._random["cpu"])
+            if "cuda" in self._random and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random["cuda"], pl_module.device)
+        self._random = None
 
 
-def rescale(fit_loop: dict[str, Any], before: Levers, after: Levers) -> None:
+def num_ranks_of(checkpoint: dict[str, Any]) -> int:
+    """Tell how many ranks trained what a checkpoint holds.
+
+    Raises:
+        CheckpointError: It does not say.
+    """
+    if RANKS not in checkpoint:
+        raise CheckpointError(
+            "the checkpoint does not say how many devices wrote it: it is of an older version, or "
+            "of another tool; start a new run from its exported model (model.pretrained)"
+        )
+    return len(checkpoint[RANKS])
+
+
+def rescale(
+    fit_loop: dict[str, Any], before: Levers, after: Levers, *, num_ranks: tuple[int, int] = (1, 1)
+) -> None:
     """Count batches of another size in the saved state of Lightning's fit loop.
 
     Args:
         fit_loop: The state, changed in place.
         before: The levers that it was saved with.
         after: The levers to go on with.
+        num_ranks: How many ranks there were, and how many there are.
 
     Raises:
         CheckpointError: The rows of a step differ, or the state is of the middle of a step.
     """
-    if after.batch_size != before.batch_size:
+    rows = before.batch_size * num_ranks[0], after.batch_size * num_ranks[1]
+    if rows[0] != rows[1]:
         raise CheckpointError(
-            f"the checkpoint has {before.batch_size} rows a step on each device and this run "
-            f"{after.batch_size}; go on with the batch size and the devices that it was trained "
-            "with, or start a new run"
+            f"the checkpoint has {rows[0]} rows a step and this run {rows[1]}; go on with "
+            f"--data.batch_size {rows[0]}, or start a new run"
         )
-    if after.micro_batch_size == before.micro_batch_size:
+    if after.accumulate_grad_batches == before.accumulate_grad_batches:
         return
     for counts in fit_loop[_COUNTS].values():
         if isinstance(counts, dict):
@@ -65,3 +129,25 @@ def _rescaled(batches: int, before: Levers, after: Levers) -> int:
             f"{before.micro_batch_size}, or from an older one"
         )
     return steps * after.accumulate_grad_batches
+
+
+def _loaders(checkpoint: dict[str, Any]) -> Any:
+    found: Any = checkpoint["loops"]["fit_loop"]
+    for key in _LOADERS:
+        found = found.get(key, {})
+    return found or None
+
+
+def _random_state(module: LightningModule) -> dict[str, Any]:
+    on_gpu = module.device.type == "cuda"
+    return {
+        "cpu": torch.get_rng_state(),
+        **({"cuda": torch.cuda.get_rng_state(module.device)} if on_gpu else {}),
+    }
+
+
+def _from_all_ranks(own: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
+    found = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(found, own)
+    return found

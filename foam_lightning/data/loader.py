@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from foam_lightning.errors import DataError
 from foam_lightning.interruption import outlive_signals
 
 Batch = dict[str, Tensor]
+_Loader = TypeVar("_Loader", bound=StatefulDataLoader[Any])
 Collate = Callable[[Sequence[Row]], Batch]
 _ROWS_BETWEEN_STATES = 32  # a worker sends its state with so many rows; resuming counts the rest
 
@@ -56,12 +57,12 @@ class EpochSampler(StatefulDistributedSampler):
         return torch.randperm(len(self.dataset), generator=generator)[: self.total_size]  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the epoch and how many rows of it are done."""
-        return {**super().state_dict(), "epoch": self.epoch}
+        """Give the epoch and how many rows of it are done, by all ranks together."""
+        return {"rows": self.yielded * self.num_replicas, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the epoch of the state."""
-        super().load_state_dict(state_dict)
+        """Go on in the epoch of the state, with the very next row for any number of ranks."""
+        self.next_yielded = state_dict["rows"] // self.num_replicas
         self.epoch = state_dict["epoch"]
         self._resumed = True
 
@@ -117,6 +118,7 @@ class StreamLoader:
         self.batch_size = batch_size
         self.num_rows = num_rows
         self.num_workers = num_workers
+        self.num_ranks = rows.world
         self._collate = collate
         self._done = 0
         self._is_resumed = False
@@ -124,6 +126,7 @@ class StreamLoader:
         ahead = max(2, -(-2 * batch_size // num_workers)) if num_workers else None
         self._rows = _stateful(
             rows,
+            StatefulDataLoader,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=num_workers,
@@ -146,6 +149,7 @@ class StreamLoader:
         return {
             "rows": self._done,
             "workers": self.num_workers,
+            "ranks": self.num_ranks,
             "stream": self._last or self._rows.state_dict(),
         }
 
@@ -153,12 +157,14 @@ class StreamLoader:
         """Make the next iteration go on from such a place.
 
         Raises:
-            DataError: As many workers would read other rows next.
+            DataError: So many workers or ranks would read other rows next.
         """
-        if state["workers"] != self.num_workers:
+        before, now = (state["workers"], state["ranks"]), (self.num_workers, self.num_ranks)
+        if before != now:
             raise DataError(
-                f"the checkpoint's stream was read by data.num_workers {state['workers']} and this "
-                f"run has {self.num_workers}; go on with as many, or start a new run"
+                f"the checkpoint's stream was read by data.num_workers {before[0]} on each of "
+                f"{before[1]} devices, and this run has {now[0]} on {now[1]}; go on with as many, "
+                "or start a new run"
             )
         self._rows.load_state_dict(state["stream"])
         self._last = None
@@ -176,6 +182,25 @@ class StreamLoader:
             yield self._collate(batch)
 
 
+class RowLoader(StatefulDataLoader[Row]):
+    """torchdata's loader, which says in one line what it cannot go on from."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Make the next iteration go on from a state.
+
+        Raises:
+            DataError: It was saved with another number of workers.
+        """
+        main = state_dict.get("_snapshot", {}).get("_main_snapshot", {})
+        before = main.get("_num_workers", 0)
+        if before != self.num_workers:
+            raise DataError(
+                f"the checkpoint's rows were loaded by data.num_workers {before} and this run has "
+                f"{self.num_workers}; go on with as many"
+            )
+        super().load_state_dict(state_dict)
+
+
 def resumable_loader(
     rows: Dataset[Row],
     collate: Collate,
@@ -183,7 +208,7 @@ def resumable_loader(
     batch_size: int,
     num_workers: int,
     sampler: Sampler[int],
-) -> StatefulDataLoader[Row]:
+) -> RowLoader:
     """Build a training loader whose state Lightning keeps in every checkpoint.
 
     Args:
@@ -195,6 +220,7 @@ def resumable_loader(
     """
     return _stateful(
         rows,
+        RowLoader,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
@@ -203,13 +229,15 @@ def resumable_loader(
     )
 
 
-def _stateful(rows: Dataset[Any], **settings: Any) -> StatefulDataLoader[Any]:
+def _stateful(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> _Loader:
     # Lightning warns of a danger that is not here: rows lie ready in a memory-mapped file.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(rows, worker_init_fn=outlive_signals, **settings)
+        # A loader seeds its workers; were the numbers drawn from torch's own generator, a run that
+        # went on would draw others than one that did not.
+        return kind(rows, generator=torch.Generator(), worker_init_fn=outlive_signals, **settings)
 
 
 def _row(item: Row | DataError) -> Row:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -14,11 +15,10 @@ from foam_lightning.interruption import outlive_signals
 from foam_lightning.ranges import DATA, check_ranges
 
 if TYPE_CHECKING:
-    from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import PreTrainedTokenizerBase
 
     from foam_lightning.data.chat import ChatText
-    from foam_lightning.data.loader import StreamLoader
+    from foam_lightning.data.loader import RowLoader, StreamLoader
     from foam_lightning.data.mixture import Source
     from foam_lightning.data.packing import Row
     from foam_lightning.data.prepared import PackedText, StreamedText
@@ -199,7 +199,7 @@ class TextData(LightningDataModule):
         )
         return text, tokenizer
 
-    def train_dataloader(self) -> "StatefulDataLoader[Row] | StreamLoader":
+    def train_dataloader(self) -> "RowLoader | StreamLoader":
         """Serve the training rows in an order that resumes exactly, in or between epochs."""
         from foam_lightning.data.loader import resumable_loader
         from foam_lightning.data.prepared import StreamedText
@@ -226,6 +226,7 @@ class TextData(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=self._collate,
             worker_init_fn=outlive_signals,
+            generator=torch.Generator(),  # as in `data.loader`
         )
 
     def _ranks(self) -> tuple[int, int]:

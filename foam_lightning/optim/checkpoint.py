@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from foam_lightning.errors import CheckpointError
 from foam_lightning.optim.state import MOMENTS, layouts, read, write_
 
@@ -66,6 +68,35 @@ def restore_(state: dict[str, Any], saved: Mapping[str, Any]) -> None:
             if moment in fresh:
                 write_(fresh, moment, read(tensors, moment), None)
     state["step"] = int(saved["step"])
+
+
+def renumbered(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], order: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Number the parameters of a saved state as the model lists them.
+
+    An optimizer numbers them group by group. It reads any numbers back, but FSDP2 takes them for
+    positions in the model.
+
+    Args:
+        state_dict: From `state_dict()` of any optimizer; left as it is.
+        groups: The `param_groups` of that optimizer.
+        order: All parameters of the model.
+    """
+    places = {id(param): place for place, param in enumerate(order)}
+    numbers = {
+        number: places[id(param)]
+        for group, saved in zip(groups, state_dict["param_groups"], strict=True)
+        for param, number in zip(group["params"], saved["params"], strict=True)
+    }
+    return {
+        **state_dict,
+        "state": {numbers[number]: state for number, state in state_dict["state"].items()},
+        "param_groups": [
+            {**group, "params": [numbers[number] for number in group["params"]]}
+            for group in state_dict["param_groups"]
+        ],
+    }
 
 
 def _entries(groups: Sequence[dict[str, Any]], named: bool) -> dict[str, _Entry]:

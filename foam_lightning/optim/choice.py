@@ -7,10 +7,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from foam_lightning.errors import ConfigError
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import param_groups
 from foam_lightning.optim.rivals import Settings, new_rival
 from foam_lightning.plan import FoldPlan
+
+
+def check_settings(model: Mapping[str, Any]) -> None:
+    """Refuse settings of the optimizer that contradict each other.
+
+    Args:
+        model: The arguments of `LlamaFoam`.
+
+    Raises:
+        ConfigError: They do.
+    """
+    optimizer, clip_norm = model["optimizer"], model["clip_norm"]
+    if optimizer != "foam" and (model["gradient_release"] or model["state_offload"] or clip_norm):
+        raise ConfigError(
+            f"model.optimizer {optimizer} goes without model.gradient_release, "
+            "model.state_offload and model.clip_norm, which are FOAM's; leave them out"
+        )
 
 
 def new_optimizer(

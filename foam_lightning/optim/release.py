@@ -1,7 +1,8 @@
 """Gradient release: each parameter is updated inside backward, and its gradient freed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,8 +11,20 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.optim.foam import FOAM
 
 
+class Gate(Protocol):
+    """What gradients that are released pass: once they are spent, no step can be taken back."""
+
+    def opens(self, loss: Tensor) -> bool:
+        """Tell whether a loss may go backward."""
+
+    def mend_(self, grad: Tensor) -> None:
+        """Make a gradient finite, in place."""
+
+
 @contextmanager
-def release_gradients(optimizer: FOAM) -> Iterator[None]:
+def release_gradients(
+    optimizer: FOAM, mend_: Callable[[Tensor], None] = lambda _: None
+) -> Iterator[None]:
     """Update every parameter as soon as backward has its gradient, and free the gradient.
 
     Within this context gradients never pile up: only those of which a part is still to come are
@@ -30,6 +43,7 @@ def release_gradients(optimizer: FOAM) -> Iterator[None]:
 
     Args:
         optimizer: Its parameters are the ones that are updated.
+        mend_: Called with every gradient before it is spent; may change it in place.
 
     Raises:
         ConfigError: Inside backward, if a parameter gets a gradient again before
@@ -53,6 +67,8 @@ def release_gradients(optimizer: FOAM) -> Iterator[None]:
                 "backward: accumulate_grad_batches 1"
             )
         updated.add(param)
+        assert param.grad is not None
+        mend_(param.grad)
         optimizer.update(param, optimizer.param_groups[group_numbers[param]])
         param.grad = None
 
