@@ -2,6 +2,8 @@
 
 from foam_lightning.units import ByteSize, at_least, in_words
 
+_MOST_CHARACTERS = 1200  # of an error; a name that is repeated in it may be far longer
+
 
 class FoamError(Exception):
     """The base of every error that the command line prints as one line.
@@ -95,5 +97,6 @@ def first_line(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Give all that an error says without line breaks, which names in files may hold."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Give what an error says without line breaks, which names in files may hold, nor endless."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."

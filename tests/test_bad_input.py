@@ -103,7 +103,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     out, err = capfd.readouterr()
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert len(err) < 1500  # with the names of the files of a test
+    assert len(err) < 1250
     assert case.says in err
     assert code == case.code
     assert not out or case.has_begun or case.code == 3, "only a plan that is refused is shown first"

@@ -6,7 +6,7 @@ from foam_lightning.errors import FoamError
 from tests.benchmarks import fuzz
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
-RUNS = {"plans": 3000, "sizes": 10_000, "configurations": 60, "command lines": 60}
+RUNS = {"plans": 2000, "sizes": 4000, "configurations": 40, "command lines": 40}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

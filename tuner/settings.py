@@ -128,10 +128,10 @@ def _check_place(runs: str, name: str) -> None:
 
 def _line(error: Exception, parser: ArgumentParser) -> str:
     """Say in one line what the configuration layer found."""
-    text = in_one_line(error)
-    denied = re.search(r"Importing '([^']+)' is not allowed", text)
+    denied = re.search(r"Importing '([^']+)' is not allowed", str(error))
     if denied is not None:
         return refusal(denied[1])
+    text = in_one_line(error)
     flag = re.search(r"unrecognized arguments: (--[^\s=]+)", text)
     key = re.search(r"(?:Group '(\w+)' does not accept option|Option) '([^']+)'", text)
     flags = [name for action in parser._actions for name in action.option_strings]

@@ -20,6 +20,7 @@ PLACES = [
             ("fit --config {good}/tiny.yaml --runs ", "", "at most 200 bytes"),
         ]
     ),
+    Case("place: an endless name", "fit --config", "...", more=("x" * 5000,)),
     fit("place: runs that is a file", "--runs {at}/f", "run folder", files={"f": "x"}),
     fit("place: runs below a file", "--runs {at}/f/g", "run folder", files={"f": "x"}),
     fit("place: runs in /proc", "--runs /proc/runs", "run folder"),
