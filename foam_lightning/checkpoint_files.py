@@ -86,11 +86,9 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 
 def _keep(target: Path, previous: Path) -> None:
     """Give a file a second name, so that there is no moment in which it has none."""
-    beside = previous.with_name(f"{previous.name}.part")
+    previous.unlink(missing_ok=True)
     try:
-        beside.unlink(missing_ok=True)
-        beside.hardlink_to(target)
-        beside.replace(previous)
+        previous.hardlink_to(target)
     except OSError:  # a file system without hard links
         target.replace(previous)
 

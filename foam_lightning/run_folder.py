@@ -1,5 +1,6 @@
 """The folder of one run, `runs/<name>/version_<n>/`, and whether to continue it."""
 
+import glob
 import hashlib
 import json
 import os
@@ -219,6 +220,10 @@ def write_text(path: Path, text: str) -> None:
     """
     if not is_first_process():
         return
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        number = left.suffixes[-2].removeprefix(".")
+        if number.isdigit() and not is_alive(int(number)):  # it was killed while it wrote
+            left.unlink(missing_ok=True)
     # Workers on one search may write the same file at once.
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -230,6 +235,17 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
+
+
+def is_alive(process: int) -> bool:
+    """Tell whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # it is another user's, or no number of a process
+        return True
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

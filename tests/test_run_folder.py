@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.run_folder import RunFolder, write_json, write_text
+from tests.faults.limits import files_up_to
 
 
 def test_runs_are_numbered_and_named(tmp_path: Path) -> None:
@@ -79,6 +81,18 @@ def test_versions_are_numbers_not_texts(tmp_path: Path) -> None:
     assert RunFolder.open(tmp_path, "run", "").path.name == "version_11"
 
 
+def test_other_versions_come_in_their_order_whatever_the_clock_said(tmp_path: Path) -> None:
+    for number, seconds in ((2, 300), (9, 200), (10, 100)):
+        path = tmp_path / f"version_{number}" / "tuning" / "study.db"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    (tmp_path / "version_11").mkdir()
+    folder = RunFolder(tmp_path / "version_9")
+    found = [path.parts[-3] for path in folder.others("tuning/study.db")]
+    assert found == ["version_2", "version_10"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{"])
 def test_a_damaged_record_of_the_settings_is_another_run(tmp_path: Path, content: str) -> None:
     folder = RunFolder.open(tmp_path, "run", "")
@@ -107,3 +121,23 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="killed here"):
         write_text(path, "new")
     assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    of_the_living = path.with_name(f"file.json.{os.getppid()}.part")
+    for left in (path.with_name("file.json.4194305.part"), of_the_living):  # above any process
+        left.touch()
+    write_text(path, "new")
+    assert set(tmp_path.iterdir()) == {path, of_the_living}
+
+
+def test_a_full_disk_names_the_file_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_text(path, "old")
+    with files_up_to(10), pytest.raises(OSError, match="File too large") as caught:
+        write_text(path, "new" * 100)
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -92,6 +92,7 @@ def _measure(job: Job, plan: FoldPlan, folder: RunFolder) -> Rehearsal:
         check_val_every_n_epoch=None,
     )
     checkpoint = folder.tuning / "rehearsal.ckpt"
+    checkpoint.unlink(missing_ok=True)  # of a rehearsal that was killed
     try:
         with naming_shortage("the rehearsal", plan, trainer):
             trainer.fit(module, datamodule=data)

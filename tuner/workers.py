@@ -12,6 +12,7 @@ from typing import Literal, Self
 from filelock import FileLock, Timeout
 
 from foam_lightning.errors import ConfigError
+from foam_lightning.run_folder import write_text
 
 Task = Literal["tune", "fit"]
 _TASKS = ("tune", "fit")  # the later one does what the earlier one does, and more
@@ -132,9 +133,7 @@ class Worker:
         leader = path.read_text(encoding="utf-8") if path.exists() else None
         if leader is not None and self.is_alive(leader):
             return leader
-        beside = path.with_name(f"leader.{self.name}")
-        beside.write_text(self.name, encoding="utf-8")
-        beside.replace(path)
+        write_text(path, self.name)
         return self.name
 
     def _file(self, name: str) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from foam_lightning.cache_home import cache_home
 from foam_lightning.errors import DataError, first_line
+from foam_lightning.run_folder import is_alive
 from foam_lightning.units import in_words
 
 if TYPE_CHECKING:
@@ -157,15 +158,5 @@ def _clear(temporary: Path) -> None:
     stem, _, _ = temporary.name.rpartition(".")
     for left in temporary.parent.glob(f"{glob.escape(stem)}.*"):
         number = left.name.rpartition(".")[2]
-        if number.isdigit() and not _is_alive(int(number)):
+        if number.isdigit() and not is_alive(int(number)):
             left.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
-    return True

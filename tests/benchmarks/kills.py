@@ -133,10 +133,10 @@ class Kills:
             "versions": (versions, ["version_0"]),
             "plan": (_text(place.run / "fold_plan.json"), _text(calm.run / "fold_plan.json")),
             "loss": (self.loss(place), self.loss(calm)),
-            "files left": (place.leftovers(), []),
             "export": (_weights_file(place), _weights_file(calm)),
         }
         self.differences += [name for name, (found, wanted) in pairs.items() if found != wanted]
+        self.differences += place.leftovers()
         found, wanted = place.weights(), calm.weights()
         if not all(torch.equal(found[name], tensor) for name, tensor in wanted.items()):
             self.differences.append("weights")
@@ -198,7 +198,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quotas = {phase: round(share * arguments.kills) for phase, share in _SHARES.items()}
     with tempfile.TemporaryDirectory() as folder:
-        kills = Kills(Place(Path(folder), max_steps=400, trials=6, steps=40))
+        kills = Kills(Place(Path(folder), max_steps=240, trials=4, steps=30))
         kills.measure(quotas, arguments.seed)
         publish(page(kills, arguments.seed), arguments.output)
 
