@@ -16,5 +16,6 @@ def test_whatever_is_killed_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert kills.resumed == {"tune": 1, "fit": 0, "train": 1, "export": 1}
     assert kills.trials_lost == 0
     assert min(kills.steps_lost) >= 0
-    assert max(kills.steps_lost) < kills.undisturbed.interval
+    # All of them, where the kill came between a step and its checkpoint.
+    assert max(kills.steps_lost) <= kills.undisturbed.interval
     assert "the same, bit for bit" in page(kills, 3)[-1]
