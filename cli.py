@@ -34,7 +34,6 @@ from tuner.usage import (
 
 if TYPE_CHECKING:
     from foam_lightning.job import Job
-    from foam_lightning.plan import FoldPlan
     from foam_lightning.run_folder import RunFolder
     from tuner.settings import Settings
 
@@ -200,7 +199,7 @@ def _tune(settings: "Settings") -> None:
 def _fit(settings: "Settings") -> None:
     from dataclasses import replace
 
-    from foam_lightning.continuing import without_folder
+    from foam_lightning.continuing import given_plan, without_folder
     from tuner.ending import ending
     from tuner.fit import fit
     from tuner.fitting import Fitting
@@ -213,7 +212,7 @@ def _fit(settings: "Settings") -> None:
     job = without_folder(settings.job(), starts)
     _calibrate(job)
     fitting = Fitting(job, settings.memory_budget or sys.maxsize)
-    plan = _given_plan(settings, job)
+    plan = given_plan(job, settings.ckpt_path, settings.fold_plan)
     levers = fallen_to(unfinished)
     if plan is None and settings.memory_budget is None:
         plan = job.own_plan()
@@ -309,29 +308,6 @@ def _calibrate(job: "Job") -> None:
 
     if job.gpu is not None:
         calibrate(job.gpu)
-
-
-def _given_plan(settings: "Settings", job: "Job") -> "FoldPlan | None":
-    """Take the plan that the user has, from a checkpoint or a file, and refuse another model's."""
-    from foam_lightning.callbacks.resumption import num_ranks_of
-    from foam_lightning.checkpoint import read_checkpoint
-    from foam_lightning.plan import FoldPlan
-    from foam_lightning.training import check_plan
-
-    num_devices = None
-    if settings.ckpt_path is not None:  # its levels are those of its optimizer state
-        saved = read_checkpoint(Path(settings.ckpt_path))
-        plan = FoldPlan.from_json(saved["fold_plan"], source=settings.ckpt_path)
-        num_devices = num_ranks_of(saved)
-    elif settings.fold_plan is not None:
-        plan = FoldPlan.load(Path(settings.fold_plan))
-    else:
-        return None
-    job.new_module().follow(plan)
-    plan = job.spread(plan, num_devices=num_devices)
-    if settings.ckpt_path is not None:
-        check_plan(Path(settings.ckpt_path), saved, plan, job.optimizer)
-    return plan
 
 
 def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":

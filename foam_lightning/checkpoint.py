@@ -1,5 +1,6 @@
 """Read a checkpoint back into a model, without the configuration that made it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,6 +109,33 @@ def start_of(last: Path) -> Whole | None:
         markup=False,
     )
     return found
+
+
+def check_plan(path: Path, content: Mapping[str, Any], plan: FoldPlan, optimizer: str) -> None:
+    """Refuse a checkpoint that would go on by a plan of its own, or that another one wrote.
+
+    Args:
+        path: Its file.
+        content: What is in it.
+        plan: The plan to go on by.
+        optimizer: The optimizer to go on with.
+
+    Raises:
+        CheckpointError: It would.
+    """
+    wrote = content["hyper_parameters"].get("optimizer", "foam")
+    if wrote != optimizer:
+        raise CheckpointError(
+            f"the checkpoint {path} holds the state of {wrote}, not of {optimizer}; go on with "
+            f"--model.optimizer {wrote}, or start from its exported model (model.pretrained)"
+        )
+    saved = FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}")
+    for key in ("model", "levels", "scales", "lr"):
+        if getattr(saved, key) != getattr(plan, key):
+            raise CheckpointError(
+                f"the checkpoint {path} was trained by another plan: its {key} differ; pass its "
+                "own fold_plan.json or start a new run"
+            )
 
 
 def load_module(path: Path) -> LlamaFoam:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from typing_extensions import override
 
 
@@ -67,6 +67,17 @@ class CheckpointFiles(TorchCheckpointIO):
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
             raise
+
+
+def with_whole_files(plugins: Any) -> list[Any]:
+    """Add `CheckpointFiles` to plugins of Lightning's Trainer that write no checkpoints.
+
+    Args:
+        plugins: One, a list, or None.
+    """
+    found = plugins if isinstance(plugins, list) else [plugins] if plugins else []
+    writes = any(isinstance(plugin, CheckpointIO) for plugin in found)
+    return found if writes else [*found, CheckpointFiles()]
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

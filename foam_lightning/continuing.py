@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foam_lightning.checkpoint import folder_of, newest_whole
+from foam_lightning.callbacks.resumption import num_ranks_of
+from foam_lightning.checkpoint import check_plan, folder_of, newest_whole, read_checkpoint
 from foam_lightning.job import Job
 from foam_lightning.places import is_folder
+from foam_lightning.plan import FoldPlan
 
 
 def on_checkpoint(job: Job, path: Path, architecture: Mapping[str, Any] | None) -> Job:
@@ -42,3 +44,33 @@ def without_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
                 job, found.path, found.content["hyper_parameters"].get("architecture")
             )
     return job
+
+
+def given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> FoldPlan | None:
+    """Take the plan that the user has, from a checkpoint or else a file, for the devices of a job.
+
+    Args:
+        job: What to train by it.
+        ckpt_path: The checkpoint; its levels are those of its optimizer state.
+        fold_plan: The file.
+
+    Returns:
+        None where there is neither.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or another optimizer or plan wrote it.
+        PlanError: The plan is of another model, or is none.
+        ConfigError: The devices cannot make the batch of the plan.
+    """
+    if ckpt_path is None and fold_plan is None:
+        return None
+    path, num_devices = Path(ckpt_path or ""), None
+    if ckpt_path is not None:
+        saved = read_checkpoint(path)
+        plan = FoldPlan.from_json(saved["fold_plan"], source=ckpt_path)
+        check_plan(path, saved, plan, job.optimizer)
+        num_devices = num_ranks_of(saved)
+    else:
+        plan = FoldPlan.load(Path(str(fold_plan)))
+    job.new_module().follow(plan)
+    return job.spread(plan, num_devices=num_devices)

@@ -8,11 +8,10 @@ from typing import Any, Self, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from foam_lightning.beginning import check_beginning
-from foam_lightning.checkpoint_files import CheckpointFiles
+from foam_lightning.checkpoint_files import with_whole_files
 from foam_lightning.data.module import TextData
 from foam_lightning.devices import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError, first_line
@@ -181,17 +180,15 @@ class Job:
             ConfigError: The devices do not divide the batch, or the plan is for another one.
         """
         count, levers = self.devices.count, plan.levers
-        if num_devices is None:
-            num_devices = count if levers.batch_size * count == self.batch_size else 1
+        num_devices = num_devices or (count if levers.batch_size * count == self.batch_size else 1)
         if num_devices == count and levers.batch_size * count == self.batch_size:
             return plan
         rows, rest = divmod(levers.batch_size * num_devices, count)
         if levers.batch_size * num_devices != self.batch_size or rest:
             on = "one device" if num_devices == 1 else f"each of {num_devices} devices"
             raise ConfigError(
-                f"the plan takes {levers.batch_size} rows a step on {on}, of which {count} "
-                f"cannot make data.batch_size {self.batch_size}; make a plan for this batch and "
-                f"trainer.devices {count}"
+                f"the plan takes {levers.batch_size} rows a step on {on}, of which {count} cannot "
+                f"make data.batch_size {self.batch_size}; make a plan for both"
             )
         micro = next(n for n in range(levers.micro_batch_size, 0, -1) if rows % n == 0)
         spread = replace(levers, micro_batch_size=micro, accumulate_grad_batches=rows // micro)
@@ -275,10 +272,7 @@ class Job:
             merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
         merged["accumulate_grad_batches"] = accumulated
-        plugins = merged.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            merged["plugins"] = [*plugins, CheckpointFiles()]
+        merged["plugins"] = with_whole_files(merged.get("plugins"))
         try:
             return Trainer(**merged | (_alone(merged) if bare else self._together()))
         except (MisconfigurationException, ValueError, TypeError) as error:

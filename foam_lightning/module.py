@@ -23,7 +23,6 @@ from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
 from foam_lightning.optim.release import Gate, release_gradients
 from foam_lightning.optim.rivals import OptimizerName
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
-from foam_lightning.ranges import MODEL, check_pattern, check_ranges
 from foam_lightning.recompute import checkpoint_layers
 from foam_lightning.schedule import warmup_cosine
 from foam_lightning.sharding import shard
@@ -124,8 +123,6 @@ class LlamaFoam(LightningModule):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_ranges("model.", locals(), MODEL)
-        check_pattern("model.exclude", exclude)
         self.save_hyperparameters()
         check_settings(self.hparams)
         self.model: LlamaForCausalLM | None = None

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,10 +20,9 @@ from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.callbacks.progress import StepBar, progress
 from foam_lightning.callbacks.resumption import Resumption
 from foam_lightning.callbacks.throughput import Throughput
-from foam_lightning.checkpoint import Whole, read_checkpoint, start_of
+from foam_lightning.checkpoint import Whole, check_plan, read_checkpoint, start_of
 from foam_lightning.checkpoint_files import one_before
 from foam_lightning.data.module import TextData
-from foam_lightning.errors import CheckpointError
 from foam_lightning.hyperparameters import figures_of, settings_of
 from foam_lightning.job import Job
 from foam_lightning.judge import LIMITS, Judge
@@ -163,33 +161,6 @@ def _source(
         return None
     check_plan(start.path, start.content, plan, optimizer)
     return start.path
-
-
-def check_plan(path: Path, content: Mapping[str, Any], plan: FoldPlan, optimizer: str) -> None:
-    """Refuse a checkpoint that would go on by a plan of its own, or that another one wrote.
-
-    Args:
-        path: Its file.
-        content: What is in it.
-        plan: The plan to go on by.
-        optimizer: The optimizer to go on with.
-
-    Raises:
-        CheckpointError: It would.
-    """
-    wrote = content["hyper_parameters"].get("optimizer", "foam")
-    if wrote != optimizer:
-        raise CheckpointError(
-            f"the checkpoint {path} holds the state of {wrote}, not of {optimizer}; go on with "
-            f"--model.optimizer {wrote}, or start from its exported model (model.pretrained)"
-        )
-    saved = FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}")
-    for key in ("model", "levels", "scales", "lr"):
-        if getattr(saved, key) != getattr(plan, key):
-            raise CheckpointError(
-                f"the checkpoint {path} was trained by another plan: its {key} differ; pass its "
-                "own fold_plan.json or start a new run"
-            )
 
 
 class _TokenCount(Callback):

@@ -86,8 +86,8 @@ def general_help() -> str:
         "  python cli.py COMMAND --help               the options of a command\n"
         "  python cli.py COMMAND --print_config       every setting there is, with its value\n\n"
         "exit codes: 0 done, 2 bad usage, 3 the budget is infeasible, 4 memory ran out, 5 a disk\n"
-        "or a file failed, 6 another process is at work there, 7 training diverged, 130, 143 ended\n"
-        "by SIGINT, SIGTERM"
+        "or a file failed, 6 another process is at work there, 7 training diverged, 130, 143\n"
+        "ended by SIGINT, SIGTERM"
     )
 
 

@@ -83,12 +83,13 @@ def num_ranks_of(checkpoint: dict[str, Any]) -> int:
     Raises:
         CheckpointError: It does not say.
     """
-    if RANKS not in checkpoint:
+    ranks = checkpoint.get(RANKS)
+    if not isinstance(ranks, list) or not ranks:
         raise CheckpointError(
             "the checkpoint does not say how many devices wrote it: it is of an older version, or "
             "of another tool; start a new run from its exported model (model.pretrained)"
         )
-    return len(checkpoint[RANKS])
+    return len(ranks)
 
 
 def rescale(

@@ -12,10 +12,11 @@ from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import param_groups
 from foam_lightning.optim.rivals import Settings, new_rival
 from foam_lightning.plan import FoldPlan
+from foam_lightning.ranges import MODEL, check_pattern, check_ranges
 
 
 def check_settings(model: Mapping[str, Any]) -> None:
-    """Refuse settings of the optimizer that contradict each other.
+    """Refuse settings that are out of range, or contradict each other.
 
     Args:
         model: The arguments of `LlamaFoam`.
@@ -23,6 +24,8 @@ def check_settings(model: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: They do.
     """
+    check_ranges("model.", model, MODEL)
+    check_pattern("model.exclude", model["exclude"])
     optimizer, clip_norm = model["optimizer"], model["clip_norm"]
     if optimizer != "foam" and (model["gradient_release"] or model["state_offload"] or clip_norm):
         raise ConfigError(
