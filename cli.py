@@ -294,6 +294,10 @@ def _compare(settings: "Settings") -> None:
     from tuner.compare import Options
     from tuner.comparing import run_comparison
 
+    if settings.memory_budget is not None or settings.fold_plan is not None:
+        raise ConfigError(
+            "compare runs every optimizer as configured; leave --memory-budget and --fold-plan out"
+        )
     options = Options.of(settings.optimizers, settings.steps, settings.seeds)
     folder = Path(settings.runs) / settings.name / "compare"
     run_comparison(settings.job(), options, folder, command=settings.command)

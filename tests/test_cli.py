@@ -328,7 +328,7 @@ def test_interruption_says_how_to_go_on(
 ) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         kill = partial(os.kill, os.getpid(), number)
-        monkeypatch.setattr(cli, "check_at_once", lambda _, kill=kill: kill())
+        monkeypatch.setattr(cli, "check_at_once", lambda *_, kill=kill: kill())
         assert cli.main(["fit"]) == code
         assert capfd.readouterr().err == (
             f"ended by {number.name}; type the same command again to go on\n"

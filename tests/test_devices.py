@@ -196,7 +196,7 @@ def test_the_plan_of_a_checkpoint_serves_any_number_that_divides_the_batch(
         for n, plan in found.items()
     }
     assert sizes == {1: (2, 4), 4: (2, 1)}
-    with pytest.raises(ConfigError, match=r"4 rows a step on each of 2 devices, which 3 devices"):
+    with pytest.raises(ConfigError, match=r"4 rows a step on each of 2 devices, of which 3 cannot"):
         new_job(trainer={"devices": 3}).spread(plan, num_devices=2)
     with pytest.raises(ConfigError, match=r"of which 1 cannot make data\.batch_size 6"):
         new_job(data={"batch_size": 6}).spread(plan, num_devices=2)

@@ -218,5 +218,5 @@ def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_norm_that_cannot_clip_is_refused(clip_norm: float) -> None:
-    with pytest.raises(ConfigError, match=r"model\.clip_norm must be above 0, or null for none"):
+    with pytest.raises(ConfigError, match=r"model\.clip_norm must be a finite number above 0"):
         LlamaFoam(clip_norm=clip_norm)

@@ -21,6 +21,10 @@ USAGE = [
     Case("generate without a checkpoint", "generate", "ckpt_path"),
     Case("tune without a budget", "tune --config {good}/tiny.yaml", "tune needs --memory-budget"),
     Case("plan without a budget", "plan --config {good}/tiny.yaml", "plan needs --memory-budget"),
+    *(
+        Case(f"compare with {flag}", f"compare --config {{good}}/tiny.yaml {flag}", "leave")
+        for flag in ("--memory-budget 24GB", "--fold-plan x.json")
+    ),
     Case("a Unicode dash", "fit —config x.yaml", "unrecognized arguments"),
     Case("unknown format", "plan --format xml --memory-budget 1GB", "format"),
     Case("a key within a number", "fit --model.lr.x 3", "model.lr"),
