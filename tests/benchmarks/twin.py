@@ -104,7 +104,7 @@ def rows_of(fitting: Fitting, outcome: Outcome) -> list[Row]:
         Row(winner.label, "found on the twin", winner.plan),
         *(
             [Row(f"uniform level {level}", "found on the twin", of_twin)]
-            if of_twin not in (None, winner.plan, uniform)
+            if of_twin not in (None, winner.plan)
             else []
         ),
         Row("without a search", "as configured", fitting.untuned()),
