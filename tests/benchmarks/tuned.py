@@ -27,7 +27,7 @@ from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.heading import dated, machine, publish
-from tests.benchmarks.ranking import MODELS, Task, job_of, plans_of, runs_of
+from tests.benchmarks.rival_plans import MODELS, Task, job_of, plans_of, runs_of
 from tuner.effort import Effort
 from tuner.fitting import Fitting
 from tuner.known import job_key, known_of
