@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foam_lightning import __version__
-from foam_lightning.breakage import breakage
-from foam_lightning.devices import Devices, check_launched, is_first_process
+from foam_lightning.distributed.topology import Devices, check_launched, is_first_process
 from foam_lightning.errors import (
     CheckpointError,
     ConfigError,
     FellBackError,
     FoamError,
+    breakage,
     in_one_line,
 )
-from foam_lightning.interruption import Interrupted, listening
-from foam_lightning.places import exists, is_file
-from tuner.usage import (
+from foam_lightning.signals import Interrupted, listening
+from foam_lightning.storage.paths import exists, is_file
+from tuner.config.help import (
     COMMANDS,
     check_at_once,
     check_config,
@@ -34,8 +34,8 @@ from tuner.usage import (
 
 if TYPE_CHECKING:
     from foam_lightning.job import Job
-    from foam_lightning.run_folder import RunFolder
-    from tuner.settings import Settings
+    from foam_lightning.storage.run_folder import RunFolder
+    from tuner.config.parser import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FellBackError as error:
         print(error, file=sys.stderr)
         if arguments is None:
-            from tuner.guard import start_afresh
+            from tuner.oom_fallback import start_afresh
 
             start_afresh()
         print("type the same command again to go on", file=sys.stderr)
@@ -93,9 +93,9 @@ def _answer(words: list[str]) -> int:
         return 0
     check_at_once(command, options)
     default = _default_config(options)
-    is_first = "tuner.settings" not in sys.modules
+    is_first = "tuner.config.parser" not in sys.modules
     gc.disable()  # modules live to the end: looking for garbage among them takes seconds
-    from tuner.settings import parse
+    from tuner.config.parser import parse
 
     if is_first:
         gc.freeze()  # nor is it looked for among them later
@@ -148,7 +148,7 @@ def _quieten() -> None:
 def _plan(settings: "Settings") -> None:
     from rich.console import Console
 
-    from tuner.plan import plan
+    from tuner.commands.plan import plan
 
     answer = plan(
         settings.job(),
@@ -166,10 +166,10 @@ def _plan(settings: "Settings") -> None:
 
 
 def _tune(settings: "Settings") -> None:
-    from tuner.fitting import Fitting
-    from tuner.guard import fallen_to, guarded
-    from tuner.run import tune
-    from tuner.workers import Worker
+    from tuner.oom_fallback import fallen_to, guarded
+    from tuner.pipeline import tune
+    from tuner.planning.planner import Fitting
+    from tuner.trials.workers import Worker
 
     job = settings.job()
     if settings.memory_budget is None:
@@ -199,11 +199,11 @@ def _tune(settings: "Settings") -> None:
 def _fit(settings: "Settings") -> None:
     from dataclasses import replace
 
-    from foam_lightning.continuing import given_plan, without_folder
-    from tuner.ending import ending
-    from tuner.fit import fit
-    from tuner.fitting import Fitting
-    from tuner.guard import fallen_to, guarded
+    from foam_lightning.resume import given_plan, without_folder
+    from tuner.commands.final_screen import ending
+    from tuner.oom_fallback import fallen_to, guarded
+    from tuner.pipeline import fit
+    from tuner.planning.planner import Fitting
 
     unfinished = _unfinished(settings)
     starts = ([unfinished.last_checkpoint] if unfinished else []) + (
@@ -243,9 +243,9 @@ def _fit(settings: "Settings") -> None:
 
 
 def _validate(settings: "Settings") -> None:
-    from foam_lightning.checkpoint import load_module
-    from foam_lightning.continuing import on_checkpoint
-    from foam_lightning.perplexity import perplexity_text
+    from foam_lightning.checkpoint.load import load_module
+    from foam_lightning.evaluate import perplexity_text
+    from foam_lightning.resume import on_checkpoint
     from foam_lightning.training import validate
 
     path = Path(settings.ckpt_path)
@@ -262,7 +262,7 @@ def _validate(settings: "Settings") -> None:
 
 
 def _generate(settings: "Settings") -> None:
-    from foam_lightning.writing import write
+    from foam_lightning.generate import write
 
     write(
         Path(settings.ckpt_path),
@@ -275,9 +275,9 @@ def _generate(settings: "Settings") -> None:
 
 
 def _export(settings: "Settings") -> None:
-    from foam_lightning.checkpoint import load_module, load_tokenizer
+    from foam_lightning.checkpoint.load import load_module, load_tokenizer
     from foam_lightning.data.chat import end_of_turn
-    from foam_lightning.model import save
+    from foam_lightning.model.llama import save
 
     path, output = Path(settings.ckpt_path), Path(settings.output)
     if exists(output) and (not output.is_dir() or any(output.iterdir())):
@@ -291,8 +291,8 @@ def _export(settings: "Settings") -> None:
 
 
 def _compare(settings: "Settings") -> None:
-    from tuner.compare import Options
-    from tuner.comparing import run_comparison
+    from tuner.commands.compare import run_comparison
+    from tuner.comparison.compare import Options
 
     if settings.memory_budget is not None or settings.fold_plan is not None:
         raise ConfigError(
@@ -316,7 +316,7 @@ def _calibrate(job: "Job") -> None:
 
 def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
     """Open the run folder, once nothing that the user gave can still be wrong."""
-    from foam_lightning.run_folder import RunFolder, write_text
+    from foam_lightning.storage.run_folder import RunFolder, write_text
 
     job.check_weights()
     job.new_trainer(job.levers, [], logger=False)
@@ -329,7 +329,7 @@ def _open_folder(settings: "Settings", job: "Job") -> "RunFolder":
 
 def _unfinished(settings: "Settings") -> "RunFolder | None":
     """Find the run that the command continues, before anything is written."""
-    from foam_lightning.run_folder import RunFolder
+    from foam_lightning.storage.run_folder import RunFolder
 
     return RunFolder.unfinished(Path(settings.runs), settings.name, _identity(settings))
 

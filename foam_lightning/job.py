@@ -10,19 +10,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from foam_lightning.beginning import check_beginning
-from foam_lightning.checkpoint_files import with_whole_files
+from foam_lightning.checkpoint.io import with_whole_files
 from foam_lightning.data.module import TextData
-from foam_lightning.devices import Devices, device_of, first_device
+from foam_lightning.distributed.ddp import OnePlaceDDP
+from foam_lightning.distributed.topology import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError, first_line
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, find_gpu, known_costs
 from foam_lightning.memory.trace import Precision, weight_dtype
+from foam_lightning.model.pretrained import check_beginning
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim.rivals import check as check_rival
+from foam_lightning.optim.baselines import check as check_rival
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.ranges import DATA, SEED, check_ranges, check_trainer
-from foam_lightning.replicas import OnePlaceDDP
+from foam_lightning.validation import DATA, SEED, check_ranges, check_trainer
 
 _BARE = {
     "callbacks": None,

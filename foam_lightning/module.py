@@ -1,5 +1,6 @@
 """LLaMA trained with FOAM, as a LightningModule."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -14,22 +15,42 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from foam_lightning import model as llama
-from foam_lightning.beginning import architecture_of, begin, config_of
+from foam_lightning.distributed.fsdp import shard
 from foam_lightning.errors import CheckpointError, ConfigError
-from foam_lightning.loss import token_loss
-from foam_lightning.optim.choice import check_settings, new_optimizer
+from foam_lightning.model.activation_checkpointing import checkpoint_layers
+from foam_lightning.model import llama
+from foam_lightning.model.loss import StepMean, token_loss
+from foam_lightning.model.pretrained import architecture_of, begin, config_of
+from foam_lightning.optim.baselines import OptimizerName
+from foam_lightning.optim.factory import check_settings, new_optimizer
+from foam_lightning.optim.gradient_release import Gate, release_gradients
 from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
-from foam_lightning.optim.release import Gate, release_gradients
-from foam_lightning.optim.rivals import OptimizerName
 from foam_lightning.plan import FoldPlan, Levers, StateDtype
-from foam_lightning.recompute import checkpoint_layers
-from foam_lightning.schedule import warmup_cosine
-from foam_lightning.sharding import shard
-from foam_lightning.step_mean import StepMean
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def warmup_cosine(
+    num_steps: int, *, warmup_fraction: float, final_fraction: float
+) -> Callable[[int], float]:
+    """Give the learning-rate factor of every step: linear rise, then half a cosine.
+
+    Args:
+        num_steps: Optimizer steps of the whole run; the last one trains at `final_fraction`.
+        warmup_fraction: Share of the steps that rise from near zero to 1.
+        final_fraction: The factor at the end.
+    """
+    warmup_steps = max(1, round(num_steps * warmup_fraction))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps))
+        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
 
 Batch = Mapping[str, Tensor]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from foam_lightning.errors import PlanError, in_one_line
-from foam_lightning.ranges import MODEL, POSITIVE
-from foam_lightning.run_folder import write_text
+from foam_lightning.storage.run_folder import write_text
+from foam_lightning.validation import MODEL, POSITIVE
 
 SCHEMA = "foam-lightning/fold-plan/2"
 # It had one scale for all matrices of a level, as {"2": 0.25}; files of it are still read.

@@ -11,8 +11,8 @@ from typing import Any
 from foam_lightning.job import Job
 from foam_lightning.plan import Levers
 from tests.tiny import REPOSITORY, write_settings
-from tuner.fitting import Fitting
-from tuner.settings import parse
+from tuner.config.parser import parse
+from tuner.planning.planner import Fitting
 
 
 class Case:

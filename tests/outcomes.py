@@ -4,12 +4,12 @@ import math
 from dataclasses import replace
 
 from foam_lightning.memory.account import Account
+from foam_lightning.model.roles import ROLES
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.roles import ROLES
-from tuner.effort import Effort
-from tuner.finals import Candidate, Kind
-from tuner.objective import ShortRun
-from tuner.outcome import Outcome, Searched
+from tuner.search.finals import Candidate, Kind
+from tuner.trials.budget import Effort
+from tuner.trials.results import Outcome, Searched
+from tuner.trials.runner import ShortRun
 
 ADAM_STATE = 4_096_000
 BREAKDOWN = {

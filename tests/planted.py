@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from foam_lightning.distributed.fsdp import local
 from foam_lightning.module import LlamaFoam
-from foam_lightning.sharding import local
 
 
 class Plant(Callback):

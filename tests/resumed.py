@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from foam_lightning import judge
-from foam_lightning.callbacks.bad_steps import BadSteps
-from foam_lightning.callbacks.resumption import Resumption
-from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.callbacks import spike_guard as judge
+from foam_lightning.callbacks.exact_resume import Resumption
+from foam_lightning.callbacks.spike_guard import BadSteps, Judge
+from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.data import streaming
 from foam_lightning.job import Job
-from foam_lightning.judge import Judge
 from foam_lightning.plan import FoldPlan
 from tests.planted import Plant
 from tests.runs import NewJob

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from foam_lightning.job import Job
-from foam_lightning.loss import token_loss
+from foam_lightning.model.loss import token_loss
 from foam_lightning.plan import FoldPlan
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import Trained
 
 NewJob = Callable[..., Job]

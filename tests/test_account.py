@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foam_lightning import FOAM
-from foam_lightning.memory.account import (
-    Account,
-    Accountant,
-    optimizer_state_bytes,
-)
+from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
 from foam_lightning.memory.device import DeviceCosts
 from foam_lightning.memory.timeline import Moment
 from foam_lightning.memory.trace import (

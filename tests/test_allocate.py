@@ -18,8 +18,8 @@ from tests.benchmarks.allocate import (
     total,
     unlike,
 )
-from tuner import knapsack
-from tuner.allocate import AllocationError, allocate
+from tuner.planning import knapsack
+from tuner.planning.allocation import AllocationError, allocate
 
 Costs = NDArray[np.int64]
 Damages = NDArray[np.float64]

@@ -10,10 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import cli
-from foam_lightning.callbacks.bad_steps import BadSteps
+from foam_lightning.callbacks.spike_guard import BadSteps, Judge
 from foam_lightning.errors import ConfigError, DivergedError
 from foam_lightning.job import Job
-from foam_lightning.judge import Judge
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
 from foam_lightning.training import train
@@ -21,7 +20,7 @@ from tests.planted import Plant
 from tests.runs import NewJob, open_folder
 from tests.test_resumption import Steps
 from tests.tiny import write_settings
-from tuner.objective import Bench
+from tuner.trials.runner import Bench
 
 NOWHERE = Path("/nowhere/last.ckpt")
 

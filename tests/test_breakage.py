@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from foam_lightning.breakage import breakage
+from foam_lightning.errors import breakage
 
 GONE = "DataLoader worker (pid(s) 17, 18) exited unexpectedly. Maybe more."
 KILLED = "DataLoader worker (pid 17) is killed by signal: Killed. "

@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foam_lightning.callbacks.export import Export
-from foam_lightning.callbacks.folding import ResidualEnergy
 from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.residual_energy import ResidualEnergy
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.job import Job
 from foam_lightning.memory.device import Usage, calibrate
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
-from foam_lightning.roles import ROLES
 from tests.fake_gpu import FakeGpu
 
 NewJob = Callable[..., Job]

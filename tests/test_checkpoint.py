@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foam_lightning.checkpoint import load_module, load_tokenizer, read_checkpoint
+from foam_lightning.checkpoint.load import load_module, load_tokenizer, read_checkpoint
 from foam_lightning.errors import CheckpointError
 from tests.runs import Finished, validation_loss
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.checkpoint_files import CheckpointFiles, flaw, one_before
-from foam_lightning.interruption import Interrupted
+from foam_lightning.checkpoint.io import CheckpointFiles, flaw, one_before
+from foam_lightning.signals import Interrupted
 from tests.faults.limits import files_up_to
 
 NUMBERS = 5000

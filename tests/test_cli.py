@@ -15,9 +15,9 @@ import cli
 from foam_lightning.errors import InfeasibleBudgetError
 from foam_lightning.units import ByteSize, at_least
 from tests.tiny import REPOSITORY, write_settings
-from tuner.fitting import Fitting
-from tuner.settings import make_parser, parse
-from tuner.usage import COMMANDS, OWN, SHARED, general_help
+from tuner.config.help import COMMANDS, OWN, SHARED, general_help
+from tuner.config.parser import make_parser, parse
+from tuner.planning.planner import Fitting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

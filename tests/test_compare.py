@@ -11,15 +11,15 @@ from matplotlib.image import imread
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
-from foam_lightning.optim.rivals import OPTIMIZERS
+from foam_lightning.optim.baselines import OPTIMIZERS
 from foam_lightning.plan import FoldPlan
 from tests.runs import NewJob
-from tuner import compare as comparing
-from tuner.compare import MOST_RATES, Contender, Options, compare
-from tuner.compare_view import write_comparison
-from tuner.comparing import run_comparison
-from tuner.footprint import Footprint
-from tuner.objective import ShortRun
+from tuner.commands.compare import run_comparison
+from tuner.comparison import compare as comparing
+from tuner.comparison.compare import MOST_RATES, Contender, Options, compare
+from tuner.comparison.profile import Footprint
+from tuner.comparison.report import write_comparison
+from tuner.trials.runner import ShortRun
 
 Bowls = dict[str, Callable[[float], float]]
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from foam_lightning.data import corpus
+from foam_lightning.data import sources as corpus
 from foam_lightning.errors import DataError
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.curves import paired_curve
-from tuner.objective import SEED_DEVIATION, ShortRun
+from tuner.report.ablation import paired_curve
+from tuner.trials.runner import SEED_DEVIATION, ShortRun
 
 LOSSES = st.floats(min_value=0, max_value=20)
 

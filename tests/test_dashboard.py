@@ -10,8 +10,8 @@ import pytest
 from optuna_dashboard import wsgi
 from werkzeug.test import Client
 
-from tuner.objective import ShortRun
-from tuner.study import Study
+from tuner.trials.runner import ShortRun
+from tuner.trials.study import Study
 
 
 def evaluated(trial: optuna.Trial) -> ShortRun:

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 
 from foam_lightning.plan import FoldPlan, Levers
-from tuner.finals import Candidate, Kind, decide, race
-from tuner.horizon import predicted
-from tuner.objective import Difference, ShortRun
+from tuner.search.finals import Candidate, Kind, decide, race
+from tuner.trials.extrapolation import predicted
+from tuner.trials.runner import Difference, ShortRun
 
 BATCHES = 8
 

@@ -18,9 +18,8 @@ from rich.console import Console
 from torch import Tensor
 
 import cli
-from foam_lightning import run_folder
 from foam_lightning.data.loader import ShareOfRows
-from foam_lightning.devices import (
+from foam_lightning.distributed.topology import (
     ONE_DEVICE,
     Devices,
     check_launched,
@@ -30,16 +29,17 @@ from foam_lightning.devices import (
 )
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
-from foam_lightning.memory.ranks import NCCL_BYTES, buckets, one_of
+from foam_lightning.memory.distributed import NCCL_BYTES, buckets, one_of
 from foam_lightning.memory.trace import fake_tensors, track_step
-from foam_lightning.model import save_tokenizer
+from foam_lightning.model.llama import save_tokenizer
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
-from foam_lightning.run_folder import RunFolder, write_json
+from foam_lightning.storage import run_folder
+from foam_lightning.storage.run_folder import RunFolder, write_json
 from tests.runs import NewJob
 from tests.tiny import write_settings
-from tuner.fitting import Fitting
-from tuner.plan_view import plan_json, plan_table
+from tuner.planning.planner import Fitting
+from tuner.report.plan_table import plan_json, plan_table
 
 DDP, SHARED = Devices(2), Devices(2, shards=True)
 SIZES = {"hidden_size": 32, "intermediate_size": 45, "num_attention_heads": 2, "vocab_size": 301}

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
 from foam_lightning.callbacks.memory import MemoryWatch
-from foam_lightning.checkpoint import load_module, read_checkpoint
+from foam_lightning.checkpoint.load import load_module, read_checkpoint
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train
 from tests.planted import Plant
 from tests.resumed import (

@@ -1,7 +1,7 @@
 import pytest
 
 from foam_lightning.errors import ConfigError
-from tuner.effort import LEAST, MOST_FINALISTS, Effort, TuneOptions
+from tuner.trials.budget import LEAST, MOST_FINALISTS, Effort, TuneOptions
 
 
 def test_the_most_that_a_search_takes_is_every_run() -> None:

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from tests.tiny import write_settings
-from tuner.workers import Worker
+from tuner.trials.workers import Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

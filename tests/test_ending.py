@@ -17,9 +17,9 @@ from urllib.request import urlopen
 import pytest
 
 import cli
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.storage.run_folder import RunFolder
 from tests.tiny import write_settings
-from tuner.ending import ending
+from tuner.commands.final_screen import ending
 
 SUMMARY: dict[str, Any] = {
     "final_validation_loss": 2.0,

@@ -71,7 +71,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def rows_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the validation rows of the run, as its own data module makes them."""
-    from tuner.settings import parse
+    from tuner.config.parser import parse
 
     job = parse("fit", run.words, default=None).job()
     data = job.new_data(job.levers)

@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 
 from foam_lightning.errors import InfeasibleBudgetError
-from foam_lightning.memory.levers import MAX_LEVEL, Ladder
+from foam_lightning.memory.options import MAX_LEVEL, Ladder
 from foam_lightning.plan import FoldPlan
-from tuner.fitting import LEVELS, Fitting
-from tuner.space import Knobs, state_bytes_table
+from tuner.planning.knobs import Knobs, state_bytes_table
+from tuner.planning.planner import LEVELS, Fitting
 
 Fit = Callable[[int], Fitting]
 KNOBS = {

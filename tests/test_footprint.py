@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tuner.footprint import measure
-from tuner.objective import StepClock
+from tuner.comparison.profile import measure
+from tuner.trials.runner import StepClock
 
 
 class Bench:

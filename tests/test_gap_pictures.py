@@ -18,11 +18,10 @@ from tests.outcomes import (
     UNIFORM,
     outcome_of,
 )
-from tuner.gap_pictures import draw_curves, draw_worth
-from tuner.loss_pictures import draw_losses
-from tuner.objective import Difference
-from tuner.outcome import Outcome
-from tuner.worth import Worth, worths
+from tuner.report.ablation import Worth, worths
+from tuner.report.result_plots import draw_curves, draw_losses, draw_worth
+from tuner.trials.results import Outcome
+from tuner.trials.runner import Difference
 
 
 def curves(outcome: Outcome) -> Figure:

@@ -11,15 +11,14 @@ import pytest
 
 from foam_lightning.errors import ConfigError, FellBackError, PlanError
 from foam_lightning.job import Job
-from foam_lightning.memory.device import Usage
+from foam_lightning.memory.device import MemoryShortageError, Usage
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.run_folder import RunFolder, write_json
-from foam_lightning.shortage import MemoryShortageError
+from foam_lightning.storage.run_folder import RunFolder, write_json
 from foam_lightning.units import in_words
 from tests.fake_gpu import FakeGpu
 from tests.falling import Case, leftovers
-from tuner.fitting import Fitting
-from tuner.guard import Fallback, fallen_to, guarded, start_afresh
+from tuner.oom_fallback import Fallback, fallen_to, guarded, start_afresh
+from tuner.planning.planner import Fitting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

@@ -18,9 +18,9 @@ from foam_lightning.plan import FoldPlan
 from foam_lightning.units import in_words
 from tests.falling import Case, leftovers
 from tests.limited import limited
-from tuner import guard
-from tuner.guard import Fallback
-from tuner.objective import Bench, ShortRun
+from tuner import oom_fallback as guard
+from tuner.oom_fallback import Fallback
+from tuner.trials.runner import Bench, ShortRun
 
 COMPLETE = optuna.trial.TrialState.COMPLETE
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
@@ -155,7 +155,7 @@ def test_search_and_training_keep_what_is_finished(
 
     monkeypatch.setattr(guard, "_fall_back", look)
     monkeypatch.setattr(Bench, "run", noted)
-    monkeypatch.setattr("tuner.run.write_report", lambda *_: {})  # its plots take seconds
+    monkeypatch.setattr("tuner.pipeline.write_report", lambda *_: {})  # its plots take seconds
     in_search, in_training, _ = walk(case, "fit", limit, capfd)
     assert in_search.startswith("memory ran out in a short run of the search, after step ")
     assert "micro-batches of 2 x 2 instead of 4 x 1" in in_search

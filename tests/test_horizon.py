@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foam_lightning.plan import FoldPlan, Levers
-from tuner.horizon import (
+from tuner.trials.extrapolation import (
     ADAMS_EXPONENT,
     FARTHEST,
     FOLDED_EXPONENT,
@@ -16,7 +16,7 @@ from tuner.horizon import (
     at_length,
     predicted,
 )
-from tuner.objective import Difference
+from tuner.trials.runner import Difference
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from foam_lightning import FOAM
-from foam_lightning.optim.host import HostState, memory_beside, visiting
-from foam_lightning.optim.release import release_gradients
+from foam_lightning.optim.gradient_release import release_gradients
+from foam_lightning.optim.offload import HostState, memory_beside, visiting
 from tests.second_device import AWAY, AwayTensor, SecondDevice, here
 from tests.test_training import StopError
 from tests.training import all_equal, parameters

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim.host import HostState
+from foam_lightning.optim.offload import HostState
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.training import train
 from tests.runs import NewJob, open_folder, small

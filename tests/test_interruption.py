@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from foam_lightning import interruption
-from foam_lightning.interruption import (
+from foam_lightning import signals as interruption
+from foam_lightning.signals import (
     Interrupted,
     heard,
     listening,

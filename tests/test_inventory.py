@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foam_lightning.devices import Devices
+from foam_lightning.distributed.topology import Devices
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.inventory import Holding
 from foam_lightning.memory.timeline import TERMS

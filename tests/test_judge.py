@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.judge import LIMITS, Judge, Verdict
+from foam_lightning.callbacks.spike_guard import LIMITS, Judge, Verdict
 
 TAKE, SKIP, ROLL_BACK, STOP = Verdict
 NAN = math.nan

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.memory.levers import MAX_LEVEL, TARGET_LEVEL, Ladder
+from foam_lightning.memory.options import MAX_LEVEL, TARGET_LEVEL, Ladder
 from foam_lightning.plan import Levers, StateDtype
 
 START = Levers(micro_batch_size=12, state_dtype="bfloat16")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foam_lightning import loss
-from foam_lightning.loss import IGNORED, token_loss
+from foam_lightning.model.llama import loss
+from foam_lightning.model.loss import IGNORED, token_loss
 
 H, V = 8, 50
 
@@ -80,7 +80,7 @@ def test_at_most_64_chunks_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(len(logits))
         return cross_entropy(logits, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("foam_lightning.loss.cross_entropy", spy)
+    monkeypatch.setattr("foam_lightning.model.loss.cross_entropy", spy)
     with torch.no_grad():
         token_loss(*example(2, 301), chunked=True)
         assert sizes == [256, 256, 88]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.data import draw
+from foam_lightning.data import rng as draw
 from foam_lightning.data.mixture import MixtureSampler, in_turn, read_sources, shares
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import ConfigError, DataError

@@ -12,15 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from foam_lightning import model as llama
-from foam_lightning import pretrained
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.model.activation_checkpointing import _products_kept, checkpoint_layers
+from foam_lightning.model.llama import llama, pretrained
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import Levers
-from foam_lightning.recompute import _products_kept, checkpoint_layers
 from tests.pretrained import save_pretrained
 
 # FOAM.md section 4: layers, hidden, intermediate, heads; vocabulary 32000.

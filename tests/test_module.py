@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.functional import cross_entropy
 
-from foam_lightning.checkpoint import read_checkpoint
+from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError, PlanError
 from foam_lightning.job import Job
-from foam_lightning.module import LlamaFoam
+from foam_lightning.module import LlamaFoam, warmup_cosine
 from foam_lightning.plan import FoldPlan
-from foam_lightning.schedule import warmup_cosine
 
 NewJob = Callable[..., Job]
 

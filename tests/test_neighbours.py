@@ -6,8 +6,7 @@ import pytest
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
-from tuner.fitting import Fitting
-from tuner.neighbours import mean_level, neighbours
+from tuner.planning.planner import Fitting, mean_level, neighbours
 
 
 def test_neighbours_are_the_plans_of_their_budgets(fit: Callable[[int], Fitting]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from foam_lightning.job import Job
-from tuner.objective import SEED_DEVIATION, Bench, Difference, ShortRun, paired_difference
+from tuner.trials.runner import SEED_DEVIATION, Bench, Difference, ShortRun, paired_difference
 
 TOKENS = [10, 10, 5]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.perplexity import perplexity_text, published_loss
+from foam_lightning.evaluate import perplexity_text, published_loss
 
 
 @given(

@@ -12,9 +12,8 @@ from foam_lightning.memory.inventory import Holding
 from foam_lightning.memory.timeline import Origin
 from foam_lightning.plan import FoldPlan, Levers
 from tests.outcomes import ACCOUNT, BREAKDOWN, MIXED, PEAK, UNIFORM, mixed_plan, uniform_plan
-from tuner.neighbours import Neighbour
-from tuner.plan_view import plan_json, plan_table
-from tuner.tensor_view import tensor_table, tensors_as_json
+from tuner.planning.planner import Neighbour
+from tuner.report.plan_table import plan_json, plan_table, tensor_table, tensors_as_json
 
 
 def printed(

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from foam_lightning.memory.price import prices, selective_rows
+from foam_lightning.memory.options import prices, selective_rows
 from foam_lightning.plan import Levers
 
 PLAIN = Levers(micro_batch_size=4)

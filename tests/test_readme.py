@@ -7,8 +7,8 @@ import pytest
 
 import cli
 from tests.tiny import REPOSITORY
-from tuner.settings import parse
-from tuner.usage import COMMANDS, check_at_once
+from tuner.config.help import COMMANDS, check_at_once
+from tuner.config.parser import parse
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = {

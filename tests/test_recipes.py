@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 import cli
 from foam_lightning.units import in_words
 from tests.tiny import REPOSITORY
-from tuner.fitting import Fitting
-from tuner.settings import Settings, parse
+from tuner.config.parser import Settings, parse
+from tuner.planning.planner import Fitting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

@@ -9,7 +9,7 @@ import pytest
 import cli
 from foam_lightning.data.module import TextData
 from tests.tiny import write_settings
-from tuner.settings import parse
+from tuner.config.parser import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from foam_lightning.job import Job
-from foam_lightning.memory.device import Usage
+from foam_lightning.memory.device import MemoryShortageError, Usage
 from foam_lightning.plan import FoldPlan
-from foam_lightning.run_folder import RunFolder
-from foam_lightning.shortage import MemoryShortageError
+from foam_lightning.storage.run_folder import RunFolder
 from tests.limited import limited
 from tests.runs import open_folder
 from tuner import rehearsal

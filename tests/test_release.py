@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from foam_lightning import FOAM
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.tracker import StorageTracker
-from foam_lightning.optim.release import release_gradients
+from foam_lightning.optim.gradient_release import release_gradients
 from tests.test_training import StopError
 
 STEPS_OF_A_NET = 4

@@ -19,7 +19,7 @@ from tests.pretrained import save_tokenizer
 from tests.runs import STEPS, NewJob, open_folder, small
 from tests.test_release import assert_same
 from tests.test_training import StopAfter, StopError, final_weights
-from tuner.fitting import Fitting
+from tuner.planning.planner import Fitting
 
 
 class Losses(Callback):

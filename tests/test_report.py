@@ -23,10 +23,10 @@ from tests.outcomes import (
     mixed_plan,
     outcome_of,
 )
-from tuner.canvas import save
-from tuner.pictures import draw_plan
-from tuner.plan_view import level_grid
-from tuner.report import write_report
+from tuner.report.plan_plots import draw_plan
+from tuner.report.plan_table import level_grid
+from tuner.report.report import write_report
+from tuner.report.style import save
 
 
 def png_size(path: Path) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from foam_lightning.callbacks.resumption import Resumption, rescale
+from foam_lightning.callbacks.exact_resume import Resumption, rescale
 from foam_lightning.errors import CheckpointError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan, Levers

@@ -12,9 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim import rivals
-from foam_lightning.optim.portable import state_bytes
-from foam_lightning.optim.rivals import OPTIMIZERS, Settings, new_rival
+from foam_lightning.optim import baselines as rivals
+from foam_lightning.optim.baselines import OPTIMIZERS, Settings, new_rival, state_bytes
 from foam_lightning.training import train
 from tests.runs import NewJob, open_folder, small
 
@@ -69,7 +68,7 @@ def test_each_lowers_the_loss_and_goes_on_exactly_where_it_was_saved(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name in ("galore", "apollo", "fira"):  # a new projection before and after the save
-        from foam_lightning.optim import projected
+        from foam_lightning.optim import baselines as projected
 
         monkeypatch.setattr(projected, "UPDATE_GAP", 3)
     whole = new_model()

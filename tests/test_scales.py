@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foam_lightning.model.roles import ROLES, role_of
 from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.roles import ROLES, role_of
-from tuner.scales import joined, rounded, scale_rows, scales_in_words, turned
+from tuner.planning.scales import joined, rounded, scale_rows, scales_in_words, turned
 
 NAMES = [
     f"model.layers.{layer}.{'self_attn' if role in 'qkvo' else 'mlp'}.{role}_proj.weight"

@@ -10,17 +10,17 @@ import pytest
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Accountant
+from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan
-from foam_lightning.roles import role_of
-from tuner import search as searching
-from tuner.effort import Effort
-from tuner.finals import Kind
-from tuner.fitting import Fitting
-from tuner.horizon import at_length
-from tuner.known import Known, job_key, known_of
-from tuner.objective import ShortRun
-from tuner.outcome import Outcome
-from tuner.search import search
+from tuner.planning.planner import Fitting
+from tuner.search.finals import Kind
+from tuner.search.search import search
+from tuner.search.search import search as searching
+from tuner.trials.budget import Effort
+from tuner.trials.cache import Known, job_key, known_of
+from tuner.trials.extrapolation import at_length
+from tuner.trials.results import Outcome
+from tuner.trials.runner import ShortRun
 
 STEPS, SEEDS = 6, 2
 

@@ -15,13 +15,13 @@ from transformers import AutoTokenizer
 import cli
 from foam_lightning.data.chat import encode_chat
 from foam_lightning.errors import ConfigError, DataError
-from foam_lightning.pretrained import as_config
+from foam_lightning.model.pretrained import as_config
 from tests.pretrained import save_pretrained, save_tokenizer
 from tests.test_layers import FILES, path_id
 from tests.tiny import REPOSITORY, write_settings
-from tuner.class_paths import CALLBACKS
-from tuner.settings import parse
-from tuner.usage import check_config
+from tuner.config.allowed_classes import CALLBACKS
+from tuner.config.help import check_config
+from tuner.config.parser import parse
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 
@@ -264,8 +264,8 @@ def test_a_run_takes_the_umask_and_holds_no_secret(
 
 @pytest.mark.parametrize("mask", [0o027, 0o002], ids=oct)
 def test_a_study_takes_the_umask(mask: int, tmp_path: Path, umask: None) -> None:
-    from tuner.study import Study
-    from tuner.workers import Worker
+    from tuner.trials.study import Study
+    from tuner.trials.workers import Worker
 
     os.umask(mask)
     with Worker(tmp_path, "tune") as worker:

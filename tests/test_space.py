@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.roles import ROLES, layer_of, role_of
-from tuner.allocate import AllocationError
-from tuner.space import (
+from foam_lightning.model.roles import ROLES, layer_of, role_of
+from tuner.planning.allocation import AllocationError
+from tuner.planning.knobs import (
     Knobs,
     as_params,
     base_curve,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foam_lightning.optim.fold import fold, folded_shape
-from foam_lightning.optim.step import StepFactors, foam_step_
+from foam_lightning.optim.functional import StepFactors, foam_step_
 from tests.reference import foam_paper
 from tests.reference.foam_paper import Settings, State
 

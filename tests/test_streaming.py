@@ -15,9 +15,9 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from foam_lightning.data import streaming
+from foam_lightning.data.files import Shard, file_streams, shards_of
 from foam_lightning.data.loader import StreamLoader
 from foam_lightning.data.packing import collate
-from foam_lightning.data.shards import Shard, file_streams, shards_of
 from foam_lightning.data.streaming import StreamedRows, StreamedSource
 from foam_lightning.data.tokenizer import build_tokenizer
 from foam_lightning.errors import ConfigError, DataError

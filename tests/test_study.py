@@ -10,8 +10,8 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import Engine, event
 
-from tuner.objective import ShortRun
-from tuner.study import Params, Study, run_of
+from tuner.trials.runner import ShortRun
+from tuner.trials.study import Params, Study, run_of
 
 OPENERS: list[Params] = [{"level": 2, "x": 0.5}, {"level": 0, "x": 1.5}]
 TRIALS = 9

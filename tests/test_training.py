@@ -10,10 +10,10 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from foam_lightning.checkpoint import folder_of, read_checkpoint
+from foam_lightning.checkpoint.load import folder_of, read_checkpoint
 from foam_lightning.errors import CheckpointError
 from foam_lightning.plan import FoldPlan
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train, versions
 from tests.runs import STEPS, Finished, NewJob, open_folder, small, validation_loss
 

@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 
 from foam_lightning.errors import PlanError
 from foam_lightning.job import Job
-from foam_lightning.memory.levers import MAX_LEVEL
-from foam_lightning.model import describe
+from foam_lightning.memory.options import MAX_LEVEL
+from foam_lightning.model.llama import describe
+from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan
-from foam_lightning.roles import role_of
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.storage.run_folder import RunFolder
 from tests.runs import NewJob, open_folder
-from tuner import search as searching
-from tuner.effort import Effort, TuneOptions
-from tuner.fitting import LEVELS, Fitting
-from tuner.objective import ShortRun
-from tuner.outcome import Outcome
-from tuner.run import tune
-from tuner.scales import joined, turned
-from tuner.search import search
-from tuner.space import Knobs
-from tuner.twin import LEAST_WIDTH, NoTwinError, Twin, twin_sizes
+from tuner.pipeline import tune
+from tuner.planning.knobs import Knobs
+from tuner.planning.planner import LEVELS, Fitting
+from tuner.planning.scales import joined, turned
+from tuner.search.proxy_model import LEAST_WIDTH, NoTwinError, Twin, twin_sizes
+from tuner.search.search import search
+from tuner.search.search import search as searching
+from tuner.trials.budget import Effort, TuneOptions
+from tuner.trials.results import Outcome
+from tuner.trials.runner import ShortRun
 
 Fit = Callable[[int], Fitting]
 Sizes = tuple[int, int, int, int]  # hidden, intermediate, heads, heads of keys and values

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from foam_lightning.optim import compiled, native, update
+from foam_lightning.optim import cpu_kernel as native
+from foam_lightning.optim import dispatch as update
+from foam_lightning.optim import gpu_kernel as compiled
+from foam_lightning.optim.dispatch import update_
+from foam_lightning.optim.functional import StepFactors, foam_step_
 from foam_lightning.optim.state import layouts
-from foam_lightning.optim.step import StepFactors, foam_step_
-from foam_lightning.optim.update import update_
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 

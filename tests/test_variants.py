@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foam_lightning import FOAM
-from foam_lightning.optim.step import orthogonal
+from foam_lightning.optim.functional import orthogonal
 from tests.reference.foam_paper import Settings, State
 from tests.reference.variants import adam_mini_step, muon_momentum
 from tests.training import all_equal, parameters, train

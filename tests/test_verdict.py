@@ -20,10 +20,10 @@ from tests.outcomes import (
     outcome_of,
     uniform_plan,
 )
-from tuner.fitting import Fitting
-from tuner.horizon import predicted
-from tuner.outcome import Outcome
-from tuner.verdict import AdamsNeed, adams_need, verdict
+from tuner.planning.planner import Fitting
+from tuner.report.verdict import AdamsNeed, adams_need, verdict
+from tuner.trials.extrapolation import predicted
+from tuner.trials.results import Outcome
 
 SAME = AdamsNeed(MIXED.plan.levers)
 FINAL = 320

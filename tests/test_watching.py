@@ -16,16 +16,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from foam_lightning.callbacks.board import layout
-from foam_lightning.callbacks.flops import flops_per_token, peak_flops
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.callbacks.progress import StepBar, StepLines, figures, progress
-from foam_lightning.callbacks.throughput import Throughput
-from foam_lightning.hyperparameters import plan_in_words
+from foam_lightning.callbacks.tensorboard import layout
+from foam_lightning.callbacks.throughput import Throughput, flops_per_token, peak_flops
+from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
-from foam_lightning.roles import ROLES
-from foam_lightning.run_folder import RunFolder
-from foam_lightning.training import Trained, train
+from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.training import Trained, plan_in_words, train
 from tests.runs import STEPS, NewJob, open_folder, small
 
 LAYOUT = "custom_scalars__config__"

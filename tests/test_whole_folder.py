@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from foam_lightning.errors import BusyError, CheckpointError
-from foam_lightning.interruption import Interrupted
-from foam_lightning.whole_folder import write_folder
+from foam_lightning.signals import Interrupted
+from foam_lightning.storage.atomic import write_folder
 from tests.faults.limits import files_up_to
 
 

@@ -18,10 +18,10 @@ import pytest
 from filelock import FileLock
 
 from foam_lightning.errors import ConfigError
-from tuner import workers
-from tuner.objective import ShortRun
-from tuner.study import Params, Study, run_of
-from tuner.workers import Worker
+from tuner.trials import workers
+from tuner.trials.runner import ShortRun
+from tuner.trials.study import Params, Study, run_of
+from tuner.trials.workers import Worker
 
 # Processes that begin with all modules loaded, those too that Optuna loads when they are needed.
 SERVER = multiprocessing.get_context("forkserver")

@@ -14,7 +14,7 @@ from tests.outcomes import (
     UNIFORM,
     outcome_of,
 )
-from tuner.worth import Worth, at_equal_bytes, worths
+from tuner.report.ablation import Worth, at_equal_bytes, worths
 
 SHORT, FINAL = 160, 320
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from foam_lightning.callbacks.memory import MemoryWatch
 from foam_lightning.job import Job
+from foam_lightning.memory.device import MemoryShortageError, naming_shortage
 from foam_lightning.plan import FoldPlan
-from foam_lightning.run_folder import RunFolder, write_json
-from foam_lightning.shortage import MemoryShortageError, naming_shortage
+from foam_lightning.storage.run_folder import RunFolder, write_json
 from foam_lightning.units import in_words
 
 _STEPS = 2

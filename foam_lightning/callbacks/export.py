@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from foam_lightning.data.chat import end_of_turn
 from foam_lightning.data.module import TextData
-from foam_lightning.model import save
+from foam_lightning.model.llama import save
 from foam_lightning.module import LlamaFoam
 
 

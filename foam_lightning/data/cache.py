@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from foam_lightning.cache_home import cache_home
 from foam_lightning.errors import DataError, first_line
-from foam_lightning.run_folder import is_alive
+from foam_lightning.storage.paths import cache_home
+from foam_lightning.storage.run_folder import is_alive
 from foam_lightning.units import in_words
 
 if TYPE_CHECKING:

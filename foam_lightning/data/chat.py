@@ -12,7 +12,7 @@ from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.packing import IGNORED, evenly_spaced, num_in_whole_batches
 from foam_lightning.data.sources import VALIDATION_FRACTION
 from foam_lightning.data.tokenizer import fingerprint_of, special_ids
-from foam_lightning.devices import is_first_process
+from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:

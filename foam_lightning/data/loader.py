@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from foam_lightning.data.packing import Row
 from foam_lightning.data.streaming import StreamedRows
 from foam_lightning.errors import DataError
-from foam_lightning.interruption import outlive_signals
+from foam_lightning.signals import outlive_signals
 
 Batch = dict[str, Tensor]
 _Loader = TypeVar("_Loader", bound=StatefulDataLoader[Any])

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foam_lightning.data import draw
+from foam_lightning.data import rng as draw
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.packing import evenly_spaced
 from foam_lightning.errors import ConfigError
-from foam_lightning.ranges import POSITIVE
+from foam_lightning.validation import POSITIVE
 
 if TYPE_CHECKING:
     from datasets import Dataset

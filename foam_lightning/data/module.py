@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from foam_lightning.data.cache import cache_folder
 from foam_lightning.errors import ConfigError
-from foam_lightning.interruption import outlive_signals
-from foam_lightning.ranges import DATA, check_ranges
+from foam_lightning.signals import outlive_signals
+from foam_lightning.validation import DATA, check_ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foam_lightning.data.loader import RowLoader, StreamLoader
     from foam_lightning.data.mixture import Source
     from foam_lightning.data.packing import Row
-    from foam_lightning.data.prepared import PackedText, StreamedText
+    from foam_lightning.data.rows import PackedText, StreamedText
 
 
 class TextData(LightningDataModule):
@@ -154,7 +154,7 @@ class TextData(LightningDataModule):
         self, cache: Path
     ) -> "tuple[PackedText | StreamedText, PreTrainedTokenizerBase]":
         from foam_lightning.data.mixture import in_turn
-        from foam_lightning.data.prepared import PackedText, StreamedText, Text
+        from foam_lightning.data.rows import PackedText, StreamedText, Text
         from foam_lightning.data.sources import open_source
         from foam_lightning.data.tokenizer import build_tokenizer
 
@@ -202,7 +202,7 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> "RowLoader | StreamLoader":
         """Serve the training rows in an order that resumes exactly, in or between epochs."""
         from foam_lightning.data.loader import resumable_loader
-        from foam_lightning.data.prepared import StreamedText
+        from foam_lightning.data.rows import StreamedText
 
         text, (world, rank) = self._text, self._ranks()
         if isinstance(text, StreamedText):

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from foam_lightning.data import draw
+from foam_lightning.data import rng as draw
+from foam_lightning.data.files import Shard
 from foam_lightning.data.packing import Packer, Row
-from foam_lightning.data.shards import Shard
 from foam_lightning.data.tokenizer import encode, end_of_text
 from foam_lightning.errors import DataError
 

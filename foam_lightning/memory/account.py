@@ -10,12 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from foam_lightning.devices import ONE_DEVICE, Devices
-from foam_lightning.memory.allocator import Update, Usage, replay, training
+from foam_lightning.distributed.topology import ONE_DEVICE, Devices
+from foam_lightning.memory.allocator import Margin, Update, Usage, replay, training
 from foam_lightning.memory.device import DeviceCosts
+from foam_lightning.memory.distributed import NCCL_BYTES, buckets, communicators, one_of
 from foam_lightning.memory.inventory import Holding, Peak, tensors_at
-from foam_lightning.memory.margin import Margin
-from foam_lightning.memory.ranks import NCCL_BYTES, buckets, communicators, one_of
 from foam_lightning.memory.timeline import TERMS, Timeline
 from foam_lightning.memory.trace import (
     Precision,

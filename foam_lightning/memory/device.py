@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 from torch.nn import functional
 
-from foam_lightning.cache_home import cache_home
-from foam_lightning.run_folder import write_json
+from foam_lightning.errors import FoamError, first_line
+from foam_lightning.plan import FoldPlan
+from foam_lightning.storage.paths import cache_home
+from foam_lightning.storage.run_folder import write_json
 from foam_lightning.units import ByteSize, in_words
 
 # A context with all modules loaded stays below; what is above belongs to other processes.
@@ -240,3 +243,45 @@ def _read_costs() -> dict[str, dict[str, int]]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+class MemoryShortageError(FoamError):
+    """A run needed more memory than there was.
+
+    Args:
+        where: What ran, such as "training".
+        plan: What it ran by.
+        step: Optimizer steps it had done.
+        reason: What was refused, in one line.
+    """
+
+    exit_code = 3
+
+    def __init__(self, where: str, plan: FoldPlan, step: int, reason: str) -> None:
+        self.where = where
+        self.plan = plan
+        self.step = step
+        self.reason = reason
+        super().__init__(f"memory ran out in {where}, after step {step}: {reason}")
+
+
+@contextmanager
+def naming_shortage(where: str, plan: FoldPlan, trainer: Trainer) -> Iterator[None]:
+    """Turn the error of a device without memory into one that says what ran.
+
+    Args:
+        where: What runs in this context, such as "training".
+        plan: What it runs by.
+        trainer: Knows the step.
+
+    Raises:
+        MemoryShortageError: The device had no memory left.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # The text of torch goes on about its allocator.
+        reason = first_line(error).split(". GPU ")[0]
+        raise MemoryShortageError(where, plan, trainer.global_step, reason) from error

@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.allocator import Events
-from foam_lightning.memory.origins import modules_noted, qualified
 from foam_lightning.memory.timeline import Moment, Repeat, Term, Timeline
-from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.memory.tracker import StorageTracker, modules_noted, qualified
 from foam_lightning.optim.foam import FOAM
-from foam_lightning.optim.release import release_gradients
+from foam_lightning.optim.gradient_release import release_gradients
 
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 

@@ -1,12 +1,17 @@
 """Every tensor storage of a run, from its birth to its death, while it runs."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from typing_extensions import override
@@ -152,3 +157,43 @@ def _local(tensor: Tensor) -> Tensor:
         names, _ = inner.__tensor_flatten__()
         inner = getattr(inner, names[0])
     return cast(Tensor, inner)
+
+
+_WRAPPER = "model."
+
+
+def qualified(name: str) -> str:
+    """Name a part of a LightningModule as its parameters are named without the module around."""
+    return name.removeprefix(_WRAPPER)
+
+
+@contextmanager
+def modules_noted(
+    tracker: StorageTracker, modules: Iterable[tuple[str, nn.Module]]
+) -> Iterator[None]:
+    """Tell the tracker which module runs.
+
+    A forward pass in the middle of backward is one that is recomputed.
+
+    Args:
+        tracker: Its `place` and `phase` change.
+        modules: By name; of others it is not told.
+    """
+    names = {module: qualified(name) for name, module in modules}
+    before: list[tuple[str, str]] = []
+
+    def enter(module: nn.Module, *_: object) -> None:
+        if module in names:
+            before.append((tracker.place, tracker.phase))
+            phase = "recompute" if tracker.phase == "backward" else tracker.phase
+            tracker.place, tracker.phase = names[module], phase
+
+    def leave(module: nn.Module, *_: object) -> None:
+        if module in names:
+            tracker.place, tracker.phase = before.pop()
+
+    with ExitStack() as hooks:
+        hooks.enter_context(register_module_forward_pre_hook(enter))
+        # Recomputation ends as soon as it has what it needs, by an exception.
+        hooks.enter_context(register_module_forward_hook(leave, always_call=True))
+        yield

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from foam_lightning.optim.checkpoint import check_fit, restore_
+from foam_lightning.optim.dispatch import update_
 from foam_lightning.optim.fold import check_level
-from foam_lightning.optim.host import HostState, memory_beside, visiting
+from foam_lightning.optim.functional import StepFactors
+from foam_lightning.optim.offload import HostState, memory_beside, visiting
 from foam_lightning.optim.state import STATE_DTYPES, SecondMoment, layouts
-from foam_lightning.optim.step import StepFactors
-from foam_lightning.optim.update import update_
 
 # Options that say how the state is kept and computed: never taken from a checkpoint.
 _OF_THE_RUN = ("state_dtype", "state_offload", "fused")

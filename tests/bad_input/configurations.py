@@ -99,7 +99,7 @@ HOSTILE = [
     _yaml(f"tag {tag}", f"model: {{lr: !!python/{tag}}}", "is not YAML")
     for tag in (
         "object/apply:os.system ['touch hacked']", "name:os.system", "module:os",
-        "object:tuner.usage.X {}", "object/new:os.popen [id]", "tuple [1]",
+        "object:tuner.config.help.X {}", "object/new:os.popen [id]", "tuple [1]",
     )
 ] + [
     _yaml(f"class {path}", NAMING.format(path), "may not name")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from foam_lightning.optim.baselines import Settings, new_rival
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import foldable, param_groups
-from foam_lightning.optim.rivals import Settings, new_rival
 from foam_lightning.optim.state import SecondMoment
 
 FUSED = "torch AdamW, fused"  # what every row is compared with

@@ -30,8 +30,8 @@ from foam_lightning.errors import FoamError, in_one_line
 from foam_lightning.plan import FoldPlan, Levers
 from foam_lightning.units import ByteSize
 from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
-from tuner import settings
-from tuner.usage import check_at_once
+from tuner.config import parser as settings
+from tuner.config.help import check_at_once
 
 MOST_SECONDS = 5
 MOST_KILOBYTES = 500_000

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from tuner.machine import machine, packages, processor
+from tuner.comparison.profile import machine, packages, processor
 
 __all__ = ["ROOT", "commit", "dated", "machine", "packages", "processor", "publish"]
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from foam_lightning import FOAM
-from foam_lightning.callbacks.folding import ResidualEnergy
+from foam_lightning.callbacks.residual_energy import ResidualEnergy
 from foam_lightning.job import Job
 from foam_lightning.memory.trace import autocast_for, fake_tensors, track_step
 from foam_lightning.memory.tracker import StorageTracker
@@ -21,7 +21,7 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
 from tests.benchmarks.combinations import FOREACH, LEVELS, Combination
 from tests.benchmarks.heading import ROOT
-from tuner.settings import parse
+from tuner.config.parser import parse
 
 MOST_TOKENS = {"cpu": 128, "cuda": 2**20}  # in a row: a CPU takes minutes for longer ones
 MIXED_LEVELS = (0, 3, 1, 8)

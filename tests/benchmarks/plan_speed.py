@@ -62,7 +62,7 @@ def main() -> None:
         "| job | wall s | user s | resident | feasible | mean level |",
         "|---|---|---|---|---|---|",
     ]
-    wall, user, resident, _, _ = _run("-c", "import gc; gc.disable(); import tuner.settings")
+    wall, user, resident, _, _ = _run("-c", "import gc; gc.disable(); import tuner.config.parser")
     lines.append(f"| imports alone | {wall:.1f} | {user:.1f} | {in_words(resident)} | | |")
     for name, options in CASES.items():
         lines.append(_row(name, options))

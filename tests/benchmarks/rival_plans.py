@@ -17,15 +17,15 @@ import torch
 from rich.progress import track
 
 from foam_lightning.job import Job
+from foam_lightning.model.roles import ROLES, role_of
 from foam_lightning.plan import FoldPlan
-from foam_lightning.roles import ROLES, role_of
 from tests.benchmarks.heading import ROOT
-from tuner.fitting import UNTUNED, Fitting
-from tuner.kept import KeptRuns
-from tuner.objective import Bench, ShortRun
-from tuner.scales import turned
-from tuner.settings import parse
-from tuner.space import Knobs
+from tuner.config.parser import parse
+from tuner.planning.knobs import Knobs
+from tuner.planning.planner import UNTUNED, Fitting
+from tuner.planning.scales import turned
+from tuner.trials.cache import KeptRuns
+from tuner.trials.runner import Bench, ShortRun
 
 MODELS: dict[str, dict[str, int | float]] = {
     "default": {},

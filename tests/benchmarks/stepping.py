@@ -18,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from foam_lightning.memory.tracker import StorageTracker
-from foam_lightning.optim.portable import state_bytes, state_tensors
+from foam_lightning.optim.baselines import state_bytes, state_tensors
 from tests.benchmarks.contenders import Row, Weights
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")

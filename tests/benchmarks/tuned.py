@@ -28,13 +28,13 @@ from foam_lightning.training import versions
 from foam_lightning.units import in_words
 from tests.benchmarks.heading import dated, machine, publish
 from tests.benchmarks.rival_plans import MODELS, Task, job_of, plans_of, runs_of
-from tuner.effort import Effort
-from tuner.fitting import Fitting
-from tuner.known import job_key, known_of
-from tuner.objective import ShortRun, paired_difference
-from tuner.outcome import Outcome
-from tuner.scales import ADAMS_QK, scales_in_words, turned
-from tuner.search import search
+from tuner.planning.planner import Fitting
+from tuner.planning.scales import ADAMS_QK, scales_in_words, turned
+from tuner.search.search import search
+from tuner.trials.budget import Effort
+from tuner.trials.cache import job_key, known_of
+from tuner.trials.results import Outcome
+from tuner.trials.runner import ShortRun, paired_difference
 
 LOWEST_LEVELS = (1, 2, 3)  # a half, a quarter and an eighth of Adam's state
 # Of the learning rate of the configuration, beside those of the ranking.

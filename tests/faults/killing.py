@@ -24,11 +24,13 @@ from lightning.pytorch import Callback, Trainer
 
 import cli
 from foam_lightning import training
-from foam_lightning.checkpoint import newest_whole
+from foam_lightning.checkpoint.load import newest_whole
 from tests.tiny import write_settings
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__, "alembic.command", "sqlalchemy.orm", "tuner.settings"])
+SERVER.set_forkserver_preload(
+    [__name__, "alembic.command", "sqlalchemy.orm", "tuner.config.parser"]
+)
 FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 PATIENCE_SECONDS = 300.0
 Trial = tuple[str, int, float | None]

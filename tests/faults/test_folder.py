@@ -6,7 +6,7 @@ import pytest
 
 import cli
 from foam_lightning.errors import BusyError
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.storage.run_folder import RunFolder
 from tests.runs import Finished
 from tests.tiny import write_settings
 

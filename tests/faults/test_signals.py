@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import cli
-from foam_lightning.checkpoint import read_checkpoint
-from foam_lightning.interruption import Interrupted, listening
+from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.job import Job
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.signals import Interrupted, listening
+from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import Trained, train
 from tests.runs import STEPS, Finished, NewJob, open_folder, small
 from tests.tiny import write_settings
-from tuner.objective import Bench
+from tuner.trials.runner import Bench
 
 
 class Signal(Callback):
@@ -163,7 +163,7 @@ def test_a_search_that_a_signal_ends_keeps_its_trials(
         return trained(bench, *others, [*callbacks, Ends()])
 
     monkeypatch.setattr(Bench, "_trained", counted)
-    monkeypatch.setattr("tuner.run.write_report", lambda *_: {})  # its plots take seconds
+    monkeypatch.setattr("tuner.pipeline.write_report", lambda *_: {})  # its plots take seconds
     assert cli.main(words) == 143
     out, err = capfd.readouterr()
     assert err.endswith("ended by SIGTERM; type the same command again to go on\n")

@@ -16,10 +16,10 @@ from lightning.pytorch import Callback, Trainer
 
 import cli
 from foam_lightning import training
-from foam_lightning.checkpoint import read_checkpoint
-from foam_lightning.checkpoint_files import one_before
+from foam_lightning.checkpoint.io import one_before
+from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.errors import CheckpointError
-from foam_lightning.run_folder import RunFolder
+from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train
 from tests.faults.limits import files_up_to
 from tests.runs import Finished, NewJob, open_folder, small

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from foam_lightning import FOAM
-from foam_lightning.optim.release import release_gradients
+from foam_lightning.optim.gradient_release import release_gradients
 
 pytestmark = [
     pytest.mark.gpu,

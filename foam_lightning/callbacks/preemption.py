@@ -1,0 +1,70 @@
+"""End a run in an orderly way when a signal asks for it: after the step, with a checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from foam_lightning.signals import Interrupted, heard, wait_for_signals, wait_no_more
+
+
+class SaveAndEnd(Callback):
+    """Save after the step in which a signal came, and end; the next run goes on right there.
+
+    Ranks end after the same step, whichever of them the signal came to. While the run evaluates in
+    between, a signal waits for the end of that and of the next step; a second one does not wait.
+
+    Args:
+        path: Of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last_step = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        wait_for_signals()
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step == self._last_step:  # the gradients of a step are incomplete
+            return
+        self._last_step = trainer.global_step
+        number = heard()
+        if trainer.strategy.reduce_boolean_decision(number is not None, all=False):
+            trainer.save_checkpoint(self._path)
+            raise Interrupted(number or SIGTERM, f"saved step {trainer.global_step}")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        wait_no_more()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        wait_no_more()
+
+
+@contextmanager
+def ending_together(trainer: Trainer) -> Iterator[None]:
+    """End the processes that this one started, too, which would wait for it."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(interrupted.number)
+        raise

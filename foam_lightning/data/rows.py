@@ -1,0 +1,197 @@
+"""Text made ready to train on: packed on disk, or streamed; of one source or of several."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from foam_lightning.data import rng as draw
+from foam_lightning.data.files import shards_of
+from foam_lightning.data.loader import EpochSampler
+from foam_lightning.data.mixture import MixtureSampler, Source, shares
+from foam_lightning.data.packing import (
+    evenly_spaced,
+    num_in_whole_batches,
+    packed_dataset,
+    packed_rows,
+)
+from foam_lightning.data.sources import TextSource
+from foam_lightning.data.streaming import StreamedRows, StreamedSource
+from foam_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class Text(NamedTuple):
+    """Opened text, and how to make rows of it.
+
+    Attributes:
+        sources: What the settings say of each source.
+        texts: Their documents.
+        tokenizer: Its end-of-text token follows each document.
+        sequence_length: Tokens in a full row.
+        packing: Fill every row, rather than give each document its own.
+        validation_sequences: Rows to validate on, if there are as many.
+    """
+
+    sources: Sequence[Source]
+    texts: Sequence[TextSource]
+    tokenizer: "PreTrainedTokenizerBase"
+    sequence_length: int
+    packing: bool
+    validation_sequences: int
+
+
+class PackedText:
+    """Rows of tokens in memory-mapped files.
+
+    Args:
+        text: What they are made of.
+        batch_size: Rows in an optimizer step; an epoch is whole steps.
+        cache: Where they are kept, so that the next time is quick.
+
+    Attributes:
+        train: All training rows, one source after the other.
+        validation: Rows of every source in proportion to the weights, always the same.
+
+    Raises:
+        DataError: A source makes no row, or all together make no batch.
+    """
+
+    def __init__(self, text: Text, *, batch_size: int, cache: Path) -> None:
+        from datasets import concatenate_datasets
+
+        train, validation = (
+            [_packed(text, one, split, cache) for one in text.texts]
+            for split in ("train", "validation")
+        )
+        _require_rows(text, "validation", validation)
+        if len(train) > 1:
+            _require_rows(text, "training", train)
+        self._text = text
+        self._batch_size = batch_size
+        self._sizes = [len(rows) for rows in train]
+        total = num_in_whole_batches(sum(self._sizes), batch_size, text.sequence_length)
+        self.train: Dataset = (
+            concatenate_datasets(train) if len(train) > 1 else train[0].select(range(total))
+        )
+        self.validation: Dataset = concatenate_datasets(
+            [
+                rows.select(evenly_spaced(count, len(rows)))
+                for rows, count in zip(
+                    validation, _validation_counts(text, validation), strict=True
+                )
+            ]
+        )
+
+    def sampler(self, *, seed: int, world: int, rank: int) -> EpochSampler:
+        """Decide the order of the training rows.
+
+        Args:
+            seed: What it follows from, together with the epoch.
+            world: Ranks.
+            rank: Whose rows these are.
+        """
+        if len(self._sizes) == 1:
+            return EpochSampler(self.train, world, rank, seed=seed, drop_last=True)
+        return MixtureSampler(
+            self._sizes,
+            shares(self._text.sources),
+            batch_size=self._batch_size,
+            world=world,
+            rank=rank,
+            seed=seed,
+        )
+
+
+class StreamedText:
+    """Text that becomes rows while it is read.
+
+    Args:
+        text: What they are made of.
+
+    Attributes:
+        validation: The first rows of every source in proportion to the weights.
+
+    Raises:
+        DataError: A source makes no row to validate on.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._shards = [
+            shards_of(one.train, source.name)
+            for one, source in zip(text.texts, text.sources, strict=True)
+        ]
+        flows = (
+            packed_rows(
+                _read_through(one.validation, source.name),
+                text.tokenizer,
+                sequence_length=text.sequence_length,
+                packing=text.packing,
+            )
+            for one, source in zip(text.texts, text.sources, strict=True)
+        )
+        first = [list(islice(rows, text.validation_sequences)) for rows in flows]
+        _require_rows(text, "validation", first)
+        counts = _validation_counts(text, first)
+        chosen = (rows[:count] for rows, count in zip(first, counts, strict=True))
+        self.validation = list(chain.from_iterable(chosen))
+
+    def rows(self, *, seed: int, world: int, rank: int) -> StreamedRows:
+        """Start the streams.
+
+        Args:
+            seed: Decides the order.
+            world: Ranks.
+            rank: Whose rows these are.
+        """
+        sources = [
+            StreamedSource(
+                shards,
+                self._text.tokenizer,
+                sequence_length=self._text.sequence_length,
+                packing=self._text.packing,
+                seed=draw.number(seed, index),
+            )
+            for index, shards in enumerate(self._shards)
+        ]
+        weights = shares(self._text.sources)
+        return StreamedRows(sources, weights, seed=seed, world=world, rank=rank)
+
+
+def _read_through(documents: Any, name: str) -> Iterator[dict[str, str]]:
+    for shard in shards_of(documents, f"{name}, validation"):
+        for text in shard.read(None):
+            yield {"text": text}
+
+
+def _packed(text: Text, one: TextSource, split: str, cache: Path) -> "Dataset":
+    return packed_dataset(
+        getattr(one, split),
+        tokenizer=text.tokenizer,
+        fingerprint=f"{one.fingerprint}-{split}",
+        sequence_length=text.sequence_length,
+        packing=text.packing,
+        cache=cache,
+    )
+
+
+def _require_rows(text: Text, split: str, rows: Sequence[Sequence[Any]]) -> None:
+    for own, source in zip(rows, text.sources, strict=True):
+        if len(own) == 0:
+            raise DataError(
+                f"the {split} text of {source.name} is shorter than one sequence of "
+                f"{text.sequence_length} tokens; give more text, or lower data.sequence_length"
+            )
+
+
+def _validation_counts(text: Text, rows: Sequence[Sequence[Any]]) -> list[int]:
+    """Count the rows of each source: in proportion, as far as the rarest one goes, one at least."""
+    parts = shares(text.sources)
+    enough = (int(len(own) / share) for own, share in zip(rows, parts, strict=True))
+    total = min(text.validation_sequences, *enough)
+    counts = draw.apportioned(total, parts)
+    return [min(max(1, count), len(own)) for count, own in zip(counts, rows, strict=True)]

@@ -1,0 +1,130 @@
+"""One of several devices, traced alone: no process is started and nothing is sent."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from foam_lightning.distributed.fsdp import shard
+from foam_lightning.distributed.topology import Devices
+from foam_lightning.errors import ConfigError
+from foam_lightning.memory.trace import Precision, Traceable
+
+# What NCCL holds for each communicator outside torch's counters: a buffer of 4 MiB (NCCL_BUFFSIZE)
+# for each of at most 32 channels, to send and to receive. The most of NCCL's own defaults; fewer
+# channels, as between cards without NVLink, take less. Not calibrated yet.
+NCCL_BYTES = 2 * 32 * 4 * 2**20
+# torch fills the first bucket of DDP up to 1 MiB and each of the others up to 25 MiB
+# (dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb).
+_BUCKET_BYTES = (2**20, 25 * 2**20)
+
+# Makes a module, just laid out, one of the ranks.
+Join = Callable[[Traceable], None]
+
+
+@contextmanager
+def one_of(devices: Devices, precision: Precision) -> Iterator[Join]:
+    """Let modules be laid out, in fake mode, as the first of these devices has them.
+
+    Under FSDP2 the fake process group of torch stands for the other ranks: every collective
+    returns at once, and what is allocated around it is what a real one would need. Under DDP the
+    buckets are left to the caller (see `buckets`); a gradient goes into its bucket as soon as it is
+    complete, and its own memory is free again.
+
+    Args:
+        devices: The devices.
+        precision: Lightning's name of the precision.
+
+    Yields:
+        A function that takes such a module.
+
+    Raises:
+        ConfigError: This process already is one of several.
+    """
+    if not devices.shards:
+        yield _fill_buckets if devices.count > 1 else _stay_alone
+        return
+    with _fake_group(devices.count) as mesh:
+        yield lambda module: _share(module, mesh, precision)
+
+
+def communicators(devices: Devices) -> int:
+    """Count the communicators of a run on a GPU.
+
+    Under FSDP2 the mesh has one beside that of all processes, which metrics and barriers use.
+    """
+    if devices.count == 1:
+        return 0
+    return 2 if devices.shards else 1
+
+
+def buckets(devices: Devices, sizes: Iterable[int]) -> list[int]:
+    """Give the bytes of the buckets of DDP, which hold every gradient from the first step on.
+
+    Parameters are taken from the last to the first; a bucket is full once it reaches its cap.
+
+    Args:
+        devices: Without DDP there are no buckets.
+        sizes: Bytes of every parameter, in the order of the module.
+    """
+    if devices.count == 1 or devices.shards:
+        return []
+    found = [0]
+    for size in reversed(list(sizes)):
+        if found[-1] >= _BUCKET_BYTES[min(len(found) - 1, 1)]:
+            found.append(0)
+        found[-1] += size
+    return found
+
+
+def _stay_alone(_module: Traceable) -> None:
+    pass
+
+
+def _fill_buckets(module: Traceable) -> None:
+    """Free each gradient as soon as it could be added to what its bucket has."""
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
+
+
+def _share(module: Traceable, mesh: DeviceMesh, precision: Precision) -> None:
+    assert isinstance(module, nn.Module)
+    shard(module, module.layers(), mesh, precision)
+    assert isinstance(module, FSDPModule)
+    # The trace runs the two halves of what is one forward pass to FSDP2, so it begins in the one
+    # and ends in the other; there is no public name for either.
+    state = module._get_fsdp_state()
+    hidden_states, mean_loss = module.hidden_states, module.mean_loss
+
+    def begin(input_ids: Tensor) -> Tensor:
+        state._pre_forward(module, (), {})
+        hidden: Tensor = hidden_states(input_ids)
+        return hidden
+
+    def end(hidden: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = state._post_forward(module, (), mean_loss(hidden, labels))
+        return loss
+
+    module.hidden_states, module.mean_loss = begin, end  # type: ignore[method-assign]
+
+
+@contextmanager
+def _fake_group(count: int) -> Iterator[DeviceMesh]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ConfigError(
+            "the account of several devices is made before their processes join; call it earlier"
+        )
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (count,))
+    finally:
+        dist.destroy_process_group()

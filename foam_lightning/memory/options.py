@@ -1,0 +1,273 @@
+"""What every pulled lever costs, by a model of the step's work."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+from foam_lightning.model.roles import layer_of
+from foam_lightning.plan import Levers, StateDtype
+from foam_lightning.units import in_words
+
+# A rung is worth taking when folding at this level fits on it; only where no rung allows that do
+# higher levels come in. 2 is the level of the paper's main results.
+TARGET_LEVEL = 2
+# Levels above 8 save next to nothing: two moments of a matrix are 1/256 of Adam's here.
+MAX_LEVEL = 8
+
+Fits = Callable[[Levers, int], bool]
+# Activation and selective checkpointing, from the cheapest to the dearest.
+_CHECKPOINTING = ((False, False), (True, True), (True, False))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Every set of levers that a job may train with, in order of price.
+
+    Sets are ordered by their dearest lever, then by the next, from dear to cheap: state in host
+    memory (it crosses the bus twice a step), gradient release (the whole batch is one
+    micro-batch), whole activation checkpointing (the forward pass once more), selective
+    checkpointing (all of it but the products), state in int8, more and smaller micro-batches,
+    chunked loss (the head's product once more). So a lever is pulled only where all that is
+    cheaper does not do, and nothing is pulled in vain.
+
+    Args:
+        start: The levers that the configuration asks for; none of them is ever let go.
+        on_gpu: Whether state may go to int8 and to host memory: a CPU has no compiled update of
+            int8 state, which takes 30 times as long there, and no other memory.
+        can_release: Whether gradients may be released, which one device alone can do.
+        selective_rows: Rows from which a micro-batch takes longer to run forward again than torch
+            takes to choose what to keep: with fewer, selective checkpointing is the dearer one.
+        chunked_rows: Rows from which the loss of a micro-batch is more than one chunk; with fewer
+            it is taken in one piece.
+    """
+
+    start: Levers
+    on_gpu: bool = True
+    can_release: bool = True
+    selective_rows: int = 1
+    chunked_rows: int = 1
+
+    def cheapest(self, fits: Fits) -> Levers | None:
+        """Find the cheapest levers that fit.
+
+        State goes to host memory only where no level fits on the device: on the models measured so
+        far, levels 1 to 8 differ by less than it costs.
+
+        Args:
+            fits: Says whether a run with these levers fits at one uniform level.
+
+        Returns:
+            The cheapest that fit at level 2, else at level 8, else None.
+        """
+        for offload in self._choices("state_offload"):
+            for level in (TARGET_LEVEL, MAX_LEVEL):
+                for base in self._bases(offload):
+                    found = self._best(base, lambda levers, at=level: fits(levers, at))  # type: ignore[misc]
+                    if found is not None:
+                        return found
+        return None
+
+    def leanest(self) -> list[Levers]:
+        """List the levers of which one needs the least memory, the cheapest first.
+
+        Which one depends on the model: a lever that saves activations may cost gradients, such as
+        accumulation, which holds them during the forward passes, or gradient release, which cannot
+        split the batch.
+        """
+        bases = self._bases(self._choices("state_offload")[-1])
+        # Each replaces a cheaper one, so that the dearest is left, with and without release.
+        dearest = {base.gradient_release: base for base in bases}.values()
+        stages = [self._micro_batches(base) for base in dearest]
+        ends = [levers for stage in stages for levers in (stage[0], stage[-1])]
+        return list(dict.fromkeys(way for end in ends for way in (self._whole(end), end)))
+
+    def next_rung(self, levers: Levers, peak: Callable[[Levers], int]) -> Levers | None:
+        """Find the cheapest levers that are dearer than these and need less memory.
+
+        The state stays as it is kept, so that a checkpoint serves both.
+
+        Args:
+            levers: Those of a run that went out of memory.
+            peak: Predicts the peak of the run with other levers, in bytes.
+
+        Returns:
+            None if there are none.
+        """
+        now = _price(levers)
+        before = peak(levers)
+        rungs = (
+            rung
+            for offload in self._choices("state_offload")
+            for base in self._bases(offload)
+            for chunked in self._micro_batches(base)
+            for rung in (self._whole(chunked), chunked)
+            if rung.state_dtype == levers.state_dtype and _price(rung) > now
+        )
+        return next((rung for rung in rungs if peak(rung) < before), None)
+
+    def _choices(self, lever: str) -> list[bool]:
+        if getattr(self.start, lever):
+            return [True]
+        allowed = self.on_gpu if lever == "state_offload" else self.can_release
+        return [False, True] if allowed else [False]
+
+    def _bases(self, offload: bool) -> Iterator[Levers]:
+        """Yield levers of one micro-batch each, in order of price."""
+        start = replace(self.start, state_offload=offload)
+        asked = (start.activation_checkpointing, start.selective_checkpointing)
+        checkpointing = _CHECKPOINTING[_CHECKPOINTING.index(asked) :]
+        dtypes: list[StateDtype] = [start.state_dtype]
+        if self.on_gpu and start.state_dtype != "int8":
+            dtypes.append("int8")
+        for release, (checkpoints, selective), dtype in product(
+            self._choices("gradient_release"), checkpointing, dtypes
+        ):
+            levers = replace(
+                start,
+                activation_checkpointing=checkpoints,
+                selective_checkpointing=selective,
+                state_dtype=dtype,
+            )
+            if release:
+                levers = replace(
+                    levers,
+                    micro_batch_size=start.batch_size,
+                    accumulate_grad_batches=1,
+                    gradient_release=True,
+                )
+            yield levers
+
+    def _best(self, base: Levers, fits: Callable[[Levers], bool]) -> Levers | None:
+        """Find the largest micro-batch that fits, with the loss in one piece if that fits too."""
+
+        # Chunks save logits, but each makes a gradient of the head; a few rows have fewer logits.
+        def either_fits(levers: Levers) -> bool:
+            return fits(self._whole(levers)) or fits(levers)
+
+        first, rest = (ways := self._micro_batches(base))[:1], ways[1:]
+        found = first[0] if first and either_fits(first[0]) else _largest(rest, either_fits)
+        if found is None:
+            return None
+        return self._whole(found) if fits(self._whole(found)) else found
+
+    def _micro_batches(self, base: Levers) -> list[Levers]:
+        """List what to split the batch into, the largest first; with release, it stays whole."""
+        batch, largest = base.batch_size, base.micro_batch_size
+        least = batch if base.gradient_release else 1
+        if base.selective_checkpointing and not self.start.selective_checkpointing:
+            least = max(least, self.selective_rows)
+        return [
+            replace(
+                base,
+                micro_batch_size=size,
+                accumulate_grad_batches=batch // size,
+                chunked_loss=self.start.chunked_loss or size >= self.chunked_rows,
+            )
+            for size in range(largest, least - 1, -1)
+            if batch % size == 0
+        ]
+
+    def _whole(self, levers: Levers) -> Levers:
+        return replace(levers, chunked_loss=self.start.chunked_loss)
+
+
+def _largest(stage: list[Levers], fits: Callable[[Levers], bool]) -> Levers | None:
+    """Find the first that fits, by bisection.
+
+    The micro-batch before them may not accumulate. They do, so they may need more than it:
+    gradients are alive in their forward passes.
+    """
+    if not stage or not fits(stage[-1]):
+        return None
+    low, high = 0, len(stage) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fits(stage[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return stage[low]
+
+
+def _price(levers: Levers) -> tuple[int, ...]:
+    checkpointing = (levers.activation_checkpointing, levers.selective_checkpointing)
+    return (
+        levers.state_offload,
+        levers.gradient_release,
+        _CHECKPOINTING.index(checkpointing),
+        levers.state_dtype == "int8",
+        levers.accumulate_grad_batches,
+        levers.chunked_loss,
+    )
+
+
+# Forward, and in backward the gradients of both factors.
+_PASSES = 3
+_CHOOSING_SECONDS = 5e-3
+
+
+def prices(
+    levers: Levers, shapes: Mapping[str, tuple[int, ...]], state_bytes: int
+) -> dict[str, str]:
+    """Say what the levers that are pulled cost in speed, in words.
+
+    Work is counted in products of matrices, which are nearly all of a step; attention's own, a few
+    percent at short rows, is left out. It is a model, not a measurement.
+
+    Args:
+        levers: The levers.
+        shapes: Shape of every parameter by name, in elements.
+        state_bytes: Bytes of optimizer state.
+
+    Returns:
+        By field of `Levers`, the pulled ones only.
+    """
+    decoder, head = _products(shapes)
+    step = _PASSES * (decoder + head)
+    found = {}
+    if levers.chunked_loss:
+        found["chunked_loss"] = f"{head / step:.1%} more work: the head's product is made again"
+    if levers.accumulate_grad_batches > 1:
+        found["accumulate_grad_batches"] = "none while a micro-batch still fills the device"
+    if levers.selective_checkpointing:
+        found["selective_checkpointing"] = "no product is made again, only what lies between them"
+    elif levers.activation_checkpointing:
+        found["activation_checkpointing"] = f"{decoder / step:.0%} more work: forward is run again"
+    if levers.gradient_release:
+        found["gradient_release"] = "none; a step is one micro-batch"
+    if levers.state_dtype == "int8":
+        found["state_dtype"] = "moments are rounded at random to codes of one byte"
+    if levers.state_offload:
+        crossing = in_words(2 * state_bytes)
+        found["state_offload"] = f"{crossing} cross the bus in every step"
+    return found
+
+
+def selective_rows(
+    shapes: Mapping[str, tuple[int, ...]], sequence_length: int, *, on_gpu: bool
+) -> int:
+    """Count the rows from which a micro-batch is worth checkpointing selectively.
+
+    torch chooses what to keep operator by operator, in Python: 5 ms for each layer, forward and
+    backward (4.4 to 4.7 ms more than whole checkpointing, measured on a 2.5 GHz core). In that time
+    the products of a few rows are made again. That a device makes 1e14 of them a second, and a CPU
+    1e11, is an assumption.
+
+    Args:
+        shapes: Shape of every parameter by name, in elements.
+        sequence_length: Tokens in a row.
+        on_gpu: Whether a GPU makes the products.
+    """
+    decoder, _ = _products(shapes)
+    num_layers = len({layer_of(name) for name in shapes} - {None})
+    per_row = 2 * sequence_length * decoder / max(1, num_layers)
+    return math.ceil(_CHOOSING_SECONDS * (1e14 if on_gpu else 1e11) / max(1.0, per_row))
+
+
+def _products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Count the weights that multiply in the decoder and in the head, whoever owns the latter."""
+    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+    decoder = sum(size for name, size in matrices.items() if layer_of(name) is not None)
+    outside = [size for name, size in matrices.items() if layer_of(name) is None]
+    return decoder, max(outside, default=0)

@@ -1,0 +1,111 @@
+"""plan(): what fits a budget, without training and without a GPU."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+
+from foam_lightning.errors import ConfigError, FoamError, InfeasibleBudgetError
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan
+from foam_lightning.validation import MODEL, check_ranges
+from tuner.planning.planner import Fitting, neighbours
+from tuner.report.plan_table import (
+    level_grid,
+    plan_json,
+    plan_table,
+    tensor_table,
+    tensors_as_json,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A plan to be shown.
+
+    Attributes:
+        table: For people.
+        json: For scripts.
+        refusal: Why the plan cannot be trained by, to be raised once it is shown; None if it can.
+    """
+
+    table: RenderableType
+    json: str
+    refusal: FoamError | None
+
+
+def plan(
+    job: Job,
+    budget_bytes: int | None,
+    *,
+    uniform_level: int | None = None,
+    num_tensors: int = 0,
+    picture: Path | None = None,
+) -> Answer:
+    """Find the plan of a budget, or look at one level everywhere.
+
+    Args:
+        job: What to train.
+        budget_bytes: Of one device.
+        uniform_level: Take this level instead of choosing any.
+        num_tensors: How many of the largest tensors at the peak to list.
+        picture: A PNG to draw the plan into; its folder exists.
+
+    Raises:
+        ConfigError: There is neither a budget nor a level, the picture cannot be written, or
+            another optimizer than FOAM is asked for.
+    """
+    if not job.is_foam:
+        raise ConfigError(f"plan knows foam alone, not {job.optimizer}; leave model.optimizer out")
+    if budget_bytes is None and uniform_level is None:
+        raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
+    check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
+    fitting = Fitting(job, budget_bytes or sys.maxsize)
+    found, refusal = _choose(fitting) if uniform_level is None else _check(fitting, uniform_level)
+    account = fitting.accountant.account(found)
+    minimum = None if budget_bytes is None else fitting.minimum.account.peak_bytes
+    near = neighbours(fitting) if uniform_level is None else []
+    tensors = fitting.accountant.tensors(found) if num_tensors else []
+    if picture is not None:
+        _draw(fitting, found, budget_bytes, picture)
+    table = plan_table(found, account, budget_bytes, minimum, near, fitting.prices(found))
+    largest = tensors_as_json(tensors, num_tensors)
+    return Answer(
+        Group(table, tensor_table(tensors, num_tensors)) if tensors else table,
+        plan_json(found, account, budget_bytes, minimum, near, largest),
+        refusal,
+    )
+
+
+def _choose(fitting: Fitting) -> tuple[FoldPlan, FoamError | None]:
+    try:
+        return fitting.untuned(), None
+    except InfeasibleBudgetError as error:
+        return fitting.minimum.plan, error
+
+
+def _check(fitting: Fitting, level: int) -> tuple[FoldPlan, FoamError | None]:
+    found = fitting.job.plan_at(level)
+    try:
+        fitting.check(found)
+    except InfeasibleBudgetError as error:
+        return found, error
+    return found, None
+
+
+def _draw(fitting: Fitting, found: FoldPlan, budget_bytes: int | None, path: Path) -> None:
+    # Where nothing is drawn, nothing that draws is imported.
+    from tuner.report.plan_plots import draw_plan
+    from tuner.report.style import save
+
+    plans = {"plan": found}
+    if any(found.levels.values()):
+        adam = replace(found, levels=dict.fromkeys(found.levels, 0))
+        plans = {"Adam, same levers": adam, **plans}
+    accounts = {name: fitting.accountant.account(plan) for name, plan in plans.items()}
+    grid, _ = level_grid(found.levels)
+    try:
+        save(draw_plan(accounts, budget_bytes, grid), path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the picture {path}: {error.strerror or error}") from error

@@ -1,0 +1,245 @@
+"""What the search turns: a dozen knobs that stand for the fold level of every matrix.
+
+The knobs weight a base curve into a damage table, and the exact allocation decodes the table into
+levels that fill the budget. So every trial fits, and the search has a dozen dimensions, not 200.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from foam_lightning.memory.options import MAX_LEVEL
+from foam_lightning.model.roles import ROLES, layer_of, role_of
+from foam_lightning.optim.state import state_bytes
+from foam_lightning.plan import StateDtype
+from tuner.planning.allocation import allocate
+
+if TYPE_CHECKING:
+    import optuna
+
+_LARGEST_MULTIPLIER = 8.0
+_LARGEST_EXPONENT = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """One point of the search space; the defaults treat all matrices alike.
+
+    Args:
+        q: Multiplier of the damage to query matrices, above 0; so for the other six roles.
+        k: Key.
+        v: Value.
+        o: Attention output.
+        gate: MLP gate.
+        up: MLP up.
+        down: MLP down.
+        depth_slope: How the log of the damage grows with the relative depth x in [-1, 1].
+        depth_curvature: How it grows with x**2 - 1/3, so from the middle towards both ends.
+        exponent: Power of the base curve, above 0. Damage is concave in the bytes kept below 2,
+            which spends them on few matrices at level 0, and convex above, which spreads them.
+        level_cap: The highest level to use, from 1 to 8, where the budget can afford it.
+
+    Raises:
+        ValueError: A knob is out of range.
+    """
+
+    q: float = 1.0
+    k: float = 1.0
+    v: float = 1.0
+    o: float = 1.0
+    gate: float = 1.0
+    up: float = 1.0
+    down: float = 1.0
+    depth_slope: float = 0.0
+    depth_curvature: float = 0.0
+    exponent: float = 1.0
+    level_cap: int = MAX_LEVEL
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        for name in (*ROLES, "exponent"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.level_cap not in range(1, MAX_LEVEL + 1):
+            raise ValueError(f"level_cap must be from 1 to {MAX_LEVEL}, got {self.level_cap}")
+
+
+def suggest(trial: "optuna.Trial") -> Knobs:
+    """Ask a trial for knobs; this declares the search space.
+
+    Args:
+        trial: Its parameters get the names of the knobs.
+    """
+    steepest = math.log(_LARGEST_MULTIPLIER)
+    multipliers = {
+        role: trial.suggest_float(role, 1 / _LARGEST_MULTIPLIER, _LARGEST_MULTIPLIER, log=True)
+        for role in ROLES
+    }
+    return Knobs(
+        **multipliers,
+        depth_slope=trial.suggest_float("depth_slope", -steepest, steepest),
+        depth_curvature=trial.suggest_float("depth_curvature", -steepest, steepest),
+        exponent=trial.suggest_float("exponent", 1.0, _LARGEST_EXPONENT, log=True),
+        level_cap=trial.suggest_int("level_cap", 1, MAX_LEVEL),
+    )
+
+
+def as_params(knobs: Knobs) -> dict[str, float | int]:
+    """Turn knobs into the parameters of a trial that `suggest` reads back, to enqueue them."""
+    return asdict(knobs)
+
+
+def base_curve(level: int) -> float:
+    """Give the damage of a level to a matrix like any other: sqrt(1 - 2**-level).
+
+    This is the norm of the residual over the norm of the gradient where adjacent columns have
+    nothing in common, as measured for every role.
+
+    Args:
+        level: Fold level, 0 or more.
+
+    Returns:
+        0 at level 0, rising towards 1.
+    """
+    return math.sqrt(1.0 - 2.0**-level)
+
+
+def damage_table(
+    shapes: Mapping[str, tuple[int, ...]], knobs: Knobs, levels: Sequence[int]
+) -> NDArray[np.float64]:
+    """Estimate what each level costs each matrix in training quality, in arbitrary units.
+
+    Args:
+        shapes: The matrices to fold, by qualified name.
+        knobs: What to weight them with.
+        levels: One column each.
+
+    Returns:
+        Shape (matrices, levels): elements * role * depth * base curve, and inf above the cap.
+    """
+    curve = np.array([base_curve(level) ** knobs.exponent for level in levels])
+    curve[np.array(levels) > knobs.level_cap] = np.inf
+    num_layers = 1 + max((layer_of(name) or 0 for name in shapes), default=0)
+    weights = [
+        math.prod(shape) * _role_weight(name, knobs) * _depth_weight(name, num_layers, knobs)
+        for name, shape in shapes.items()
+    ]
+    table: NDArray[np.float64] = np.multiply.outer(np.array(weights), curve)
+    return table
+
+
+def state_bytes_table(
+    shapes: Mapping[str, tuple[int, ...]], levels: Sequence[int], dtype: StateDtype
+) -> NDArray[np.int64]:
+    """Count the bytes of the state of each matrix at each level.
+
+    Args:
+        shapes: The matrices to fold, by qualified name.
+        levels: One column each.
+        dtype: The dtype of the moments.
+
+    Returns:
+        Shape (matrices, levels).
+    """
+    return np.array(
+        [
+            [state_bytes(shape, level, getattr(torch, dtype)) for level in levels]
+            for shape in shapes.values()
+        ],
+        dtype=np.int64,
+    )
+
+
+def decode(
+    shapes: Mapping[str, tuple[int, ...]],
+    knobs: Knobs,
+    levels: Sequence[int],
+    cost_bytes: NDArray[np.int64],
+    budget_bytes: int,
+) -> dict[str, int]:
+    """Turn knobs into the levels that fill the budget with the least damage.
+
+    A level cap too low for the budget is raised to the lowest one that fits, so that any knobs
+    decode wherever any levels fit.
+
+    Args:
+        shapes: The matrices to fold, by qualified name.
+        knobs: What to weight them with.
+        levels: The levels to choose from, one column of `cost_bytes` each.
+        cost_bytes: Shape (matrices, levels).
+        budget_bytes: The most that the levels may cost together.
+
+    Returns:
+        The level of each matrix.
+
+    Raises:
+        AllocationError: No levels fit the budget.
+    """
+    cap = _affordable_cap(knobs.level_cap, levels, cost_bytes, budget_bytes)
+    damage = damage_table(shapes, replace(knobs, level_cap=cap), levels)
+    chosen = allocate(cost_bytes, damage, budget_bytes)
+    return {name: levels[column] for name, column in zip(shapes, chosen, strict=True)}
+
+
+def nearest(
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, int],
+    levels: Sequence[int],
+    cost_bytes: NDArray[np.int64],
+    budget_bytes: int,
+) -> dict[str, int]:
+    """Find the levels that fit a budget and differ least from those wanted.
+
+    The difference is that of the levels, by element of the matrices; where those wanted fit, there
+    is none.
+
+    Args:
+        shapes: The matrices to fold, by qualified name.
+        wanted: The level that each would have.
+        levels: The levels to choose from, one column of `cost_bytes` each.
+        cost_bytes: Shape (matrices, levels).
+        budget_bytes: The most that the levels may cost together.
+
+    Returns:
+        The level of each matrix.
+
+    Raises:
+        AllocationError: No levels fit the budget.
+    """
+    damage = [
+        [math.prod(shape) * abs(level - wanted[name]) for level in levels]
+        for name, shape in shapes.items()
+    ]
+    chosen = allocate(cost_bytes, damage, budget_bytes)
+    return {name: levels[column] for name, column in zip(shapes, chosen, strict=True)}
+
+
+def _affordable_cap(
+    cap: int, levels: Sequence[int], cost_bytes: NDArray[np.int64], budget_bytes: int
+) -> int:
+    for higher in range(cap, MAX_LEVEL):
+        allowed = cost_bytes[:, np.array(levels) <= higher]
+        if allowed.size and allowed.min(axis=1).sum() <= budget_bytes:
+            return higher
+    return MAX_LEVEL
+
+
+def _role_weight(name: str, knobs: Knobs) -> float:
+    role = role_of(name)
+    return getattr(knobs, role) if role in ROLES else 1.0
+
+
+def _depth_weight(name: str, num_layers: int, knobs: Knobs) -> float:
+    layer = layer_of(name)
+    if layer is None or num_layers == 1:
+        return 1.0
+    x = 2 * layer / (num_layers - 1) - 1
+    # x**2 averages 1/3 over [-1, 1], so curvature moves damage about without adding any.
+    return math.exp(knobs.depth_slope * x + knobs.depth_curvature * (x**2 - 1 / 3))

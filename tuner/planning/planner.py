@@ -1,0 +1,276 @@
+"""What a tenth more and a tenth less budget would change."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foam_lightning.errors import ConfigError, InfeasibleBudgetError
+from foam_lightning.job import Job
+from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
+from foam_lightning.memory.options import MAX_LEVEL, TARGET_LEVEL, Ladder, prices, selective_rows
+from foam_lightning.model.loss import least_rows_in_chunks
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import FoldPlan, Levers
+from tuner.planning.knobs import Knobs, decode, nearest, state_bytes_table
+from tuner.planning.scales import ADAMS_QK, joined, turned
+
+LEVELS = tuple(range(MAX_LEVEL + 1))
+# With no run to learn from, damage is taken as convex in the bytes kept, so that matrices stay
+# within a level or two of each other instead of some at 0 and the rest at the cap; but q and k are
+# at 0 as long as the rest can make up for it, which was worth .03 and .12 nats (docs/log.md).
+UNTUNED = Knobs(exponent=4.0, q=8.0, k=8.0)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The smallest budget that works.
+
+    Attributes:
+        plan: The plan that needs it.
+        account: Its peak, term by term.
+    """
+
+    plan: FoldPlan
+    account: Account
+
+
+class Fitting:
+    """Find plans of one job whose predicted peak is within a budget.
+
+    Args:
+        job: What to train.
+        budget_bytes: The budget of the device.
+        like: Another of the same job, whose traces then serve both.
+    """
+
+    def __init__(self, job: Job, budget_bytes: int, *, like: "Fitting | None" = None) -> None:
+        self.job = job
+        self.budget_bytes = budget_bytes
+        self.module: LlamaFoam = like.module if like else job.new_module()
+        self.accountant: Accountant = like.accountant if like else job.new_accountant()
+        length = int(job.data["sequence_length"])
+        self.ladder = Ladder(
+            job.levers,
+            on_gpu=job.on_gpu,
+            can_release=job.devices.count == 1,
+            selective_rows=selective_rows(self.module.shapes, length, on_gpu=job.on_gpu),
+            chunked_rows=least_rows_in_chunks(length),
+        )
+
+    @cached_property
+    def _foldable(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what one device keeps of the matrices that fold."""
+        share = self.job.devices.share
+        return {name: share(shape) for name, shape in self.module.foldable.items()}
+
+    def with_budget(self, budget_bytes: int) -> "Fitting":
+        """Look at the same job within another budget; what was traced serves both."""
+        return Fitting(self.job, budget_bytes, like=self)
+
+    @cached_property
+    def minimum(self) -> Minimum:
+        """The plan with every matrix at the highest level and the levers that need least."""
+        return self.least(MAX_LEVEL)
+
+    def least(self, level: int) -> Minimum:
+        """Find the levers that need least with every matrix at one level."""
+        plans = [self.module.uniform_plan(level, levers) for levers in self.ladder.leanest()]
+        least: Minimum | None = None
+        # What the most promising needs rules most others out without a trace.
+        for plan in sorted(plans, key=self.accountant.least):
+            if least is None or self.accountant.fits(plan, least.account.peak_bytes - 1):
+                least = Minimum(plan, self.accountant.account(plan))
+        assert least is not None
+        return least
+
+    @cached_property
+    def levers(self) -> Levers:
+        """The cheapest levers that fit.
+
+        Raises:
+            InfeasibleBudgetError: None do.
+            ConfigError: The settings contradict them.
+        """
+        found = self.ladder.cheapest(self._fits_uniform)
+        if found is None:
+            account = self.minimum.account
+            raise InfeasibleBudgetError(
+                self.budget_bytes, account.peak_bytes, account.binding, dict(account.breakdown)
+            )
+        self.job.check(found)
+        return found
+
+    @cached_property
+    def uniform_levels(self) -> list[int]:
+        """The uniform levels that fit with these levers, lowest first."""
+        return [level for level in LEVELS if self._fits_uniform(self.levers, level)]
+
+    @property
+    def adam_fits(self) -> bool:
+        """Whether level 0 everywhere fits, which makes Adam a plan that may win."""
+        return 0 in self.uniform_levels
+
+    @cached_property
+    def state_allowance(self) -> int:
+        """The bytes that the state of the matrices that fold may take, at most.
+
+        What a plan needs beside them depends a little on the levels, so this is the most that any
+        uniform plan leaves, and may be too much: `decoded` looks again. State in host memory may
+        take what it takes at the lowest level that fits.
+        """
+        if self.levers.state_offload:
+            return self.folded_bytes(self.uniform(self.uniform_levels[0]))
+
+        def allowance(plan: FoldPlan) -> int:
+            slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
+            return self.folded_bytes(plan) + self.accountant.state_change(plan, slack)
+
+        return max(allowance(self.uniform(level)) for level in LEVELS)
+
+    def uniform(self, level: int) -> FoldPlan:
+        """Make the plan with every matrix at one level."""
+        return self.module.uniform_plan(level, self.levers)
+
+    def refuse_if_infeasible(self) -> None:
+        """Make sure that some plan fits.
+
+        Raises:
+            InfeasibleBudgetError: None does.
+            ConfigError: The settings contradict the one that does.
+        """
+        self.uniform(MAX_LEVEL)
+
+    def fits(self, plan: FoldPlan) -> bool:
+        """Tell whether the predicted peak of a plan is within the budget."""
+        return self.accountant.fits(plan, self.budget_bytes)
+
+    def check(self, plan: FoldPlan) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises:
+            InfeasibleBudgetError: Carries what the plan needs.
+            ConfigError: The settings contradict the plan's levers.
+        """
+        self.job.check(plan.levers)
+        account = self.accountant.account(plan)
+        if account.peak_bytes > self.budget_bytes:
+            raise InfeasibleBudgetError(
+                self.budget_bytes,
+                account.peak_bytes,
+                account.binding,
+                dict(account.breakdown),
+                subject="this plan",
+            )
+
+    def decoded(self, knobs: Knobs, state_bytes: int) -> dict[str, int]:
+        """Turn knobs into levels that fill so many bytes of state and fit the budget.
+
+        Args:
+            knobs: What to weight the damage of each matrix with.
+            state_bytes: For the matrices that fold; at most the allowance is used.
+        """
+        return self._filled(state_bytes, partial(decode, self._foldable, knobs, LEVELS))
+
+    def nearest(self, levels: Mapping[str, int]) -> dict[str, int]:
+        """Find the levels that fit the budget and differ least from others.
+
+        Args:
+            levels: Those others, of the same matrices; as they are if they fit.
+        """
+        wanted = partial(nearest, self._foldable, levels, LEVELS)
+        return self._filled(self.state_allowance, wanted)
+
+    def folded_bytes(self, plan: FoldPlan) -> int:
+        """Count the state of the matrices that fold, the part that a plan decides."""
+        return optimizer_state_bytes(self._foldable, plan.levels, plan.levers.state_dtype)
+
+    def untuned(self) -> FoldPlan:
+        """Make the plan for this budget before any run: Adam if it fits, else levels that fill.
+
+        Where the state is in host memory, levels take nothing from the device, but every byte of
+        state crosses the bus twice a step: then every matrix is at level 2, or above where it must.
+        """
+        if self.levers.state_offload:
+            return self.uniform(max(TARGET_LEVEL, self.uniform_levels[0]))
+        adam = self.uniform(0)
+        if 0 in self.uniform_levels:
+            return turned(adam, qk_factor=ADAMS_QK)
+        levels = self.decoded(UNTUNED, self.state_allowance)
+        return joined(levels, unfolded=adam, folded=self.uniform(self.uniform_levels[0]))
+
+    def prices(self, plan: FoldPlan) -> dict[str, str]:
+        """Say what the pulled levers of a plan cost in speed, by field of `Levers`."""
+        shapes = self.module.shapes
+        state = optimizer_state_bytes(shapes, plan.levels, plan.levers.state_dtype)
+        return prices(plan.levers, shapes, state)
+
+    def _filled(
+        self, state_bytes: int, levels_within: Callable[[NDArray[np.int64], int], dict[str, int]]
+    ) -> dict[str, int]:
+        costs = state_bytes_table(self._foldable, LEVELS, self.levers.state_dtype)
+        least = self.folded_bytes(self.uniform(MAX_LEVEL))
+        allowed = min(state_bytes, self.state_allowance)
+        while True:
+            levels = levels_within(costs, allowed)
+            plan = replace(self.uniform(0), levels=levels)
+            excess = self.accountant.account(plan).peak_bytes - self.budget_bytes
+            if excess <= 0 or allowed == least:
+                return levels
+            # The optimizer's workspace may be larger at these levels than at the one that leaves
+            # most, perhaps by more than the state that is left to fold.
+            change = self.accountant.state_change(plan, -excess)
+            allowed = max(least, self.folded_bytes(plan) + change)
+
+    def _fits_uniform(self, levers: Levers, level: int) -> bool:
+        return self.fits(self.module.uniform_plan(level, levers))
+
+
+PERCENT = 10
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """The plan of another budget.
+
+    Attributes:
+        percent: How much more budget it is, below 0 how much less.
+        budget_bytes: The budget.
+        plan: Before any run, as the plan beside it; None where nothing fits.
+        peak_bytes: Its predicted peak, at most the budget; None where nothing fits.
+    """
+
+    percent: int
+    budget_bytes: int
+    plan: FoldPlan | None
+    peak_bytes: int | None
+
+
+def neighbours(fitting: Fitting) -> list[Neighbour]:
+    """Find the plans of a tenth more and of a tenth less budget, in this order.
+
+    They share the traces of the budget in between, and so take little time beside it.
+
+    Args:
+        fitting: Of the budget in between, whether anything fits it or not.
+    """
+    return [_neighbour(fitting, percent) for percent in (PERCENT, -PERCENT)]
+
+
+def _neighbour(fitting: Fitting, percent: int) -> Neighbour:
+    budget_bytes = fitting.budget_bytes * (100 + percent) // 100
+    if budget_bytes < fitting.minimum.account.peak_bytes:
+        return Neighbour(percent, budget_bytes, None, None)
+    other = fitting.with_budget(budget_bytes)
+    try:
+        plan = other.untuned()
+    except ConfigError:  # it would take a lever that the settings contradict
+        return Neighbour(percent, budget_bytes, None, None)
+    return Neighbour(percent, budget_bytes, plan, other.accountant.account(plan).peak_bytes)
+
+
+def mean_level(plan: FoldPlan) -> float:
+    """Average the levels over the matrices that fold; 0 where none does."""
+    return sum(plan.levels.values()) / max(1, len(plan.levels))

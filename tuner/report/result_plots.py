@@ -1,0 +1,348 @@
+"""The pictures of gaps between paired runs: along the run, and knob by knob."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from tuner.report.ablation import Window, Worth, paired_curve
+from tuner.report.style import BLUE, GREEN, GREY, GRID, ORANGE, PINK, RED, SKY, new_figure
+from tuner.search.finals import Candidate
+from tuner.trials.results import Outcome
+
+_MARKS = {
+    "adam": ("Adam (level 0)", "*", RED, 16.0),
+    "uniform": ("one level for all matrices (its number)", "o", BLUE, 14.0),
+    "mixed": ("a level per matrix", "D", ORANGE, 8.5),
+    "diverged": ("diverged", "x", GREY, 8.0),
+    "above": ("above the scale", "^", GREY, 8.0),
+}
+_RING: Mapping[str, Any] = {"marker": "o", "mfc": "none", "mec": "black", "mew": 1.2}
+
+
+def draw_losses(outcome: Outcome) -> Figure:
+    """Draw the loss of every run against its bytes: short runs on the left, finals on the right.
+
+    The two have different lengths, so they share no axis. The finals are drawn by their paired
+    difference to the baseline, since they may have run on unequally many seeds.
+
+    Args:
+        outcome: What was run.
+    """
+    figure = new_figure(11.0, 5.4)
+    short, finals = figure.subplots(1, 2)
+    used = _draw_short_runs(short, outcome) | _draw_finals(finals, outcome)
+    handles = [
+        Line2D([], [], marker=marker, color=colour, linestyle="", label=label)
+        for kind, (label, marker, colour, _) in _MARKS.items()
+        if kind in used
+    ]
+    if used & {"adam", "uniform", "mixed"}:
+        handles.append(Line2D([], [], color=GREY, lw=1.2, label="least loss for the bytes"))
+    if math.isfinite(outcome.winner.loss):
+        handles.append(Line2D([], [], ls="", label="the winner", ms=11, **_RING))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _draw_short_runs(axes: Axes, outcome: Outcome) -> set[str]:
+    axes.set_title(f"Short runs, {outcome.effort.steps} steps", fontsize=11)
+    axes.set_ylabel("loss (nats per token)")
+    runs = outcome.searched
+    shares = [run.state_bytes / outcome.adam_state_bytes for run in runs]
+    losses = [run.loss for run in runs if run.loss is not None]
+    low, high = _loss_scale(losses, [r.loss for r in runs if r.loss is not None and r.level == 0])
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.16 * (high - low))
+    if not losses:
+        axes.set_yticks([])
+    _share_axis(axes, shares)
+    used, num_at_edge = set[str](), Counter[float]()
+    for run, share in zip(runs, shares, strict=True):
+        if run.loss is None or run.loss > high:
+            kind = "diverged" if run.loss is None else "above"
+            _mark_at_edge(axes, share, kind, num_at_edge[share])
+            num_at_edge[share] += 1
+        else:
+            kind = _kind(run.level)
+            _mark(axes, share, run.loss, kind, run.level)
+        used.add(kind)
+    _draw_front(
+        axes,
+        [(s, run.loss) for s, run in zip(shares, runs, strict=True) if run.loss is not None],
+    )
+    return used
+
+
+def _draw_finals(axes: Axes, outcome: Outcome) -> set[str]:
+    baseline, finalists = outcome.baseline, outcome.finalists
+    axes.set_title(f"Finals, {outcome.effort.final_steps} steps", fontsize=11)
+    axes.set_ylabel(f"loss minus that of {baseline.label}, 95 % interval")
+    shares = [c.state_bytes / outcome.adam_state_bytes for c in finalists]
+    _share_axis(axes, shares)
+    left, right = axes.get_xlim()
+    axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
+    used, front, num_at = set[str](), list[tuple[float, float]](), Counter[float]()
+    for candidate, share in zip(finalists, shares, strict=True):
+        # Beside those before it at the same bytes, so that bars do not cover each other.
+        place = share * (right / left) ** (-0.05 * num_at[share])
+        num_at[share] += 1
+        level = _level_of(candidate)
+        kind = _kind(level) if math.isfinite(candidate.loss) else "diverged"
+        used.add(kind)
+        if kind == "diverged":
+            _mark_at_edge(axes, place, kind, 0)
+            continue
+        gap = 0.0
+        if candidate is not baseline:
+            difference = candidate.against(baseline)
+            gap = difference.mean
+            axes.errorbar(place, gap, difference.half_width, capsize=4, color=_MARKS[kind][2])
+        _mark(axes, place, gap, kind, level)
+        if candidate is outcome.winner:
+            axes.plot(place, gap, ms=20, zorder=6, **_RING)
+        front.append((place, gap))
+    _draw_front(axes, front)
+    axes.margins(y=0.15)
+    if not front:
+        axes.set_yticks([])
+    return used
+
+
+def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
+    axes.set_xlabel("state of the matrices, as a share of Adam's")
+    shares = [*shares, 1.0]
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(shares) / 1.6, max(shares) * 1.6)
+    powers = range(math.floor(math.log2(min(shares))), math.ceil(math.log2(max(shares))) + 1)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
+    axes.xaxis.set_major_formatter(FuncFormatter(_fraction))
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)
+
+
+def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Draw what the bytes buy: the least loss of all that need no more of them."""
+    front = list[tuple[float, float]]()
+    for share, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((share, loss))
+    if front:
+        end = (axes.get_xlim()[1], front[-1][1])
+        axes.step(*zip(*front, end, strict=True), where="post", color=GREY, lw=1.2, zorder=1.5)
+
+
+def _mark(axes: Axes, share: float, loss: float, kind: str, level: int | None) -> None:
+    _, marker, colour, size = _MARKS[kind]
+    axes.plot(share, loss, marker=marker, ms=size, color=colour, mec="white", ls="", zorder=4)
+    if level:
+        axes.annotate(
+            str(level),
+            (share, loss),
+            ha="center",
+            va="center_baseline",
+            color="white",
+            fontsize=9,
+            zorder=5,
+        )
+
+
+def _mark_at_edge(axes: Axes, share: float, kind: str, num_before: int) -> None:
+    """Mark a run whose height says nothing, beside those before it, towards the middle."""
+    _, marker, colour, size = _MARKS[kind]
+    left, right = axes.get_xlim()
+    points = num_before * (11 if share < math.sqrt(left * right) else -11)
+    shift = ScaledTranslation(points / 72, -9 / 72, axes.figure.dpi_scale_trans)
+    place = axes.get_xaxis_transform() + shift
+    axes.plot(share, 1, marker=marker, ms=size, mew=2, color=colour, transform=place)
+
+
+def _kind(level: int | None) -> str:
+    return "mixed" if level is None else "uniform" if level else "adam"
+
+
+def _level_of(candidate: Candidate) -> int | None:
+    return None if candidate.kind == "mixed" else next(iter(candidate.plan.levels.values()))
+
+
+def _loss_scale(losses: Sequence[float], of_adam: Sequence[float]) -> tuple[float, float]:
+    """Choose the range to draw: all but runs that nearly diverged, and Adam's best in any case."""
+    if not losses:
+        return 0.0, 1.0
+    low = min(losses)
+    limit = max(low + max(4 * (statistics.median(losses) - low), 0.02), min(of_adam, default=low))
+    high = max(loss for loss in losses if loss <= limit)
+    lacking = max(0.0, 0.02 - (high - low))
+    return low - lacking / 2, high + lacking / 2
+
+
+def _fraction(share: float, _position: int | None) -> str:
+    return "1" if share == 1 else f"{share:g}" if share > 1 else f"1/{round(1 / share)}"
+
+
+_LINES = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
+# Early windows, where curves fall fastest, are let out of the picture for the sake of the rest.
+_EARLY = 0.25
+
+
+def draw_curves(outcome: Outcome) -> Figure | None:
+    """Draw by how much every finalist led or trailed the baseline along the run.
+
+    Args:
+        outcome: What was run.
+
+    Returns:
+        One panel for each finalist but the baseline; None where there is none to draw.
+    """
+    baseline = outcome.baseline
+    curves = {
+        c.label: windows
+        for c in outcome.finalists
+        if c is not baseline and (windows := _finite(_against(c, baseline)))
+    }
+    if not curves:
+        return None
+    num_columns = min(2, len(curves))
+    num_rows = math.ceil(len(curves) / num_columns)
+    figure = new_figure(2.0 + 4.5 * num_columns, 1.3 + 2.4 * num_rows)
+    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (label, windows), colour in zip(
+        panels.flat, curves.items(), _LINES * len(curves), strict=False
+    ):
+        _draw_curve(axes, label, windows, colour)
+        _name_zero(axes, baseline.label, windows)
+    for axes in panels.flat[: len(curves)][-num_columns:]:
+        axes.tick_params(labelbottom=True)  # above a panel that is not there too
+    panels.flat[0].set_ylim(*_curve_scale(list(curves.values())))
+    figure.suptitle(f"Training loss minus that of {baseline.label}, same batches", fontsize=12)
+    figure.supylabel("nats per token; below zero it leads", fontsize=10)
+    figure.supxlabel(
+        "optimizer step; a point is the mean of a window, its band the 95 % interval", fontsize=10
+    )
+    return figure
+
+
+def draw_worth(worths: Sequence[Worth]) -> Figure | None:
+    """Draw what each knob was worth, with its interval; short runs and finals apart.
+
+    Args:
+        worths: In the order to draw, top to bottom.
+
+    Returns:
+        None where there is nothing to draw.
+    """
+    finite = [worth for worth in worths if math.isfinite(worth.difference.mean)]
+    groups = [
+        [w for w in finite if w.steps == steps] for steps in sorted({w.steps for w in finite})
+    ]
+    if not groups:
+        return None
+    heights = [0.6 + 0.4 * len(group) for group in groups]
+    figure = new_figure(8.4, 0.9 + sum(heights))
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
+    low, high = _worth_scale(finite)
+    for axes, group in zip(panels.flat, groups, strict=True):
+        _draw_worths(axes, group, low, high)
+    panels.flat[0].set_xlim(low, high)
+    panels.flat[-1].set_xlabel(
+        "paired difference (nats per token), 95 % interval; below zero it was worth it\n"
+        "hollow: the interval holds zero, so nothing is decided"
+    )
+    return figure
+
+
+# ---- along the run
+
+
+def _against(candidate: Candidate, baseline: Candidate) -> list[Window]:
+    both = min(len(candidate.runs), len(baseline.runs))
+    return paired_curve(candidate.runs[:both], baseline.runs[:both])
+
+
+def _finite(windows: Sequence[Window]) -> list[Window]:
+    return [window for window in windows if math.isfinite(window.difference.mean)]
+
+
+def _draw_curve(axes: Axes, label: str, windows: Sequence[Window], colour: str) -> None:
+    axes.set_title(label, fontsize=11)
+    axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
+    steps = [(window.first + window.last) / 2 for window in windows]
+    means = [window.difference.mean for window in windows]
+    widths = [window.difference.half_width for window in windows]
+    low = [mean - width for mean, width in zip(means, widths, strict=True)]
+    high = [mean + width for mean, width in zip(means, widths, strict=True)]
+    axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.plot(steps, means, color=colour, marker="o", markersize=3.5)
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)
+
+
+def _name_zero(axes: Axes, label: str, windows: Sequence[Window]) -> None:
+    """Write what zero is at the end of its line, on the side where the curve is not."""
+    late = windows[-max(1, len(windows) // 3) :]
+    is_below = sum(window.difference.mean for window in late) > 0
+    axes.annotate(
+        label,
+        (1, 0),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(-4, -3 if is_below else 3),
+        textcoords="offset points",
+        ha="right",
+        va="top" if is_below else "bottom",
+        fontsize=9,
+        color=GREY,
+        path_effects=[withStroke(linewidth=3, foreground="white")],  # to be read upon a curve
+    )
+
+
+def _curve_scale(curves: Sequence[Sequence[Window]]) -> tuple[float, float]:
+    late = [
+        window.difference for windows in curves for window in windows[int(_EARLY * len(windows)) :]
+    ]
+    low = min(0.0, *(d.mean - d.half_width for d in late))
+    high = max(0.0, *(d.mean + d.half_width for d in late))
+    margin = 0.1 * (high - low)
+    return low - margin, high + margin
+
+
+# ---- knob by knob
+
+
+def _draw_worths(axes: Axes, worths: Sequence[Worth], low: float, high: float) -> None:
+    axes.set_title(f"Runs of {worths[0].steps} steps", fontsize=11)
+    axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
+    for row, worth in enumerate(worths):
+        difference = worth.difference
+        if not low < difference.mean < high:
+            is_left = difference.mean < low
+            place = (0.02 if is_left else 0.98, row)
+            edge = axes.get_yaxis_transform()
+            axes.plot(*place, "<" if is_left else ">", ms=9, color=BLUE, transform=edge)
+            continue
+        fill = BLUE if difference.is_decided else "white"
+        axes.errorbar(difference.mean, row, xerr=difference.half_width, capsize=4, color=BLUE)
+        axes.plot(difference.mean, row, "o", markersize=7, color=BLUE, mfc=fill)
+    axes.set_yticks(range(len(worths)), [f"{w.knob}\n{w.difference}" for w in worths], fontsize=9)
+    axes.set_ylim(len(worths) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+
+
+def _worth_scale(worths: Sequence[Worth]) -> tuple[float, float]:
+    """Choose the range to draw: a setting that nearly diverged must not flatten the others."""
+    most = 10 * statistics.median(abs(w.difference.mean) + w.difference.half_width for w in worths)
+    drawn = [w.difference for w in worths if abs(w.difference.mean) <= most]
+    low = min(0.0, *(d.mean - d.half_width for d in drawn))
+    high = max(0.0, *(d.mean + d.half_width for d in drawn))
+    margin = 0.08 * (high - low)
+    return low - margin, high + margin

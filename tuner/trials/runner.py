@@ -1,0 +1,253 @@
+"""One trial: a plan's complete short run, and the paired difference between two."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from foam_lightning.data.module import TextData
+from foam_lightning.job import Job
+from foam_lightning.memory.device import naming_shortage
+from foam_lightning.module import LlamaFoam
+from foam_lightning.plan import FoldPlan, Levers
+
+# How far the paired difference of two plans moves from one seed to another on its own: .01 in the
+# first measurements (docs/log.md). An interval over evaluation batches alone does not contain it.
+SEED_DEVIATION = 0.01
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class ShortRun:
+    """What a short run is judged by: its loss on every evaluation batch.
+
+    Attributes:
+        nats: Summed negative log-likelihood by evaluation batch.
+        num_tokens: Scored tokens by evaluation batch.
+        curve: Training loss by optimizer step, in nats per token; runs of one seed see the same
+            batches, so curves pair step by step. Empty where it was not kept.
+    """
+
+    nats: Sequence[float]
+    num_tokens: Sequence[int]
+    curve: Sequence[float] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood per token, in nats; NaN if the run diverged."""
+        return math.fsum(self.nats) / sum(self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more one plan loses than another, in nats per token, with its 95 % interval.
+
+    Attributes:
+        mean: Below zero, the first plan is better.
+        half_width: Half of the interval.
+    """
+
+    mean: float
+    half_width: float
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return abs(self.mean) > self.half_width
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} +- {self.half_width:.4f}"
+
+
+def paired_difference(runs: Sequence[ShortRun], others: Sequence[ShortRun]) -> Difference:
+    """Compare two plans on the same seeds and evaluation batches.
+
+    The variance of the mean is that of the batches, which pairing makes small, plus that of the
+    seeds, `SEED_DEVIATION ** 2`, over the number of seeds: too few runs to estimate it from them.
+    A bootstrap over batches and seeds of that deviation has the same interval.
+
+    Args:
+        runs: The first plan's runs, one per seed.
+        others: The other plan's, same seeds in the same order.
+
+    Raises:
+        ValueError: The runs do not pair.
+    """
+    if len(runs) != len(others) or not runs:
+        raise ValueError(f"{len(runs)} runs do not pair with {len(others)}")
+    means, variance = [], SEED_DEVIATION**2
+    for run, other in zip(runs, others, strict=True):
+        if list(run.num_tokens) != list(other.num_tokens):
+            raise ValueError("the runs were evaluated on different batches")
+        tokens = torch.tensor(run.num_tokens, dtype=torch.float64)
+        gaps = torch.tensor(run.nats, dtype=torch.float64) - torch.tensor(
+            other.nats, dtype=torch.float64
+        )
+        mean = float(gaps.sum() / tokens.sum())
+        means.append(mean)
+        if len(tokens) > 1:
+            deviations = (gaps - mean * tokens) / tokens.mean()
+            variance += float(deviations.var() / len(tokens)) / len(runs)
+    return Difference(
+        mean=math.fsum(means) / len(means),
+        half_width=_NORMAL_95 * math.sqrt(variance / len(runs)),
+    )
+
+
+class Bench:
+    """Run plans of one job for a few steps, all else being equal.
+
+    Every run of a seed starts from the same weights and sees the same batches, and its schedule
+    is complete: warm-up and decay end with its last step, since a schedule that is cut off ranks
+    plans wrongly (docs/log.md).
+
+    Args:
+        job: What to train.
+        on_step: Called after every optimizer step.
+        levers: Take the place of those of every plan, where memory ran out with them; they change
+            the loss by rounding alone.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        on_step: Callable[[], None] = lambda: None,
+        *,
+        levers: Levers | None = None,
+    ) -> None:
+        self.job = job
+        self._on_step = on_step
+        self._levers = levers
+        self._data: dict[int, TextData] = {}
+
+    def run(
+        self, plan: FoldPlan, *, num_steps: int, seed: int, callbacks: Sequence[Callback] = ()
+    ) -> ShortRun:
+        """Train for `num_steps` and evaluate.
+
+        Args:
+            plan: What to train by; all plans of a comparison share their levers.
+            num_steps: Optimizer steps.
+            seed: Of the weights and of the order of the data.
+            callbacks: Watch the run.
+
+        Raises:
+            MemoryShortageError: The device has not enough memory.
+        """
+        recorder = _Recorder(self._on_step)
+        with self._trained(plan, num_steps, seed, [recorder, *callbacks]) as (trainer, module):
+            trainer.limit_val_batches = 1.0
+            trainer.validate(module, datamodule=self._data[seed], verbose=False)
+        return ShortRun(recorder.nats, recorder.num_tokens, recorder.curve())
+
+    def seconds_per_step(self, plan: FoldPlan) -> float:
+        """Measure an optimizer step, by the mean of the second and the third.
+
+        Raises:
+            MemoryShortageError: The device has not enough memory.
+        """
+        clock = StepClock()
+        self.train(plan, num_steps=3, callbacks=[clock])
+        return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+
+    def train(self, plan: FoldPlan, *, num_steps: int, callbacks: Sequence[Callback]) -> None:
+        """Train for a few steps that somebody watches.
+
+        Raises:
+            MemoryShortageError: The device has not enough memory.
+        """
+        with self._trained(plan, num_steps, self.job.seed, callbacks):
+            pass
+
+    @contextmanager
+    def _trained(
+        self, plan: FoldPlan, num_steps: int, seed: int, callbacks: Sequence[Callback]
+    ) -> Iterator[tuple[Trainer, LlamaFoam]]:
+        plan = replace(plan, levers=self._levers or plan.levers)
+        module = self.job.new_module(seed=seed)
+        module.follow(plan)
+        if seed not in self._data:
+            self._data[seed] = self.job.new_data(plan.levers, seed=seed)
+        trainer = self.job.new_trainer(
+            plan.levers,
+            callbacks,
+            bare=True,
+            max_steps=num_steps,
+            limit_val_batches=0,
+            val_check_interval=None,
+        )
+        with naming_shortage("a short run of the search", plan, trainer):
+            trainer.fit(module, datamodule=self._data[seed])
+            yield trainer, module
+
+
+class StepClock(Callback):
+    """Note when each optimizer step ends: `times`, in seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step > len(self.times):
+            float(outputs["loss"])  # a GPU has come so far only when a value of the step is there
+            self.times.append(time.monotonic())
+
+
+class _Recorder(Callback):
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self.nats: list[float] = []
+        self.num_tokens: list[int] = []
+        # By optimizer step, on the device, which is not made to wait for them.
+        self._losses: list[Tensor] = []
+        self._num_begun = 1
+        self._on_step = on_step
+
+    def curve(self) -> list[float]:
+        """Give the training loss by optimizer step."""
+        return torch.stack(self._losses).tolist() if self._losses else []
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        loss = outputs["loss"].detach().float()  # divided by the number of micro-batches
+        if len(self._losses) < self._num_begun:
+            self._losses.append(loss)
+        else:
+            self._losses[-1] = self._losses[-1] + loss
+        if trainer.global_step == self._num_begun:
+            self._num_begun += 1
+            self._on_step()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.nats.append(float(outputs["nll"]))
+        self.num_tokens.append(int(outputs["num_tokens"]))
