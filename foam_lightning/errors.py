@@ -6,7 +6,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 
-from foam_lightning.units import ByteSize, at_least, in_words
+from foam_lightning.units import ByteSize, at_least, format_bytes
 
 _MOST_CHARACTERS = 1200  # of an error; a name that is repeated in it may be far longer
 
@@ -37,7 +37,7 @@ class CheckpointError(FoamError):
     """A checkpoint or model folder cannot be read or written, or does not match the run."""
 
 
-class FellBackError(FoamError):
+class MemoryFallbackError(FoamError):
     """Memory ran out, and the run folder says what to go on with: the same command does."""
 
     exit_code = 4
@@ -62,7 +62,7 @@ class DivergedError(FoamError):
 
 
 class InfeasibleBudgetError(FoamError):
-    """No plan fits the budget, with every lever pulled, or a plan that was given does not.
+    """No plan fits the budget, with every memory option pulled, or a plan that was given does not.
 
     Args:
         budget_bytes: What was asked for.
@@ -80,14 +80,16 @@ class InfeasibleBudgetError(FoamError):
         minimum_bytes: int,
         binding: str,
         breakdown: dict[str, int],
-        subject: str = "with every lever pulled this model",
+        subject: str = "with every memory option pulled this model",
     ) -> None:
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
         self.binding = binding
         self.breakdown = breakdown
         terms = ", ".join(
-            f"{name.replace('_', ' ')} {in_words(size)}" for name, size in breakdown.items() if size
+            f"{name.replace('_', ' ')} {format_bytes(size)}"
+            for name, size in breakdown.items()
+            if size
         )
         needed = at_least(minimum_bytes)
         super().__init__(
@@ -102,7 +104,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
 
 
-def in_one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Give what an error says without line breaks, which names in files may hold, nor endless."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."
@@ -113,12 +115,12 @@ _OF_FILES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDI
 _AGAIN = "once that is mended, type the same command again"
 
 
-def is_of_disk(error: OSError) -> bool:
+def is_disk_error(error: OSError) -> bool:
     """Tell whether the disk is to blame, and not the name of a file."""
     return error.errno in _OF_DISKS
 
 
-def breakage(error: BaseException) -> StorageError | None:
+def as_storage_error(error: BaseException) -> StorageError | None:
     """Say what broke; None where the error is of another kind, and a fault of this program.
 
     What is written beside and renamed is whole, so the same command goes on.

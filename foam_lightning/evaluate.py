@@ -3,7 +3,7 @@
 import math
 
 
-def perplexity_text(loss: float, num_tokens: int, *, num_batches: int | None = None) -> str:
+def format_perplexity(loss: float, num_tokens: int, *, num_batches: int | None = None) -> str:
     """Say what an evaluation found.
 
     Args:

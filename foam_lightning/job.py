@@ -10,18 +10,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from foam_lightning.checkpoint.io import with_whole_files
+from foam_lightning.checkpoint.io import with_atomic_io
 from foam_lightning.data.module import TextData
-from foam_lightning.distributed.ddp import OnePlaceDDP
+from foam_lightning.distributed.ddp import SingleCopyDDP
 from foam_lightning.distributed.topology import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError, first_line
 from foam_lightning.memory.account import Accountant
-from foam_lightning.memory.device import Gpu, find_gpu, known_costs
+from foam_lightning.memory.device import Gpu, find_gpu, load_costs
 from foam_lightning.memory.trace import Precision, weight_dtype
-from foam_lightning.model.pretrained import check_beginning
+from foam_lightning.model.pretrained import check_pretrained_weights
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim.baselines import check as check_rival
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.optim.baselines import check as check_baseline
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.validation import DATA, SEED, check_ranges, check_trainer
 
 _BARE = {
@@ -114,8 +114,8 @@ class Job:
         return Devices.of(self.trainer)
 
     @cached_property
-    def levers(self) -> Levers:
-        """The levers that the settings ask for.
+    def memory_options(self) -> MemoryOptions:
+        """The memory options that the settings ask for.
 
         Raises:
             ConfigError: The settings contradict each other.
@@ -136,34 +136,34 @@ class Job:
                 f"data.batch_size {self.batch_size}; make both equal, or leave "
                 "data.micro_batch_size out"
             )
-        levers = Levers(
+        memory_options = MemoryOptions(
             micro_batch_size=micro,
             accumulate_grad_batches=self.batch_size // (micro * num_devices),
             gradient_release=releases,
             state_dtype=self.model["state_dtype"],
             state_offload=bool(self.model.get("state_offload")),
         )
-        self.check(levers)
-        return levers
+        self.check(memory_options)
+        return memory_options
 
-    def check(self, levers: Levers) -> None:
-        """Refuse levers that the settings contradict.
+    def check(self, memory_options: MemoryOptions) -> None:
+        """Refuse memory options that the settings contradict.
 
         Raises:
             ConfigError: Gradients would be released that the trainer is to clip or several devices
-                are to average, or state would be offloaded from the CPU; or a rival trains, which
-                has neither.
+                are to average, or state would be offloaded from the CPU; or a baseline trains,
+                which has neither.
         """
         if not self.is_foam:
-            self._check_levers_of_rival(levers)
-        self._check_release(levers.gradient_release)
+            self._check_options_of_baseline(memory_options)
+        self._check_release(memory_options.gradient_release)
         clip_val = self.trainer.get("gradient_clip_val")
-        if levers.gradient_release and clip_val:
+        if memory_options.gradient_release and clip_val:
             raise ConfigError(
                 f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
                 "release keeps none; set model.clip_norm instead, which clips each by itself"
             )
-        if levers.state_offload and not self.on_gpu:
+        if memory_options.state_offload and not self.on_gpu:
             raise ConfigError(
                 "model.state_offload needs a GPU, and trainer.accelerator is cpu: there it is in "
                 "host memory anyway; leave it out"
@@ -179,20 +179,24 @@ class Job:
         Raises:
             ConfigError: The devices do not divide the batch, or the plan is for another one.
         """
-        count, levers = self.devices.count, plan.levers
-        num_devices = num_devices or (count if levers.batch_size * count == self.batch_size else 1)
-        if num_devices == count and levers.batch_size * count == self.batch_size:
+        count, memory_options = self.devices.count, plan.memory_options
+        num_devices = num_devices or (
+            count if memory_options.batch_size * count == self.batch_size else 1
+        )
+        if num_devices == count and memory_options.batch_size * count == self.batch_size:
             return plan
-        rows, rest = divmod(levers.batch_size * num_devices, count)
-        if levers.batch_size * num_devices != self.batch_size or rest:
+        rows, rest = divmod(memory_options.batch_size * num_devices, count)
+        if memory_options.batch_size * num_devices != self.batch_size or rest:
             on = "one device" if num_devices == 1 else f"each of {num_devices} devices"
             raise ConfigError(
-                f"the plan takes {levers.batch_size} rows a step on {on}, of which {count} cannot "
-                f"make data.batch_size {self.batch_size}; make a plan for both"
+                f"the plan takes {memory_options.batch_size} rows a step on {on}, of which {count} "
+                f"cannot make data.batch_size {self.batch_size}; make a plan for both"
             )
-        micro = next(n for n in range(levers.micro_batch_size, 0, -1) if rows % n == 0)
-        spread = replace(levers, micro_batch_size=micro, accumulate_grad_batches=rows // micro)
-        return replace(plan, levers=spread)
+        micro = next(n for n in range(memory_options.micro_batch_size, 0, -1) if rows % n == 0)
+        spread = replace(
+            memory_options, micro_batch_size=micro, accumulate_grad_batches=rows // micro
+        )
+        return replace(plan, memory_options=spread)
 
     def check_weights(self) -> None:
         """Refuse a pretrained folder whose weights are not those of its model, without reading any.
@@ -200,7 +204,7 @@ class Job:
         Raises:
             CheckpointError: They are missing, damaged, or do not fit.
         """
-        check_beginning(self.new_module().hparams)
+        check_pretrained_weights(self.new_module().hparams)
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
         """Make the module; weights come with `configure_model`.
@@ -216,18 +220,18 @@ class Job:
             }
         )
 
-    def new_data(self, levers: Levers, *, seed: int | None = None) -> TextData:
-        """Make the data module for these levers.
+    def new_data(self, memory_options: MemoryOptions, *, seed: int | None = None) -> TextData:
+        """Make the data module for these memory options.
 
         Args:
-            levers: Give the micro-batch.
+            memory_options: Give the micro-batch.
             seed: Seeds the order of the training rows; the job's own by default.
         """
         return TextData(
             **{
                 **self.data,
                 **self._own_tokens,
-                "micro_batch_size": levers.micro_batch_size,
+                "micro_batch_size": memory_options.micro_batch_size,
                 "seed": self.seed if seed is None else seed,
             }
         )
@@ -245,16 +249,16 @@ class Job:
 
     def new_trainer(
         self,
-        levers: Levers,
+        memory_options: MemoryOptions,
         callbacks: Sequence[Callback],
         *,
         bare: bool = False,
         **settings: Any,
     ) -> Trainer:
-        """Make the trainer for these levers.
+        """Make the trainer for these memory options.
 
         Args:
-            levers: Give the accumulation.
+            memory_options: Give the accumulation.
             callbacks: All callbacks of this run, besides those of the settings.
             bare: Nothing but `callbacks`: no logger, checkpoints, progress bar or callbacks of the
                 settings, and one device, which then accumulates what the others would do. For short
@@ -265,14 +269,14 @@ class Job:
             ConfigError: Lightning refuses a setting.
         """
         merged = {**self.trainer, **(_BARE if bare else {}), **settings}
-        accumulated = levers.accumulate_grad_batches * (self.devices.count if bare else 1)
+        accumulated = memory_options.accumulate_grad_batches * (self.devices.count if bare else 1)
         interval = merged.get("val_check_interval")
         if isinstance(interval, int):
             # Lightning counts batches here; a user who sets steps does not know the micro-batch.
             merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
         merged["accumulate_grad_batches"] = accumulated
-        merged["plugins"] = with_whole_files(merged.get("plugins"))
+        merged["plugins"] = with_atomic_io(merged.get("plugins"))
         try:
             return Trainer(**merged | (_alone(merged) if bare else self._together()))
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -288,7 +292,7 @@ class Job:
             precision=self.precision,
             on_gpu=self.on_gpu,
             devices=self.devices,
-            costs=known_costs(self.gpu),
+            costs=load_costs(self.gpu),
         )
 
     def on_one_device(self) -> Self:
@@ -296,27 +300,27 @@ class Job:
         return replace(self, trainer={**self.trainer, **_alone(self.trainer)})
 
     def plan_at(self, level: int) -> FoldPlan:
-        """Make the plan that holds every matrix at one level, at the settings' own levers."""
-        return self.new_module().uniform_plan(level, self.levers)
+        """Make the plan with every matrix at one level and the settings' memory options."""
+        return self.new_module().uniform_plan(level, self.memory_options)
 
     def own_plan(self) -> FoldPlan:
-        """Make the plan of the settings alone: their level under FOAM, level 0 under a rival."""
+        """Make the plan of the settings alone: their level under FOAM, level 0 under a baseline."""
         return self.plan_at(self.model["level"] if self.is_foam else 0)
 
     def _check_optimizer(self) -> None:
-        check_rival(self.optimizer)
+        check_baseline(self.optimizer)
         if self.devices.shards and not self.is_foam:
             raise ConfigError(
                 f"model.optimizer {self.optimizer} does not know shares of a matrix, and "
                 "trainer.strategy fsdp2 makes them; take ddp, or model.optimizer foam"
             )
 
-    def _check_levers_of_rival(self, levers: Levers) -> None:
-        own = levers.state_dtype == self.model["state_dtype"]
-        if levers.gradient_release or levers.state_offload or not own:
+    def _check_options_of_baseline(self, memory_options: MemoryOptions) -> None:
+        own = memory_options.state_dtype == self.model["state_dtype"]
+        if memory_options.gradient_release or memory_options.state_offload or not own:
             raise ConfigError(
                 f"model.optimizer {self.optimizer} cannot release gradients, nor keep its state in "
-                f"{levers.state_dtype} or in host memory: those levers are FOAM's"
+                f"{memory_options.state_dtype} or in host memory: those memory options are FOAM's"
             )
 
     def _check_release(self, releases: bool) -> None:
@@ -342,7 +346,7 @@ class Job:
                     save_distributed_checkpoint=False,
                 ),
             }
-        return {"use_distributed_sampler": False, "strategy": OnePlaceDDP()}
+        return {"use_distributed_sampler": False, "strategy": SingleCopyDDP()}
 
 
 def _alone(trainer: Mapping[str, Any]) -> dict[str, Any]:

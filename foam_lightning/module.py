@@ -17,15 +17,15 @@ from typing_extensions import override
 
 from foam_lightning.distributed.fsdp import shard
 from foam_lightning.errors import CheckpointError, ConfigError
-from foam_lightning.model.activation_checkpointing import checkpoint_layers
 from foam_lightning.model import llama
+from foam_lightning.model.activation_checkpointing import checkpoint_layers
 from foam_lightning.model.loss import StepMean, token_loss
-from foam_lightning.model.pretrained import architecture_of, begin, config_of
+from foam_lightning.model.pretrained import architecture_to_json, create_model, model_config
 from foam_lightning.optim.baselines import OptimizerName
 from foam_lightning.optim.factory import check_settings, new_optimizer
 from foam_lightning.optim.gradient_release import Gate, release_gradients
 from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
-from foam_lightning.plan import FoldPlan, Levers, StateDtype
+from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +58,7 @@ Batch = Mapping[str, Tensor]
 class LlamaFoam(LightningModule):
     """A LLaMA and the optimizer that trains it.
 
-    A fold plan, where there is one, decides levels, scales, learning rate and levers; the
+    A fold plan, where there is one, decides levels, scales, learning rate and memory options; the
     arguments below are what a run without a plan trains at.
 
     Args:
@@ -71,8 +71,8 @@ class LlamaFoam(LightningModule):
         vocab_size: Tokens that the model knows; also what a tokenizer trained here gets.
         max_position_embeddings: The longest sequence that the exported model declares.
         pretrained: A local folder to start from (LLaMA, Mistral, Qwen2); its sizes replace these.
-        optimizer: FOAM, or a rival, which takes lr, betas, eps and weight_decay, and unfolded_scale
-            where it splits the rate; other arguments of the optimizer are FOAM's.
+        optimizer: FOAM, or a baseline, which takes lr, betas, eps and weight_decay, and
+            unfolded_scale where it splits the rate; other arguments of the optimizer are FOAM's.
         lr: Peak learning rate.
         betas: Decay of the two moments; the paper's scripts say (0.9, 0.95), its code ran this.
         eps: Added to the denominator after bias correction.
@@ -157,7 +157,7 @@ class LlamaFoam(LightningModule):
 
     def llama_config(self) -> "LlamaConfig":
         """Describe the model that these settings ask for; whoever asks may change it."""
-        self._config = self._config or config_of(self.hparams)
+        self._config = self._config or model_config(self.hparams)
         return deepcopy(self._config)
 
     @cached_property
@@ -173,7 +173,7 @@ class LlamaFoam(LightningModule):
         exclude = self.hparams["exclude"]
         return {name: s for name, s in self.shapes.items() if is_foldable(name, s, exclude)}
 
-    def uniform_plan(self, level: int, levers: Levers) -> FoldPlan:
+    def uniform_plan(self, level: int, memory_options: MemoryOptions) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at this module's settings."""
         hp = self.hparams
         return FoldPlan(
@@ -181,7 +181,7 @@ class LlamaFoam(LightningModule):
             levels=dict.fromkeys(self.foldable, level),
             scales=dict.fromkeys(self.foldable, hp["scale"] if level else hp["unfolded_scale"]),
             lr=hp["lr"],
-            levers=levers,
+            memory_options=memory_options,
         )
 
     def follow(self, plan: FoldPlan) -> None:
@@ -193,16 +193,18 @@ class LlamaFoam(LightningModule):
         plan.check_model(llama.fingerprint(self.llama_config()), self.foldable)
         self.plan = plan
 
-    def layered(self, levers: Levers, num_layers: int) -> "LlamaFoam":
-        """Lay a model of these sizes out, with these levers and so many layers, without weights.
+    def layered(self, memory_options: MemoryOptions, num_layers: int) -> "LlamaFoam":
+        """Build a model of these sizes and options with so many layers, without weights.
 
         It lives where tensors are made now, such as in fake mode; the account traces it.
         """
         config = llama.with_depth(self.llama_config(), num_layers)
-        twin = LlamaFoam(**self.hparams)
-        twin.plan = FoldPlan(model={}, levels={}, scales={}, lr=1.0, levers=levers)
-        twin._adopt(llama.lay_out(config))
-        return twin
+        proxy_model = LlamaFoam(**self.hparams)
+        proxy_model.plan = FoldPlan(
+            model={}, levels={}, scales={}, lr=1.0, memory_options=memory_options
+        )
+        proxy_model._adopt(llama.lay_out(config))
+        return proxy_model
 
     def layers(self) -> Sequence[torch.nn.Module]:
         """List the decoder layers, first to last."""
@@ -212,7 +214,7 @@ class LlamaFoam(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self._adopt(begin(self.hparams))
+        self._adopt(create_model(self.hparams))
         if self.device_mesh is not None:  # FSDP2; until now the model is whole, in host memory
             shard(self, self.layers(), self.device_mesh["data_parallel"], self.trainer.precision)
 
@@ -333,7 +335,7 @@ class LlamaFoam(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fold_plan"] = self._plan().to_json()
         if self.hparams["pretrained"] is not None:
-            checkpoint["hyper_parameters"]["architecture"] = architecture_of(self._built())
+            checkpoint["hyper_parameters"]["architecture"] = architecture_to_json(self._built())
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -352,7 +354,7 @@ class LlamaFoam(LightningModule):
     @property
     def releases(self) -> bool:
         """Whether the optimizer steps inside backward."""
-        return self._plan().levers.gradient_release
+        return self._plan().memory_options.gradient_release
 
     def _built(self) -> "LlamaForCausalLM":
         if self.model is None:
@@ -361,11 +363,11 @@ class LlamaFoam(LightningModule):
 
     def _adopt(self, model: "LlamaForCausalLM") -> None:
         model.train()
-        if self.plan is not None and self.plan.levers.activation_checkpointing:
-            checkpoint_layers(model, selective=self.plan.levers.selective_checkpointing)
+        if self.plan is not None and self.plan.memory_options.activation_checkpointing:
+            checkpoint_layers(model, selective=self.plan.memory_options.selective_checkpointing)
         self.model = model
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return token_loss(
-            hidden, self._built().lm_head, labels, chunked=self._plan().levers.chunked_loss
+            hidden, self._built().lm_head, labels, chunked=self._plan().memory_options.chunked_loss
         )

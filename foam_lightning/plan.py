@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from foam_lightning.errors import PlanError, in_one_line
-from foam_lightning.storage.run_folder import write_text
+from foam_lightning.errors import PlanError, one_line
+from foam_lightning.storage.atomic import write_text
 from foam_lightning.validation import MODEL, POSITIVE
 
-SCHEMA = "foam-lightning/fold-plan/2"
-# It had one scale for all matrices of a level, as {"2": 0.25}; files of it are still read.
-_SCALES_BY_LEVEL = "foam-lightning/fold-plan/1"
+_SCHEMAS = tuple(f"foam-lightning/fold-plan/{number}" for number in (1, 2, 3))
+SCHEMA = _SCHEMAS[-1]
+# Names of the fields up to schema 2.
+_RENAMED = {"levers": "memory_options", "twin": "proxy_model"}
 
 _MOST_CHARACTERS = 300  # of what an error says of a plan
 
@@ -21,7 +22,7 @@ Fingerprint = Mapping[str, int | bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Levers:
+class MemoryOptions:
     """What a run trades speed for memory with, besides fold levels.
 
     Attributes:
@@ -49,7 +50,7 @@ class Levers:
     state_offload: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse levers that contradict each other.
+        """Refuse memory options that contradict each other.
 
         Raises:
             PlanError: Gradients would be released and accumulated, or checkpointing is selective
@@ -79,8 +80,9 @@ class FoldPlan:
         scales: The factor on the learning rate by qualified parameter name, above 0; the names
             are those of `levels`.
         lr: The peak learning rate.
-        levers: The other memory settings.
-        twin: The fingerprint of the narrower model that it was found on; None if on this one. It
+        memory_options: The other memory settings.
+        proxy model: The fingerprint of the narrower model that it was found on; None if on this
+        one. It
             says what the plan rests on, and changes nothing in a run.
     """
 
@@ -88,15 +90,15 @@ class FoldPlan:
     levels: Mapping[str, int]
     scales: Mapping[str, float]
     lr: float
-    levers: Levers
-    twin: Fingerprint | None = None
+    memory_options: MemoryOptions
+    proxy_model: Fingerprint | None = None
 
     def to_json(self) -> str:
         """Write the plan as JSON text with a fixed order of keys, so that equal plans are equal."""
         content = {"schema": SCHEMA, **asdict(self)}
         content["scales"] = {name: self.scales[name] for name in self.levels}
-        if self.twin is None:
-            del content["twin"]
+        if self.proxy_model is None:
+            del content["proxy_model"]
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -116,22 +118,23 @@ class FoldPlan:
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON ({error}); pass a fold_plan.json") from error
         schema = content.pop("schema", None) if isinstance(content, dict) else None
-        if schema not in (SCHEMA, _SCALES_BY_LEVEL):
+        if schema not in _SCHEMAS:
             raise PlanError(
-                f"{source} is not a fold plan: its schema must be {SCHEMA!r} or "
-                f"{_SCALES_BY_LEVEL!r}"
+                f"{source} is not a fold plan: its schema must be one of {', '.join(_SCHEMAS)}"
             )
         try:
-            if schema == _SCALES_BY_LEVEL:
+            if schema != SCHEMA:
+                content = {_RENAMED.get(key, key): value for key, value in content.items()}
+            if schema == _SCHEMAS[0]:  # one scale for all matrices of a level, as {"2": 0.25}
                 content["scales"] = _spread(content["scales"], content["levels"])
-            plan = cls(**{**content, "levers": Levers(**content["levers"])})
+            plan = cls(**{**content, "memory_options": MemoryOptions(**content["memory_options"])})
             plan._check()
         except KeyError as error:
             missing = str(error)[:_MOST_CHARACTERS]
             raise PlanError(f"{source} is not a valid fold plan: it has no {missing}") from error
         except (TypeError, ValueError, AttributeError, PlanError) as error:
             # A name in the text may be long and hold line breaks; a message is one line.
-            reason = in_one_line(error)[:_MOST_CHARACTERS]
+            reason = one_line(error)[:_MOST_CHARACTERS]
             raise PlanError(f"{source} is not a valid fold plan: {reason}") from error
         return plan
 
@@ -180,7 +183,7 @@ class FoldPlan:
     def _check(self) -> None:
         for model, sizes in (
             ("model", self.model),
-            ("twin", {} if self.twin is None else self.twin),
+            ("proxy_model", {} if self.proxy_model is None else self.proxy_model),
         ):
             for key, size in sizes.items():
                 _expect(isinstance(size, int), f"{model}.{key} must be an integer, got {size!r}")
@@ -194,13 +197,13 @@ class FoldPlan:
             _expect(name in self.levels, f"{name} has a scale and no level; give it one")
             _expect(_is_positive(scale), f"the scale of {name} must be above 0, got {scale!r}")
         _expect(_is_positive(self.lr), f"lr must be above 0, got {self.lr!r}")
-        for field in fields(Levers):
-            value = getattr(self.levers, field.name)
+        for field in fields(MemoryOptions):
+            value = getattr(self.memory_options, field.name)
             if field.type is int:
                 _expect(_is_count(value, 1), f"{field.name} must be 1 or more, got {value!r}")
             elif field.type is bool:
                 _expect(isinstance(value, bool), f"{field.name} must be a bool, got {value!r}")
-        dtype = self.levers.state_dtype
+        dtype = self.memory_options.state_dtype
         _expect(dtype in get_args(StateDtype), f"state_dtype {dtype!r} is not known")
 
 

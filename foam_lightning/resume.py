@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from foam_lightning.callbacks.exact_resume import num_ranks_of
-from foam_lightning.checkpoint.load import check_plan, folder_of, newest_whole, read_checkpoint
+from foam_lightning.checkpoint.load import (
+    check_plan,
+    find_intact_checkpoint,
+    folder_of,
+    read_checkpoint,
+)
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.paths import is_folder
 
 
-def on_checkpoint(job: Job, path: Path, architecture: Mapping[str, Any] | None) -> Job:
+def with_checkpoint_model(job: Job, path: Path, architecture: Mapping[str, Any] | None) -> Job:
     """Take the model and the tokenizer that were kept, whatever the settings name.
 
     Args:
@@ -25,7 +30,7 @@ def on_checkpoint(job: Job, path: Path, architecture: Mapping[str, Any] | None) 
     return replace(job, architecture=architecture, data=data)
 
 
-def without_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
+def without_pretrained_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
     """Let a checkpoint stand for the pretrained folder where that is gone.
 
     Args:
@@ -39,14 +44,14 @@ def without_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
     if pretrained is None or is_folder(Path(pretrained)):
         return job
     for path in checkpoints:
-        if (found := newest_whole(path)) is not None:
-            return on_checkpoint(
+        if (found := find_intact_checkpoint(path)) is not None:
+            return with_checkpoint_model(
                 job, found.path, found.content["hyper_parameters"].get("architecture")
             )
     return job
 
 
-def given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> FoldPlan | None:
+def load_given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> FoldPlan | None:
     """Take the plan that the user has, from a checkpoint or else a file, for the devices of a job.
 
     Args:

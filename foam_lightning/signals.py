@@ -32,19 +32,19 @@ class Interrupted(BaseException):
         super().__init__(f"{said}, {kept}" if kept else said)
 
 
-class _Ears:
+class _SignalState:
     """What this process has heard; of one that it forks the handler knows by the number."""
 
     process: int | None = None
-    heard: int | None = None
+    pending: int | None = None
     is_waited_for = False
 
 
-_ears = _Ears()
+_state = _SignalState()
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Let the two signals raise `Interrupted` in this context, in place of what they did before.
 
     Only the main thread of a process can listen; in another one nothing changes.
@@ -53,38 +53,38 @@ def listening() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _ears.process, _ears.heard, _ears.is_waited_for = os.getpid(), None, False
+    _state.process, _state.pending, _state.is_waited_for = os.getpid(), None, False
     try:
         _listen()
         yield
     finally:
-        _ears.process = None
+        _state.process = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def wait_for_signals() -> None:
-    """From now on let a first signal be heard only: whoever calls this asks `heard` often.
+def defer_signals() -> None:
+    """From now on let a first signal be heard only: whoever calls this asks `pending_signal` often.
 
     Lightning's own handlers, which it has set by then, would end the run in the middle of a step
     without a word, so they give way.
     """
-    if _ears.process is not None:
+    if _state.process is not None:
         _listen()
-        _ears.is_waited_for = True
+        _state.is_waited_for = True
 
 
-def wait_no_more() -> None:
+def stop_deferring_signals() -> None:
     """Let the next signal end the command at once again."""
-    _ears.is_waited_for = False
+    _state.is_waited_for = False
 
 
-def heard() -> int | None:
+def pending_signal() -> int | None:
     """Give the number of the signal that came, None if there was none."""
-    return _ears.heard
+    return _state.pending
 
 
-def outlive_signals(_: int) -> None:
+def survive_signals(_: int) -> None:
     """Let this process, which reads data for the one that trains, end when that one says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _outlive_once)
@@ -96,13 +96,13 @@ def _listen() -> None:
 
 
 def _hear(number: int, _: FrameType | None) -> None:
-    if os.getpid() != _ears.process:  # a fork, which is not the one to say anything
+    if os.getpid() != _state.process:  # a fork, which is not the one to say anything
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         return
-    is_first, _ears.heard = _ears.heard is None, number
-    if not _ears.is_waited_for or not is_first:
+    is_first, _state.pending = _state.pending is None, number
+    if not _state.is_waited_for or not is_first:
         raise Interrupted(number)
     if is_first_process():
         name = signal.Signals(number).name

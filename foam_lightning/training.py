@@ -14,28 +14,33 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from foam_lightning.callbacks.exact_resume import Resumption
+from foam_lightning.callbacks.exact_resume import ExactResume
 from foam_lightning.callbacks.export import Export
-from foam_lightning.callbacks.memory import MemoryWatch
-from foam_lightning.callbacks.preemption import SaveAndEnd, ending_together
+from foam_lightning.callbacks.memory import MemoryMonitor
+from foam_lightning.callbacks.preemption import SaveOnSignal, stop_workers_on_signal
 from foam_lightning.callbacks.progress import StepBar, progress
 from foam_lightning.callbacks.residual_energy import ResidualEnergy
-from foam_lightning.callbacks.spike_guard import LIMITS, BadSteps, Judge
-from foam_lightning.callbacks.tensorboard import Board
+from foam_lightning.callbacks.spike_guard import LIMITS, SpikeGuard, StepPolicy
+from foam_lightning.callbacks.tensorboard import TensorBoardLayout
 from foam_lightning.callbacks.throughput import Throughput
-from foam_lightning.checkpoint.io import one_before
-from foam_lightning.checkpoint.load import Whole, check_plan, read_checkpoint, start_of
+from foam_lightning.checkpoint.io import previous_checkpoint
+from foam_lightning.checkpoint.load import (
+    IntactCheckpoint,
+    check_plan,
+    read_checkpoint,
+    resume_point,
+)
 from foam_lightning.data.module import TextData
 from foam_lightning.job import Job
-from foam_lightning.memory.device import naming_shortage
+from foam_lightning.memory.device import memory_shortage_context
 from foam_lightning.model.llama import save_tokenizer
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 
 
-def settings_of(
+def hyperparameters(
     job: Job, module: LlamaFoam, plan: FoldPlan, budget_bytes: int | None
 ) -> dict[str, str | float]:
     """Name the settings that runs are compared by; every run has all of them.
@@ -46,33 +51,33 @@ def settings_of(
     Args:
         job: What is trained.
         module: Has the sizes of the model.
-        plan: The levels, the learning rate and the levers.
+        plan: The levels, the learning rate and the memory options.
         budget_bytes: The budget; None where there was none.
 
     Returns:
-        The settings by name. `scale` is that of most matrices; a rival of FOAM has neither plan
+        The settings by name. `scale` is that of most matrices; a baseline of FOAM has neither plan
         nor scale of its own.
     """
     optimizer = str(job.model.get("optimizer") or "foam")
     scales = plan.scales.values() if optimizer == "foam" else ()
     (scale, _), *_ = Counter(scales).most_common(1) or [(1.0, 0)]
     return {
-        "budget": "none" if budget_bytes is None else in_words(budget_bytes),
+        "budget": "none" if budget_bytes is None else format_bytes(budget_bytes),
         "lr": plan.lr,
         "optimizer": optimizer,
-        "plan": plan_in_words(plan.levels if optimizer == "foam" else {}),
+        "plan": describe_plan(plan.levels if optimizer == "foam" else {}),
         "scale": scale,
         "seed": job.seed,
         "sequence_length": int(job.data["sequence_length"]),
         "sequences_per_step": job.batch_size,
-        "state_dtype": plan.levers.state_dtype,
+        "state_dtype": plan.memory_options.state_dtype,
         "steps": job.max_steps,
         "weights": sum(math.prod(shape) for shape in module.shapes.values()),
         "weights_precision": job.precision,
     }
 
 
-def figures_of(
+def final_metrics(
     validation_loss: float, peak_bytes: int | None, tokens_per_second: float | None
 ) -> dict[str, Any]:
     """Name the final figures by their tags; what is not known is left out.
@@ -90,7 +95,7 @@ def figures_of(
     return {tag: float(figure) for tag, figure in figures.items() if figure is not None}
 
 
-def plan_in_words(levels: Mapping[str, int]) -> str:
+def describe_plan(levels: Mapping[str, int]) -> str:
     """Name the levels of a plan in two words: "level 2", or "mixed 0-4".
 
     Args:
@@ -140,7 +145,7 @@ def train(
 
     Args:
         job: What to train.
-        plan: The levels, the learning rate and the levers.
+        plan: The levels, the learning rate and the memory options.
         folder: Gets checkpoints, TensorBoard events, the tokenizer and the Hugging Face folder.
         predicted_bytes: The account's peak, shown beside the measured one.
         budget_bytes: What one device may take, shown beside both; None where nothing was said.
@@ -155,23 +160,23 @@ def train(
     source = _source(folder, ckpt_path, plan, job.optimizer)
     module = job.new_module()
     module.follow(plan)
-    data = job.new_data(plan.levers)
+    data = job.new_data(plan.memory_options)
     data.setup()
     save_tokenizer(data.tokenizer, folder.tokenizer)
     logger = TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False)
-    memory = MemoryWatch(predicted_bytes, budget_bytes=budget_bytes)
+    memory = MemoryMonitor(predicted_bytes, budget_bytes=budget_bytes)
     throughput = Throughput()
     limits = {key: module.hparams[key] for key in LIMITS}
-    bad_steps = BadSteps(Judge(**limits), folder.last_checkpoint)
+    spike_guard = SpikeGuard(StepPolicy(**limits), folder.last_checkpoint)
     wants_progress = job.trainer.get("enable_progress_bar") is not False
     shown = [progress(throughput, memory)] if wants_progress else []
     trainer = job.new_trainer(
-        plan.levers,
+        plan.memory_options,
         [
-            bad_steps,  # before all that looks at gradients, or saves
+            spike_guard,  # before all that looks at gradients, or saves
             *_callbacks(folder, job),
             # What it reads and draws is no part of the run, so it is done before anything counts.
-            Board(folder.path, pictures or {}, throughput),
+            TensorBoardLayout(folder.path, pictures or {}, throughput),
             memory,
             throughput,
             *shown,
@@ -184,26 +189,26 @@ def train(
         enable_model_summary=False,
         default_root_dir=folder.path,
     )
-    with naming_shortage("training", plan, trainer), ending_together(trainer):
+    with memory_shortage_context("training", plan, trainer), stop_workers_on_signal(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
         if trainer.global_step % _steps_between_checkpoints(job):
             trainer.save_checkpoint(folder.last_checkpoint)
         loss, num_tokens = validate(trainer, module, data)
     logger.log_hyperparams(
-        settings_of(job, module, plan, budget_bytes),
-        figures_of(loss, memory.measured_bytes, throughput.tokens_per_second),
+        hyperparameters(job, module, plan, budget_bytes),
+        final_metrics(loss, memory.measured_bytes, throughput.tokens_per_second),
         step=trainer.global_step,
     )
     logger.finalize("success")
     if trainer.is_global_zero:  # the last one is of the last step
-        one_before(folder.last_checkpoint).unlink(missing_ok=True)
+        previous_checkpoint(folder.last_checkpoint).unlink(missing_ok=True)
     return Trained(
         memory.measured_bytes,
         loss,
         num_tokens,
         throughput.tokens_per_second,
-        bad_steps.judge.skipped,
-        bad_steps.judge.rollbacks,
+        spike_guard.judge.skipped,
+        spike_guard.judge.rollbacks,
     )
 
 
@@ -224,9 +229,9 @@ def _source(
     folder: RunFolder, ckpt_path: Path | None, plan: FoldPlan, optimizer: str
 ) -> Path | None:
     """Find the checkpoint to go on from; reading it says what is wrong with it in one line."""
-    start = start_of(folder.last_checkpoint)
+    start = resume_point(folder.last_checkpoint)
     if start is None and ckpt_path is not None:
-        start = Whole(ckpt_path, read_checkpoint(ckpt_path))
+        start = IntactCheckpoint(ckpt_path, read_checkpoint(ckpt_path))
     if start is None:
         return None
     check_plan(start.path, start.content, plan, optimizer)
@@ -257,8 +262,8 @@ def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
             enable_version_counter=False,
         ),
         ResidualEnergy(),
-        Resumption(),
-        SaveAndEnd(folder.last_checkpoint),
+        ExactResume(),
+        SaveOnSignal(folder.last_checkpoint),
     ]
 
 

@@ -66,7 +66,7 @@ def _parse(text: str) -> int:
     return int(whole + fraction) * _UNITS[match[2].upper()] // digits
 
 
-def in_words(num_bytes: int) -> str:
+def format_bytes(num_bytes: int) -> str:
     """Render bytes for people, four significant digits at most: 21002000000 -> "21 GB"."""
     for name in ("TB", "GB", "MB", "kB"):
         if abs(num_bytes) >= _UNITS[name.upper()]:
@@ -78,4 +78,4 @@ def at_least(num_bytes: int) -> str:
     """Round up to four digits, as a size that can be typed: 30199173435 -> "30.2GB"."""
     step = 10 ** max(0, len(str(num_bytes)) - 4)
     rounded = -(-num_bytes // step) * step
-    return in_words(rounded).replace(" ", "")
+    return format_bytes(rounded).replace(" ", "")

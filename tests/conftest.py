@@ -12,7 +12,7 @@ from hypothesis import settings
 from foam_lightning.job import Job
 from foam_lightning.training import train
 from tests.runs import Finished, open_folder, small
-from tuner.planning.planner import Fitting
+from tuner.planning.planner import BudgetPlanner
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
@@ -93,14 +93,14 @@ def job(new_job: Callable[..., Job]) -> Job:
 
 
 @pytest.fixture(scope="session")
-def fit(new_job: Callable[..., Job]) -> Callable[[int], Fitting]:
+def fit(new_job: Callable[..., Job]) -> Callable[[int], BudgetPlanner]:
     """Give `fit(budget_bytes)`: plans of a job in which state is the largest term."""
     job = new_job(
         model={"hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 4},
         data={"batch_size": 4},
         trainer={"accelerator": "auto"},
     )
-    return Fitting(job, 10**12).with_budget  # traces once for all
+    return BudgetPlanner(job, 10**12).with_budget  # traces once for all
 
 
 @pytest.fixture(scope="session")

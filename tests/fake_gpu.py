@@ -28,7 +28,7 @@ class FakeGpu(Gpu):
     def usage(self) -> Usage:
         return self.taken
 
-    def forget_peaks(self) -> None:
+    def reset_peaks(self) -> None:
         self.asked.append("forget peaks")
 
     def measure(self) -> DeviceCosts:

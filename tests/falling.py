@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from foam_lightning.job import Job
-from foam_lightning.plan import Levers
+from foam_lightning.plan import MemoryOptions
 from tests.tiny import REPOSITORY, write_settings
 from tuner.config.parser import parse
-from tuner.planning.planner import Fitting
+from tuner.planning.planner import BudgetPlanner
 
 
 class Case:
@@ -22,31 +22,33 @@ class Case:
         folder.mkdir(exist_ok=True)
         self.words = ["--config", str(write_settings(folder)), *words]
         self.job: Job = parse("fit", self.words, default=None).job()
-        self.fitting = Fitting(self.job, sys.maxsize)
+        self.planner = BudgetPlanner(self.job, sys.maxsize)
         self.plan = self.job.plan_at(2)
         self.folder = folder / "runs" / "default" / "version_0"
         self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
 
-    def peak(self, levers: Levers) -> int:
-        return self.fitting.accountant.account(replace(self.plan, levers=levers)).peak_bytes
+    def peak(self, memory_options: MemoryOptions) -> int:
+        return self.planner.accountant.account(
+            replace(self.plan, memory_options=memory_options)
+        ).peak_bytes
 
-    def rungs(self, most: int = 99) -> list[Levers]:
-        rungs = [self.plan.levers]
+    def rungs(self, most: int = 99) -> list[MemoryOptions]:
+        rungs = [self.plan.memory_options]
         while len(rungs) < most:
-            rung = self.fitting.ladder.next_rung(rungs[-1], self.peak)
+            rung = self.planner.ladder.next_rung(rungs[-1], self.peak)
             if rung is None:
                 break
             rungs.append(rung)
         return rungs
 
     @property
-    def second(self) -> Levers:
+    def second(self) -> MemoryOptions:
         return self.rungs(2)[1]
 
     @property
     def limit(self) -> int:
         """A limit that the plan is above and its second rung below."""
-        return (self.peak(self.plan.levers) + self.peak(self.second)) // 2
+        return (self.peak(self.plan.memory_options) + self.peak(self.second)) // 2
 
     def start(self, limit: int, *options: str) -> "subprocess.Popen[str]":
         words = [str(limit), str(self.checkpoint), *options, "fit", *self.words]

@@ -53,11 +53,11 @@ class LimitedDevice(TorchDispatchMode):
                 f"{self._limit()} bytes of which {self._limit() - self.num_bytes} are free."
             )
 
-        def bury(_: object) -> None:
+        def free(_: object) -> None:
             del self._alive[address]
             self.num_bytes -= size
 
-        self._alive[address] = weakref.ref(storage, bury)
+        self._alive[address] = weakref.ref(storage, free)
         self.num_bytes += size
 
 

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 from foam_lightning.memory.account import Account
 from foam_lightning.model.roles import ROLES
-from foam_lightning.plan import FoldPlan, Levers
-from tuner.search.finals import Candidate, Kind
-from tuner.trials.budget import Effort
-from tuner.trials.results import Outcome, Searched
-from tuner.trials.runner import ShortRun
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from tuner.trials.budget import SearchBudget
+from tuner.trials.results import Candidate, Kind, SearchResult, TrialRecord
+from tuner.trials.runner import TrialResult
 
 ADAM_STATE = 4_096_000
 BREAKDOWN = {
@@ -42,7 +41,9 @@ def uniform_plan(level: int, num_layers: int = 4) -> FoldPlan:
             for role in ROLES
         },
         lr=0.02,
-        levers=Levers(micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True),
+        memory_options=MemoryOptions(
+            micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True
+        ),
     )
 
 
@@ -56,11 +57,11 @@ def mixed_plan(num_layers: int = 4) -> FoldPlan:
     return replace(plan, levels={**plan.levels, **last}, scales={**plan.scales, **scales})
 
 
-def run_at(loss: float) -> ShortRun:
+def run_at(loss: float) -> TrialResult:
     """Make a run whose batches and steps differ from each other in the same way in every run."""
     tokens = [1000] * 16
     nats = [(loss + 0.002 * (i % 5 - 2)) * 1000 for i in range(16)]
-    return ShortRun(nats, tokens, [loss + curve_above(loss, step) for step in range(320)])
+    return TrialResult(nats, tokens, [loss + curve_above(loss, step) for step in range(320)])
 
 
 def curve_above(loss: float, step: int) -> float:
@@ -68,13 +69,13 @@ def curve_above(loss: float, step: int) -> float:
     return (4 - loss % 1) * math.exp(-step / 30) + 0.1 * math.sin(7 * step)
 
 
-def outcome_of(winner: Candidate, *others: Candidate, searched: list[Searched]) -> Outcome:
-    return Outcome(
+def outcome_of(winner: Candidate, *others: Candidate, searched: list[TrialRecord]) -> SearchResult:
+    return SearchResult(
         winner=winner,
         finalists=[*others, winner],
-        searched=searched,
+        trials=searched,
         adam_state_bytes=ADAM_STATE,
-        effort=Effort(num_trials=12, steps=160, num_seeds=2),
+        budget=SearchBudget(num_trials=12, steps=160, num_seeds=2),
         reason=f"{winner.label} is better than every other finalist beyond its interval",
     )
 
@@ -99,17 +100,17 @@ MIXED = candidate("mixed", "mixed levels 1-4", mixed_plan(), 1 / 4, 3.37, 3.39)
 DIVERGED = candidate("uniform", "uniform level 1", uniform_plan(1), 1 / 2, math.nan)
 
 
-def short_run(level: int, lr: float, scale: float, loss: float) -> Searched:
+def short_run(level: int, lr: float, scale: float, loss: float) -> TrialRecord:
     """Make a run of one level; the settings ask for lr .02."""
     plan = uniform_plan(level)
     plan = replace(plan, lr=lr, scales=dict.fromkeys(plan.levels, scale))
     description = f"uniform level {level}, lr {lr:g}, scale {scale:g}"
     state_bytes = ADAM_STATE // 2**level
-    return Searched("uniform", description, plan, run_at(loss), state_bytes, lr == 0.02)
+    return TrialRecord("uniform", description, plan, run_at(loss), state_bytes, lr == 0.02)
 
 
-def mixed_run(number: int, loss: float, state_bytes: int) -> Searched:
-    return Searched("mixed", f"mixed {number}", mixed_plan(), run_at(loss), state_bytes, False)
+def mixed_run(number: int, loss: float, state_bytes: int) -> TrialRecord:
+    return TrialRecord("mixed", f"mixed {number}", mixed_plan(), run_at(loss), state_bytes, False)
 
 
 SEARCHED = [
@@ -127,10 +128,10 @@ SEARCHED = [
     mixed_run(1, 3.611, 1_023_000),
     mixed_run(2, 3.659, 1_021_000),
 ]
-TUNED = outcome_of(MIXED, REFERENCE, CONFIGURED, UNIFORM, HIGHER, searched=SEARCHED)
-NO_REFERENCE = outcome_of(UNIFORM, HIGHER, searched=SEARCHED[4:7])
-ONE_DIVERGED = outcome_of(UNIFORM, DIVERGED, searched=SEARCHED[8:10])
+TUNED = outcome_of(MIXED, REFERENCE, CONFIGURED, UNIFORM, HIGHER, trials=SEARCHED)
+NO_REFERENCE = outcome_of(UNIFORM, HIGHER, trials=SEARCHED[4:7])
+ONE_DIVERGED = outcome_of(UNIFORM, DIVERGED, trials=SEARCHED[8:10])
 ALL_DIVERGED = outcome_of(
-    DIVERGED, replace(DIVERGED, label="uniform level 2"), searched=SEARCHED[8:10]
+    DIVERGED, replace(DIVERGED, label="uniform level 2"), trials=SEARCHED[8:10]
 )
-ADAM_WINS = outcome_of(REFERENCE, searched=SEARCHED[:1])
+ADAM_WINS = outcome_of(REFERENCE, trials=SEARCHED[:1])

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from foam_lightning.callbacks import spike_guard as judge
-from foam_lightning.callbacks.exact_resume import Resumption
-from foam_lightning.callbacks.spike_guard import BadSteps, Judge
+from foam_lightning.callbacks.exact_resume import ExactResume
+from foam_lightning.callbacks.spike_guard import SpikeGuard, StepPolicy
 from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.data import streaming
 from foam_lightning.job import Job
@@ -85,12 +85,13 @@ def fit(
     """
     module, log = job.new_module(), Log(folder, {*stops, job.max_steps})
     module.follow(plan)
-    bad_steps = BadSteps(
-        Judge(max_skipped_steps=1, spike_nats=1.0, max_rollbacks=1), start or folder / "none.ckpt"
+    spike_guard = SpikeGuard(
+        StepPolicy(max_skipped_steps=1, spike_nats=1.0, max_rollbacks=1),
+        start or folder / "none.ckpt",
     )
     trainer = job.new_trainer(
-        plan.levers,
-        [*watches, bad_steps, Resumption(), log],
+        plan.memory_options,
+        [*watches, spike_guard, ExactResume(), log],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -98,7 +99,9 @@ def fit(
         limit_val_batches=1,
         check_val_every_n_epoch=None,
     )
-    trainer.fit(module, datamodule=job.new_data(plan.levers), ckpt_path=start, weights_only=True)
+    trainer.fit(
+        module, datamodule=job.new_data(plan.memory_options), ckpt_path=start, weights_only=True
+    )
     return log.losses
 
 

@@ -37,7 +37,7 @@ def open_folder(root: Path) -> RunFolder:
 
 
 def validation_loss(model: Any, head: Any, job: Job) -> float:
-    data = job.new_data(job.levers)
+    data = job.new_data(job.memory_options)
     data.setup()
     nats = count = 0.0
     for batch in data.val_dataloader():

@@ -84,12 +84,14 @@ class SecondDevice(TorchDispatchMode):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device")
         if device is not None:
             kwargs["device"] = torch.device("cpu")
-        outcome = func(*_inner(args), **{key: _inner(value) for key, value in kwargs.items()})
+        search_result = func(*_inner(args), **{key: _inner(value) for key, value in kwargs.items()})
         if not goes:
-            return outcome
+            return search_result
         # What an operation in place returns is what it was given.
         given = {id(x.inner): x for x in away}
-        return _mapped(outcome, Tensor, lambda x: given[id(x)] if id(x) in given else self._away(x))
+        return _mapped(
+            search_result, Tensor, lambda x: given[id(x)] if id(x) in given else self._away(x)
+        )
 
     def _away(self, inner: Tensor) -> AwayTensor:
         made = AwayTensor(inner)

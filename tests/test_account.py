@@ -21,7 +21,7 @@ from foam_lightning.memory.trace import (
 )
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.groups import foldable, param_groups
-from foam_lightning.plan import FoldPlan, Levers, StateDtype
+from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
 from tests.test_model import SIZES
 
 MODEL_20M = {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 32000}
@@ -37,11 +37,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def plan_for(module: LlamaFoam, levels: int | str, levers: Levers) -> FoldPlan:
+def plan_for(module: LlamaFoam, levels: int | str, memory_options: MemoryOptions) -> FoldPlan:
     if isinstance(levels, int):
-        return module.uniform_plan(levels, levers)
+        return module.uniform_plan(levels, memory_options)
     mixed = {name: (0, 3, 1, 8)[i % 4] for i, name in enumerate(module.foldable)}
-    return replace(module.uniform_plan(0, levers), levels=mixed)
+    return replace(module.uniform_plan(0, memory_options), levels=mixed)
 
 
 def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Moment:
@@ -52,7 +52,9 @@ def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Pre
         module.configure_model()
 
     def make_batch() -> tuple[Tensor, Tensor]:
-        ids = torch.randint(0, module.hparams["vocab_size"], (plan.levers.micro_batch_size, length))
+        ids = torch.randint(
+            0, module.hparams["vocab_size"], (plan.memory_options.micro_batch_size, length)
+        )
         return ids, ids
 
     assert module.model is not None
@@ -60,8 +62,8 @@ def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Pre
         module,
         module.make_optimizer(module.model.named_parameters(), plan),
         make_batch,
-        accumulate_grad_batches=plan.levers.accumulate_grad_batches,
-        gradient_release=plan.levers.gradient_release,
+        accumulate_grad_batches=plan.memory_options.accumulate_grad_batches,
+        gradient_release=plan.memory_options.gradient_release,
         autocast=autocast_for(precision),
     ).peak
 
@@ -93,7 +95,7 @@ CASES: list[tuple[Precision, str, bool, int, int | str, StateDtype]] = [
 
 def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> None:
     precision, checkpointing, chunked, accumulate, levels, state_dtype = case
-    levers = Levers(
+    memory_options = MemoryOptions(
         micro_batch_size=batch // max(accumulate, 1),
         accumulate_grad_batches=max(accumulate, 1),
         activation_checkpointing=checkpointing != "none",
@@ -103,7 +105,7 @@ def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> 
         state_dtype=state_dtype,
     )
     module = LlamaFoam(**settings)
-    plan = plan_for(module, levels, levers)
+    plan = plan_for(module, levels, memory_options)
     accountant = Accountant(
         module, num_layers=4, sequence_length=length, precision=precision, on_gpu=False
     )
@@ -116,9 +118,9 @@ def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> 
 
 def ids_of(case: Any) -> str:
     precision, checkpointing, chunked, accumulate, levels, state_dtype = case
-    levers = [checkpointing] * (checkpointing != "none") + ["chunked"] * chunked
+    memory_options = [checkpointing] * (checkpointing != "none") + ["chunked"] * chunked
     batches = f"x{accumulate}" if accumulate else "release"
-    return "-".join([precision, *levers, batches, f"level {levels}", state_dtype])
+    return "-".join([precision, *memory_options, batches, f"level {levels}", state_dtype])
 
 
 def quick(*chosen: int) -> list[Any]:
@@ -145,7 +147,7 @@ def accountant_of(module: LlamaFoam, *, on_gpu: bool) -> Accountant:
 
 def test_a_gpu_adds_its_context_and_a_margin() -> None:
     module = LlamaFoam()
-    plan = module.uniform_plan(2, Levers(micro_batch_size=2))
+    plan = module.uniform_plan(2, MemoryOptions(micro_batch_size=2))
     bare = accountant_of(module, on_gpu=False).account(plan)
     full = accountant_of(module, on_gpu=True).account(plan)
     margin = full.breakdown["margin"]
@@ -165,7 +167,7 @@ def test_no_peak_is_below_what_is_counted_without_a_trace(
     precision: Precision, batch: tuple[int, int], checkpointing: tuple[bool, bool]
 ) -> None:
     rows, accumulate = batch
-    levers = Levers(
+    memory_options = MemoryOptions(
         micro_batch_size=rows,
         accumulate_grad_batches=max(1, accumulate),
         gradient_release=accumulate == 0,
@@ -176,7 +178,7 @@ def test_no_peak_is_below_what_is_counted_without_a_trace(
     accountant = Accountant(
         module, num_layers=6, sequence_length=64, precision=precision, on_gpu=False
     )
-    plan = module.uniform_plan(2, levers)
+    plan = module.uniform_plan(2, memory_options)
     least, account = accountant.least(plan), accountant.account(plan)
     peak = account.peak_bytes
     plan_bytes = account.breakdown["weights"] + account.breakdown["optimizer_state"]
@@ -190,47 +192,49 @@ def test_the_largest_term_binds() -> None:
 
 
 ON_GPU = [
-    Levers(micro_batch_size=8),
-    Levers(micro_batch_size=2, accumulate_grad_batches=4, activation_checkpointing=True),
-    Levers(micro_batch_size=8, chunked_loss=True, gradient_release=True),
+    MemoryOptions(micro_batch_size=8),
+    MemoryOptions(micro_batch_size=2, accumulate_grad_batches=4, activation_checkpointing=True),
+    MemoryOptions(micro_batch_size=8, chunked_loss=True, gradient_release=True),
 ]
 
 
-@pytest.mark.parametrize("levers", ON_GPU, ids=["plain", "accumulating", "released"])
-def test_the_replay_asks_for_what_the_account_counts(levers: Levers) -> None:
+@pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
+def test_the_replay_asks_for_what_the_account_counts(memory_options: MemoryOptions) -> None:
     module = LlamaFoam()
     accountant = accountant_of(module, on_gpu=True)
     for level in (0, 2, 8):
-        plan = module.uniform_plan(level, levers)
+        plan = module.uniform_plan(level, memory_options)
         usage = accountant.usage(plan)
         assert usage.requested == sum(accountant.trace(plan).values())
         growing = accountant.usage(plan, expandable=True)
         assert (growing.requested, growing.reserved >= growing.allocated) == (usage[0], True)
 
 
-@pytest.mark.parametrize("levers", ON_GPU, ids=["plain", "accumulating", "released"])
+@pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
 def test_the_margin_covers_what_every_level_reserves_and_less_state_never_needs_more(
-    levers: Levers,
+    memory_options: MemoryOptions,
 ) -> None:
     module = LlamaFoam()
     accountant = accountant_of(module, on_gpu=True)
     margins = []
     for level in (0, 1, 2, 3, 4, 8):
-        plan = module.uniform_plan(level, levers)
+        plan = module.uniform_plan(level, memory_options)
         usage = accountant.usage(plan)
         margins.append(accountant.account(plan).breakdown["margin"])
         assert margins[-1] - DeviceCosts().workspace >= usage.reserved - usage.requested
     assert margins == sorted(margins, reverse=True)
-    mixed = accountant.account(plan_for(module, "mixed", levers)).breakdown["margin"]
+    mixed = accountant.account(plan_for(module, "mixed", memory_options)).breakdown["margin"]
     assert margins[-1] <= mixed <= margins[0]
 
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("levers", ON_GPU, ids=["plain", "accumulating", "released"])
-def test_a_change_of_state_changes_the_peak_by_what_was_asked(levers: Levers, on_gpu: bool) -> None:
+@pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
+def test_a_change_of_state_changes_the_peak_by_what_was_asked(
+    memory_options: MemoryOptions, on_gpu: bool
+) -> None:
     module = LlamaFoam()
     accountant = accountant_of(module, on_gpu=on_gpu)
-    plans = [module.uniform_plan(level, levers) for level in (0, 1, 2, 4, 8)]
+    plans = [module.uniform_plan(level, memory_options) for level in (0, 1, 2, 4, 8)]
     states = [optimizer_state_bytes(module.shapes, p.levels, "float32") for p in plans]
     accounts = [accountant.account(plan).breakdown for plan in plans]
     # By state and margin alone: the workspace and the moment of the peak may differ.

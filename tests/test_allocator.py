@@ -11,7 +11,7 @@ from foam_lightning.memory.timeline import Repeat
 from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import Levers
+from foam_lightning.plan import MemoryOptions
 
 KiB, MiB = 2**10, 2**20
 
@@ -19,7 +19,7 @@ KiB, MiB = 2**10, 2**20
 def births(*sizes: int) -> Events:
     events = Events()
     for size in sizes:
-        events.bear(size)
+        events.allocate(size)
     return events
 
 
@@ -28,9 +28,9 @@ def written(*steps: int) -> Events:
     events = Events()
     for step in steps:
         if step >= 0:
-            events.bear(step)
+            events.allocate(step)
         else:
-            events.bury(-1 - step)
+            events.free(-1 - step)
     return events
 
 
@@ -124,9 +124,9 @@ def lives(draw: st.DrawFn, sizes: st.SearchStrategy[int] = SIZES) -> Events:
     alive: list[int] = []
     for _ in range(draw(st.integers(0, 40))):
         if draw(st.booleans()) and alive:
-            events.bury(alive.pop(draw(st.integers(0, len(alive) - 1))))
+            events.free(alive.pop(draw(st.integers(0, len(alive) - 1))))
         else:
-            alive.append(events.bear(draw(sizes)))
+            alive.append(events.allocate(draw(sizes)))
     return events
 
 
@@ -264,7 +264,7 @@ def test_weights_and_state_are_no_events() -> None:
 def test_events_of_three_layers_stand_for_those_of_six(
     release: bool, checkpointing: bool, micro_batches: int
 ) -> None:
-    levers = Levers(
+    memory_options = MemoryOptions(
         micro_batch_size=2,
         accumulate_grad_batches=micro_batches,
         activation_checkpointing=checkpointing,
@@ -278,7 +278,7 @@ def test_events_of_three_layers_stand_for_those_of_six(
 
         with fake_tensors("32-true"):
             return track_step(
-                LlamaFoam(num_hidden_layers=6).layered(levers, num_layers),
+                LlamaFoam(num_hidden_layers=6).layered(memory_options, num_layers),
                 None,
                 make_batch,
                 accumulate_grad_batches=micro_batches,

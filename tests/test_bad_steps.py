@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import cli
-from foam_lightning.callbacks.spike_guard import BadSteps, Judge
+from foam_lightning.callbacks.spike_guard import SpikeGuard, StepPolicy
 from foam_lightning.errors import ConfigError, DivergedError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
@@ -20,7 +20,7 @@ from tests.planted import Plant
 from tests.runs import NewJob, open_folder
 from tests.test_resumption import Steps
 from tests.tiny import write_settings
-from tuner.trials.runner import Bench
+from tuner.trials.runner import TrialRunner
 
 NOWHERE = Path("/nowhere/last.ckpt")
 
@@ -40,15 +40,17 @@ class Watch(Callback):
         self.on_train_batch_start(trainer, module)
 
 
-def bad_steps(skipped: int = 2) -> BadSteps:
-    return BadSteps(Judge(max_skipped_steps=skipped, spike_nats=1.0, max_rollbacks=0), NOWHERE)
+def spike_guard(skipped: int = 2) -> SpikeGuard:
+    return SpikeGuard(
+        StepPolicy(max_skipped_steps=skipped, spike_nats=1.0, max_rollbacks=0), NOWHERE
+    )
 
 
 def fit(job: Job, plan: FoldPlan, *callbacks: Callback) -> Trainer:
     module = job.new_module()
     module.follow(plan)
-    trainer = job.new_trainer(plan.levers, list(callbacks), bare=True, limit_val_batches=0)
-    trainer.fit(module, datamodule=job.new_data(plan.levers))
+    trainer = job.new_trainer(plan.memory_options, list(callbacks), bare=True, limit_val_batches=0)
+    trainer.fit(module, datamodule=job.new_data(plan.memory_options))
     return trainer
 
 
@@ -75,8 +77,8 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(
     way: str, what: str, new_job: NewJob
 ) -> None:
     job = new_job(**WAYS[way])
-    watch, bad = Watch(), bad_steps()
-    micro_batch = job.levers.accumulate_grad_batches - 1
+    watch, bad = Watch(), spike_guard()
+    micro_batch = job.memory_options.accumulate_grad_batches - 1
     plant = Plant(what, (0, 3, 4), micro_batch=micro_batch)
     trainer = fit(job, job.plan_at(1), bad, plant, watch)
     changed = [
@@ -92,19 +94,19 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(
 
 def test_released_gradients_that_are_not_finite_count_as_zero(new_job: NewJob) -> None:
     job = new_job(model={"gradient_release": True})
-    watch, bad = Watch(), bad_steps()
+    watch, bad = Watch(), spike_guard()
     fit(job, job.plan_at(1), bad, Plant("gradient", (3,)), watch)
     assert all(weights.isfinite().all() for weights in watch.weights)
     assert (bad.judge.skipped, bad.judge.num_taken) == (1, 7)
     with pytest.raises(DivergedError, match=r"step 5, rows 33 to 40: the gradient of some param"):
-        fit(job, job.plan_at(1), bad_steps(), Plant("gradient", range(2, 8)))
+        fit(job, job.plan_at(1), spike_guard(), Plant("gradient", range(2, 8)))
 
 
 def test_a_run_without_bad_steps_is_the_same_with_and_without_a_judge(new_job: NewJob) -> None:
     job = new_job(data={"micro_batch_size": 4})
     runs = [Watch(), Watch()]
     fit(job, job.plan_at(1), runs[0])
-    fit(job, job.plan_at(1), bad_steps(), runs[1])
+    fit(job, job.plan_at(1), spike_guard(), runs[1])
     assert torch.equal(torch.stack(runs[0].weights), torch.stack(runs[1].weights))
 
 
@@ -120,7 +122,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_batch(
 ) -> None:
     job = new_job()
     with pytest.raises(DivergedError) as caught:
-        fit(job, job.plan_at(1), bad_steps(), Plant(what, range(3, 8)))
+        fit(job, job.plan_at(1), spike_guard(), Plant(what, range(3, 8)))
     assert str(caught.value) == (
         f"training stopped at step 6, rows 41 to 48: {found}, after 3 steps in a row "
         "(model.max_skipped_steps); it has no checkpoint; lower model.lr, look at these rows, or "
@@ -134,7 +136,9 @@ def test_a_short_run_of_the_search_still_diverges(
     new_job: NewJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = new_job()
-    run = Bench(job).run(job.plan_at(1), num_steps=4, seed=0, callbacks=[Plant("gradient", (1,))])
+    run = TrialRunner(job).run(
+        job.plan_at(1), num_steps=4, seed=0, callbacks=[Plant("gradient", (1,))]
+    )
     assert run.loss != run.loss
 
 

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from foam_lightning.errors import breakage
+from foam_lightning.errors import as_storage_error
 
 GONE = "DataLoader worker (pid(s) 17, 18) exited unexpectedly. Maybe more."
 KILLED = "DataLoader worker (pid 17) is killed by signal: Killed. "
@@ -31,7 +31,7 @@ def chained(cause: Exception) -> Exception:
     ],
 )
 def test_what_broke_is_one_line(error: Exception, expected: str) -> None:
-    found = breakage(error)
+    found = as_storage_error(error)
     assert found is not None
     assert expected in str(found)
     assert "type the same command again" in str(found)
@@ -50,4 +50,4 @@ def test_what_broke_is_one_line(error: Exception, expected: str) -> None:
     ],
 )
 def test_other_errors_are_left_as_they_are(error: Exception) -> None:
-    assert breakage(error) is None
+    assert as_storage_error(error) is None

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foam_lightning.callbacks.export import Export
-from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.callbacks.residual_energy import ResidualEnergy
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.job import Job
@@ -17,7 +17,7 @@ from foam_lightning.memory.device import Usage, calibrate
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import Levers
+from foam_lightning.plan import MemoryOptions
 from tests.fake_gpu import FakeGpu
 
 NewJob = Callable[..., Job]
@@ -54,7 +54,7 @@ def at_step(step: int, written: dict[str, float] | None = None) -> Any:
 @pytest.mark.parametrize("level", [1, 2, 4, 8])
 def test_random_gradients_leave_what_the_formula_says(level: int) -> None:
     module = LlamaFoam(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
-    module.follow(module.uniform_plan(level, Levers(micro_batch_size=1)))
+    module.follow(module.uniform_plan(level, MemoryOptions(micro_batch_size=1)))
     module.configure_model()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -67,7 +67,7 @@ def test_random_gradients_leave_what_the_formula_says(level: int) -> None:
 
 def test_gradients_that_agree_leave_nothing() -> None:
     module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
-    plan = module.uniform_plan(3, Levers(micro_batch_size=1))
+    plan = module.uniform_plan(3, MemoryOptions(micro_batch_size=1))
     # One role stays unfolded, and one has no gradient.
     unfolded = {name: 0 if "q_proj" in name else level for name, level in plan.levels.items()}
     module.follow(replace(plan, levels=unfolded))
@@ -82,10 +82,10 @@ def test_gradients_that_agree_leave_nothing() -> None:
     watch.on_before_optimizer_step(at_step(5, written), module, None)  # type: ignore[arg-type]
     assert set(written) == {f"folding/residual_energy_{role}" for role in ROLES if role not in "qk"}
     assert max(written.values()) < 1e-6
-    released = Levers(micro_batch_size=1, gradient_release=True)
+    released = MemoryOptions(micro_batch_size=1, gradient_release=True)
     assert ResidualEnergy.sees(module)
     for other in (
-        replace(plan, levers=released),
+        replace(plan, memory_options=released),
         replace(plan, levels=dict.fromkeys(plan.levels, 0)),
     ):
         module.follow(other)
@@ -95,7 +95,7 @@ def test_gradients_that_agree_leave_nothing() -> None:
 def test_the_residual_of_a_large_matrix_takes_little_memory() -> None:
     # The account knows nothing of it, and a matrix of a 7B model is 180 MB in float32.
     module = LlamaFoam(hidden_size=256, intermediate_size=2**14, num_hidden_layers=1)
-    module.follow(module.uniform_plan(2, Levers(micro_batch_size=1)))
+    module.follow(module.uniform_plan(2, MemoryOptions(micro_batch_size=1)))
     module.configure_model()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -153,17 +153,19 @@ def test_throughput_counts_everything_but_evaluation(
     assert logged["throughput/tokens_per_second"] == 16
 
 
-def run(job: Job, memory: MemoryWatch, levers: Levers, level: int, **settings: Any) -> None:
+def run(
+    job: Job, memory: MemoryMonitor, memory_options: MemoryOptions, level: int, **settings: Any
+) -> None:
     module = job.new_module()
-    module.follow(module.uniform_plan(level, levers))
-    trainer = job.new_trainer(levers, [memory], bare=True, limit_val_batches=0, **settings)
-    trainer.fit(module, datamodule=job.new_data(levers))
+    module.follow(module.uniform_plan(level, memory_options))
+    trainer = job.new_trainer(memory_options, [memory], bare=True, limit_val_batches=0, **settings)
+    trainer.fit(module, datamodule=job.new_data(memory_options))
 
 
 LEVERS = {
-    "plain": Levers(micro_batch_size=8),
-    "accumulating": Levers(micro_batch_size=4, accumulate_grad_batches=2),
-    "checkpointing": Levers(
+    "plain": MemoryOptions(micro_batch_size=8),
+    "accumulating": MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2),
+    "checkpointing": MemoryOptions(
         micro_batch_size=8, activation_checkpointing=True, chunked_loss=True, state_dtype="bfloat16"
     ),
 }
@@ -186,7 +188,7 @@ def test_a_real_run_takes_what_the_account_says(
     job = new_job(
         model=sizes, data={"sequence_length": 64}, trainer={"precision": precision, "max_steps": 4}
     )
-    memory = MemoryWatch()
+    memory = MemoryMonitor()
     run(job, memory, LEVERS[name], level)
     predicted = job.new_accountant().account(job.new_module().uniform_plan(level, LEVERS[name]))
     assert memory.measured_bytes == pytest.approx(predicted.peak_bytes, rel=0.01)
@@ -197,13 +199,13 @@ class StopError(Exception):
 
 
 def test_an_exception_ends_the_watch(job: Job) -> None:
-    class Stop(MemoryWatch):
+    class Stop(MemoryMonitor):
         def on_train_batch_start(self, *_: Any) -> None:
             raise StopError
 
     memory = Stop()
     with pytest.raises(StopError):
-        run(job, memory, job.levers, 1)
+        run(job, memory, job.memory_options, 1)
     assert memory.measured_bytes is not None
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
@@ -218,12 +220,16 @@ def test_the_rehearsal_looks_through_the_evaluation(new_job: NewJob) -> None:
     peaks = []
     for through in (False, True):
         module = Greedy(**job.new_module().hparams)
-        module.follow(module.uniform_plan(1, job.levers))
-        memory = MemoryWatch(through_evaluation=through)
+        module.follow(module.uniform_plan(1, job.memory_options))
+        memory = MemoryMonitor(through_evaluation=through)
         trainer = job.new_trainer(
-            job.levers, [memory], bare=True, val_check_interval=2, check_val_every_n_epoch=None
+            job.memory_options,
+            [memory],
+            bare=True,
+            val_check_interval=2,
+            check_val_every_n_epoch=None,
         )
-        trainer.fit(module, datamodule=job.new_data(job.levers))
+        trainer.fit(module, datamodule=job.new_data(job.memory_options))
         assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
         assert memory.measured_bytes is not None
         peaks.append(memory.measured_bytes)
@@ -243,12 +249,12 @@ class Busy(FakeGpu):
 
 
 def watched(
-    job: Job, memory: MemoryWatch, logged: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    job: Job, memory: MemoryMonitor, logged: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
     """Run, and give what was said."""
     said: list[str] = []
     monkeypatch.setattr(LlamaFoam, "print", lambda _, *words: said.append(" ".join(words)))
-    run(job, memory, job.levers, 1)
+    run(job, memory, job.memory_options, 1)
     assert all(logged[f"memory/{name}"] for name in ("measured_bytes", "predicted_bytes"))
     return said
 
@@ -263,7 +269,7 @@ def test_a_gpu_is_asked_for_what_it_reserved(
 ) -> None:
     gpu = Busy([7])
     calibrate(gpu)
-    memory = MemoryWatch(10_000_000_000, gpu=gpu)
+    memory = MemoryMonitor(10_000_000_000, gpu=gpu)
     assert watched(job, memory, logged, monkeypatch) == []
     assert gpu.asked == ["measure", "forget peaks"]
     # The context is half a GB.
@@ -281,7 +287,7 @@ def test_retries_are_counted_and_said_once(
 ) -> None:
     gpu = Busy([7, 7, 9, 10])
     calibrate(gpu)
-    memory = MemoryWatch(11_000_000_000, gpu=gpu)
+    memory = MemoryMonitor(11_000_000_000, gpu=gpu)
     assert watched(job, memory, logged, monkeypatch) == [
         "memory: 10 GB measured, 11 GB predicted; 2 times the allocator had to empty its cache, "
         "which is slow; lower data.micro_batch_size or raise --memory-budget"
@@ -298,18 +304,18 @@ def test_a_peak_well_above_the_prediction_is_said_once(
     share: float,
     speaks: bool,
 ) -> None:
-    first = MemoryWatch()
-    run(job, first, job.levers, 1)
+    first = MemoryMonitor()
+    run(job, first, job.memory_options, 1)
     assert first.measured_bytes is not None
-    memory = MemoryWatch(int(first.measured_bytes * share))
+    memory = MemoryMonitor(int(first.measured_bytes * share))
     said = watched(job, memory, logged, monkeypatch)
     assert len(said) == speaks
     assert all(" measured, " in line and " predicted; lower" in line for line in said)
 
 
 def test_a_run_of_one_step_is_measured(job: Job) -> None:
-    memory = MemoryWatch()
-    run(job, memory, job.levers, 1, max_steps=1)
+    memory = MemoryMonitor()
+    run(job, memory, job.memory_options, 1, max_steps=1)
     assert memory.measured_bytes is not None
 
 
@@ -317,9 +323,9 @@ def test_the_export_is_loaded_by_others(job: Job, tmp_path: Path) -> None:
     module = job.new_module()
     module.follow(job.plan_at(1))
     trainer = job.new_trainer(
-        job.levers, [Export(tmp_path / "hf")], bare=True, max_steps=1, limit_val_batches=0
+        job.memory_options, [Export(tmp_path / "hf")], bare=True, max_steps=1, limit_val_batches=0
     )
-    trainer.fit(module, datamodule=job.new_data(job.levers))
+    trainer.fit(module, datamodule=job.new_data(job.memory_options))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert model.config.eos_token_id == tokenizer.eos_token_id

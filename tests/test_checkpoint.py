@@ -23,7 +23,7 @@ def test_a_checkpoint_alone_gives_model_and_tokenizer_back(finished: Finished) -
     assert module.model is not None
     found = validation_loss(module.model.model, module.model.lm_head, job)
     assert found == pytest.approx(trained.final_validation_loss, abs=1e-5)
-    data = job.new_data(job.levers)
+    data = job.new_data(job.memory_options)
     text = "12 and 47 make 36."
     expected = data.tokenizer(text)["input_ids"]
     assert load_tokenizer(folder.last_checkpoint)(text)["input_ids"] == expected

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.checkpoint.io import CheckpointFiles, flaw, one_before
+from foam_lightning.checkpoint.io import AtomicCheckpointIO, find_damage, previous_checkpoint
 from foam_lightning.signals import Interrupted
 from tests.faults.limits import files_up_to
 
@@ -22,7 +22,7 @@ def content(value: float) -> dict[str, Any]:
 
 def save(path: Path, *values: float) -> None:
     for value in values:
-        CheckpointFiles().save_checkpoint(content(value), path)
+        AtomicCheckpointIO().save_checkpoint(content(value), path)
 
 
 def value_in(path: Path) -> int:
@@ -43,7 +43,7 @@ def test_the_one_before_is_kept_and_no_more(path: Path) -> None:
     assert names(path) == ["last.ckpt"]
     save(path, 2, 3)
     assert names(path) == ["last.ckpt", "previous.ckpt"]
-    assert (value_in(one_before(path)), value_in(path)) == (2, 3)
+    assert (value_in(previous_checkpoint(path)), value_in(path)) == (2, 3)
 
 
 def test_a_file_system_without_hard_links_keeps_it_too(
@@ -54,7 +54,7 @@ def test_a_file_system_without_hard_links_keeps_it_too(
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     save(path, 1, 2)
-    assert (value_in(one_before(path)), value_in(path)) == (1, 2)
+    assert (value_in(previous_checkpoint(path)), value_in(path)) == (1, 2)
     assert names(path) == ["last.ckpt", "previous.ckpt"]
 
 
@@ -64,7 +64,7 @@ def test_a_disk_that_gets_full_leaves_both_as_they_were(path: Path) -> None:
         save(path, 3)
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == f"{path}.part"
-    assert (value_in(one_before(path)), value_in(path)) == (1, 2)
+    assert (value_in(previous_checkpoint(path)), value_in(path)) == (1, 2)
     assert names(path) == ["last.ckpt", "previous.ckpt"]
 
 
@@ -84,7 +84,7 @@ def test_a_signal_while_it_is_written_leaves_a_whole_one(
     assert value_in(path) == 2
     assert "last.ckpt.part" not in names(path)
     save(path, 4)
-    assert (value_in(one_before(path)), value_in(path)) == (2, 4)
+    assert (value_in(previous_checkpoint(path)), value_in(path)) == (2, 4)
     assert names(path) == ["last.ckpt", "previous.ckpt"]
 
 
@@ -113,11 +113,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_what_is_cut_off_anywhere_has_a_flaw(whole: Path, share: float) -> None:
-    assert flaw(whole, thorough=False) is None
+    assert find_damage(whole, thorough=False) is None
     cut = whole.with_name("cut.ckpt")
     all_bytes = whole.read_bytes()
     cut.write_bytes(all_bytes[: int(share * len(all_bytes))])
-    assert flaw(cut, thorough=False) == "truncated or no checkpoint"
+    assert find_damage(cut, thorough=False) == "truncated or no checkpoint"
 
 
 @given(place=st.integers(2000, 2000 + NUMBERS), bit=st.integers(0, 7))
@@ -128,8 +128,8 @@ def test_a_single_bit_that_fell_over_is_found_which_torch_does_not(
     all_bytes[place] ^= 1 << bit
     damaged = whole.with_name("damaged.ckpt")
     damaged.write_bytes(all_bytes)
-    assert flaw(damaged, thorough=False) is None
-    found = flaw(damaged, thorough=True)
+    assert find_damage(damaged, thorough=False) is None
+    found = find_damage(damaged, thorough=True)
     assert found is not None
     assert found.startswith("damaged, as the checksum of its ")
     assert torch.load(damaged, weights_only=True).keys() == {"weights", "step"}

@@ -17,7 +17,7 @@ from foam_lightning.units import ByteSize, at_least
 from tests.tiny import REPOSITORY, write_settings
 from tuner.config.help import COMMANDS, OWN, SHARED, general_help
 from tuner.config.parser import make_parser, parse
-from tuner.planning.planner import Fitting
+from tuner.planning.planner import BudgetPlanner
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 
@@ -145,13 +145,13 @@ def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
 
 
 @pytest.fixture(scope="module")
-def fitting_of() -> Callable[[str], Fitting]:
+def fitting_of() -> Callable[[str], BudgetPlanner]:
     """Fit a recipe's model with few rows; what was traced is kept."""
 
     @cache
-    def make(size: str) -> Fitting:
+    def make(size: str) -> BudgetPlanner:
         words = ["--config", f"configs/llama_{size}.yaml", "--data.batch_size", "2"]
-        return Fitting(parse("plan", words, default=None).job(), 1)
+        return BudgetPlanner(parse("plan", words, default=None).job(), 1)
 
     return make
 
@@ -164,20 +164,20 @@ _RECIPES = [
 
 @pytest.mark.parametrize("size", _RECIPES)
 def test_the_budget_that_a_refusal_names_works_and_one_byte_less_is_refused(
-    size: str, fitting_of: Callable[[str], Fitting]
+    size: str, fitting_of: Callable[[str], BudgetPlanner]
 ) -> None:
-    fitting = fitting_of(size)
-    least = fitting.minimum.account.peak_bytes
+    planner = fitting_of(size)
+    least = planner.minimum.account.peak_bytes
     with pytest.raises(InfeasibleBudgetError) as caught:
-        fitting.with_budget(least - 1).untuned()
+        planner.with_budget(least - 1).default_plan()
     assert caught.value.exit_code == 3
     assert caught.value.minimum_bytes == least
     assert sum(caught.value.breakdown.values()) == least
     shown = re.findall(r"(?<=needs |least )[0-9.]+[kMGT]?B", str(caught.value))
     assert len(shown) == 2
     for budget in (least, *map(ByteSize, shown)):
-        inside = fitting.with_budget(budget)
-        plan = inside.untuned()
+        inside = planner.with_budget(budget)
+        plan = inside.default_plan()
         account = inside.accountant.account(plan)
         assert sum(account.breakdown.values()) == account.peak_bytes <= budget
         assert least <= budget < 1.001 * least
@@ -191,7 +191,7 @@ def test_plan_below_its_own_minimum_exits_3_and_says_what_works(
         words = ["plan", "--config", str(settings), "--memory-budget", budget, "--format", output]
         return cli.main(words), *capfd.readouterr()
 
-    least = Fitting(parse("plan", ["--config", str(settings)], default=None).job(), 1).minimum
+    least = BudgetPlanner(parse("plan", ["--config", str(settings)], default=None).job(), 1).minimum
     shown = at_least(least.account.peak_bytes)
     code, out, err = plan(f"{least.account.peak_bytes - 1}B", "json")
     assert code == 3
@@ -205,12 +205,12 @@ def test_plan_below_its_own_minimum_exits_3_and_says_what_works(
 def test_a_given_plan_that_does_not_fit_is_not_said_to_pull_every_lever(
     settings: Path, refused: Check
 ) -> None:
-    fitting = Fitting(parse("plan", ["--config", str(settings)], default=None).job(), 10**12)
-    plan = fitting.uniform(0)
+    planner = BudgetPlanner(parse("plan", ["--config", str(settings)], default=None).job(), 10**12)
+    plan = planner.uniform(0)
     plan.save(settings.parent / "plan.json")
     words = ["fit", "--config", settings, "--fold-plan", settings.parent / "plan.json"]
     line = refused(*words, "--memory-budget", "100kB", code=3)
-    assert f"this plan needs {at_least(fitting.accountant.account(plan).peak_bytes)}" in line
+    assert f"this plan needs {at_least(planner.accountant.account(plan).peak_bytes)}" in line
 
 
 def test_plan_as_json_is_one_object_whose_terms_add_up(

@@ -17,9 +17,9 @@ from tests.runs import NewJob
 from tuner.commands.compare import run_comparison
 from tuner.comparison import compare as comparing
 from tuner.comparison.compare import MOST_RATES, Contender, Options, compare
-from tuner.comparison.profile import Footprint
+from tuner.comparison.profile import OptimizerProfile
 from tuner.comparison.report import write_comparison
-from tuner.trials.runner import ShortRun
+from tuner.trials.runner import TrialResult
 
 Bowls = dict[str, Callable[[float], float]]
 
@@ -39,7 +39,7 @@ class FakeBench:
         self.job = job
         self._on_step = on_step
 
-    def run(self, plan: FoldPlan, *, num_steps: int, seed: int) -> ShortRun:
+    def run(self, plan: FoldPlan, *, num_steps: int, seed: int) -> TrialResult:
         name = self.job.optimizer
         if len(self.asked) >= self.die_after:
             raise KilledError
@@ -47,7 +47,7 @@ class FakeBench:
         for _ in range(num_steps):
             self._on_step()
         loss = self.bowls[name](plan.lr) + 0.01 * seed
-        return ShortRun([8 * loss, 8 * loss + 0.1], [8, 8])
+        return TrialResult([8 * loss, 8 * loss + 0.1], [8, 8])
 
 
 def bowl(bottom: float, height: float = 3.0) -> Callable[[float], float]:
@@ -58,11 +58,11 @@ def bowl(bottom: float, height: float = 3.0) -> Callable[[float], float]:
 def bench(monkeypatch: pytest.MonkeyPatch) -> type[FakeBench]:
     FakeBench.asked, FakeBench.die_after = [], math.inf
     FakeBench.bowls = {name: bowl(0.01) for name in OPTIMIZERS}
-    monkeypatch.setattr(comparing, "Bench", FakeBench)
+    monkeypatch.setattr(comparing, "TrialRunner", FakeBench)
     monkeypatch.setattr(
         comparing,
         "measure",
-        lambda benches, _: {name: Footprint(1000 * (i + 1), 9000, 0.1) for i, name in
+        lambda benches, _: {name: OptimizerProfile(1000 * (i + 1), 9000, 0.1) for i, name in
                             enumerate(benches)},
     )  # fmt: skip
     return FakeBench
@@ -244,7 +244,7 @@ def test_the_command_writes_table_picture_and_runs(
     assert imread(folder / "compare.png").shape[1] > 1000
     kept: dict[str, Any] = json.loads((folder / "runs.json").read_text())
     assert {entry["optimizer"] for entry in kept.values()} == {"foam", "split_adamw"}
-    of_foam, of_adamw = (found.footprints[name] for name in options.optimizers)
+    of_foam, of_adamw = (found.profiles[name] for name in options.optimizers)
     assert 0 < of_foam.state_bytes < of_adamw.state_bytes < of_adamw.peak_bytes
     assert of_foam.peak_bytes < of_adamw.peak_bytes
     assert of_foam.step_seconds > 0

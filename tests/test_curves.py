@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.report.ablation import paired_curve
-from tuner.trials.runner import SEED_DEVIATION, ShortRun
+from tuner.report.ablation import paired_loss_curve
+from tuner.trials.runner import SEED_DEVIATION, TrialResult
 
 LOSSES = st.floats(min_value=0, max_value=20)
 
 
-def run(curve: list[float]) -> ShortRun:
-    return ShortRun([3.0], [1], curve)
+def run(curve: list[float]) -> TrialResult:
+    return TrialResult([3.0], [1], curve)
 
 
 @given(st.lists(st.tuples(LOSSES, LOSSES), min_size=1, max_size=60), st.integers(1, 25))
@@ -20,7 +20,7 @@ def test_the_windows_part_the_run_and_their_means_are_those_of_the_gaps(
 ) -> None:
     gaps = [one - other for one, other in pairs]
     one, other = ([float(pair[i]) for pair in pairs] for i in (0, 1))
-    windows = paired_curve([run(one)], [run(other)], num_windows)
+    windows = paired_loss_curve([run(one)], [run(other)], num_windows)
     assert len(windows) == min(num_windows, len(pairs))
     steps = [step for w in windows for step in range(w.first, w.last + 1)]
     assert steps == list(range(1, len(pairs) + 1))
@@ -35,20 +35,20 @@ def test_the_windows_part_the_run_and_their_means_are_those_of_the_gaps(
 def test_a_batch_that_is_hard_for_both_makes_no_noise() -> None:
     hard = [3 + math.sin(7 * step) for step in range(200)]
     easier = [loss - 0.1 for loss in hard]
-    for window in paired_curve([run(easier)], [run(hard)]):
+    for window in paired_loss_curve([run(easier)], [run(hard)]):
         assert window.difference.mean == pytest.approx(-0.1)
         assert window.difference.half_width == pytest.approx(1.96 * SEED_DEVIATION)
 
 
 def test_another_seed_narrows_the_band() -> None:
     low, high = run([3.0] * 40), run([3.1] * 40)
-    (one,) = paired_curve([low], [high], 1)
-    (two,) = paired_curve([low, low], [high, high], 1)
+    (one,) = paired_loss_curve([low], [high], 1)
+    (two,) = paired_loss_curve([low, low], [high, high], 1)
     assert two.difference.mean == pytest.approx(one.difference.mean)
     assert two.difference.half_width < one.difference.half_width
 
 
 def test_no_curve_gives_no_windows_and_curves_that_do_not_pair_are_refused() -> None:
-    assert paired_curve([run([])], [run([])]) == []
+    assert paired_loss_curve([run([])], [run([])]) == []
     with pytest.raises(ValueError, match="runs of 2, 3 steps do not pair"):
-        paired_curve([run([3.0] * 3)], [run([3.0] * 2)])
+        paired_loss_curve([run([3.0] * 3)], [run([3.0] * 2)])

@@ -10,22 +10,22 @@ import pytest
 from optuna_dashboard import wsgi
 from werkzeug.test import Client
 
-from tuner.trials.runner import ShortRun
+from tuner.trials.runner import TrialResult
 from tuner.trials.study import Study
 
 
-def evaluated(trial: optuna.Trial) -> ShortRun:
+def evaluated(trial: optuna.Trial) -> TrialResult:
     """Diverge at every other trial."""
     scale = trial.suggest_float("scale_factor", 0.4, 2.5, log=True)
     loss = math.nan if trial.number % 2 else 3 + math.log(scale) ** 2
-    return ShortRun([loss * 8] * 3, [8] * 3, [4.0, loss])
+    return TrialResult([loss * 8] * 3, [8] * 3, [4.0, loss])
 
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Any:
     study = Study(tmp_path / "study.db", "folded", seed=0)
     study.search([{"scale_factor": 1.0}], num_trials=4, evaluate=evaluated)
-    Study(tmp_path / "study.db", "final", seed=0).do(["a plan"], lambda _: ShortRun([24.0], [8]))
+    Study(tmp_path / "study.db", "final", seed=0).do(["a plan"], lambda _: TrialResult([24.0], [8]))
     client = Client(wsgi(f"sqlite:///{tmp_path / 'study.db'}"))
 
     def answer(path: str) -> Any:

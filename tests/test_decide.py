@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 
-from foam_lightning.plan import FoldPlan, Levers
-from tuner.search.finals import Candidate, Kind, decide, race
-from tuner.trials.extrapolation import predicted
-from tuner.trials.runner import Difference, ShortRun
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from tuner.search.finals import decide, race
+from tuner.trials.extrapolation import predict_full_run
+from tuner.trials.results import Candidate, Kind
+from tuner.trials.runner import Difference, TrialResult
 
 BATCHES = 8
 
@@ -21,7 +22,7 @@ def candidate(kind: Kind, level: int, loss: float, state_bytes: int) -> Candidat
         levels=levels,
         scales=dict.fromkeys(levels, 0.25),
         lr=0.01,
-        levers=Levers(micro_batch_size=1),
+        memory_options=MemoryOptions(micro_batch_size=1),
     )
     label = {
         "reference": "split-lr Adam",
@@ -31,8 +32,8 @@ def candidate(kind: Kind, level: int, loss: float, state_bytes: int) -> Candidat
     return Candidate(kind, label, plan, state_bytes, [run_at(loss)])
 
 
-def run_at(loss: float) -> ShortRun:
-    return ShortRun([loss * 100] * BATCHES, [100] * BATCHES)
+def run_at(loss: float) -> TrialResult:
+    return TrialResult([loss * 100] * BATCHES, [100] * BATCHES)
 
 
 def as_measured(gap: Difference, to_adam: bool) -> Difference:
@@ -97,10 +98,10 @@ def test_the_reason_names_who_was_close() -> None:
 def test_adam_that_does_not_fit_never_wins() -> None:
     ahead = [adam(3.0), uniform(3.1, 1), uniform(3.105, 2)]
     assert decide(ahead, as_measured)[0] is ahead[0]
-    winner, reason = decide(ahead, as_measured, adam_fits=False)
+    winner, reason = decide(ahead, as_measured, adam_may_win=False)
     assert winner is ahead[2]
     assert "Adam" not in reason
-    assert decide(ahead[:2], as_measured, adam_fits=False) == (
+    assert decide(ahead[:2], as_measured, adam_may_win=False) == (
         ahead[1],
         "uniform level 1 alone fits and came to its end",
     )
@@ -116,7 +117,7 @@ def raced(losses: list[list[float]], num_rounds: int) -> tuple[list[int], list[l
     entrants = [replace(uniform(0.0, level), runs=[]) for level in range(len(losses))]
     rounds: list[list[int]] = []
 
-    def run(racing: Sequence[Candidate], number: int) -> list[ShortRun]:
+    def run(racing: Sequence[Candidate], number: int) -> list[TrialResult]:
         rounds.append([entrants.index(replace(c, runs=[])) for c in racing])
         return [run_at(losses[i][number]) for i in rounds[-1]]
 
@@ -151,7 +152,7 @@ def test_candidates_are_compared_on_the_seeds_that_both_ran() -> None:
 def test_a_gap_that_the_full_run_will_not_show_decides_nothing() -> None:
     ahead = [adam(3.03), uniform(3.02), mixed(2.995)]
     assert decide(ahead, as_measured)[0] is ahead[2]
-    shrunk = partial(predicted, num_steps=300, full_steps=1200)
+    shrunk = partial(predict_full_run, num_steps=300, full_steps=1200)
     assert decide(ahead, shrunk)[0] is ahead[0]
-    assert decide(ahead, shrunk, adam_fits=False)[0] is ahead[1]
+    assert decide(ahead, shrunk, adam_may_win=False)[0] is ahead[1]
     assert decide([adam(3.2), *ahead[1:]], shrunk)[0] is ahead[1]

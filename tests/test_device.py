@@ -14,9 +14,9 @@ from foam_lightning.memory.device import (
     calibrate,
     find_gpu,
     is_out_of_memory,
-    known_costs,
-    shortfall,
-    wall,
+    load_costs,
+    memory_cap,
+    missing_memory_warning,
 )
 from foam_lightning.memory.tracker import StorageTracker
 from tests.fake_gpu import FakeGpu
@@ -36,14 +36,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_wall_leaves_the_budget_less_what_the_allocator_does_not_see() -> None:
     gpu = FakeGpu()
-    with wall(gpu, 12 * GB, GB // 2):
+    with memory_cap(gpu, 12 * GB, GB // 2):
         assert gpu.asked == [f"limit {11.5 / 24:.6g}"]
     assert gpu.asked[1:] == ["limit 1"]
 
 
 def test_the_wall_falls_with_the_run_that_broke_at_it() -> None:
     gpu = FakeGpu()
-    with pytest.raises(torch.OutOfMemoryError), wall(gpu, 12 * GB, 0):
+    with pytest.raises(torch.OutOfMemoryError), memory_cap(gpu, 12 * GB, 0):
         raise torch.OutOfMemoryError
     assert gpu.asked == ["limit 0.5", "limit 1"]
 
@@ -52,7 +52,7 @@ def break_at_a_wall(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: float) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    with wall(gpu, 12 * GB, 0):
+    with memory_cap(gpu, 12 * GB, 0):
         monkeypatch.setattr(gpu, "limit", refuse)
         raise torch.OutOfMemoryError
 
@@ -65,16 +65,16 @@ def test_a_context_that_broke_does_not_hide_what_broke_it(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("budget", "share"), [(48 * GB, "1"), (GB // 4, "0")])
 def test_the_wall_stays_within_the_card(budget: int, share: str) -> None:
     gpu = FakeGpu()
-    with wall(gpu, budget, GB // 2):
+    with memory_cap(gpu, budget, GB // 2):
         assert gpu.asked == [f"limit {share}"]
 
 
 def test_a_card_that_has_less_than_the_budget_is_named_with_both() -> None:
     gpu = FakeGpu()
-    assert shortfall(gpu, 24 * GB, GB // 2) is None
+    assert missing_memory_warning(gpu, 24 * GB, GB // 2) is None
     gpu.free -= 2 * GB  # another process
-    assert shortfall(gpu, 22 * GB, GB // 2) is None
-    line = shortfall(gpu, 24 * GB, GB // 2)
+    assert missing_memory_warning(gpu, 22 * GB, GB // 2) is None
+    line = missing_memory_warning(gpu, 24 * GB, GB // 2)
     assert line is not None
     assert line.startswith("the Fake 24 has 22 GB free of 24 GB, less than the budget of 24GB: ")
     assert len(line.splitlines()) == 1
@@ -85,9 +85,9 @@ def test_a_card_that_has_less_than_the_budget_is_named_with_both() -> None:
 
 def test_a_gpu_is_measured_once_and_remembered(cache: Path) -> None:
     gpu = FakeGpu()
-    assert known_costs(gpu) == DeviceCosts()
+    assert load_costs(gpu) == DeviceCosts()
     assert calibrate(gpu) == gpu.costs
-    assert calibrate(gpu) == known_costs(FakeGpu()) == gpu.costs
+    assert calibrate(gpu) == load_costs(FakeGpu()) == gpu.costs
     assert gpu.asked == ["measure"]
     (key,) = json.loads(cache.read_text())
     assert key.startswith("Fake 24, driver ")
@@ -98,9 +98,9 @@ def test_another_gpu_is_measured_for_itself() -> None:
     calibrate(FakeGpu())
     other = FakeGpu("Fake 80")
     other.costs = DeviceCosts(context=700_000_000, workspace=67_000_000)
-    assert known_costs(other) == DeviceCosts()
+    assert load_costs(other) == DeviceCosts()
     assert calibrate(other) == other.costs
-    assert known_costs(FakeGpu()) == FakeGpu().costs
+    assert load_costs(FakeGpu()) == FakeGpu().costs
 
 
 @pytest.mark.parametrize("context", [0, -5, 3 * GB])
@@ -129,21 +129,21 @@ def test_a_damaged_record_is_made_anew(cache: Path, content: str) -> None:
     cache.parent.mkdir()
     cache.write_text(content)
     gpu = FakeGpu()
-    assert known_costs(gpu) == DeviceCosts()
-    assert calibrate(gpu) == gpu.costs == known_costs(gpu)
+    assert load_costs(gpu) == DeviceCosts()
+    assert calibrate(gpu) == gpu.costs == load_costs(gpu)
 
 
 def test_a_record_of_another_version_counts_as_none(cache: Path) -> None:
     calibrate(FakeGpu())
     (key,) = json.loads(cache.read_text())
     cache.write_text(json.dumps({key: {"context": 1, "something": 2}}))
-    assert known_costs(FakeGpu()) == DeviceCosts()
+    assert load_costs(FakeGpu()) == DeviceCosts()
 
 
 def test_without_a_gpu_there_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_gpu(wanted=True) is None
-    assert known_costs(None) == DeviceCosts()
+    assert load_costs(None) == DeviceCosts()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert find_gpu(wanted=False) is None
     found = find_gpu(wanted=True, index=3)
@@ -178,7 +178,7 @@ def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.Monk
     assert gpu.name == "Card"
     assert gpu.usage() == Usage(allocated=1, reserved=2, retries=3)
     gpu.limit(0.25)
-    gpu.forget_peaks()
+    gpu.reset_peaks()
     assert asked == [
         ("mem_get_info", 4),
         ("get_device_name", 4),

@@ -33,12 +33,13 @@ from foam_lightning.memory.distributed import NCCL_BYTES, buckets, one_of
 from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.model.llama import save_tokenizer
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import Levers
+from foam_lightning.plan import MemoryOptions
 from foam_lightning.storage import run_folder
-from foam_lightning.storage.run_folder import RunFolder, write_json
+from foam_lightning.storage.atomic import write_json
+from foam_lightning.storage.run_folder import RunFolder
 from tests.runs import NewJob
 from tests.tiny import write_settings
-from tuner.planning.planner import Fitting
+from tuner.planning.planner import BudgetPlanner
 from tuner.report.plan_table import plan_json, plan_table
 
 DDP, SHARED = Devices(2), Devices(2, shards=True)
@@ -144,12 +145,15 @@ def test_every_row_is_in_one_share_and_all_shares_are_as_long(count: int, world:
 
 def test_the_batch_is_that_of_all_devices(new_job: NewJob) -> None:
     job = new_job(data={"micro_batch_size": 2}, trainer={"devices": 2})
-    assert (job.levers.micro_batch_size, job.levers.accumulate_grad_batches) == (2, 2)
-    assert new_job(trainer={"devices": 2}).levers.micro_batch_size == 4
+    assert (job.memory_options.micro_batch_size, job.memory_options.accumulate_grad_batches) == (
+        2,
+        2,
+    )
+    assert new_job(trainer={"devices": 2}).memory_options.micro_batch_size == 4
     alone = job.on_one_device()
     assert alone.devices == ONE_DEVICE
-    assert alone.levers.accumulate_grad_batches == 4
-    short = job.new_trainer(job.levers, [], bare=True)
+    assert alone.memory_options.accumulate_grad_batches == 4
+    short = job.new_trainer(job.memory_options, [], bare=True)
     assert (short.num_devices, short.accumulate_grad_batches) == (1, 4)
 
 
@@ -159,18 +163,18 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(
 ) -> None:
     job = new_job(data={"micro_batch_size": micro}, trainer={"devices": 3})
     with pytest.raises(ConfigError, match=r"x trainer.devices 3 must divide data.batch_size 8"):
-        _ = job.levers
+        _ = job.memory_options
 
 
 def test_gradients_are_released_on_one_device_only(new_job: NewJob) -> None:
     job = new_job(model={"gradient_release": True}, trainer={"devices": 2})
     with pytest.raises(ConfigError, match="gradient release needs one device, got 2"):
-        _ = job.levers
+        _ = job.memory_options
     job = new_job(trainer={"devices": 2})
     with pytest.raises(ConfigError, match="gradient release needs one device, got 2"):
-        job.check(Levers(micro_batch_size=4, gradient_release=True))
-    levers = Fitting(job, 10**12).ladder.leanest()
-    assert not any(one.gradient_release for one in levers)
+        job.check(MemoryOptions(micro_batch_size=4, gradient_release=True))
+    memory_options = BudgetPlanner(job, 10**12).ladder.leanest()
+    assert not any(one.gradient_release for one in memory_options)
 
 
 @pytest.mark.parametrize(("micro", "spread"), [(2, (2, 2)), (8, (4, 1)), (1, (1, 4))])
@@ -179,9 +183,12 @@ def test_a_plan_of_one_device_serves_several(
 ) -> None:
     plan = new_job(data={"micro_batch_size": micro}).plan_at(2)
     found = new_job(trainer={"devices": 2}).spread(plan)
-    assert (found.levers.micro_batch_size, found.levers.accumulate_grad_batches) == spread
+    assert (
+        found.memory_options.micro_batch_size,
+        found.memory_options.accumulate_grad_batches,
+    ) == spread
     assert new_job().spread(plan) == plan
-    assert replace(found, levers=plan.levers) == plan
+    assert replace(found, memory_options=plan.memory_options) == plan
 
 
 def test_the_plan_of_a_checkpoint_serves_any_number_that_divides_the_batch(
@@ -192,7 +199,7 @@ def test_the_plan_of_a_checkpoint_serves_any_number_that_divides_the_batch(
     assert job.spread(plan, num_devices=2) == plan
     found = {n: new_job(trainer={"devices": n}).spread(plan, num_devices=2) for n in (1, 4)}
     sizes = {
-        n: (plan.levers.micro_batch_size, plan.levers.accumulate_grad_batches)
+        n: (plan.memory_options.micro_batch_size, plan.memory_options.accumulate_grad_batches)
         for n, plan in found.items()
     }
     assert sizes == {1: (2, 4), 4: (2, 1)}
@@ -320,39 +327,39 @@ def accountant(devices: Devices, *, num_layers: int = 2, on_gpu: bool = False) -
     )
 
 
-def plan_of(levers: Levers, num_layers: int = 2) -> Any:
-    return LlamaFoam(num_hidden_layers=num_layers, **SIZES).uniform_plan(2, levers)
+def plan_of(memory_options: MemoryOptions, num_layers: int = 2) -> Any:
+    return LlamaFoam(num_hidden_layers=num_layers, **SIZES).uniform_plan(2, memory_options)
 
 
 @pytest.mark.parametrize("devices", [DDP, SHARED, Devices(3, shards=True)], ids=str)
 @pytest.mark.parametrize(
-    "levers",
+    "memory_options",
     [
-        Levers(micro_batch_size=4, accumulate_grad_batches=2),
-        Levers(micro_batch_size=4, activation_checkpointing=True, chunked_loss=True),
+        MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2),
+        MemoryOptions(micro_batch_size=4, activation_checkpointing=True, chunked_loss=True),
     ],
     ids=["accumulated", "checkpointed"],
 )
-def test_a_few_layers_stand_for_all(devices: Devices, levers: Levers) -> None:
+def test_a_few_layers_stand_for_all(devices: Devices, memory_options: MemoryOptions) -> None:
     num_layers = 7
     module = LlamaFoam(num_hidden_layers=num_layers, **SIZES)
 
     def make_batch() -> tuple[Tensor, Tensor]:
-        token_ids = torch.zeros((levers.micro_batch_size, 16), dtype=torch.int64)
+        token_ids = torch.zeros((memory_options.micro_batch_size, 16), dtype=torch.int64)
         return token_ids, token_ids
 
     with one_of(devices, "32-true") as join, fake_tensors("32-true"):
-        whole = module.layered(levers, num_layers)
+        whole = module.layered(memory_options, num_layers)
         join(whole)
         traced = track_step(
             whole,
             None,
             make_batch,
-            accumulate_grad_batches=levers.accumulate_grad_batches,
+            accumulate_grad_batches=memory_options.accumulate_grad_batches,
         )
     found = accountant(devices, num_layers=num_layers)
-    plan = plan_of(levers, num_layers)
-    few = found._traced_passes(levers).timeline.peak()
+    plan = plan_of(memory_options, num_layers)
+    few = found._traced_passes(memory_options).timeline.peak()
     # Of the weights the trace has those of its layers; the account has its own count of them.
     without_weights = [
         {term: size for term, size in moment.terms.items() if term != "weights"}
@@ -364,7 +371,7 @@ def test_a_few_layers_stand_for_all(devices: Devices, levers: Levers) -> None:
 
 
 def test_devices_that_share_need_less_and_copies_need_more() -> None:
-    plan = plan_of(Levers(micro_batch_size=2))
+    plan = plan_of(MemoryOptions(micro_batch_size=2))
     alone, copies, shared, spread = (
         accountant(devices).account(plan)
         for devices in (ONE_DEVICE, DDP, SHARED, Devices(8, shards=True))
@@ -378,14 +385,16 @@ def test_devices_that_share_need_less_and_copies_need_more() -> None:
 
 def test_accumulated_gradients_lie_in_their_buckets() -> None:
     whole, parts = (
-        accountant(DDP).account(plan_of(Levers(micro_batch_size=2, accumulate_grad_batches=n)))
+        accountant(DDP).account(
+            plan_of(MemoryOptions(micro_batch_size=2, accumulate_grad_batches=n))
+        )
         for n in (1, 2)
     )
     assert parts.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.001)
 
 
 def test_communicators_take_memory_of_a_gpu() -> None:
-    plan = plan_of(Levers(micro_batch_size=2))
+    plan = plan_of(MemoryOptions(micro_batch_size=2))
     alone, copies, shared = (
         accountant(devices, on_gpu=True).account(plan).breakdown["context"]
         for devices in (ONE_DEVICE, DDP, SHARED)
@@ -402,7 +411,7 @@ def test_buckets_fill_up_from_the_last_parameter() -> None:
 
 
 def test_a_plan_says_how_many_devices_it_is_for() -> None:
-    plan = plan_of(Levers(micro_batch_size=2))
+    plan = plan_of(MemoryOptions(micro_batch_size=2))
     several, one = accountant(SHARED).account(plan), accountant(ONE_DEVICE).account(plan)
     assert json.loads(plan_json(plan, several, None, None))["devices"] == 2
     assert "devices" not in json.loads(plan_json(plan, one, None, None))
@@ -412,7 +421,7 @@ def test_a_plan_says_how_many_devices_it_is_for() -> None:
 
 
 def test_the_account_leaves_no_process_group_behind() -> None:
-    accountant(SHARED).account(plan_of(Levers(micro_batch_size=2)))
+    accountant(SHARED).account(plan_of(MemoryOptions(micro_batch_size=2)))
     assert not torch.distributed.is_initialized()
 
 
@@ -422,7 +431,7 @@ def test_a_budget_of_each_device_is_filled(new_job: NewJob) -> None:
         level: job.new_accountant().account(job.plan_at(level)).peak_bytes for level in (0, 2, 8)
     }
     budget = (at_levels[0] + at_levels[2]) // 2
-    plan = Fitting(job, budget).untuned()
+    plan = BudgetPlanner(job, budget).default_plan()
     peak = job.new_accountant().account(plan).peak_bytes
     assert peak <= budget
     assert peak > budget - (at_levels[0] - at_levels[2])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
-from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.checkpoint.load import load_module, read_checkpoint
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
@@ -87,10 +87,10 @@ class Case(NamedTuple):
 
     def peak_bytes(self) -> int:
         """Measure two steps, without the checkpoints, which take no memory of a GPU."""
-        module, memory = self.job.new_module(), MemoryWatch()
+        module, memory = self.job.new_module(), MemoryMonitor()
         module.follow(self.plan)
         trainer = self.job.new_trainer(
-            self.plan.levers,
+            self.plan.memory_options,
             [memory],
             max_steps=2,
             logger=False,
@@ -98,7 +98,7 @@ class Case(NamedTuple):
             enable_model_summary=False,
             limit_val_batches=0,
         )
-        trainer.fit(module, datamodule=self.job.new_data(self.plan.levers))
+        trainer.fit(module, datamodule=self.job.new_data(self.plan.memory_options))
         assert memory.measured_bytes is not None
         return memory.measured_bytes
 
@@ -135,16 +135,16 @@ def case(new_job: NewJob, folder: Path, strategy: str, settings: dict[str, Any])
         },
     )
     plan = job.plan_at(2)
-    levers = replace(plan.levers, **settings.get("levers", {}))
-    return Case(job, replace(plan, levers=levers), RunFolder(folder))
+    memory_options = replace(plan.memory_options, **settings.get("memory_options", {}))
+    return Case(job, replace(plan, memory_options=memory_options), RunFolder(folder))
 
 
 LEAN = {"activation_checkpointing": True, "chunked_loss": True}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"micro": 2},
     "fsdp2": {"micro": 2},
-    "ddp bf16-true": {"micro": 4, "precision": "bf16-true", "levers": LEAN},
-    "fsdp2 bf16-true": {"micro": 4, "precision": "bf16-true", "levers": LEAN},
+    "ddp bf16-true": {"micro": 4, "precision": "bf16-true", "memory_options": LEAN},
+    "fsdp2 bf16-true": {"micro": 4, "precision": "bf16-true", "memory_options": LEAN},
     "fsdp2 bf16-mixed": {"micro": 4, "precision": "bf16-mixed"},
 }
 EXACT = ("ddp", "fsdp2")  # in float32; of the others only the memory is looked at
@@ -207,7 +207,7 @@ def together(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> Toget
         name: case(new_job, folder / name.replace(" ", "-"), name.split()[0], settings)
         for name, settings in CASES.items()
     }
-    data = cases["ddp"].job.new_data(cases["ddp"].plan.levers)
+    data = cases["ddp"].job.new_data(cases["ddp"].plan.memory_options)
     data.setup()  # what is in the cache then is there for both
     unequal = {
         name: job_of_unequal_rows(new_job, folder, devices=WORLD, strategy=name) for name in EXACT
@@ -358,5 +358,5 @@ def test_the_command_line_starts_the_ranks_and_speaks_once(
 
 
 def test_without_devices_at_hand_a_run_is_of_one(new_job: Callable[..., Job]) -> None:
-    trainer = new_job().new_trainer(new_job().levers, [], bare=True)
+    trainer = new_job().new_trainer(new_job().memory_options, [], bare=True)
     assert trainer.world_size == 1

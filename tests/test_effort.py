@@ -1,13 +1,13 @@
 import pytest
 
 from foam_lightning.errors import ConfigError
-from tuner.trials.budget import LEAST, MOST_FINALISTS, Effort, TuneOptions
+from tuner.trials.budget import MAX_FINALISTS, SMALLEST_SEARCH, SearchBudget, TuneOptions
 
 
 def test_the_most_that_a_search_takes_is_every_run() -> None:
-    effort = Effort(num_trials=12, steps=150, num_seeds=2)
-    assert effort.final_steps == 300
-    assert effort.most_steps == 12 * 150 + 2 * MOST_FINALISTS * 300
+    search_budget = SearchBudget(num_trials=12, steps=150, num_seeds=2)
+    assert search_budget.final_steps == 300
+    assert search_budget.max_steps_total == 12 * 150 + 2 * MAX_FINALISTS * 300
 
 
 @pytest.mark.parametrize("max_steps", [10_000, 210_000, 250_000, 400_000, 10**7])
@@ -15,17 +15,21 @@ def test_the_most_that_a_search_takes_is_every_run() -> None:
 def test_a_search_stays_within_its_fraction_of_the_full_run(
     max_steps: int, fraction: float
 ) -> None:
-    effort = Effort.of(TuneOptions(fraction=fraction), max_steps)
-    if fraction * max_steps < LEAST.most_steps:
-        assert effort is None
+    search_budget = SearchBudget.of(TuneOptions(fraction=fraction), max_steps)
+    if fraction * max_steps < SMALLEST_SEARCH.max_steps_total:
+        assert search_budget is None
     else:
-        assert effort is not None
-        assert LEAST.most_steps <= effort.most_steps <= fraction * max_steps
+        assert search_budget is not None
+        assert (
+            SMALLEST_SEARCH.max_steps_total <= search_budget.max_steps_total <= fraction * max_steps
+        )
 
 
 def test_more_time_is_a_longer_search() -> None:
-    efforts = [Effort.of(TuneOptions(fraction=n / 100), 200_000) for n in range(3, 100)]
-    spent = [effort.most_steps for effort in efforts if effort is not None]
+    efforts = [SearchBudget.of(TuneOptions(fraction=n / 100), 200_000) for n in range(3, 100)]
+    spent = [
+        search_budget.max_steps_total for search_budget in efforts if search_budget is not None
+    ]
     assert spent == sorted(spent)
     assert len(set(spent)) > 4
 
@@ -41,9 +45,9 @@ def test_more_time_is_a_longer_search() -> None:
 def test_trials_and_steps_take_the_place_of_the_fraction(
     options: TuneOptions, trials: int, steps: int
 ) -> None:
-    effort = Effort.of(options, 10)
-    assert effort is not None
-    assert (effort.num_trials, effort.steps) == (trials, steps)
+    search_budget = SearchBudget.of(options, 10)
+    assert search_budget is not None
+    assert (search_budget.num_trials, search_budget.steps) == (trials, steps)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 import cli
 from foam_lightning.storage.run_folder import RunFolder
 from tests.tiny import write_settings
-from tuner.commands.final_screen import ending
+from tuner.commands.fit import final_screen
 
 SUMMARY: dict[str, Any] = {
     "final_validation_loss": 2.0,
@@ -46,7 +46,7 @@ def test_it_names_only_what_there_is(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "my runs" / "version_0")
     folder.path.mkdir(parents=True)
     folder.plan.touch()
-    screen = sections(ending(folder, SUMMARY))
+    screen = sections(final_screen(folder, SUMMARY))
     assert screen["done"] == {
         "validation": "loss 2.0000 nats, perplexity 7.39, over 480 tokens",
         "memory": "peak 5.1 GB, 5 GB predicted",
@@ -60,15 +60,15 @@ def test_it_names_only_what_there_is(tmp_path: Path) -> None:
 def test_it_says_nothing_of_what_was_not_measured(tmp_path: Path) -> None:
     nothing = {"measured_peak_bytes": None, "tokens_per_second": None}
     diverged = {**SUMMARY, **nothing, "final_validation_loss": math.nan}
-    screen = sections(ending(RunFolder(tmp_path), diverged))
+    screen = sections(final_screen(RunFolder(tmp_path), diverged))
     assert screen["done"] == {"validation": "loss nan nats, perplexity nan, over 480 tokens"}
     assert screen["where"] == {"run folder": str(tmp_path)}
     rough = {**SUMMARY, "skipped_steps": 4, "rollbacks": 1}
-    said = sections(ending(RunFolder(tmp_path), rough))["done"]["skipped"]
+    said = sections(final_screen(RunFolder(tmp_path), rough))["done"]["skipped"]
     assert said == "4 steps with bad numbers, 1 rollbacks"
-    assert "skipped" not in ending(RunFolder(tmp_path), {**rough, "skipped_steps": 0})
-    rival = {**SUMMARY, "predicted_peak_bytes": None}
-    assert sections(ending(RunFolder(tmp_path), rival))["done"]["memory"] == "peak 5.1 GB"
+    assert "skipped" not in final_screen(RunFolder(tmp_path), {**rough, "skipped_steps": 0})
+    baseline = {**SUMMARY, "predicted_peak_bytes": None}
+    assert sections(final_screen(RunFolder(tmp_path), baseline))["done"]["memory"] == "peak 5.1 GB"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_commands_call_the_program_as_it_was_called(
     called: str, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [called])
-    commands = sections(ending(RunFolder(tmp_path), SUMMARY))["next"]
+    commands = sections(final_screen(RunFolder(tmp_path), SUMMARY))["next"]
     for name in ("evaluate", "write text"):
         assert commands[name].startswith(f"{program} ")
 

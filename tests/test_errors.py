@@ -28,7 +28,7 @@ def test_an_infeasible_budget_exits_with_3() -> None:
 
 def test_an_infeasible_budget_says_in_one_line_what_would_work() -> None:
     assert str(infeasible()) == (
-        "a budget of 8GB is too small: with every lever pulled this model needs 14.5GB "
+        "a budget of 8GB is too small: with every memory option pulled this model needs 14.5GB "
         "(weights 13 GB, optimizer state 1.5 GB); the largest term is optimizer state; "
         "lower data.batch_size, choose a smaller model, or raise --memory-budget to at least 14.5GB"
     )

@@ -60,7 +60,9 @@ def mixed(job: Job, stepping: str) -> FoldPlan:
     """Give a plan of several levels, row fold among them."""
     plan = job.plan_at(1)
     levels = {name: (0, 1, 3, 8)[place % 4] for place, name in enumerate(plan.levels)}
-    return replace(plan, levels=levels, levers=replace(plan.levers, **STEPPING[stepping]))
+    return replace(
+        plan, levels=levels, memory_options=replace(plan.memory_options, **STEPPING[stepping])
+    )
 
 
 def assert_exact(job: Job, plan: FoldPlan, folder: Path, stops: tuple[int, ...]) -> None:

@@ -74,7 +74,7 @@ def rows_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     from tuner.config.parser import parse
 
     job = parse("fit", run.words, default=None).job()
-    data = job.new_data(job.levers)
+    data = job.new_data(job.memory_options)
     data.setup()
     batches = list(data.val_dataloader())
     return tuple(torch.cat([b[key] for b in batches]) for key in ("input_ids", "labels"))  # type: ignore[return-value]

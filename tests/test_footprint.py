@@ -11,7 +11,7 @@ from tuner.comparison.profile import measure
 from tuner.trials.runner import StepClock
 
 
-class Bench:
+class TrialRunner:
     """A training of one compiled step, as some optimizers take them."""
 
     def train(self, plan: Any, *, num_steps: int, callbacks: list[Any]) -> None:
@@ -35,14 +35,14 @@ class Bench:
 
 @pytest.mark.filterwarnings("ignore")
 def test_memory_is_watched_where_steps_are_compiled() -> None:
-    found = measure({"adam": (Bench(), None)})["adam"]  # type: ignore[arg-type]
+    found = measure({"adam": (TrialRunner(), None)})["adam"]  # type: ignore[arg-type]
     weights = 4 * (256 * 256 + 256)
     assert found.state_bytes == pytest.approx(2 * weights, abs=16)
     assert 4 * weights <= found.peak_bytes < 6 * weights
     assert found.step_seconds > 0
 
 
-class FailingBench(Bench):
+class FailingBench(TrialRunner):
     """The same, but memory runs out in its first step."""
 
     def train(self, plan: Any, *, num_steps: int, callbacks: list[Any]) -> None:

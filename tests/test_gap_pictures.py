@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from matplotlib.figure import Figure
 
-from tests.outcomes import (
+from tests.search_results import (
     ADAM_STATE,
     ADAM_WINS,
     ALL_DIVERGED,
@@ -18,14 +18,14 @@ from tests.outcomes import (
     UNIFORM,
     outcome_of,
 )
-from tuner.report.ablation import Worth, worths
-from tuner.report.result_plots import draw_curves, draw_losses, draw_worth
-from tuner.trials.results import Outcome
+from tuner.report.ablation import Ablation, ablations
+from tuner.report.result_plots import draw_ablation, draw_curves, draw_losses
+from tuner.trials.results import SearchResult
 from tuner.trials.runner import Difference
 
 
-def curves(outcome: Outcome) -> Figure:
-    figure = draw_curves(outcome)
+def curves(search_result: SearchResult) -> Figure:
+    figure = draw_curves(search_result)
     assert figure is not None
     return figure
 
@@ -43,7 +43,7 @@ def test_every_finalist_but_the_baseline_has_a_curve_against_it() -> None:
 
 
 def test_a_curve_is_the_gap_of_training_losses() -> None:
-    (axes,) = curves(outcome_of(MIXED, REFERENCE, searched=[])).axes
+    (axes,) = curves(outcome_of(MIXED, REFERENCE, trials=[])).axes
     (_, curve) = axes.get_lines()
     steps, gaps = curve.get_data()
     assert len(steps) == 20
@@ -58,13 +58,13 @@ def test_without_adam_curves_are_against_the_best_uniform_plan() -> None:
 
 
 @pytest.mark.parametrize("outcome", [ONE_DIVERGED, ALL_DIVERGED, ADAM_WINS])
-def test_where_nothing_pairs_no_curve_is_drawn(outcome: Outcome) -> None:
-    assert draw_curves(outcome) is None
+def test_where_nothing_pairs_no_curve_is_drawn(search_result: SearchResult) -> None:
+    assert draw_curves(search_result) is None
 
 
 def test_every_knob_has_a_row_with_its_figures() -> None:
-    found = worths(TUNED)
-    figure = draw_worth(found)
+    found = ablations(TUNED)
+    figure = draw_ablation(found)
     assert figure is not None
     assert [axes.get_title() for axes in figure.axes] == ["Runs of 160 steps", "Runs of 320 steps"]
     assert labels(figure) == [f"{worth.knob}\n{worth.difference}" for worth in found]
@@ -72,7 +72,7 @@ def test_every_knob_has_a_row_with_its_figures() -> None:
 
 def test_one_setting_that_nearly_diverged_does_not_flatten_the_others() -> None:
     rows = [worth_of(mean) for mean in (0.01, -0.02, 0.015, 2.1)]
-    figure = draw_worth(rows)
+    figure = draw_ablation(rows)
     assert figure is not None
     low, high = figure.axes[0].get_xlim()
     assert high - low < 0.2
@@ -80,17 +80,17 @@ def test_one_setting_that_nearly_diverged_does_not_flatten_the_others() -> None:
 
 
 def test_no_knobs_give_no_picture() -> None:
-    assert draw_worth([]) is None
-    assert draw_worth([worth_of(math.nan)]) is None
+    assert draw_ablation([]) is None
+    assert draw_ablation([worth_of(math.nan)]) is None
 
 
-def worth_of(mean: float) -> Worth:
-    return Worth(f"knob {mean}", "one", "other", Difference(mean, 0.01), 1, 150, 1)
+def worth_of(mean: float) -> Ablation:
+    return Ablation(f"knob {mean}", "one", "other", Difference(mean, 0.01), 1, 150, 1)
 
 
 def test_the_front_is_the_least_loss_of_all_that_need_no_more_bytes() -> None:
     searched = [run for run in SEARCHED if run.loss is not None]
-    short, _ = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, HIGHER, searched=searched)).axes
+    short, _ = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, HIGHER, trials=searched)).axes
     (front,) = [line for line in short.get_lines() if line.get_drawstyle() == "steps-post"]
     for share, loss in list(zip(*front.get_data(), strict=True))[:-1]:
         affordable = [r.loss for r in searched if r.state_bytes <= share * ADAM_STATE and r.loss]
@@ -106,7 +106,7 @@ def test_adam_at_its_best_is_the_zero_of_the_finals() -> None:
 
 
 def test_finals_at_equal_bytes_stand_side_by_side() -> None:
-    twin = replace(UNIFORM, label="another at level 2")
-    _, finals = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, twin, searched=[])).axes
+    proxy_model = replace(UNIFORM, label="another at level 2")
+    _, finals = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, proxy_model, trials=[])).axes
     places = [line.get_xdata()[0] for line in finals.get_lines() if line.get_marker() in ("o", "D")]
     assert len({round(float(place), 6) for place in places}) == 3

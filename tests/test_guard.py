@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from foam_lightning.errors import ConfigError, FellBackError, PlanError
+from foam_lightning.errors import ConfigError, MemoryFallbackError, PlanError
 from foam_lightning.job import Job
 from foam_lightning.memory.device import MemoryShortageError, Usage
-from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.storage.run_folder import RunFolder, write_json
-from foam_lightning.units import in_words
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.storage.atomic import write_json
+from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.units import format_bytes
 from tests.fake_gpu import FakeGpu
 from tests.falling import Case, leftovers
-from tuner.oom_fallback import Fallback, fallen_to, guarded, start_afresh
-from tuner.planning.planner import Fitting
+from tuner.oom_fallback import Fallback, load_fallback_options, memory_fallback, restart_process
+from tuner.planning.planner import BudgetPlanner
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 
@@ -43,8 +44,11 @@ def short(plan: FoldPlan) -> MemoryShortageError:
     return MemoryShortageError("training", plan, 12, "CUDA out of memory")
 
 
-def run_out(fitting: Fitting, folder: RunFolder, plan: FoldPlan) -> str:
-    with pytest.raises((FellBackError, MemoryShortageError)) as caught, guarded(fitting, folder):
+def run_out(planner: BudgetPlanner, folder: RunFolder, plan: FoldPlan) -> str:
+    with (
+        pytest.raises((MemoryFallbackError, MemoryShortageError)) as caught,
+        memory_fallback(planner, folder),
+    ):
         raise short(plan)
     return str(caught.value)
 
@@ -55,12 +59,13 @@ def test_the_line_has_figures_and_price(
     gpu = FakeGpu()
     gpu.taken = Usage(1, 23_000_000_000, 0)
     monkeypatch.setattr(Job, "gpu", gpu)
-    plan = replace(tiny.plan, levers=tiny.second)
-    line = run_out(tiny.fitting, folder, plan)
+    plan = replace(tiny.plan, memory_options=tiny.second)
+    line = run_out(tiny.planner, folder, plan)
     assert line == (
         "memory ran out in training, after step 12: CUDA out of memory (predicted "
-        f"{in_words(tiny.peak(plan.levers))}, taken 23 GB); from here on micro-batches of 1 x 4 "
-        "instead of 2 x 2 (price: none while a micro-batch still fills the device)"
+        f"{format_bytes(tiny.peak(plan.memory_options))}, taken 23 GB); from here on "
+        "micro-batches of 1 x 4 instead of 2 x 2 (price: none while a micro-batch still fills the "
+        "device)"
     )
     assert gpu.asked == []  # without a budget there is no wall
 
@@ -73,11 +78,11 @@ def test_a_budget_is_a_wall_around_all_that_runs(
 ) -> None:
     gpu = FakeGpu()
     monkeypatch.setattr(Job, "gpu", gpu)
-    with guarded(tiny.fitting.with_budget(12 * 10**9), folder):
+    with memory_fallback(tiny.planner.with_budget(12 * 10**9), folder):
         assert gpu.asked == ["limit 0.5"]  # on a CPU there is no context
     assert gpu.asked == ["limit 0.5", "limit 1"]
     assert capfd.readouterr().out == ""
-    with guarded(tiny.fitting.with_budget(25 * 10**9), folder):
+    with memory_fallback(tiny.planner.with_budget(25 * 10**9), folder):
         assert gpu.asked[2:] == ["limit 1"]
     warning = capfd.readouterr().out
     assert warning.startswith("the Fake 24 has 23.5 GB free of 24 GB, less than the budget of 25GB")
@@ -89,23 +94,25 @@ def test_every_shortage_goes_one_rung_further_and_is_remembered(
 ) -> None:
     rungs = single.rungs()
     for at, rung in enumerate(rungs[:-1]):
-        run_out(single.fitting, folder, replace(single.plan, levers=rung))
+        run_out(single.planner, folder, replace(single.plan, memory_options=rung))
         kept = Fallback.load(folder.fallback)
         assert kept is not None
-        assert kept.levers == rungs[at + 1]
+        assert kept.memory_options == rungs[at + 1]
         assert len(kept.events) == at + 1
     assert kept is not None
     assert [event["step"] for event in kept.events] == [12] * (len(rungs) - 1)
     before = folder.fallback.read_bytes()
-    line = run_out(single.fitting, folder, replace(single.plan, levers=rungs[-1]))
-    assert f"no lever is left after {len(rungs) - 1} fall-backs that needs less: lower" in line
+    line = run_out(single.planner, folder, replace(single.plan, memory_options=rungs[-1]))
+    assert (
+        f"no memory option is left after {len(rungs) - 1} fall-backs that needs less: lower" in line
+    )
     assert folder.fallback.read_bytes() == before
 
 
 def test_the_ninth_time_is_the_end(tiny: Case, folder: RunFolder) -> None:
     for _ in range(8):
-        assert "from here on micro-batches of 2 x 2" in run_out(tiny.fitting, folder, tiny.plan)
-    assert "no lever is left after 8 fall-backs" in run_out(tiny.fitting, folder, tiny.plan)
+        assert "from here on micro-batches of 2 x 2" in run_out(tiny.planner, folder, tiny.plan)
+    assert "no memory option is left after 8 fall-backs" in run_out(tiny.planner, folder, tiny.plan)
 
 
 def test_of_several_processes_whichever_runs_out_writes_it_down(
@@ -113,35 +120,35 @@ def test_of_several_processes_whichever_runs_out_writes_it_down(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
-    run_out(tiny.fitting, folder, tiny.plan)
-    assert fallen_to(folder) == tiny.second
+    run_out(tiny.planner, folder, tiny.plan)
+    assert load_fallback_options(folder) == tiny.second
     assert leftovers(folder.path) == []
 
 
 def test_levers_that_the_settings_contradict_are_passed_over(
     tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: Job, levers: Levers) -> None:
-        if levers.micro_batch_size == 2:
+    def refuse(_: Job, memory_options: MemoryOptions) -> None:
+        if memory_options.micro_batch_size == 2:
             raise ConfigError("contradicts")
 
     monkeypatch.setattr(Job, "check", refuse)
-    assert "micro-batches of 1 x 4 instead of 4 x 1" in run_out(tiny.fitting, folder, tiny.plan)
+    assert "micro-batches of 1 x 4 instead of 4 x 1" in run_out(tiny.planner, folder, tiny.plan)
 
 
 def test_what_a_run_goes_on_with_is_said(
     folder: RunFolder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert fallen_to(None) is fallen_to(folder) is None
+    assert load_fallback_options(None) is load_fallback_options(folder) is None
     assert capfd.readouterr().out == ""
-    levers = Levers(
+    memory_options = MemoryOptions(
         micro_batch_size=1,
         accumulate_grad_batches=4,
         activation_checkpointing=True,
         selective_checkpointing=True,
     )
-    write_json(folder.fallback, {"levers": asdict(levers), "events": [{}, {}]})
-    assert fallen_to(folder) == levers
+    write_json(folder.fallback, {"memory_options": asdict(memory_options), "events": [{}, {}]})
+    assert load_fallback_options(folder) == memory_options
     assert capfd.readouterr().out == (
         "memory ran out before (2x); going on with micro-batches of 1 x 4, activation "
         "checkpointing, selective checkpointing\n"
@@ -149,12 +156,13 @@ def test_what_a_run_goes_on_with_is_said(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[]", '{"levers": {"micro_batch_size": 1, "other": 2}, "events": []}']
+    "content",
+    ["", "{}", "[]", '{"memory options": {"micro_batch_size": 1, "other": 2}, "events": []}'],
 )
 def test_a_damaged_record_is_one_line(folder: RunFolder, content: str) -> None:
     folder.fallback.write_text(content)
     with pytest.raises(PlanError, match=r"cannot read .*fallback\.json .*; delete it to") as caught:
-        fallen_to(folder)
+        load_fallback_options(folder)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -173,7 +181,7 @@ def test_the_same_command_starts_afresh(
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
     worker.start()
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "cli.py", "fit", "--name=a b"])
-    start_afresh()
+    restart_process()
     words = [sys.executable, "-X", "dev", "cli.py", "fit", "--name=a b"]
     assert executed == [(sys.executable, words)]
     worker.join(10)
@@ -184,5 +192,5 @@ def test_one_of_several_processes_does_not_start_afresh(
     executed: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
-    start_afresh()
+    restart_process()
     assert executed == []

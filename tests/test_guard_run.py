@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import cli
-from foam_lightning.errors import FellBackError
+from foam_lightning.errors import MemoryFallbackError
 from foam_lightning.plan import FoldPlan
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 from tests.falling import Case, leftovers
 from tests.limited import limited
 from tuner import oom_fallback as guard
 from tuner.oom_fallback import Fallback
-from tuner.trials.runner import Bench, ShortRun
+from tuner.trials.runner import TrialResult, TrialRunner
 
 COMPLETE = optuna.trial.TrialState.COMPLETE
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
@@ -55,10 +55,10 @@ def test_a_run_falls_back_starts_afresh_and_ends_as_if_nothing_had_happened(
     assert case.summary()["fallbacks"] == 1
     (event,) = case.fallback()["events"]
     assert (event["where"], event["step"]) == ("training", 2)
-    assert event["predicted_peak_bytes"] == case.peak(case.plan.levers)
-    assert event["to"] == case.fallback()["levers"]
+    assert event["predicted_peak_bytes"] == case.peak(case.plan.memory_options)
+    assert event["to"] == case.fallback()["memory_options"]
     plan = FoldPlan.load(case.folder / "fold_plan.json")
-    assert plan == replace(case.plan, levers=case.second)
+    assert plan == replace(case.plan, memory_options=case.second)
     assert leftovers(case.folder) == []
     assert [path.name for path in case.folder.parent.iterdir()] == ["version_0"]
     weights = torch.load(case.checkpoint, weights_only=True)["state_dict"]
@@ -76,7 +76,7 @@ def test_a_run_killed_before_it_could_start_afresh_goes_on_with_less(
     process = case.start(limit, "--die")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL, output
-    assert Fallback.load(case.folder / "fallback.json").levers == case.second  # type: ignore[union-attr]
+    assert Fallback.load(case.folder / "fallback.json").memory_options == case.second  # type: ignore[union-attr]
     with limited(lambda: limit):
         assert cli.main(["fit", *case.words]) == 0
     assert case.summary()["final_validation_loss"] == pytest.approx(
@@ -94,7 +94,7 @@ def walk(
             code = cli.main([command, *case.words])
             output, errors = capfd.readouterr()
             assert "Traceback" not in errors
-            if code != FellBackError.exit_code:
+            if code != MemoryFallbackError.exit_code:
                 return [*said, f"{code} {errors.strip().splitlines()[-1]}" if code else output]
             *_, line, last = errors.splitlines()
             assert last == "type the same command again to go on"
@@ -118,8 +118,8 @@ def test_what_nothing_fits_ends_with_one_line(
     assert len(fell) == len(rungs) - 1 >= 2
     assert all(line.startswith("memory ran out in training, after step 0: CUDA") for line in fell)
     assert end.startswith("3 error: memory ran out in training, after step 0: CUDA out of memory")
-    assert f"no lever is left after {len(fell)} fall-backs that needs less" in end
-    assert f"predicted {in_words(least)}" in end
+    assert f"no memory option is left after {len(fell)} fall-backs that needs less" in end
+    assert f"predicted {format_bytes(least)}" in end
     assert len(end.splitlines()) == 1
     assert len(case.fallback()["events"]) == len(fell)
     assert leftovers(case.folder) == []
@@ -135,8 +135,8 @@ def test_search_and_training_keep_what_is_finished(
     case.plan = case.job.plan_at(0)  # Adam needs most, and runs first
     rungs = case.rungs(3)
     peaks = [case.peak(rung) for rung in rungs]
-    ended: list[ShortRun] = []
-    run = Bench.run
+    ended: list[TrialResult] = []
+    run = TrialRunner.run
     seen: list[list[float]] = []
     fall_back = guard._fall_back
 
@@ -145,7 +145,7 @@ def test_search_and_training_keep_what_is_finished(
             return (peaks[1] + peaks[2]) // 2
         return (peaks[0] + peaks[1]) // 2 if ended else math.inf
 
-    def noted(bench: Bench, *args: Any, **kwargs: Any) -> ShortRun:
+    def noted(bench: TrialRunner, *args: Any, **kwargs: Any) -> TrialResult:
         ended.append(run(bench, *args, **kwargs))
         return ended[-1]
 
@@ -154,21 +154,21 @@ def test_search_and_training_keep_what_is_finished(
         return fall_back(*args)
 
     monkeypatch.setattr(guard, "_fall_back", look)
-    monkeypatch.setattr(Bench, "run", noted)
+    monkeypatch.setattr(TrialRunner, "run", noted)
     monkeypatch.setattr("tuner.pipeline.write_report", lambda *_: {})  # its plots take seconds
     in_search, in_training, _ = walk(case, "fit", limit, capfd)
     assert in_search.startswith("memory ran out in a short run of the search, after step ")
     assert "micro-batches of 2 x 2 instead of 4 x 1" in in_search
     assert in_training.startswith("memory ran out in training, after step 2: ")
     assert "micro-batches of 1 x 4 instead of 2 x 2" in in_training
-    # What is searched stays as it was: no trial runs again, in spite of other levers.
+    # What is searched stays as it was: no trial runs again, in spite of other memory options.
     first, second = seen
     assert len(first) == 1
     assert second[:1] == first
     assert len(second) > 5
     assert values(case) == second
     plan = FoldPlan.load(case.folder / "fold_plan.json")
-    assert plan.levers == rungs[2]
+    assert plan.memory_options == rungs[2]
     rehearsal = json.loads((case.folder / "tuning" / "rehearsal.json").read_text())
     assert rehearsal["fold_plan"] == plan.to_json()
     assert torch.load(case.checkpoint, weights_only=True)["global_step"] == 16

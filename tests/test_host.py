@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from foam_lightning import FOAM
 from foam_lightning.optim.gradient_release import release_gradients
-from foam_lightning.optim.offload import HostState, memory_beside, visiting
+from foam_lightning.optim.offload import HostState, pinned_memory, state_on_device
 from tests.second_device import AWAY, AwayTensor, SecondDevice, here
 from tests.test_training import StopError
 from tests.training import all_equal, parameters
@@ -156,7 +156,7 @@ def test_on_the_cpu_there_is_nothing_to_move() -> None:
     train(FOAM(expected), range(3), CPU)
     assert all_equal(params, expected)
     home = {"exp_avg": torch.ones(3)}
-    with visiting(home, CPU) as guests:
+    with state_on_device(home, CPU) as guests:
         assert guests["exp_avg"] is home["exp_avg"]
 
 
@@ -164,7 +164,7 @@ def test_a_visit_that_fails_changes_nothing_at_home() -> None:
     home = {"exp_avg": torch.ones(3)}
 
     def fail() -> None:
-        with visiting(home, AWAY) as guests:
+        with state_on_device(home, AWAY) as guests:
             guests["exp_avg"].zero_()
             raise StopError
 
@@ -176,7 +176,7 @@ def test_a_visit_that_fails_changes_nothing_at_home() -> None:
 @pytest.mark.parametrize("is_cuda", [True, False])
 def test_memory_is_pinned_beside_cuda_alone(is_cuda: bool) -> None:
     param: Any = SimpleNamespace(is_cuda=is_cuda)
-    assert memory_beside(param) == {"device": CPU, "pin_memory": is_cuda}
+    assert pinned_memory(param) == {"device": CPU, "pin_memory": is_cuda}
 
 
 def test_sharded_state_visits_shard_by_shard() -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from foam_lightning.errors import ConfigError
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.offload import HostState
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.training import train
 from tests.runs import NewJob, open_folder, small
 from tests.test_release import assert_same
@@ -30,30 +30,30 @@ class StateKinds(Callback):
 
 
 def offloading(plan: FoldPlan) -> FoldPlan:
-    return replace(plan, levers=replace(plan.levers, state_offload=True))
+    return replace(plan, memory_options=replace(plan.memory_options, state_offload=True))
 
 
 def test_the_settings_ask_for_it(new_job: NewJob) -> None:
     on_gpu = {"accelerator": "gpu"}
-    assert new_job(model={"state_offload": True}, trainer=on_gpu).levers.state_offload
-    assert not new_job(trainer=on_gpu).levers.state_offload
-    assert not new_job().levers.state_offload
+    assert new_job(model={"state_offload": True}, trainer=on_gpu).memory_options.state_offload
+    assert not new_job(trainer=on_gpu).memory_options.state_offload
+    assert not new_job().memory_options.state_offload
 
 
 def test_on_the_cpu_it_is_refused(new_job: NewJob) -> None:
     with pytest.raises(ConfigError, match=MESSAGE) as caught:
-        _ = new_job(model={"state_offload": True}).levers
+        _ = new_job(model={"state_offload": True}).memory_options
     assert len(str(caught.value).splitlines()) == 1
     job = new_job()
     with pytest.raises(ConfigError, match=MESSAGE):
-        job.check(offloading(job.plan_at(1)).levers)
-    job.check(job.levers)
+        job.check(offloading(job.plan_at(1)).memory_options)
+    job.check(job.memory_options)
 
 
 @pytest.mark.parametrize("state_offload", [False, True])
 def test_the_plan_reaches_the_optimizer(state_offload: bool) -> None:
     module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
-    plan = module.uniform_plan(1, Levers(micro_batch_size=1, state_offload=state_offload))
+    plan = module.uniform_plan(1, MemoryOptions(micro_batch_size=1, state_offload=state_offload))
     weights = {name: torch.nn.Parameter(torch.ones(s)) for name, s in module.foldable.items()}
     optimizer = module.make_optimizer(weights.items(), plan)
     assert [group["state_offload"] for group in optimizer.param_groups] == [state_offload]

@@ -10,11 +10,11 @@ import pytest
 from foam_lightning import signals as interruption
 from foam_lightning.signals import (
     Interrupted,
-    heard,
-    listening,
-    outlive_signals,
-    wait_for_signals,
-    wait_no_more,
+    defer_signals,
+    handle_signals,
+    pending_signal,
+    stop_deferring_signals,
+    survive_signals,
 )
 
 BOTH = pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def send(number: int) -> None:
 @BOTH
 def test_a_signal_ends_a_command_at_once(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=f"^ended by {number.name}$") as caught, listening():
+    with pytest.raises(Interrupted, match=f"^ended by {number.name}$") as caught, handle_signals():
         send(number)
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
@@ -39,11 +39,11 @@ def test_a_signal_ends_a_command_at_once(number: signal.Signals, code: int) -> N
 def test_who_waits_hears_the_first_and_is_ended_by_the_second(
     number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with listening():
-        wait_for_signals()
-        assert heard() is None
+    with handle_signals():
+        defer_signals()
+        assert pending_signal() is None
         send(number)
-        assert heard() == number
+        assert pending_signal() == number
         assert capfd.readouterr().err == (
             f"\n{number.name}: saving after this step; once more ends at once\n"
         )
@@ -53,34 +53,34 @@ def test_who_waits_hears_the_first_and_is_ended_by_the_second(
 
 
 def test_after_the_waiting_a_signal_ends_at_once_again() -> None:
-    with listening():
-        wait_for_signals()
-        wait_no_more()
+    with handle_signals():
+        defer_signals()
+        stop_deferring_signals()
         with pytest.raises(Interrupted):
             send(signal.SIGTERM)
 
 
 def test_waiting_takes_the_place_of_what_lightning_has_set() -> None:
-    with listening():
+    with handle_signals():
         signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the handler of another"))
-        wait_for_signals()
+        defer_signals()
         send(signal.SIGTERM)
-        assert heard() == signal.SIGTERM
+        assert pending_signal() == signal.SIGTERM
 
 
 def test_what_was_heard_is_forgotten_by_the_next_command() -> None:
-    with listening():
-        wait_for_signals()
+    with handle_signals():
+        defer_signals()
         send(signal.SIGTERM)
-    with listening():
-        assert heard() is None
+    with handle_signals():
+        assert pending_signal() is None
         with pytest.raises(Interrupted):
             send(signal.SIGTERM)
 
 
 def test_where_nobody_listens_waiting_changes_nothing() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    wait_for_signals()
+    defer_signals()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -89,7 +89,7 @@ def test_another_thread_cannot_listen_and_goes_on() -> None:
     seen: list[object] = []
 
     def run() -> None:
-        with listening():
+        with handle_signals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)
@@ -112,7 +112,7 @@ def forked(life_seconds: int, *, reads_data: bool) -> int:
         try:
             if reads_data:
                 interruption._LIFE_AFTER_SECONDS = life_seconds
-                outlive_signals(0)
+                survive_signals(0)
             os.write(told, b"x")
             until = time.monotonic() + 0.5
             while time.monotonic() < until:
@@ -128,10 +128,10 @@ def forked(life_seconds: int, *, reads_data: bool) -> int:
 
 
 def test_a_process_that_reads_data_outlives_a_signal_to_all() -> None:
-    with listening():
-        wait_for_signals()
+    with handle_signals():
+        defer_signals()
         assert os.waitstatus_to_exitcode(forked(60, reads_data=True)) == 7
-        assert heard() is None  # it was not for this one
+        assert pending_signal() is None  # it was not for this one
 
 
 def test_a_process_that_reads_data_does_not_outlive_it_for_long(
@@ -142,6 +142,6 @@ def test_a_process_that_reads_data_does_not_outlive_it_for_long(
 
 
 def test_any_other_fork_is_ended_by_it() -> None:
-    with listening():
-        wait_for_signals()
+    with handle_signals():
+        defer_signals()
         assert os.waitstatus_to_exitcode(forked(60, reads_data=False)) == -signal.SIGTERM

@@ -13,7 +13,7 @@ from foam_lightning.memory.inventory import Holding
 from foam_lightning.memory.timeline import TERMS
 from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 
 LAYERS = 6
 SETTINGS: dict[str, Any] = {
@@ -23,15 +23,15 @@ SETTINGS: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
 }
 LEVERS = {
-    "plain": Levers(micro_batch_size=8),
-    "a small batch": Levers(micro_batch_size=1),
-    "accumulated": Levers(micro_batch_size=4, accumulate_grad_batches=3, chunked_loss=True),
-    "checkpointed": Levers(micro_batch_size=4, activation_checkpointing=True),
-    "selective": Levers(
+    "plain": MemoryOptions(micro_batch_size=8),
+    "a small batch": MemoryOptions(micro_batch_size=1),
+    "accumulated": MemoryOptions(micro_batch_size=4, accumulate_grad_batches=3, chunked_loss=True),
+    "checkpointed": MemoryOptions(micro_batch_size=4, activation_checkpointing=True),
+    "selective": MemoryOptions(
         micro_batch_size=4, activation_checkpointing=True, selective_checkpointing=True
     ),
-    "released": Levers(micro_batch_size=4, gradient_release=True, state_dtype="int8"),
-    "released, offloaded": Levers(
+    "released": MemoryOptions(micro_batch_size=4, gradient_release=True, state_dtype="int8"),
+    "released, offloaded": MemoryOptions(
         micro_batch_size=1,
         activation_checkpointing=True,
         gradient_release=True,
@@ -52,8 +52,8 @@ def accountant(*, on_gpu: bool = True, **settings: Any) -> Accountant:
     )
 
 
-def mixed(levers: Levers) -> FoldPlan:
-    plan = LlamaFoam(**SETTINGS).uniform_plan(0, levers)
+def mixed(memory_options: MemoryOptions) -> FoldPlan:
+    plan = LlamaFoam(**SETTINGS).uniform_plan(0, memory_options)
     levels = {name: (0, 3, 1, 8)[i % 4] for i, name in enumerate(plan.levels)}
     return replace(plan, levels=levels)
 
@@ -121,8 +121,10 @@ def test_gradients_go_by_the_names_of_their_parameters() -> None:
 
 
 def test_what_is_computed_again_says_so() -> None:
-    levers = Levers(micro_batch_size=8, activation_checkpointing=True, gradient_release=True)
-    found = accountant().tensors(mixed(levers))
+    memory_options = MemoryOptions(
+        micro_batch_size=8, activation_checkpointing=True, gradient_release=True
+    )
+    found = accountant().tensors(mixed(memory_options))
     phases = {h.origin.phase for h in found if h.term == "activations"}
     assert "forward" in phases
     assert phases & {"recompute", "backward"}
@@ -131,17 +133,17 @@ def test_what_is_computed_again_says_so() -> None:
 @pytest.mark.parametrize("name", ["plain", "accumulated", "checkpointed", "released"])
 @pytest.mark.parametrize("depth", [3, LAYERS])
 def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
-    levers = LEVERS[name]
+    memory_options = LEVERS[name]
 
     def step(*, noted: bool) -> Any:
         def make_batch() -> tuple[Tensor, Tensor]:
-            ids = torch.zeros(levers.micro_batch_size, 32, dtype=torch.int64)
+            ids = torch.zeros(memory_options.micro_batch_size, 32, dtype=torch.int64)
             return ids, ids
 
         with fake_tensors("32-true"):
-            module = LlamaFoam(**SETTINGS).layered(levers, depth)
+            module = LlamaFoam(**SETTINGS).layered(memory_options, depth)
             assert module.model is not None
-            plan = mixed(levers)
+            plan = mixed(memory_options)
             shallow = [n for n, _ in module.model.named_parameters()]
             levels = {n: level for n, level in plan.levels.items() if n in shallow}
             optimizer = module.make_optimizer(
@@ -151,8 +153,8 @@ def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
                 module,
                 optimizer,
                 make_batch,
-                accumulate_grad_batches=levers.accumulate_grad_batches,
-                gradient_release=levers.gradient_release,
+                accumulate_grad_batches=memory_options.accumulate_grad_batches,
+                gradient_release=memory_options.gradient_release,
                 num_layers=LAYERS,
                 noted=noted,
             )

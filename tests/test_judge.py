@@ -8,23 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.callbacks.spike_guard import LIMITS, Judge, Verdict
+from foam_lightning.callbacks.spike_guard import LIMITS, StepAction, StepPolicy
 
-TAKE, SKIP, ROLL_BACK, STOP = Verdict
+TAKE, SKIP, ROLL_BACK, STOP = StepAction
 NAN = math.nan
 
 
-def judge(skipped: int = 2, rollbacks: int = 0) -> Judge:
-    return Judge(max_skipped_steps=skipped, spike_nats=1.0, max_rollbacks=rollbacks)
+def judge(skipped: int = 2, rollbacks: int = 0) -> StepPolicy:
+    return StepPolicy(max_skipped_steps=skipped, spike_nats=1.0, max_rollbacks=rollbacks)
 
 
 def verdicts(
-    of: Judge, losses: list[float], *, finite: bool = True, back: bool = True
-) -> list[Verdict]:
+    of: StepPolicy, losses: list[float], *, finite: bool = True, back: bool = True
+) -> list[StepAction]:
     return [of.judge(x, has_finite_gradients=finite, can_roll_back=back) for x in losses]
 
 
-def settled(rollbacks: int) -> Judge:
+def settled(rollbacks: int) -> StepPolicy:
     made = judge(rollbacks=rollbacks)
     assert verdicts(made, [3.0] * 20) == [TAKE] * 20
     return made

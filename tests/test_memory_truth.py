@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foam_lightning.plan import Levers
+from foam_lightning.plan import MemoryOptions
 from tests.benchmarks import memory_truth
 from tests.benchmarks.combinations import (
     CHECKPOINTING,
@@ -53,29 +53,29 @@ def test_every_pair_of_settings_occurs(device: str) -> None:
 
 def test_adamw_releases_no_gradients() -> None:
     for one in every(MODELS, MICRO_BATCHES):
-        assert one.is_foam or not one.levers.gradient_release
+        assert one.is_foam or not one.memory_options.gradient_release
 
 
 CASES = [
-    Combination("default", "32-true", "FOAM 0", Levers(micro_batch_size=2)),
+    Combination("default", "32-true", "FOAM 0", MemoryOptions(micro_batch_size=2)),
     Combination(
         "default",
         "bf16-true",
         "FOAM mixed",
-        Levers(micro_batch_size=2, accumulate_grad_batches=2, state_dtype="int8"),
+        MemoryOptions(micro_batch_size=2, accumulate_grad_batches=2, state_dtype="int8"),
     ),
     Combination(
         "default",
         "bf16-mixed",
         "FOAM 2",
-        Levers(micro_batch_size=4, gradient_release=True, activation_checkpointing=True),
+        MemoryOptions(micro_batch_size=4, gradient_release=True, activation_checkpointing=True),
     ),
-    Combination("default", "32-true", "AdamW foreach", Levers(micro_batch_size=1)),
+    Combination("default", "32-true", "AdamW foreach", MemoryOptions(micro_batch_size=1)),
     Combination(
         "default",
         "bf16-true",
         "AdamW loop",
-        Levers(
+        MemoryOptions(
             micro_batch_size=2,
             chunked_loss=True,
             activation_checkpointing=True,
@@ -94,7 +94,7 @@ def test_the_run_takes_what_is_predicted(one: Combination, text: Path) -> None:
 def test_foreach_needs_more_than_the_loop(text: Path) -> None:
     foreach, loop = (
         predict(
-            Combination("default", "32-true", name, Levers(micro_batch_size=1)), "cpu", text
+            Combination("default", "32-true", name, MemoryOptions(micro_batch_size=1)), "cpu", text
         ).tensors
         for name in ("AdamW foreach", "AdamW loop")
     )
@@ -116,8 +116,8 @@ def test_the_mixed_plan_mixes(text: Path) -> None:
 def test_the_wall_is_the_leanest_7b(text: Path) -> None:
     one = wall()
     job = job_of(one, "cuda", text)
-    assert one.levers.gradient_release
-    assert one.levers.activation_checkpointing
+    assert one.memory_options.gradient_release
+    assert one.memory_options.activation_checkpointing
     assert job.new_module().llama_config().hidden_size == 4096
     assert job.batch_size == memory_truth.WALL_BATCH
 

@@ -22,7 +22,7 @@ def scaled(values: list[float]) -> list[float]:
 
 @given(st.integers(min_value=0, max_value=10**6), weights)
 def test_parts_add_up_and_are_within_one_of_their_shares(total: int, values: list[float]) -> None:
-    parts = draw.apportioned(total, scaled(values))
+    parts = draw.apportion(total, scaled(values))
     assert sum(parts) == total
     assert all(
         abs(part - total * share) < 1 + 1e-6

@@ -19,7 +19,7 @@ from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.model.activation_checkpointing import _products_kept, checkpoint_layers
 from foam_lightning.model.llama import llama, pretrained
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import Levers
+from foam_lightning.plan import MemoryOptions
 from tests.pretrained import save_pretrained
 
 # FOAM.md section 4: layers, hidden, intermediate, heads; vocabulary 32000.
@@ -124,8 +124,8 @@ def test_rope_stays_float32_in_a_bfloat16_run(new_job: Callable[..., Job]) -> No
     module = job.new_module()
     module.follow(job.plan_at(1))
     frequencies = Frequencies()
-    trainer = job.new_trainer(job.levers, [frequencies], bare=True, max_steps=1)
-    data = job.new_data(job.levers)
+    trainer = job.new_trainer(job.memory_options, [frequencies], bare=True, max_steps=1)
+    data = job.new_data(job.memory_options)
     trainer.fit(module, datamodule=data)
     trainer.validate(module, datamodule=data, verbose=False)
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
@@ -286,7 +286,7 @@ def test_what_a_selective_layer_keeps(dtype: torch.dtype) -> None:
 def test_rows_beyond_a_sliding_window_are_refused(tmp_path: Path) -> None:
     folder = save_pretrained(tmp_path, "mistral")  # its window is 64
     module = LlamaFoam(pretrained=str(folder))
-    module.follow(module.uniform_plan(1, Levers(micro_batch_size=1)))
+    module.follow(module.uniform_plan(1, MemoryOptions(micro_batch_size=1)))
     module.configure_model()
     assert module.hidden_states(torch.zeros(1, 64, dtype=torch.int64)).shape == (1, 64, 32)
     with pytest.raises(ConfigError, match=r"rows of 65 tokens .* window of 64"):

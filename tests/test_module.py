@@ -83,8 +83,10 @@ def fit(
 ) -> tuple[LlamaFoam, TextData, Trainer]:
     module = job.new_module()
     module.follow(plan)
-    data = job.new_data(plan.levers)
-    trainer = job.new_trainer(plan.levers, [watch], bare=True, limit_val_batches=0, **settings)
+    data = job.new_data(plan.memory_options)
+    trainer = job.new_trainer(
+        plan.memory_options, [watch], bare=True, limit_val_batches=0, **settings
+    )
     trainer.fit(module, datamodule=data)
     trainer.limit_val_batches = 1.0
     return module, data, trainer
@@ -125,11 +127,11 @@ def test_accumulation_changes_nothing_but_memory(new_job: NewJob) -> None:
 
 
 @pytest.mark.parametrize("lever", ["chunked_loss", "activation_checkpointing"])
-def test_a_lever_changes_nothing_but_memory(job: Job, lever: str) -> None:
+def test_a_lever_changes_nothing_but_memory(job: Job, option: str) -> None:
     weights = []
     for pulled in (False, True):
         plan = job.plan_at(1)
-        plan = replace(plan, levers=replace(plan.levers, **{lever: pulled}))
+        plan = replace(plan, memory_options=replace(plan.memory_options, **{option: pulled}))
         module, *_ = fit(job, plan, Watch(), max_steps=3)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)
@@ -138,21 +140,21 @@ def test_a_lever_changes_nothing_but_memory(job: Job, lever: str) -> None:
 @pytest.mark.parametrize("lever", ["plain", "accumulating", "releasing"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_checkpointing_changes_nothing_to_the_last_bit(
-    new_job: NewJob, precision: str, lever: str
+    new_job: NewJob, precision: str, option: str
 ) -> None:
     job = new_job(
-        data={"micro_batch_size": 4 if lever == "accumulating" else 8},
+        data={"micro_batch_size": 4 if option == "accumulating" else 8},
         trainer={"precision": precision, "max_steps": 3},
     )
     plan = job.plan_at(1)
-    base = replace(plan.levers, gradient_release=lever == "releasing")
+    base = replace(plan.memory_options, gradient_release=option == "releasing")
     found = []
     for checkpoints, selective in ((False, False), (True, True), (True, False)):
-        levers = replace(
+        memory_options = replace(
             base, activation_checkpointing=checkpoints, selective_checkpointing=selective
         )
         watch = Watch()
-        module, *_ = fit(job, replace(plan, levers=levers), watch)
+        module, *_ = fit(job, replace(plan, memory_options=memory_options), watch)
         found.append((watch.losses, torch.cat([p.detach().flatten() for p in module.parameters()])))
     for losses, weights in found[1:]:
         assert losses == found[0][0]
@@ -195,8 +197,10 @@ def resume(job: Job, plan: FoldPlan | None, path: Path) -> LlamaFoam:
     module = job.new_module()
     if plan is not None:
         module.follow(plan)
-    trainer = job.new_trainer(job.levers, [], bare=True, max_steps=2, limit_val_batches=0)
-    trainer.fit(module, datamodule=job.new_data(job.levers), ckpt_path=str(path), weights_only=True)
+    trainer = job.new_trainer(job.memory_options, [], bare=True, max_steps=2, limit_val_batches=0)
+    trainer.fit(
+        module, datamodule=job.new_data(job.memory_options), ckpt_path=str(path), weights_only=True
+    )
     return module
 
 

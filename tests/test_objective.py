@@ -7,23 +7,29 @@ import pytest
 import torch
 
 from foam_lightning.job import Job
-from tuner.trials.runner import SEED_DEVIATION, Bench, Difference, ShortRun, paired_difference
+from tuner.trials.runner import (
+    SEED_DEVIATION,
+    Difference,
+    TrialResult,
+    TrialRunner,
+    paired_difference,
+)
 
 TOKENS = [10, 10, 5]
 
 
-def run_of(*losses: float, tokens: list[int] = TOKENS) -> ShortRun:
+def trial_result(*losses: float, tokens: list[int] = TOKENS) -> TrialResult:
     """Make a run from the mean loss of each batch."""
-    return ShortRun([a * b for a, b in zip(losses, tokens, strict=True)], tokens)
+    return TrialResult([a * b for a, b in zip(losses, tokens, strict=True)], tokens)
 
 
 def test_the_loss_is_over_tokens_not_batches() -> None:
-    assert run_of(1.0, 2.0, 4.0).loss == pytest.approx((10 + 20 + 20) / 25)
-    assert math.isnan(run_of(1.0, math.nan, 4.0).loss)
+    assert trial_result(1.0, 2.0, 4.0).loss == pytest.approx((10 + 20 + 20) / 25)
+    assert math.isnan(trial_result(1.0, math.nan, 4.0).loss)
 
 
 def test_equal_gaps_leave_only_the_seed_to_doubt() -> None:
-    gap = paired_difference([run_of(1.5, 2.5, 4.5)], [run_of(1.0, 2.0, 4.0)])
+    gap = paired_difference([trial_result(1.5, 2.5, 4.5)], [trial_result(1.0, 2.0, 4.0)])
     assert gap.mean == pytest.approx(0.5)
     assert gap.half_width == pytest.approx(1.96 * SEED_DEVIATION)
     assert gap.is_decided
@@ -32,8 +38,10 @@ def test_equal_gaps_leave_only_the_seed_to_doubt() -> None:
 def test_the_interval_follows_from_batches_and_seeds() -> None:
     tokens = [8, 8, 8, 8]
     gaps = [[0.1, 0.3, -0.1, 0.1], [0.2, 0.2, 0.4, 0.0]]
-    others = [run_of(1.0, 2.0, 3.0, 4.0, tokens=tokens) for _ in gaps]
-    runs = [run_of(*(i + 1.0 + gap for i, gap in enumerate(row)), tokens=tokens) for row in gaps]
+    others = [trial_result(1.0, 2.0, 3.0, 4.0, tokens=tokens) for _ in gaps]
+    runs = [
+        trial_result(*(i + 1.0 + gap for i, gap in enumerate(row)), tokens=tokens) for row in gaps
+    ]
     found = paired_difference(runs, others)
     assert found.mean == pytest.approx(0.15)
     # Of equal batches, the variance of a mean is that of the gaps over their number.
@@ -49,8 +57,8 @@ def test_the_interval_is_that_of_a_bootstrap_over_batches_and_seeds(num_seeds: i
     gaps = random.normal(-0.02, 0.04, (num_seeds, 32)) * tokens
     others = random.normal(4.0, 0.5, (num_seeds, 32)) * tokens
     found = paired_difference(
-        [ShortRun(nats.tolist(), tokens.tolist()) for nats in others + gaps],
-        [ShortRun(nats.tolist(), tokens.tolist()) for nats in others],
+        [TrialResult(nats.tolist(), tokens.tolist()) for nats in others + gaps],
+        [TrialResult(nats.tolist(), tokens.tolist()) for nats in others],
     )
     draws = []
     for of_seed in gaps:
@@ -63,14 +71,14 @@ def test_the_interval_is_that_of_a_bootstrap_over_batches_and_seeds(num_seeds: i
 
 
 def test_the_difference_turns_round_with_its_sides() -> None:
-    one, other = run_of(1.1, 2.0, 4.2), run_of(1.0, 2.1, 4.0)
+    one, other = trial_result(1.1, 2.0, 4.2), trial_result(1.0, 2.1, 4.0)
     there, back = paired_difference([one], [other]), paired_difference([other], [one])
     assert there.mean == pytest.approx(-back.mean)
     assert there.half_width == pytest.approx(back.half_width)
 
 
 def test_one_batch_is_enough() -> None:
-    gap = paired_difference([ShortRun([3.0], [2])], [ShortRun([2.0], [2])])
+    gap = paired_difference([TrialResult([3.0], [2])], [TrialResult([2.0], [2])])
     assert gap == Difference(mean=0.5, half_width=pytest.approx(1.96 * SEED_DEVIATION))
 
 
@@ -78,13 +86,13 @@ def test_one_batch_is_enough() -> None:
     ("runs", "others", "message"),
     [
         ([], [], "0 runs do not pair with 0"),
-        ([run_of(1, 1, 1)], [], "1 runs do not pair with 0"),
-        ([run_of(1, 1, 1)], [run_of(1, 1, 1, tokens=[10, 10, 6])], "different batches"),
-        ([run_of(1, 1, 1)], [run_of(1, 1, tokens=[10, 10])], "different batches"),
+        ([trial_result(1, 1, 1)], [], "1 runs do not pair with 0"),
+        ([trial_result(1, 1, 1)], [trial_result(1, 1, 1, tokens=[10, 10, 6])], "different batches"),
+        ([trial_result(1, 1, 1)], [trial_result(1, 1, tokens=[10, 10])], "different batches"),
     ],
 )
 def test_runs_that_do_not_pair_are_refused(
-    runs: list[ShortRun], others: list[ShortRun], message: str
+    runs: list[TrialResult], others: list[TrialResult], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(runs, others)
@@ -99,10 +107,10 @@ def test_a_difference_reads_well() -> None:
 def test_the_same_plan_and_seed_give_the_same_run(new_job: Callable[..., Job]) -> None:
     job = new_job(data={"micro_batch_size": 4})
     plan, steps = job.plan_at(2), []
-    bench = Bench(job, on_step=lambda: steps.append(1))
+    bench = TrialRunner(job, on_step=lambda: steps.append(1))
     first = bench.run(plan, num_steps=5, seed=3)
     assert bench.run(plan, num_steps=5, seed=3) == first
-    assert Bench(job).run(plan, num_steps=5, seed=3) == first
+    assert TrialRunner(job).run(plan, num_steps=5, seed=3) == first
     assert bench.run(plan, num_steps=5, seed=4) != first
     assert len(steps) == 3 * 5
     assert sum(first.num_tokens) == 20 * 15
@@ -111,15 +119,21 @@ def test_the_same_plan_and_seed_give_the_same_run(new_job: Callable[..., Job]) -
 
 def test_the_curve_is_the_training_loss_of_every_step(new_job: Callable[..., Job]) -> None:
     whole, halves = new_job(), new_job(data={"micro_batch_size": 4})
-    assert whole.levers.accumulate_grad_batches == 1 < halves.levers.accumulate_grad_batches
-    one, other = (Bench(job).run(job.plan_at(2), num_steps=5, seed=0) for job in (whole, halves))
+    assert (
+        whole.memory_options.accumulate_grad_batches
+        == 1
+        < halves.memory_options.accumulate_grad_batches
+    )
+    one, other = (
+        TrialRunner(job).run(job.plan_at(2), num_steps=5, seed=0) for job in (whole, halves)
+    )
     assert len(one.curve) == 5
     assert one.curve == pytest.approx(other.curve, rel=1e-4)
     assert one.curve[0] == pytest.approx(math.log(whole.model["vocab_size"]), rel=0.1)
 
 
 def test_plans_of_one_seed_pair(job: Job) -> None:
-    bench = Bench(job)
+    bench = TrialRunner(job)
     adam, folded = (bench.run(job.plan_at(level), num_steps=8, seed=0) for level in (0, 2))
     # A plan at no learning rate shows the weights that both started from.
     still = [
@@ -132,5 +146,5 @@ def test_plans_of_one_seed_pair(job: Job) -> None:
 
 def test_a_short_run_is_a_complete_schedule(job: Job) -> None:
     # Half of a long run is not a short run: the short one has come to rest.
-    bench, plan = Bench(job), job.plan_at(2)
+    bench, plan = TrialRunner(job), job.plan_at(2)
     assert bench.run(plan, num_steps=4, seed=0) != bench.run(plan, num_steps=8, seed=0)

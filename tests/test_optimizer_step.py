@@ -196,7 +196,7 @@ def test_the_file_holds_the_machine_the_command_and_the_table(
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    find_spec("torchao") is None, reason="torchao is not there: pip install -e '.[rivals]'"
+    find_spec("torchao") is None, reason="torchao is not there: pip install -e '.[baselines]'"
 )
 @pytest.mark.usefixtures("_threads")
 def test_compiled_rows_step_and_their_state_is_counted_inside_their_tensors(

@@ -13,7 +13,7 @@ from foam_lightning.data import packing
 from foam_lightning.data.packing import (
     Packer,
     collate,
-    evenly_spaced,
+    even_subset,
     num_in_whole_batches,
     packed_dataset,
     packed_rows,
@@ -158,7 +158,7 @@ def test_whole_batches_drop_the_rest_or_say_what_is_missing() -> None:
 def test_evenly_spaced_positions_are_distinct_and_inside(data: st.DataObject) -> None:
     total = data.draw(st.integers(min_value=1, max_value=500))
     count = data.draw(st.integers(min_value=1, max_value=total))
-    chosen = evenly_spaced(count, total)
+    chosen = even_subset(count, total)
     assert len(set(chosen)) == count
     assert 0 <= min(chosen) <= max(chosen) < total
 

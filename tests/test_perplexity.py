@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.evaluate import perplexity_text, published_loss
+from foam_lightning.evaluate import format_perplexity, published_loss
 
 
 @given(
@@ -20,8 +20,8 @@ def test_the_published_form_counts_one_batch_too_many(losses: list[float]) -> No
 
 
 def test_the_published_form_is_said_only_on_request() -> None:
-    assert perplexity_text(3.4, 1000) == "loss 3.4000 nats, perplexity 29.96, over 1000 tokens"
-    first, second = perplexity_text(3.4, 1000, num_batches=100).splitlines()
-    assert first == perplexity_text(3.4, 1000)
+    assert format_perplexity(3.4, 1000) == "loss 3.4000 nats, perplexity 29.96, over 1000 tokens"
+    first, second = format_perplexity(3.4, 1000, num_batches=100).splitlines()
+    assert first == format_perplexity(3.4, 1000)
     assert second.startswith("perplexity 28.97 as the released FOAM code would print it: ")
     assert second.endswith("the losses of 100 batches divided by 101")

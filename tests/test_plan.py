@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foam_lightning.errors import PlanError
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from tests.conftest import GOLDEN
 
 PLAN = FoldPlan(
@@ -17,7 +17,7 @@ PLAN = FoldPlan(
     levels={"model.layers.0.q_proj.weight": 0, "model.layers.0.k_proj.weight": 3},
     scales={"model.layers.0.k_proj.weight": 0.25, "model.layers.0.q_proj.weight": 0.1},
     lr=0.01,
-    levers=Levers(micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True),
+    memory_options=MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True),
 )
 CONTENT = json.loads(PLAN.to_json())
 # What PLAN was written as when a plan had a scale by level.
@@ -35,7 +35,7 @@ def plans(draw: Callable[..., Any]) -> FoldPlan:
         levels=levels,
         scales={name: draw(positive) for name in levels},
         lr=draw(positive),
-        levers=Levers(
+        memory_options=MemoryOptions(
             micro_batch_size=draw(st.integers(1, 10**6)),
             accumulate_grad_batches=1 if releases else draw(st.integers(1, 10**6)),
             chunked_loss=draw(st.booleans()),
@@ -45,7 +45,7 @@ def plans(draw: Callable[..., Any]) -> FoldPlan:
             state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
             state_offload=draw(st.booleans()),
         ),
-        twin=draw(st.none() | st.dictionaries(st.text(), st.integers() | st.booleans())),
+        proxy_model=draw(st.none() | st.dictionaries(st.text(), st.integers() | st.booleans())),
     )
 
 
@@ -57,9 +57,9 @@ def test_a_plan_survives_json(plan: FoldPlan) -> None:
 
 
 def test_only_a_plan_found_on_a_twin_says_so() -> None:
-    assert "twin" not in json.loads(PLAN.to_json())
-    found = replace(PLAN, twin={"hidden_size": 4})
-    assert json.loads(found.to_json())["twin"] == {"hidden_size": 4}
+    assert "proxy_model" not in json.loads(PLAN.to_json())
+    found = replace(PLAN, proxy_model={"hidden_size": 4})
+    assert json.loads(found.to_json())["proxy_model"] == {"hidden_size": 4}
 
 
 def test_equal_plans_are_equal_texts() -> None:
@@ -68,7 +68,7 @@ def test_equal_plans_are_equal_texts() -> None:
 
 
 def test_the_format_stays_what_it_is(golden: Callable[[str, Any], None]) -> None:
-    golden("plan_v2", CONTENT)
+    golden("plan_v3", CONTENT)
 
 
 @given(plans(), st.dictionaries(st.integers(0, 40), positive))
@@ -95,7 +95,7 @@ def by_level(**fields: Any) -> str:
 
 
 def with_levers(**fields: Any) -> str:
-    return changed(levers={**CONTENT["levers"], **fields})
+    return changed(memory_options={**CONTENT["memory_options"], **fields})
 
 
 def without(key: str) -> str:
@@ -116,16 +116,16 @@ MALFORMED = {
     "another schema": changed(schema="foam-lightning/fold-plan/3"),
     "a schema of a list": changed(schema=["foam-lightning/fold-plan/2"]),
     "no levels": without("levels"),
-    "no levers": without("levers"),
+    "no memory options": without("memory_options"),
     "no lr": without("lr"),
     "unknown field": json.dumps({**CONTENT, "new\nfield": 1}),
-    "unknown lever": with_levers(offload=True),
-    "missing lever": changed(levers={}),
-    "levers of a list": changed(levers=[1]),
+    "unknown memory option": with_levers(offload=True),
+    "missing memory option": changed(memory_options={}),
+    "memory options of a list": changed(memory_options=[1]),
     "model of a list": changed(model=[1]),
     "model of texts": changed(model={"hidden_size": "8"}),
-    "twin of a list": changed(twin=[]),
-    "twin of texts": changed(twin={"hidden_size": "8"}),
+    "proxy model of a list": changed(proxy_model=[]),
+    "proxy model of texts": changed(proxy_model={"hidden_size": "8"}),
     "levels of a list": changed(levels=[1]),
     "fractional level": at_level(1.5),
     "negative level": at_level(-1),
@@ -158,7 +158,7 @@ MALFORMED = {
 
 def test_releasing_and_accumulating_contradict_each_other() -> None:
     with pytest.raises(PlanError, match="needs accumulate_grad_batches 1, got 2; make"):
-        Levers(micro_batch_size=1, accumulate_grad_batches=2, gradient_release=True)
+        MemoryOptions(micro_batch_size=1, accumulate_grad_batches=2, gradient_release=True)
     with pytest.raises(PlanError, match="test is not a valid fold plan: gradient_release needs"):
         FoldPlan.from_json(MALFORMED["release and accumulation"], source="test")
 
@@ -173,7 +173,7 @@ def test_a_malformed_text_is_one_line_that_names_the_source(text: str) -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
 def test_any_other_json_is_a_plan_error(content: Any) -> None:
-    texts = [changed(levels=content), changed(scales=content), changed(levers=content)]
+    texts = [changed(levels=content), changed(scales=content), changed(memory_options=content)]
     for text in (json.dumps(content), *texts, by_level(levels=content), by_level(scales=content)):
         with pytest.raises(PlanError):
             FoldPlan.from_json(text)

@@ -10,9 +10,9 @@ from rich.console import Console
 from foam_lightning.memory.account import Account
 from foam_lightning.memory.inventory import Holding
 from foam_lightning.memory.timeline import Origin
-from foam_lightning.plan import FoldPlan, Levers
-from tests.outcomes import ACCOUNT, BREAKDOWN, MIXED, PEAK, UNIFORM, mixed_plan, uniform_plan
-from tuner.planning.planner import Neighbour
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from tests.search_results import ACCOUNT, BREAKDOWN, MIXED, PEAK, UNIFORM, mixed_plan, uniform_plan
+from tuner.planning.planner import NearbyBudget
 from tuner.report.plan_table import plan_json, plan_table, tensor_table, tensors_as_json
 
 
@@ -22,12 +22,12 @@ def printed(
     *,
     budget=None,
     minimum=None,
-    neighbours=(),
-    prices=MappingProxyType({}),
+    nearby_budgets=(),
+    option_costs=MappingProxyType({}),
     width=80,
 ) -> str:
     console = Console(width=width, no_color=True, file=io.StringIO())
-    console.print(plan_table(plan, account, budget, minimum, neighbours, prices))
+    console.print(plan_table(plan, account, budget, minimum, nearby_budgets, option_costs))
     return console.file.getvalue()
 
 
@@ -48,12 +48,12 @@ def test_json_has_the_keys_of_the_contract_in_order() -> None:
         "minimum_budget_bytes",
         "binding",
         "breakdown",
-        "levers",
+        "memory_options",
         "levels",
     ]
     assert found["schema"] == "foam-lightning/plan/1"
     assert list(found["breakdown"]) == list(BREAKDOWN)
-    assert found["levers"] == asdict(MIXED.plan.levers)
+    assert found["memory_options"] == asdict(MIXED.plan.memory_options)
     assert {
         "micro_batch_size",
         "accumulate_grad_batches",
@@ -61,7 +61,7 @@ def test_json_has_the_keys_of_the_contract_in_order() -> None:
         "gradient_release",
         "chunked_loss",
         "state_dtype",
-    } < set(found["levers"])
+    } < set(found["memory_options"])
     assert found["levels"] == MIXED.plan.levels
     assert found["binding"] == "loss"
     assert (found["budget_bytes"], found["minimum_budget_bytes"]) == (32_000_000, 9_000_000)
@@ -111,14 +111,16 @@ def test_the_table_shows_the_levers_in_words() -> None:
 
 
 def test_the_table_says_what_a_lever_costs_beside_it() -> None:
-    text = printed(UNIFORM.plan, prices={"chunked_loss": "a bit", "state_offload": "a lot"})
+    text = printed(UNIFORM.plan, option_costs={"chunked_loss": "a bit", "state_offload": "a lot"})
     assert ["chunked", "loss", "on", "a", "bit"] in cells(text)
     assert ["state", "float32", "a", "lot"] in cells(text)
 
 
 def test_every_lever_that_has_a_price_has_a_row() -> None:
-    names = {field.name for field in fields(Levers)} - {"micro_batch_size"}
-    text = printed(UNIFORM.plan, prices={name: f"price-of-{name}" for name in names}, width=200)
+    names = {field.name for field in fields(MemoryOptions)} - {"micro_batch_size"}
+    text = printed(
+        UNIFORM.plan, option_costs={name: f"price-of-{name}" for name in names}, width=200
+    )
     assert all(f"price-of-{name}" in text for name in names)
 
 
@@ -153,32 +155,34 @@ def test_the_table_names_matrices_that_do_not_fold_or_sit_outside_the_layers() -
     assert "lm_head.weight at level 4" in text
 
 
-OFF = replace(UNIFORM.plan.levers, chunked_loss=False, state_dtype="int8", state_offload=True)
+OFF = replace(
+    UNIFORM.plan.memory_options, chunked_loss=False, state_dtype="int8", state_offload=True
+)
 NEIGHBOURS = [
-    Neighbour(10, 35_200_000, replace(uniform_plan(1), levers=OFF), 34_000_000),
-    Neighbour(-10, 28_800_000, None, None),
+    NearbyBudget(10, 35_200_000, replace(uniform_plan(1), memory_options=OFF), 34_000_000),
+    NearbyBudget(-10, 28_800_000, None, None),
 ]
 
 
 def test_the_table_says_what_other_budgets_would_change() -> None:
-    lines = printed(UNIFORM.plan, neighbours=NEIGHBOURS, width=200).splitlines()
+    lines = printed(UNIFORM.plan, nearby_budgets=NEIGHBOURS, width=200).splitlines()
     start = "With 35.2 MB (10 % more): mean level 1.00 instead of 2.00, chunked loss off, "
     assert f"{start}state int8, in host memory." in map(str.rstrip, lines)
     assert "With 28.8 MB (10 % less): nothing fits." in map(str.rstrip, lines)
-    same = printed(UNIFORM.plan, neighbours=[replace(NEIGHBOURS[0], plan=UNIFORM.plan)])
+    same = printed(UNIFORM.plan, nearby_budgets=[replace(NEIGHBOURS[0], plan=UNIFORM.plan)])
     assert "With 35.2 MB (10 % more): nothing changes." in same
 
 
 def test_json_has_the_neighbours_where_there_are_any() -> None:
     found = json.loads(plan_json(UNIFORM.plan, ACCOUNT, 32_000_000, None, NEIGHBOURS))
-    assert found["neighbours"] == [
+    assert found["nearby_budgets"] == [
         {
             "percent": 10,
             "budget_bytes": 35_200_000,
             "feasible": True,
             "predicted_peak_bytes": 34_000_000,
             "mean_level": 1.0,
-            "levers": asdict(OFF),
+            "memory_options": asdict(OFF),
         },
         {
             "percent": -10,
@@ -186,7 +190,7 @@ def test_json_has_the_neighbours_where_there_are_any() -> None:
             "feasible": False,
             "predicted_peak_bytes": None,
             "mean_level": None,
-            "levers": None,
+            "memory_options": None,
         },
     ]
 
@@ -195,13 +199,17 @@ def test_the_table_says_what_binds_and_what_makes_room() -> None:
     text = printed(UNIFORM.plan, budget=PEAK, width=200)
     assert "The largest term is loss (8.4 MB); levels change only the optimizer state" in text
     assert "14.5 MB of activations and loss, by a smaller data.micro_batch_size (now 4)" in text
-    released = replace(UNIFORM.plan.levers, accumulate_grad_batches=1, gradient_release=True)
-    text = printed(replace(UNIFORM.plan, levers=released), budget=PEAK, width=200)
+    released = replace(
+        UNIFORM.plan.memory_options, accumulate_grad_batches=1, gradient_release=True
+    )
+    text = printed(replace(UNIFORM.plan, memory_options=released), budget=PEAK, width=200)
     assert "by a smaller data.batch_size (now 4) or data.sequence_length" in text
-    single = replace(UNIFORM.plan, levers=replace(UNIFORM.plan.levers, micro_batch_size=1))
+    single = replace(
+        UNIFORM.plan, memory_options=replace(UNIFORM.plan.memory_options, micro_batch_size=1)
+    )
     assert "by a smaller data.sequence" in printed(single, budget=PEAK, width=200)
     # Adam needs no room, what is in host memory takes none, and there may be enough.
-    for plan in (uniform_plan(0), replace(UNIFORM.plan, levers=OFF)):
+    for plan in (uniform_plan(0), replace(UNIFORM.plan, memory_options=OFF)):
         assert "Room" not in printed(plan, budget=PEAK)
     for budget in (2 * PEAK, None):
         assert "Room" not in printed(UNIFORM.plan, budget=budget)
@@ -218,10 +226,12 @@ def test_the_table_says_what_binds_and_what_makes_room() -> None:
 def test_the_table_tells_kinds_of_checkpointing_apart(
     whole: bool, selective: bool, word: str
 ) -> None:
-    levers = replace(
-        UNIFORM.plan.levers, activation_checkpointing=whole, selective_checkpointing=selective
+    memory_options = replace(
+        UNIFORM.plan.memory_options,
+        activation_checkpointing=whole,
+        selective_checkpointing=selective,
     )
-    text = printed(replace(UNIFORM.plan, levers=levers))
+    text = printed(replace(UNIFORM.plan, memory_options=memory_options))
     assert ["activation", "checkpointing", word] in cells(text)
 
 

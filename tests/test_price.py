@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from foam_lightning.memory.options import prices, selective_rows
-from foam_lightning.plan import Levers
+from foam_lightning.memory.options import option_costs, selective_rows
+from foam_lightning.plan import MemoryOptions
 
-PLAIN = Levers(micro_batch_size=4)
+PLAIN = MemoryOptions(micro_batch_size=4)
 SHAPES = {
     "model.embed_tokens.weight": (500, 10),
     "model.layers.0.self_attn.q_proj.weight": (100, 150),
@@ -17,7 +17,7 @@ TIED = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight
 
 
 def test_what_is_not_pulled_costs_nothing() -> None:
-    assert prices(PLAIN, SHAPES, 1) == {}
+    assert option_costs(PLAIN, SHAPES, 1) == {}
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, TIED], ids=["untied", "tied"])
@@ -25,15 +25,15 @@ def test_work_is_a_share_of_the_products_of_three_passes(
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
     # 45000 weights multiply in the decoder, 5000 in the head; forward once, backward twice.
-    levers = replace(PLAIN, chunked_loss=True, activation_checkpointing=True)
-    found = prices(levers, shapes, 1)
+    memory_options = replace(PLAIN, chunked_loss=True, activation_checkpointing=True)
+    found = option_costs(memory_options, shapes, 1)
     assert found["chunked_loss"].startswith("3.3% more work")
     assert found["activation_checkpointing"].startswith("30% more work")
 
 
 def test_selective_checkpointing_makes_no_product_again() -> None:
-    levers = replace(PLAIN, activation_checkpointing=True, selective_checkpointing=True)
-    assert list(prices(levers, SHAPES, 1)) == ["selective_checkpointing"]
+    memory_options = replace(PLAIN, activation_checkpointing=True, selective_checkpointing=True)
+    assert list(option_costs(memory_options, SHAPES, 1)) == ["selective_checkpointing"]
 
 
 def test_selective_checkpointing_pays_from_some_work_on() -> None:
@@ -44,12 +44,12 @@ def test_selective_checkpointing_pays_from_some_work_on() -> None:
 
 
 def test_state_in_host_memory_crosses_the_bus_there_and_back() -> None:
-    found = prices(replace(PLAIN, state_offload=True), SHAPES, 7_500_000_000)
+    found = option_costs(replace(PLAIN, state_offload=True), SHAPES, 7_500_000_000)
     assert found == {"state_offload": "15 GB cross the bus in every step"}
 
 
 def test_every_lever_has_a_price() -> None:
-    accumulating = Levers(
+    accumulating = MemoryOptions(
         micro_batch_size=1,
         accumulate_grad_batches=2,
         chunked_loss=True,
@@ -58,7 +58,7 @@ def test_every_lever_has_a_price() -> None:
         state_offload=True,
     )
     released = replace(accumulating, accumulate_grad_batches=1, gradient_release=True)
-    assert set(prices(accumulating, SHAPES, 1)) | set(prices(released, SHAPES, 1)) == {
+    assert set(option_costs(accumulating, SHAPES, 1)) | set(option_costs(released, SHAPES, 1)) == {
         "chunked_loss",
         "accumulate_grad_batches",
         "activation_checkpointing",

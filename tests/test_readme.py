@@ -5,9 +5,8 @@ import shlex
 
 import pytest
 
-import cli
 from tests.tiny import REPOSITORY
-from tuner.config.help import COMMANDS, check_at_once
+from tuner.config.help import COMMANDS, check_at_once, default_config
 from tuner.config.parser import parse
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -43,7 +42,7 @@ def test_every_command_line_parses(page: str) -> None:
     for line in commands(page):
         _, _, command, *options = shlex.split(line)
         check_at_once(command, options)
-        settings = parse(command, options, default=cli._default_config(options))
+        settings = parse(command, options, default=default_config(options))
         settings.job()
 
 

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-import cli
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 from tests.tiny import REPOSITORY
+from tuner.config.help import default_config
 from tuner.config.parser import Settings, parse
-from tuner.planning.planner import Fitting
+from tuner.planning.planner import BudgetPlanner
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 
@@ -47,18 +47,18 @@ def second_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").splitlines()[1]
 
 
-def settings_of(path: Path, pretrained: Path, *more: str) -> Settings:
+def hyperparameters(path: Path, pretrained: Path, *more: str) -> Settings:
     """Read the command of a recipe."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# python cli.py fit "), path
     text = first.removeprefix("# python cli.py fit ")
     options = [*text.replace("DIR", str(pretrained)).replace("FILE", "a.txt").split(), *more]
-    return parse("plan", options, default=cli._default_config(options))
+    return parse("plan", options, default=default_config(options))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_first_line_of_a_recipe_is_its_command(path: Path, tmp_path: Path) -> None:
-    parsed = settings_of(path, tmp_path / "model")
+    parsed = hyperparameters(path, tmp_path / "model")
     assert parsed.memory_budget is not None
     assert f"configs/{path.name}" in path.read_text().splitlines()[0] or path.stem == "default"
     job = parsed.job()
@@ -87,9 +87,9 @@ def test_the_second_line_of_a_recipe_is_the_peak_that_plan_prints(
         _PRETRAINED[path.stem].save_pretrained(tmp_path)
     # Micro-batches that are larger, and too large, take most of the time; they are left out.
     rows = ["--data.micro_batch_size", expected["rows"]] if expected["rows"] else []
-    parsed = settings_of(path, tmp_path, *rows)
-    fitting = Fitting(parsed.job(), parsed.memory_budget)
-    plan = fitting.untuned()
-    assert in_words(fitting.accountant.account(plan).peak_bytes) == expected["peak"]
+    parsed = hyperparameters(path, tmp_path, *rows)
+    planner = BudgetPlanner(parsed.job(), parsed.memory_budget)
+    plan = planner.default_plan()
+    assert format_bytes(planner.accountant.account(plan).peak_bytes) == expected["peak"]
     if expected["rows"]:
-        assert plan.levers.micro_batch_size == int(expected["rows"])
+        assert plan.memory_options.micro_batch_size == int(expected["rows"])

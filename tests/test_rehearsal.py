@@ -53,7 +53,8 @@ def test_it_measures_two_steps_an_evaluation_and_a_save_and_remembers(
     assert go(plan) == found
     monkeypatch.setattr(rehearsal, "_measure", measure)
     other = replace(
-        plan, levers=replace(plan.levers, micro_batch_size=4, accumulate_grad_batches=2)
+        plan,
+        memory_options=replace(plan.memory_options, micro_batch_size=4, accumulate_grad_batches=2),
     )
     assert go(other).measured_peak_bytes < found.measured_peak_bytes
 

@@ -204,13 +204,13 @@ def test_copies_are_not_hooked() -> None:
     net = Net()
     optimizer = FOAM(net.parameters())
     with release_gradients(optimizer):
-        twin, twins_optimizer = copy.deepcopy((net, optimizer))
-        twin(torch.arange(11)).backward()
-        assert twin.norm.grad is not None
-        assert_same(twin.state_dict(), net.state_dict())
+        proxy_model, twins_optimizer = copy.deepcopy((net, optimizer))
+        proxy_model(torch.arange(11)).backward()
+        assert proxy_model.norm.grad is not None
+        assert_same(proxy_model.state_dict(), net.state_dict())
         twins_optimizer.step()
         net(torch.arange(11)).backward()
-    assert_same(twin.state_dict(), net.state_dict())
+    assert_same(proxy_model.state_dict(), net.state_dict())
 
 
 def test_a_sparse_gradient_is_refused() -> None:

@@ -9,17 +9,17 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.training import train
 from tests.pretrained import save_tokenizer
 from tests.runs import STEPS, NewJob, open_folder, small
 from tests.test_release import assert_same
 from tests.test_training import StopAfter, StopError, final_weights
-from tuner.planning.planner import Fitting
+from tuner.planning.planner import BudgetPlanner
 
 
 class Losses(Callback):
@@ -42,22 +42,24 @@ class Losses(Callback):
         assert not any(p._post_accumulate_grad_hooks for p in module.parameters())
 
 
-def releasing(plan: FoldPlan, **levers: Any) -> FoldPlan:
-    return replace(plan, levers=replace(plan.levers, gradient_release=True, **levers))
+def releasing(plan: FoldPlan, **memory_options: Any) -> FoldPlan:
+    return replace(
+        plan, memory_options=replace(plan.memory_options, gradient_release=True, **memory_options)
+    )
 
 
 def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaFoam:
     module = job.new_module()
     module.follow(plan)
     trainer = job.new_trainer(
-        plan.levers, list(watches), bare=True, limit_val_batches=0, **settings
+        plan.memory_options, list(watches), bare=True, limit_val_batches=0, **settings
     )
-    trainer.fit(module, datamodule=job.new_data(plan.levers))
+    trainer.fit(module, datamodule=job.new_data(plan.memory_options))
     return module
 
 
 @pytest.mark.parametrize(
-    ("precision", "level", "clip_norm", "levers"),
+    ("precision", "level", "clip_norm", "memory_options"),
     [
         ("32-true", 0, None, {}),
         ("32-true", 2, 0.1, {"chunked_loss": True, "activation_checkpointing": True}),
@@ -66,7 +68,11 @@ def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaF
     ],
 )
 def test_a_run_is_the_same_with_and_without(
-    new_job: NewJob, precision: str, level: int, clip_norm: float | None, levers: dict[str, bool]
+    new_job: NewJob,
+    precision: str,
+    level: int,
+    clip_norm: float | None,
+    memory_options: dict[str, bool],
 ) -> None:
     job = new_job(
         model={"clip_norm": clip_norm},
@@ -74,7 +80,7 @@ def test_a_run_is_the_same_with_and_without(
         trainer={"precision": precision},
     )
     plan = job.plan_at(level)
-    plan = replace(plan, levers=replace(plan.levers, **levers))
+    plan = replace(plan, memory_options=replace(plan.memory_options, **memory_options))
     kept, released = Losses(), Losses()
     expected = fit(job, plan, kept)
     found = fit(job, releasing(plan), released)
@@ -100,7 +106,7 @@ def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder, vocab_size=300, template=None)
     job = new_job(model={"pretrained": str(folder)}, trainer={"max_steps": 3})
-    plan, memory = job.plan_at(2), MemoryWatch()
+    plan, memory = job.plan_at(2), MemoryMonitor()
     modules = [fit(job, plan), fit(job, releasing(plan), memory)]
     assert_same(modules[0].state_dict(), modules[1].state_dict())
     model: Any = modules[1].model
@@ -110,7 +116,7 @@ def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(new_job: NewJob, tmp_path: Path) -> None:
     plan = releasing(small(new_job).plan_at(1), micro_batch_size=8, accumulate_grad_batches=1)
-    kept = replace(plan, levers=replace(plan.levers, gradient_release=False))
+    kept = replace(plan, memory_options=replace(plan.memory_options, gradient_release=False))
     runs = {name: open_folder(tmp_path / name) for name in ("kept", "whole", "broken")}
     train(small(new_job), kept, runs["kept"])
     expected = train(small(new_job), plan, runs["whole"])
@@ -123,7 +129,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(new_job: NewJob, tmp_pa
     assert STEPS > 7
 
 
-def assert_predicted(job: Job, plan: FoldPlan, memory: MemoryWatch) -> int:
+def assert_predicted(job: Job, plan: FoldPlan, memory: MemoryMonitor) -> int:
     assert memory.measured_bytes is not None
     predicted = job.new_accountant().account(plan).peak_bytes
     assert 0.995 <= predicted / memory.measured_bytes <= 1.01
@@ -139,7 +145,7 @@ def test_a_run_takes_what_the_account_says_and_less_than_without(new_job: NewJob
     plan = job.plan_at(8)
     peaks = []
     for case in (plan, releasing(plan)):
-        memory = MemoryWatch()
+        memory = MemoryMonitor()
         fit(job, case, memory)
         peaks.append(assert_predicted(job, case, memory))
     weights = 4 * sum(p.numel() for p in fit(job, plan).parameters())
@@ -150,15 +156,15 @@ def test_a_run_takes_what_the_account_says_and_less_than_without(new_job: NewJob
 
 
 def test_the_settings_ask_for_it(new_job: NewJob) -> None:
-    levers = new_job(model={"gradient_release": True}).levers
-    assert (levers.gradient_release, levers.micro_batch_size) == (True, 8)
-    assert not new_job().levers.gradient_release
+    memory_options = new_job(model={"gradient_release": True}).memory_options
+    assert (memory_options.gradient_release, memory_options.micro_batch_size) == (True, 8)
+    assert not new_job().memory_options.gradient_release
 
 
 def test_settings_that_accumulate_are_refused(new_job: NewJob) -> None:
     job = new_job(model={"gradient_release": True}, data={"micro_batch_size": 4})
     with pytest.raises(ConfigError, match=r"cannot accumulate micro-batches of 4 to data\.batch"):
-        _ = job.levers
+        _ = job.memory_options
 
 
 @pytest.fixture
@@ -171,8 +177,8 @@ MESSAGE = r"trainer\.gradient_clip_val 1\.0 needs all gradients at once.* set mo
 
 def test_settings_that_clip_all_gradients_are_refused(clipping: Callable[..., Job]) -> None:
     with pytest.raises(ConfigError, match=MESSAGE):
-        _ = clipping(gradient_release=True).levers
-    assert clipping().levers.batch_size == 8
+        _ = clipping(gradient_release=True).memory_options
+    assert clipping().memory_options.batch_size == 8
 
 
 def test_a_plan_or_a_budget_that_releases_what_is_to_be_clipped_is_refused(
@@ -181,16 +187,16 @@ def test_a_plan_or_a_budget_that_releases_what_is_to_be_clipped_is_refused(
     # Two short rows, so that gradients are most of the peak.
     job = clipping(hidden_size=128, intermediate_size=344, num_hidden_layers=3)
     job = replace(job, data={**job.data, "batch_size": 2})
-    rich, poor = Fitting(job, 10**12), Fitting(job, 1)
+    rich, poor = BudgetPlanner(job, 10**12), BudgetPlanner(job, 1)
     plan = rich.uniform(8)
     rich.check(plan)
     with pytest.raises(ConfigError, match=MESSAGE):
         rich.check(releasing(plan))
-    assert rich.minimum.plan.levers.gradient_release
+    assert rich.minimum.plan.memory_options.gradient_release
     poor.accountant = rich.accountant  # traces once for both
     poor.budget_bytes = rich.minimum.account.peak_bytes
     with pytest.raises(ConfigError, match=MESSAGE):
-        poor.refuse_if_infeasible()
+        poor.check_feasible()
 
 
 @pytest.mark.parametrize(
@@ -206,7 +212,7 @@ def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got
     module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, **settings)
     module.trainer = trainer
-    plan = module.uniform_plan(1, Levers(micro_batch_size=1))
+    plan = module.uniform_plan(1, MemoryOptions(micro_batch_size=1))
     module.follow(plan)
     module.on_train_start()
     module.follow(releasing(plan))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from foam_lightning.units import in_words
-from tests.outcomes import (
+from foam_lightning.units import format_bytes
+from tests.search_results import (
     ACCOUNT,
     ADAM_ACCOUNT,
     ADAM_WINS,
@@ -45,7 +45,7 @@ CASES = {
     "all-diverged": (ALL_DIVERGED, SAID, ACCOUNT, ADAM_ACCOUNT, 32_000_000),
     "adam-wins": (ADAM_WINS, SAID, ADAM_ACCOUNT, ADAM_ACCOUNT, 80_000_000),
     "nothing-searched, large budget": (
-        outcome_of(UNIFORM, searched=[]),
+        outcome_of(UNIFORM, trials=[]),
         SAID,
         ACCOUNT,
         ADAM_ACCOUNT,
@@ -67,7 +67,7 @@ def test_a_plan_is_one_picture(tmp_path: Path, num_layers: int, budget: int | No
     )
     texts = {text.get_text() for part in figure.subfigs for text in part.axes[0].texts}
     said = [text for text in texts if text.startswith("budget")]
-    assert said == ([] if budget is None else [f"budget {in_words(budget)}"]) or (
+    assert said == ([] if budget is None else [f"budget {format_bytes(budget)}"]) or (
         budget == 100 * PEAK and said[0].endswith("not drawn")
     )
     drawn = [len(part.axes) for part in figure.subfigs]
@@ -111,7 +111,7 @@ def test_the_pictures_are_png_files_of_sensible_size(
 
 def test_the_pictures_hold_a_deep_model(tmp_path: Path) -> None:
     deep = replace(MIXED, plan=mixed_plan(80))
-    paths = write_report(tmp_path, outcome_of(deep, searched=SEARCHED), SAID, ACCOUNT, None, PEAK)
+    paths = write_report(tmp_path, outcome_of(deep, trials=SEARCHED), SAID, ACCOUNT, None, PEAK)
     assert png_size(paths["levels"])[1] <= 2000
 
 
@@ -119,14 +119,14 @@ def test_the_pictures_hold_a_deep_model(tmp_path: Path) -> None:
 def test_the_report_begins_with_the_verdict_and_names_every_finalist_and_run(
     report: Callable[[str], Path], case: str
 ) -> None:
-    outcome, text = CASES[case][0], text_of(report(case))
+    search_result, text = CASES[case][0], text_of(report(case))
     _, _, first, _, second, *_ = text.splitlines()
     assert first == SAID
-    assert second == f"{outcome.reason[0].upper()}{outcome.reason[1:]}."
-    for candidate in outcome.finalists:
-        name = f"**{candidate.label}**" if candidate is outcome.winner else candidate.label
+    assert second == f"{search_result.reason[0].upper()}{search_result.reason[1:]}."
+    for candidate in search_result.finalists:
+        name = f"**{candidate.label}**" if candidate is search_result.winner else candidate.label
         assert f"\n| {name} |" in text
-    for run in outcome.searched:
+    for run in search_result.trials:
         assert f"\n| {run.description} |" in text
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from foam_lightning.callbacks.exact_resume import Resumption, rescale
+from foam_lightning.callbacks.exact_resume import ExactResume, rescale
 from foam_lightning.errors import CheckpointError
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from tests.runs import NewJob
 
 STEPS = 8
-PLAIN = Levers(micro_batch_size=4, accumulate_grad_batches=2)
-HALVED = Levers(micro_batch_size=2, accumulate_grad_batches=4, chunked_loss=True)
-RELEASING = Levers(micro_batch_size=8, gradient_release=True, activation_checkpointing=True)
+PLAIN = MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2)
+HALVED = MemoryOptions(micro_batch_size=2, accumulate_grad_batches=4, chunked_loss=True)
+RELEASING = MemoryOptions(micro_batch_size=8, gradient_release=True, activation_checkpointing=True)
 
 
 class Steps(Callback):
@@ -62,19 +62,23 @@ class Save(Callback):
 
 
 def fit(
-    job: Job, plan: FoldPlan, levers: Levers, *callbacks: Callback, start: Path | None = None
+    job: Job,
+    plan: FoldPlan,
+    memory_options: MemoryOptions,
+    *callbacks: Callback,
+    start: Path | None = None,
 ) -> Steps:
     module, steps = job.new_module(), Steps()
-    module.follow(replace(plan, levers=levers))
+    module.follow(replace(plan, memory_options=memory_options))
     trainer = job.new_trainer(
-        levers,
-        [Resumption(), steps, *callbacks],
+        memory_options,
+        [ExactResume(), steps, *callbacks],
         bare=True,
         val_check_interval=3,
         check_val_every_n_epoch=None,
         limit_val_batches=1,
     )
-    trainer.fit(module, datamodule=job.new_data(levers), ckpt_path=start, weights_only=True)
+    trainer.fit(module, datamodule=job.new_data(memory_options), ckpt_path=start, weights_only=True)
     assert trainer.global_step == STEPS
     return steps
 
@@ -124,10 +128,10 @@ def test_another_micro_batch_goes_on_with_the_very_next_row(
     plan = job.plan_at(2)
     whole = fit(job, plan, PLAIN, Save(tmp_path))
     assert whole.evaluated == [3, 6]
-    for levers in (HALVED, RELEASING):
+    for memory_options in (HALVED, RELEASING):
         for step in saved_at:
-            rest = fit(job, plan, levers, start=tmp_path / f"{step}.ckpt")
-            assert rest.rows == whole.rows[step:], (levers, step)
+            rest = fit(job, plan, memory_options, start=tmp_path / f"{step}.ckpt")
+            assert rest.rows == whole.rows[step:], (memory_options, step)
             assert rest.losses == pytest.approx(whole.losses[step:], abs=1e-5)
             assert rest.evaluated == [at for at in whole.evaluated if at > step]
 
@@ -181,7 +185,7 @@ def test_other_levers_change_no_count() -> None:
         ),
     ],
 )
-def test_what_cannot_go_on_is_refused(ready: int, after: Levers, message: str) -> None:
+def test_what_cannot_go_on_is_refused(ready: int, after: MemoryOptions, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         rescale(state(ready), PLAIN, after)
 

@@ -12,13 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim import baselines as rivals
-from foam_lightning.optim.baselines import OPTIMIZERS, Settings, new_rival, state_bytes
+from foam_lightning.optim import baselines as baselines
+from foam_lightning.optim.baselines import OPTIMIZERS, Settings, new_baseline, state_bytes
 from foam_lightning.training import train
 from tests.runs import NewJob, open_folder, small
 
 NEEDS_TORCHAO = pytest.mark.skipif(
-    find_spec("torchao") is None, reason="torchao is not in the extra dev, but in rivals"
+    find_spec("torchao") is None, reason="torchao is not in the extra dev, but in baselines"
 )
 RIVALS = [
     pytest.param(name, marks=[NEEDS_TORCHAO, pytest.mark.filterwarnings("ignore")])
@@ -47,7 +47,7 @@ def new_optimizer(name: str, model: torch.nn.Module, **changed: Any) -> torch.op
     settings = Settings(
         **{"lr": 5e-3, "matrix_scale": 0.5, "hidden_size": HIDDEN, "num_heads": HEADS, **changed}
     )
-    return new_rival(name, model.named_parameters(), settings)
+    return new_baseline(name, model.named_parameters(), settings)
 
 
 def steps(model: Any, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
@@ -176,7 +176,7 @@ def test_frozen_parameters_and_the_rest_are_left_out_of_the_decay(name: str) -> 
 def test_a_narrow_matrix_is_projected_to_a_quarter_of_its_own_smaller_side() -> None:
     wide, narrow = (torch.nn.Parameter(torch.randn(size)) for size in ((32, 64), (8, 32)))
     settings = Settings(lr=1e-3, hidden_size=32, num_heads=2)
-    optimizer = new_rival("galore", [("q.weight", wide), ("k.weight", narrow)], settings)
+    optimizer = new_baseline("galore", [("q.weight", wide), ("k.weight", narrow)], settings)
     for parameter in (wide, narrow):
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -194,9 +194,9 @@ def test_an_unknown_name_is_refused_with_all_names() -> None:
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, new_job: NewJob) -> None:
     monkeypatch.setattr(
-        rivals, "find_spec", lambda name: None if name == "pytorch_optimizer" else name
+        baselines, "find_spec", lambda name: None if name == "pytorch_optimizer" else name
     )
-    assert set(OPTIMIZERS) - set(rivals.installed()) == {"galore", "apollo", "fira", "adam_mini"}
+    assert set(OPTIMIZERS) - set(baselines.installed()) == {"galore", "apollo", "fira", "adam_mini"}
     real = builtins.__import__
 
     def no_import(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -205,7 +205,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, new_job:
 
     monkeypatch.setattr(builtins, "__import__", no_import)
     with pytest.raises(ConfigError, match="pip install pytorch-optimizer") as refusal:
-        _ = new_job(model={"optimizer": "galore"}).levers
+        _ = new_job(model={"optimizer": "galore"}).memory_options
     assert "\n" not in str(refusal.value)
 
 
@@ -220,7 +220,7 @@ def test_what_is_foams_alone_is_refused(settings: dict[str, Any]) -> None:
 def test_shares_of_matrices_are_refused(new_job: NewJob) -> None:
     sharded = {"devices": 2, "strategy": "fsdp2"}
     with pytest.raises(ConfigError, match="does not know shares"):
-        _ = new_job(model={"optimizer": "adamw"}, trainer=sharded).levers
+        _ = new_job(model={"optimizer": "adamw"}, trainer=sharded).memory_options
 
 
 def test_levers_of_foam_are_refused(new_job: NewJob) -> None:
@@ -229,7 +229,7 @@ def test_levers_of_foam_are_refused(new_job: NewJob) -> None:
     job = new_job(model={"optimizer": "adamw"})
     for changed in ({"gradient_release": True}, {"state_dtype": "int8"}):
         with pytest.raises(ConfigError, match="FOAM's"):
-            job.check(replace(job.levers, **changed))
+            job.check(replace(job.memory_options, **changed))
 
 
 # ---- in fit

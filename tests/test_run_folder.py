@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.storage.run_folder import RunFolder, write_json, write_text
+from foam_lightning.storage.atomic import write_json, write_text
+from foam_lightning.storage.run_folder import RunFolder
 from tests.faults.limits import files_up_to
 
 

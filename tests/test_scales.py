@@ -3,8 +3,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foam_lightning.model.roles import ROLES, role_of
-from foam_lightning.plan import FoldPlan, Levers
-from tuner.planning.scales import joined, rounded, scale_rows, scales_in_words, turned
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from tuner.planning.scales import (
+    combine_plans,
+    describe_scales,
+    round_to_three_digits,
+    scale_plan,
+    scale_rows,
+)
 
 NAMES = [
     f"model.layers.{layer}.{'self_attn' if role in 'qkvo' else 'mlp'}.{role}_proj.weight"
@@ -18,7 +24,11 @@ THREE_DIGITS = 5.1e-3
 
 def plan_of(levels: dict[str, int], scales: dict[str, float], lr: float = 0.02) -> FoldPlan:
     return FoldPlan(
-        model={}, levels=levels, scales=scales, lr=lr, levers=Levers(micro_batch_size=1)
+        model={},
+        levels=levels,
+        scales=scales,
+        lr=lr,
+        memory_options=MemoryOptions(micro_batch_size=1),
     )
 
 
@@ -31,8 +41,8 @@ def test_the_factors_turn_what_they_are_named_after(
     lr_factor: float, scale_factor: float, qk_factor: float
 ) -> None:
     plan = uniform(0, 0.1)
-    found = turned(plan, lr_factor=lr_factor, scale_factor=scale_factor, qk_factor=qk_factor)
-    assert (found.levels, found.levers) == (plan.levels, plan.levers)
+    found = scale_plan(plan, lr_factor=lr_factor, scale_factor=scale_factor, qk_factor=qk_factor)
+    assert (found.levels, found.memory_options) == (plan.levels, plan.memory_options)
     assert found.lr == pytest.approx(0.02 * lr_factor, rel=THREE_DIGITS)
     for name, scale in found.scales.items():
         factor = scale_factor * (qk_factor if name in QK else 1.0)
@@ -41,7 +51,7 @@ def test_the_factors_turn_what_they_are_named_after(
 
 
 def test_a_plan_that_is_not_turned_stays() -> None:
-    assert turned(uniform(2, 0.25)) == uniform(2, 0.25)
+    assert scale_plan(uniform(2, 0.25)) == uniform(2, 0.25)
 
 
 @given(
@@ -52,11 +62,15 @@ def test_a_plan_that_is_not_turned_stays() -> None:
 def test_in_a_mixed_plan_every_matrix_takes_the_steps_it_took_before(
     levels: list[int], rates: tuple[float, float], qk_factors: tuple[float, float]
 ) -> None:
-    adam = turned(uniform(0, 0.1, rates[0]), qk_factor=qk_factors[0])
-    folded = turned(uniform(2, 0.25, rates[1]), qk_factor=qk_factors[1])
+    adam = scale_plan(uniform(0, 0.1, rates[0]), qk_factor=qk_factors[0])
+    folded = scale_plan(uniform(2, 0.25, rates[1]), qk_factor=qk_factors[1])
     by_name = dict(zip(NAMES, levels, strict=True))
-    plan = joined(by_name, unfolded=adam, folded=folded)
-    assert (plan.levels, plan.lr, plan.levers) == (by_name, folded.lr, folded.levers)
+    plan = combine_plans(by_name, unfolded=adam, folded=folded)
+    assert (plan.levels, plan.lr, plan.memory_options) == (
+        by_name,
+        folded.lr,
+        folded.memory_options,
+    )
     for name, level in by_name.items():
         if level or role_of(name) in ("q", "k"):
             assert plan.scales[name] == folded.scales[name]
@@ -67,16 +81,16 @@ def test_in_a_mixed_plan_every_matrix_takes_the_steps_it_took_before(
 
 def test_one_scale_is_one_number() -> None:
     assert scale_rows(uniform(2, 0.25)) == []
-    assert scales_in_words(uniform(2, 0.25)) == "0.25"
+    assert describe_scales(uniform(2, 0.25)) == "0.25"
 
 
 def test_scales_are_said_by_level_and_role() -> None:
-    adam = turned(uniform(0, 0.1), qk_factor=2.5)
-    assert scales_in_words(adam) == "0.1 (q, k: 0.25)"
+    adam = scale_plan(uniform(0, 0.1), qk_factor=2.5)
+    assert describe_scales(adam) == "0.1 (q, k: 0.25)"
     assert scale_rows(adam) == [["0", "0.25", "0.25", "0.1", "0.1", "0.1", "0.1", "0.1"]]
     levels = {name: 0 if name in QK else 3 for name in NAMES}
-    mixed = joined(levels, unfolded=adam, folded=turned(uniform(2, 0.3), qk_factor=0.5))
-    assert scales_in_words(mixed) == "level 0: 0.15; level 3: 0.3"
+    mixed = combine_plans(levels, unfolded=adam, folded=scale_plan(uniform(2, 0.3), qk_factor=0.5))
+    assert describe_scales(mixed) == "level 0: 0.15; level 3: 0.3"
     assert scale_rows(mixed) == [
         ["0", "0.15", "0.15", "-", "-", "-", "-", "-"],
         ["3", "-", "-", "0.3", "0.3", "0.3", "0.3", "0.3"],
@@ -86,9 +100,9 @@ def test_scales_are_said_by_level_and_role() -> None:
 def test_scales_that_differ_within_a_role_are_all_listed() -> None:
     scales = dict.fromkeys(NAMES, 0.2) | {QK[0]: 0.1, "model.layers.0.mlp.up_proj.weight": 0.3}
     plan = plan_of(dict.fromkeys(NAMES, 1), scales)
-    assert scales_in_words(plan) == "0.2 (q: 0.1, 0.2; up: 0.2, 0.3)"
+    assert describe_scales(plan) == "0.2 (q: 0.1, 0.2; up: 0.2, 0.3)"
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.123456, 0.123), (98765.0, 98800.0), (2.0, 2.0)])
 def test_three_digits_are_kept(value: float, expected: float) -> None:
-    assert rounded(value) == expected
+    assert round_to_three_digits(value) == expected

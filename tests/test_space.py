@@ -210,5 +210,5 @@ def test_the_nearest_levels_that_fit_are_those_of_brute_force(
 
     found = list(nearest(shapes, wanted, (0, 1, 2), costs, budget).values())
     assert spent(found) <= budget
-    fitting = [chosen for chosen in product((0, 1, 2), repeat=4) if spent(chosen) <= budget]
-    assert distance(found) == min(map(distance, fitting))
+    planner = [chosen for chosen in product((0, 1, 2), repeat=4) if spent(chosen) <= budget]
+    assert distance(found) == min(map(distance, planner))

@@ -10,18 +10,18 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import Engine, event
 
-from tuner.trials.runner import ShortRun
-from tuner.trials.study import Params, Study, run_of
+from tuner.trials.runner import TrialResult
+from tuner.trials.study import Params, Study, trial_result
 
 OPENERS: list[Params] = [{"level": 2, "x": 0.5}, {"level": 0, "x": 1.5}]
 TRIALS = 9
 
 
-def run_at(loss: float) -> ShortRun:
-    return ShortRun([loss * 4, loss * 4], [4, 4])
+def run_at(loss: float) -> TrialResult:
+    return TrialResult([loss * 4, loss * 4], [4, 4])
 
 
-def bowl(trial: optuna.Trial) -> ShortRun:
+def bowl(trial: optuna.Trial) -> TrialResult:
     level = trial.suggest_categorical("level", [0, 1, 2])
     x = trial.suggest_float("x", 0.1, 10, log=True)
     return run_at(3 + (math.log(x) - 0.3) ** 2 + 0.1 * abs(level - 1))
@@ -59,11 +59,11 @@ def killed_before(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return set_left
 
 
-def killed_at(number: int) -> Callable[[optuna.Trial], ShortRun]:
+def killed_at(number: int) -> Callable[[optuna.Trial], TrialResult]:
     """Evaluate until the process dies in the middle of this trial."""
     done = 0
 
-    def evaluate(trial: optuna.Trial) -> ShortRun:
+    def evaluate(trial: optuna.Trial) -> TrialResult:
         nonlocal done
         run = bowl(trial)
         if done == number:
@@ -172,14 +172,14 @@ def test_another_seed_is_another_search(tmp_path: Path, undisturbed: list[Params
 def test_a_run_that_diverged_is_finished_but_never_the_best(tmp_path: Path) -> None:
     study = Study(tmp_path / "study.db", "uniform", seed=1)
 
-    def evaluate(trial: optuna.Trial) -> ShortRun:
+    def evaluate(trial: optuna.Trial) -> TrialResult:
         run = bowl(trial)
         return run_at(math.nan) if trial.params["level"] == 2 else run
 
     search(study, evaluate)
     first, *_ = study.finished()
     assert first.state is TrialState.PRUNED
-    assert math.isnan(run_of(first).loss)
+    assert math.isnan(trial_result(first).loss)
     best = study.best()
     assert best is not None
     assert best.params["level"] != 2
@@ -246,7 +246,7 @@ def test_named_runs_are_done_once(tmp_path: Path) -> None:
     path, losses = tmp_path / "study.db", {"a plan": 3.25, "another": math.nan, "a third": 3.5}
     asked: list[str] = []
 
-    def run(name: str) -> ShortRun:
+    def run(name: str) -> TrialResult:
         asked.append(name)
         return run_at(losses[name])
 

@@ -18,7 +18,7 @@ from foam_lightning.memory.trace import (
 )
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import Levers
+from foam_lightning.plan import MemoryOptions
 
 KB = 1000
 
@@ -259,27 +259,27 @@ def test_the_dtype_of_the_weights() -> None:
 
 
 LEVERS = {
-    "plain": Levers(micro_batch_size=4),
-    "chunked": Levers(micro_batch_size=16, chunked_loss=True),
-    "accumulating": Levers(micro_batch_size=4, accumulate_grad_batches=2),
-    "checkpointing": Levers(micro_batch_size=4, activation_checkpointing=True),
-    "selective": Levers(
+    "plain": MemoryOptions(micro_batch_size=4),
+    "chunked": MemoryOptions(micro_batch_size=16, chunked_loss=True),
+    "accumulating": MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2),
+    "checkpointing": MemoryOptions(micro_batch_size=4, activation_checkpointing=True),
+    "selective": MemoryOptions(
         micro_batch_size=4, activation_checkpointing=True, selective_checkpointing=True
     ),
-    "all": Levers(
+    "all": MemoryOptions(
         micro_batch_size=16,
         accumulate_grad_batches=2,
         chunked_loss=True,
         activation_checkpointing=True,
     ),
-    "releasing": Levers(micro_batch_size=4, gradient_release=True),
-    "releasing all": Levers(
+    "releasing": MemoryOptions(micro_batch_size=4, gradient_release=True),
+    "releasing all": MemoryOptions(
         micro_batch_size=16,
         chunked_loss=True,
         activation_checkpointing=True,
         gradient_release=True,
     ),
-    "releasing selective": Levers(
+    "releasing selective": MemoryOptions(
         micro_batch_size=4,
         activation_checkpointing=True,
         selective_checkpointing=True,
@@ -296,17 +296,17 @@ LEVERS = {
     ],
 )
 def test_three_layers_stand_for_all(name: str, precision: Precision) -> None:
-    levers = LEVERS[name]
+    memory_options = LEVERS[name]
     module = LlamaFoam(hidden_size=64, intermediate_size=172, vocab_size=300)
     found = []
     for layers in (3, 6):
         with fake_tensors(precision):
             step = track_step(
-                module.layered(levers, layers),
+                module.layered(memory_options, layers),
                 None,
-                lambda: (torch.zeros(levers.micro_batch_size, 32, dtype=torch.int64),) * 2,
-                accumulate_grad_batches=levers.accumulate_grad_batches,
-                gradient_release=levers.gradient_release,
+                lambda: (torch.zeros(memory_options.micro_batch_size, 32, dtype=torch.int64),) * 2,
+                accumulate_grad_batches=memory_options.accumulate_grad_batches,
+                gradient_release=memory_options.gradient_release,
                 autocast=autocast_for(precision),
                 num_layers=6,
             )
@@ -315,7 +315,7 @@ def test_three_layers_stand_for_all(name: str, precision: Precision) -> None:
             del terms["weights"]  # of the layers that were laid out
         found.append(moments)
     assert found[0] == found[1]
-    assert len(found[0]) == 1 + (3 + 6 * 9) * levers.gradient_release
+    assert len(found[0]) == 1 + (3 + 6 * 9) * memory_options.gradient_release
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The twin: its sizes, what may run on it, and the way back to the full width."""
+"""The proxy model: its sizes, what may run on it, and the way back to the full width."""
 
 import json
 import math
@@ -20,16 +20,16 @@ from foam_lightning.storage.run_folder import RunFolder
 from tests.runs import NewJob, open_folder
 from tuner.pipeline import tune
 from tuner.planning.knobs import Knobs
-from tuner.planning.planner import LEVELS, Fitting
-from tuner.planning.scales import joined, turned
-from tuner.search.proxy_model import LEAST_WIDTH, NoTwinError, Twin, twin_sizes
+from tuner.planning.planner import LEVELS, BudgetPlanner
+from tuner.planning.scales import combine_plans, scale_plan
+from tuner.search.proxy_model import MIN_WIDTH, NoProxyModelError, ProxyModel, proxy_sizes
 from tuner.search.search import search
 from tuner.search.search import search as searching
-from tuner.trials.budget import Effort, TuneOptions
-from tuner.trials.results import Outcome
-from tuner.trials.runner import ShortRun
+from tuner.trials.budget import SearchBudget, TuneOptions
+from tuner.trials.results import SearchResult
+from tuner.trials.runner import TrialResult
 
-Fit = Callable[[int], Fitting]
+Fit = Callable[[int], BudgetPlanner]
 Sizes = tuple[int, int, int, int]  # hidden, intermediate, heads, heads of keys and values
 KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 MODELS: dict[str, tuple[Sizes, Sizes]] = {
@@ -59,8 +59,8 @@ def sizes_of(*sizes: int) -> dict[str, int]:
 
 def sizes_or_none(sizes: dict[str, int]) -> dict[str, int] | None:
     try:
-        return twin_sizes(sizes)
-    except NoTwinError:
+        return proxy_sizes(sizes)
+    except NoProxyModelError:
         return None
 
 
@@ -68,7 +68,7 @@ def sizes_or_none(sizes: dict[str, int]) -> dict[str, int] | None:
 def test_a_twin_has_a_quarter_of_the_width_and_heads_of_the_same_width(
     wide: Sizes, narrow: Sizes
 ) -> None:
-    assert twin_sizes(sizes_of(*wide)) == sizes_of(*narrow)
+    assert proxy_sizes(sizes_of(*wide)) == sizes_of(*narrow)
 
 
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 64), st.integers(1, 40_000))
@@ -77,7 +77,7 @@ def test_the_sizes_of_a_twin_make_a_narrower_model_or_there_is_none(
 ) -> None:
     heads = groups * queries
     width = heads * 2 * half_head
-    least = max(LEAST_WIDTH, width / 4)
+    least = max(MIN_WIDTH, width / 4)
     sizes = sizes_or_none(sizes_of(width, intermediate, heads, groups))
     if sizes is None:
         assert width < least + 2 * heads
@@ -95,7 +95,10 @@ def test_the_sizes_of_a_twin_make_a_narrower_model_or_there_is_none(
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ({"hidden_size": 64}, "hidden 64 is as narrow as a twin may be, which has 64 or more"),
+        (
+            {"hidden_size": 64},
+            "hidden 64 is as narrow as a proxy model may be, which has 64 or more",
+        ),
         ({"hidden_size": 96, "pretrained": "somewhere"}, "has the weights of model.pretrained"),
     ],
 )
@@ -106,9 +109,9 @@ def test_a_model_without_a_twin_says_why(
     reason: str,
 ) -> None:
     job = new_job(model={**model, "pretrained": None})
-    fitting = Fitting(job, 10**12)
-    with pytest.raises(NoTwinError, match=reason):
-        Twin(replace(job, model={**job.model, **model}), fitting)
+    planner = BudgetPlanner(job, 10**12)
+    with pytest.raises(NoProxyModelError, match=reason):
+        ProxyModel(replace(job, model={**job.model, **model}), planner)
 
 
 def test_adam_may_not_fit_a_twin_either(new_job: NewJob) -> None:
@@ -117,76 +120,80 @@ def test_adam_may_not_fit_a_twin_either(new_job: NewJob) -> None:
         model={"hidden_size": 72, "intermediate_size": 400, "num_attention_heads": 2},
         data={"batch_size": 1, "sequence_length": 4},
     )
-    least = Fitting(job, 10**12).minimum.account.peak_bytes
-    with pytest.raises(NoTwinError, match=r"Adam does not fit \S+ at hidden 64 either$"):
-        Twin(job, Fitting(job, least, like=Fitting(job, 10**12)))
+    least = BudgetPlanner(job, 10**12).minimum.account.peak_bytes
+    with pytest.raises(NoProxyModelError, match=r"Adam does not fit \S+ at hidden 64 either$"):
+        ProxyModel(job, BudgetPlanner(job, least, like=BudgetPlanner(job, 10**12)))
 
 
 # ---- what may run on it
 
 
 @pytest.fixture(scope="module")
-def twins(fit: Fit) -> dict[float, Twin]:
+def twins(fit: Fit) -> dict[float, ProxyModel]:
     """Give the twins of one model by the share of the budget."""
     roomy = fit(10**12)
     least = roomy.minimum.account.peak_bytes
     adam = roomy.accountant.account(roomy.uniform(0)).peak_bytes
     found = {}
     for share in SHARES:
-        fitting = fit(int(least + share * (adam - least)))
-        assert not fitting.adam_fits
-        found[share] = Twin(fitting.job, fitting)
+        planner = fit(int(least + share * (adam - least)))
+        assert not planner.adam_may_win
+        found[share] = ProxyModel(planner.job, planner)
     return found
 
 
 @pytest.fixture(params=SHARES)
-def twin(request: pytest.FixtureRequest, twins: dict[float, Twin]) -> Twin:
+def proxy_model(request: pytest.FixtureRequest, twins: dict[float, ProxyModel]) -> ProxyModel:
     return twins[request.param]
 
 
-def share_of_adam(fitting: Fitting, num_bytes: int) -> float:
-    return num_bytes / fitting.folded_bytes(fitting.uniform(0))
+def share_of_adam(planner: BudgetPlanner, num_bytes: int) -> float:
+    return num_bytes / planner.folded_state_bytes(planner.uniform(0))
 
 
-def test_all_but_the_width_stays(twin: Twin) -> None:
-    job, wide = twin.job, twin.full.job
+def test_all_but_the_width_stays(proxy_model: ProxyModel) -> None:
+    job, wide = proxy_model.job, proxy_model.full.job
     assert (job.data, job.trainer, job.seed) == (wide.data, wide.trainer, wide.seed)
-    module, wide_module = twin.fitting.module, twin.full.module
+    module, wide_module = proxy_model.planner.module, proxy_model.full.module
     assert list(module.shapes) == list(wide_module.shapes)
     for name, shape in module.foldable.items():
         for size, wide_size in zip(shape, wide_module.foldable[name], strict=True):
             assert size == math.ceil(wide_size * 64 / 96)
     kept = set(wide.model) - {*KEYS, "scale", "unfolded_scale", "state_dtype"}
     assert all(job.model[key] == wide.model[key] for key in kept)
-    assert str(twin) == "a twin of hidden 64 (of 96), same 4 layers"
+    assert str(proxy_model) == "a proxy model of hidden 64 (of 96), same 4 layers"
 
 
-def test_scales_are_as_one_to_the_width(twin: Twin) -> None:
+def test_scales_are_as_one_to_the_width(proxy_model: ProxyModel) -> None:
     for level in (0, 2):
-        narrow, wide = twin.fitting.uniform(level), twin.full.uniform(level)
+        narrow, wide = proxy_model.planner.uniform(level), proxy_model.full.uniform(level)
         assert narrow.lr == wide.lr
         for name, scale in narrow.scales.items():
             assert scale * 64 == pytest.approx(wide.scales[name] * 96)
 
 
-def test_adam_runs_within_the_budget_and_is_no_plan_to_train_by(twin: Twin) -> None:
-    fitting = twin.fitting
-    assert not fitting.adam_fits
-    assert fitting.uniform_levels == [0, *twin.full.uniform_levels]
+def test_adam_runs_within_the_budget_and_is_no_plan_to_train_by(proxy_model: ProxyModel) -> None:
+    planner = proxy_model.planner
+    assert not planner.adam_may_win
+    assert planner.uniform_levels == [0, *proxy_model.full.uniform_levels]
     for level in LEVELS:
-        assert fitting.fits(fitting.uniform(level))
+        assert planner.fits(planner.uniform(level))
 
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
 def test_plans_may_use_the_share_of_adams_state_that_the_full_model_may(
-    twin: Twin, knobs: Knobs
+    proxy_model: ProxyModel, knobs: Knobs
 ) -> None:
-    fitting = twin.fitting
-    lowest = twin.full.uniform_levels[0]
-    share = share_of_adam(twin.full, twin.full.state_allowance)
-    allowed = max(share, share_of_adam(fitting, fitting.folded_bytes(fitting.uniform(lowest))))
-    levels = fitting.decoded(knobs, 10**12)
-    used = share_of_adam(fitting, fitting.folded_bytes(replace(fitting.uniform(0), levels=levels)))
+    planner = proxy_model.planner
+    lowest = proxy_model.full.uniform_levels[0]
+    share = share_of_adam(proxy_model.full, proxy_model.full.max_state_bytes)
+    allowed = max(
+        share, share_of_adam(planner, planner.folded_state_bytes(planner.uniform(lowest)))
+    )
+    levels = planner.levels_for(knobs, 10**12)
+    used = share_of_adam(
+        planner, planner.folded_state_bytes(replace(planner.uniform(0), levels=levels))
+    )
     assert used <= allowed + 1e-9
     assert used > 0.9 * allowed
 
@@ -196,18 +203,18 @@ def test_plans_may_use_the_share_of_adams_state_that_the_full_model_may(
 
 @pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS.keys())
 def test_a_mixed_plan_of_the_twin_fits_at_full_width_nearly_as_it_is(
-    twin: Twin, knobs: Knobs
+    proxy_model: ProxyModel, knobs: Knobs
 ) -> None:
-    adam = turned(twin.fitting.uniform(0), qk_factor=2.5)
-    base = turned(twin.fitting.uniform(2), lr_factor=1.5, scale_factor=0.7)
-    plan = joined(twin.fitting.decoded(knobs, 10**12), unfolded=adam, folded=base)
-    wide = twin.widened(plan)
-    twin.full.check(wide)
-    twin.full.module.follow(wide)
-    assert (wide.lr, wide.levers) == (plan.lr, twin.full.levers)
-    assert wide.twin == twin.fitting.module.uniform_plan(0, plan.levers).model
+    adam = scale_plan(proxy_model.planner.uniform(0), qk_factor=2.5)
+    base = scale_plan(proxy_model.planner.uniform(2), lr_factor=1.5, scale_factor=0.7)
+    plan = combine_plans(proxy_model.planner.levels_for(knobs, 10**12), unfolded=adam, folded=base)
+    wide = proxy_model.to_full_width(plan)
+    proxy_model.full.check(wide)
+    proxy_model.full.module.follow(wide)
+    assert (wide.lr, wide.memory_options) == (plan.lr, proxy_model.full.memory_options)
+    assert wide.proxy_model == proxy_model.planner.module.uniform_plan(0, plan.memory_options).model
     moved = {name for name, level in plan.levels.items() if wide.levels[name] != level}
-    columns = {name: shape[-1] for name, shape in twin.fitting.module.foldable.items()}
+    columns = {name: shape[-1] for name, shape in proxy_model.planner.module.foldable.items()}
     # A row folded into one block says nothing of the levels at which a longer one would be.
     ragged = {name for name in moved if 2 ** plan.levels[name] < columns[name]}
     assert len(ragged) <= len(plan.levels) // 4
@@ -215,20 +222,20 @@ def test_a_mixed_plan_of_the_twin_fits_at_full_width_nearly_as_it_is(
         assert wide.scales[name] == pytest.approx(plan.scales[name] * 64 / 96, rel=5.1e-3)
 
 
-def test_uniform_plans_of_the_twin_stay_uniform_at_full_width(twin: Twin) -> None:
-    for level in twin.full.uniform_levels:
-        plan = turned(twin.fitting.uniform(level), lr_factor=0.5, scale_factor=2.0)
-        wide = twin.widened(plan)
-        asked = turned(twin.full.uniform(level), lr_factor=0.5, scale_factor=2.0)
+def test_uniform_plans_of_the_twin_stay_uniform_at_full_width(proxy_model: ProxyModel) -> None:
+    for level in proxy_model.full.uniform_levels:
+        plan = scale_plan(proxy_model.planner.uniform(level), lr_factor=0.5, scale_factor=2.0)
+        wide = proxy_model.to_full_width(plan)
+        asked = scale_plan(proxy_model.full.uniform(level), lr_factor=0.5, scale_factor=2.0)
         assert (wide.levels, wide.lr) == (asked.levels, asked.lr)
         assert wide.scales == pytest.approx(asked.scales, rel=5.1e-3)
 
 
 def test_a_matrix_that_must_fold_at_full_width_alone_takes_the_scale_of_folded_ones(
-    twins: dict[float, Twin],
+    twins: dict[float, ProxyModel],
 ) -> None:
-    twin = twins[0.0]  # whose budget leaves no matrix at level 0
-    narrow = twin.fitting.uniform(MAX_LEVEL)
+    proxy_model = twins[0.0]  # whose budget leaves no matrix at level 0
+    narrow = proxy_model.planner.uniform(MAX_LEVEL)
     scales = {name: {"v": 0.9, "o": 0.3}.get(role_of(name), 0.6) for name in narrow.scales}
     first = [name for name in narrow.levels if ".0." in name and role_of(name) in ("v", "q")]
     every_k = [name for name in narrow.levels if role_of(name) == "k"]
@@ -236,8 +243,8 @@ def test_a_matrix_that_must_fold_at_full_width_alone_takes_the_scale_of_folded_o
     plan = replace(
         narrow, levels={**narrow.levels, **low}, scales={**scales, **dict.fromkeys(low, 0.1)}
     )
-    wide = twin.widened(plan)
-    twin.full.check(wide)
+    wide = proxy_model.to_full_width(plan)
+    proxy_model.full.check(wide)
     for name in low:
         assert wide.levels[name] > 0
         expected = 0.9 if role_of(name) == "v" else 0.6
@@ -247,60 +254,64 @@ def test_a_matrix_that_must_fold_at_full_width_alone_takes_the_scale_of_folded_o
 # ---- the search
 
 
-class Bench:
+class TrialRunner:
     """Answer that Adam is best by far, and of folded levels the lowest."""
 
     def __init__(self) -> None:
         self.plans: list[FoldPlan] = []
 
-    def run(self, plan: FoldPlan, *, num_steps: int, seed: int) -> ShortRun:
+    def run(self, plan: FoldPlan, *, num_steps: int, seed: int) -> TrialResult:
         self.plans.append(plan)
         loss = 3 + sum(plan.levels.values()) / len(plan.levels)
-        return ShortRun([loss * 8] * 3, [8] * 3)
+        return TrialResult([loss * 8] * 3, [8] * 3)
 
 
 @pytest.fixture
 def found(
-    twins: dict[float, Twin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Twin, Bench, Outcome]:
-    bench = Bench()
-    monkeypatch.setattr(searching, "Bench", lambda *_, **__: bench)
-    twin = twins[0.4]
-    return twin, bench, search(twin.job, twin.fitting, tmp_path, Effort(8, 6, 1))
+    twins: dict[float, ProxyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ProxyModel, TrialRunner, SearchResult]:
+    bench = TrialRunner()
+    monkeypatch.setattr(searching, "TrialRunner", lambda *_, **__: bench)
+    proxy_model = twins[0.4]
+    return (
+        proxy_model,
+        bench,
+        search(proxy_model.job, proxy_model.planner, tmp_path, SearchBudget(8, 6, 1)),
+    )
 
 
 def test_a_search_on_the_twin_runs_adam_and_never_chooses_it(
-    found: tuple[Twin, Bench, Outcome],
+    found: tuple[ProxyModel, TrialRunner, SearchResult],
 ) -> None:
-    twin, bench, outcome = found
-    sizes = twin.fitting.uniform(0).model
+    proxy_model, bench, search_result = found
+    sizes = proxy_model.planner.uniform(0).model
     assert all(plan.model == sizes for plan in bench.plans)
     assert any(set(plan.levels.values()) == {0} for plan in bench.plans)
-    assert outcome.loss_of("reference") == 3
-    assert outcome.winner.kind != "reference"
+    assert search_result.loss_of("reference") == 3
+    assert search_result.winner.kind != "reference"
     with pytest.raises(PlanError, match="for a model with hidden_size 64, this one has 96"):
-        twin.full.module.follow(outcome.winner.plan)
+        proxy_model.full.module.follow(search_result.winner.plan)
 
 
 def test_its_outcome_is_told_in_plans_and_bytes_of_the_full_model(
-    found: tuple[Twin, Bench, Outcome],
+    found: tuple[ProxyModel, TrialRunner, SearchResult],
 ) -> None:
-    twin, _, narrow = found
-    wide = twin.outcome(narrow)
-    fitting = twin.full
+    proxy_model, _, narrow = found
+    wide = proxy_model.search_result(narrow)
+    planner = proxy_model.full
     assert wide.winner in wide.finalists
-    assert wide.winner.plan == twin.widened(narrow.winner.plan)
-    fitting.check(wide.winner.plan)
-    assert wide.reason == f"on a twin of hidden 64 (of 96), same 4 layers, {narrow.reason}"
-    assert wide.adam_state_bytes == fitting.folded_bytes(fitting.uniform(0))
+    assert wide.winner.plan == proxy_model.to_full_width(narrow.winner.plan)
+    planner.check(wide.winner.plan)
+    assert wide.reason == f"on a proxy model of hidden 64 (of 96), same 4 layers, {narrow.reason}"
+    assert wide.adam_state_bytes == planner.folded_state_bytes(planner.uniform(0))
     for one, other in zip(wide.finalists, narrow.finalists, strict=True):
         assert (one.kind, one.label, one.runs) == (other.kind, other.label, other.runs)
-        assert one.state_bytes == fitting.folded_bytes(one.plan)
+        assert one.state_bytes == planner.folded_state_bytes(one.plan)
     adam = next(c for c in wide.finalists if c.kind == "reference")
     assert set(adam.plan.levels.values()) == {0}
     assert adam.state_bytes == wide.adam_state_bytes
-    for run in wide.searched:
-        assert run.state_bytes == fitting.folded_bytes(run.plan)
+    for run in wide.trials:
+        assert run.state_bytes == planner.folded_state_bytes(run.plan)
 
 
 # ---- the whole of it
@@ -308,14 +319,14 @@ def test_its_outcome_is_told_in_plans_and_bytes_of_the_full_model(
 
 def tuned(job: Job, budget_bytes: int, root: Path) -> RunFolder:
     folder = open_folder(root)
-    tune(job, Fitting(job, budget_bytes), folder, TuneOptions(trials=4, steps=2))
+    tune(job, BudgetPlanner(job, budget_bytes), folder, TuneOptions(trials=4, steps=2))
     return folder
 
 
 def without_adam(job: Job) -> int:
     """Give a budget that level 1 fits, with a little room, and Adam does not."""
-    fitting = Fitting(job, 10**12)
-    return fitting.accountant.account(fitting.uniform(1)).peak_bytes + 4096
+    planner = BudgetPlanner(job, 10**12)
+    return planner.accountant.account(planner.uniform(1)).peak_bytes + 4096
 
 
 @pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
@@ -325,16 +336,16 @@ def test_a_plan_tuned_on_a_twin_is_rehearsed_at_full_width_and_says_so(
     job = new_job(model={"hidden_size": 96, "intermediate_size": 172})
     folder = tuned(job, without_adam(job), tmp_path)
     printed = capsys.readouterr().out
-    assert "B: tuning on a twin of hidden 64 (of 96), same 2 layers\n" in printed
+    assert "B: tuning on a proxy model of hidden 64 (of 96), same 2 layers\n" in printed
     plan = FoldPlan.load(folder.plan)
     job.new_module().follow(plan)
-    assert plan.twin is not None
-    assert (plan.twin["hidden_size"], plan.twin["num_hidden_layers"]) == (64, 2)
+    assert plan.proxy_model is not None
+    assert (plan.proxy_model["hidden_size"], plan.proxy_model["num_hidden_layers"]) == (64, 2)
     assert set(plan.levels.values()) != {0}
     rehearsal = json.loads((folder.tuning / "rehearsal.json").read_text(encoding="utf-8"))
     assert rehearsal["fold_plan"] == plan.to_json()
     report = (folder.tuning / "report.md").read_text(encoding="utf-8")
-    assert "On a twin of hidden 64 (of 96), same 2 layers, " in report
+    assert "On a proxy model of hidden 64 (of 96), same 2 layers, " in report
     assert "where scales are 1.5 times those at full width" in report
     assert "split-lr Adam" in report
 
@@ -346,7 +357,7 @@ def test_where_there_is_no_twin_the_search_goes_on_without_adam_and_says_why(
     job = new_job()
     folder = tuned(job, without_adam(job), tmp_path)
     printed = capsys.readouterr().out
-    reason = "B, and there is no twin: hidden 32 is as narrow as a twin may be"
+    reason = "B, and there is no proxy model: hidden 32 is as narrow as a proxy model may be"
     assert reason in printed
-    assert FoldPlan.load(folder.plan).twin is None
+    assert FoldPlan.load(folder.plan).proxy_model is None
     assert "split-lr Adam" not in (folder.tuning / "report.md").read_text(encoding="utf-8")

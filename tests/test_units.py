@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.units import ByteSize, in_words
+from foam_lightning.units import ByteSize, format_bytes
 
 
 @given(st.integers(1, 2**62))
@@ -68,4 +68,4 @@ def test_a_size_is_an_int_that_shows_its_unit() -> None:
     ],
 )
 def test_in_words_gives_four_digits(num_bytes: int, words: str) -> None:
-    assert in_words(num_bytes) == words
+    assert format_bytes(num_bytes) == words

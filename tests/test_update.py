@@ -69,7 +69,7 @@ def test_the_native_kernel_is_the_plain_update(
             step, residual_scale=residual_scale, bias_correct_moments_only=moments_only
         )
         foam_step_(*plain, factors, seed=None, **constants(level, second_moment))
-        native.native_step_(
+        native.cpu_kernel_step_(
             fused[0], fused[1], **fused[2], factors=factors, **constants(level, second_moment)
         )
         assert_same(plain, fused)
@@ -100,7 +100,7 @@ def test_large_matrices_are_split_between_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     foam_step_(*plain, factors_at(1), **constants(3))
-    native.native_step_(fused[0], fused[1], **fused[2], factors=factors_at(1), **constants(3))
+    native.cpu_kernel_step_(fused[0], fused[1], **fused[2], factors=factors_at(1), **constants(3))
     torch.set_num_threads(before)
     assert_same(plain, fused)
 
@@ -183,7 +183,7 @@ def test_the_traced_update_is_the_plain_one(level, dtypes, second_moment, monkey
         for step in (1, 2):
             options = {"seed": seed, **constants(level, second_moment)}
             foam_step_(*plain, factors_at(step), **options)
-            compiled.compiled_step_(*other, factors_at(step), **options)
+            compiled.gpu_kernel_step_(*other, factors_at(step), **options)
         assert_same(plain, other)
     compiled._program.cache_clear()
 
@@ -203,7 +203,7 @@ def test_where_compiling_fails_the_plain_update_runs_and_one_line_says_so(monkey
     plain, other = tensors((6, 22), 1), tensors((6, 22), 1)
     foam_step_(*plain, factors_at(1), seed=None, **constants(1))
     with caplog.at_level(logging.WARNING, logger=compiled.__name__):
-        compiled.compiled_step_(*other, factors_at(1), seed=None, **constants(1))
+        compiled.gpu_kernel_step_(*other, factors_at(1), seed=None, **constants(1))
     assert_same(plain, other, rtol=0, atol=0)
     (record,) = [record for record in caplog.records if record.name == compiled.__name__]
     assert "Failed to find C compiler. Set CC." in record.getMessage()
@@ -223,8 +223,10 @@ def test_one_compiled_program_serves_a_schedule_and_every_number_of_rows():
 
     for step in range(1, 101):
         foam_step_(*plain, factors_at(step, lr=0.01 / step), seed=None, **constants(2))
-        compiled.compiled_step_(*fused, factors_at(step, lr=0.01 / step), seed=None, **constants(2))
-        compiled.compiled_step_(*more_rows, factors_at(step), seed=None, **constants(2))
+        compiled.gpu_kernel_step_(
+            *fused, factors_at(step, lr=0.01 / step), seed=None, **constants(2)
+        )
+        compiled.gpu_kernel_step_(*more_rows, factors_at(step), seed=None, **constants(2))
         if step == 1:
             after_the_first = programs()
     assert programs() == after_the_first

@@ -16,14 +16,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.callbacks.progress import StepBar, StepLines, figures, progress
 from foam_lightning.callbacks.tensorboard import layout
 from foam_lightning.callbacks.throughput import Throughput, flops_per_token, peak_flops
 from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.training import Trained, plan_in_words, train
+from foam_lightning.training import Trained, describe_plan, train
 from tests.runs import STEPS, NewJob, open_folder, small
 
 LAYOUT = "custom_scalars__config__"
@@ -213,7 +213,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     shown = []
     for colour in ("", "1"):
         monkeypatch.setenv("FORCE_COLOR", colour)  # rich takes it for a terminal
-        shown.append(progress(Throughput(), MemoryWatch()))
+        shown.append(progress(Throughput(), MemoryMonitor()))
     assert [type(one) for one in shown] == [StepLines, StepBar]
 
 
@@ -236,7 +236,7 @@ def test_the_bar_counts_steps_and_names_loss_speed_and_memory(
 
 
 def told(measured: int | None, budget: int | None) -> Mapping[str, str]:
-    memory = MemoryWatch(budget_bytes=budget)
+    memory = MemoryMonitor(budget_bytes=budget)
     memory.measured_bytes = measured
     return figures({"train/loss": torch.tensor(3.41159)}, Throughput(), memory)
 
@@ -296,6 +296,6 @@ def test_utilisation_is_logged_where_the_card_is_known(monkeypatch: pytest.Monke
 
 
 def test_plans_are_named_shortly() -> None:
-    assert plan_in_words({"a": 2, "b": 2}) == "level 2"
-    assert plan_in_words({"a": 0, "b": 4, "c": 1}) == "mixed 0-4"
-    assert plan_in_words({}) == "unfolded"
+    assert describe_plan({"a": 2, "b": 2}) == "level 2"
+    assert describe_plan({"a": 0, "b": 4, "c": 1}) == "mixed 0-4"
+    assert describe_plan({}) == "unfolded"

@@ -19,8 +19,8 @@ from filelock import FileLock
 
 from foam_lightning.errors import ConfigError
 from tuner.trials import workers
-from tuner.trials.runner import ShortRun
-from tuner.trials.study import Params, Study, run_of
+from tuner.trials.runner import TrialResult
+from tuner.trials.study import Params, Study, trial_result
 from tuner.trials.workers import Worker
 
 # Processes that begin with all modules loaded, those too that Optuna loads when they are needed.
@@ -30,7 +30,7 @@ OPENERS: list[Params] = [{"level": 2, "x": 0.5}, {"level": 0, "x": 1.5}]
 NAMES = ["a plan", "another", "a third"]
 TRIALS = 14
 Start = Callable[..., ForkServerProcess]
-Found = list[tuple[Params, ShortRun]]
+Found = list[tuple[Params, TrialResult]]
 
 
 def note(path: Path, line: str) -> None:
@@ -53,18 +53,18 @@ def work(folder: Path, *, num_trials: int = TRIALS, seconds: float = 0.03) -> No
     """Do the whole search as one process of several, and note what is begun and what was seen."""
     seen: list[int] = []
 
-    def evaluate(trial: optuna.Trial) -> ShortRun:
+    def evaluate(trial: optuna.Trial) -> TrialResult:
         level = trial.suggest_categorical("level", [0, 1, 2])
         x = trial.suggest_float("x", 0.1, 10, log=True)
         note(folder / "begun", json.dumps([os.getpid(), trial.number, trial.params]))
         time.sleep(seconds)
         loss = 3 + (math.log(x) - 0.3) ** 2 + 0.1 * abs(level - 1)
-        return ShortRun([loss * 4, loss * 4], [4, 4])
+        return TrialResult([loss * 4, loss * 4], [4, 4])
 
-    def run(name: str) -> ShortRun:
+    def run(name: str) -> TrialResult:
         note(folder / "begun", json.dumps([os.getpid(), name, {}]))
         time.sleep(seconds)
-        return ShortRun([12.0 + len(name)], [4])
+        return TrialResult([12.0 + len(name)], [4])
 
     with Worker(folder, "tune", lambda line: note(folder / "said", line)) as worker:
         study = Study(folder / "study.db", "uniform", seed=1, worker=worker)
@@ -89,7 +89,7 @@ def has_begun(folder: Path, number: int) -> bool:
 
 def found(folder: Path, stage: str = "uniform") -> Found:
     trials = Study(folder / "study.db", stage, seed=1).finished()
-    return [(trial.params, run_of(trial)) for trial in trials]
+    return [(trial.params, trial_result(trial)) for trial in trials]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.outcomes import (
+from tests.search_results import (
     ADAM_WINS,
     ALL_DIVERGED,
     MIXED,
@@ -14,17 +14,17 @@ from tests.outcomes import (
     UNIFORM,
     outcome_of,
 )
-from tuner.report.ablation import Worth, at_equal_bytes, worths
+from tuner.report.ablation import Ablation, ablations, at_equal_bytes
 
 SHORT, FINAL = 160, 320
 
 
-def found(worths_: list[Worth], steps: int) -> dict[str, Worth]:
+def found(worths_: list[Ablation], steps: int) -> dict[str, Ablation]:
     return {worth.knob: worth for worth in worths_ if worth.steps == steps}
 
 
 def test_short_runs_say_what_each_knob_was_worth() -> None:
-    short = found(worths(TUNED), SHORT)
+    short = found(ablations(TUNED), SHORT)
     means = {knob: round(worth.difference.mean, 4) for knob, worth in short.items()}
     assert means == {
         "lr and scales, Adam": -0.015,
@@ -39,7 +39,7 @@ def test_short_runs_say_what_each_knob_was_worth() -> None:
 
 
 def test_finals_are_compared_on_the_seeds_that_both_ran_on() -> None:
-    finals = found(worths(TUNED), FINAL)
+    finals = found(ablations(TUNED), FINAL)
     means = {knob: round(worth.difference.mean, 4) for knob, worth in finals.items()}
     assert means == {
         "lr and scales, Adam": -0.02,  # 3.47 against 3.49 on the one seed of the latter
@@ -56,7 +56,7 @@ def test_finals_are_compared_on_the_seeds_that_both_ran_on() -> None:
 
 
 def test_it_says_of_how_many_runs_the_best_is_one() -> None:
-    short = found(worths(TUNED), SHORT)
+    short = found(ablations(TUNED), SHORT)
     assert short["lr and scales, Adam"].num_tried == 2
     assert short["levels by matrix instead of level 2"].num_tried == 3
     assert short["levels by matrix instead of level 2"].setting == "mixed 1"
@@ -65,7 +65,7 @@ def test_it_says_of_how_many_runs_the_best_is_one() -> None:
 
 
 def test_without_adam_levels_are_compared_with_the_best_one() -> None:
-    short = found(worths(NO_REFERENCE), SHORT)
+    short = found(ablations(NO_REFERENCE), SHORT)
     assert list(short) == ["level 3 instead of level 2", "level 8 instead of level 2"]
     assert all(worth.difference.mean > 0 for worth in short.values())
 
@@ -73,19 +73,19 @@ def test_without_adam_levels_are_compared_with_the_best_one() -> None:
 def test_without_the_settings_themselves_nothing_says_what_turning_them_was_worth() -> None:
     searched = [replace(run, is_configured=False) for run in SEARCHED]
     finalists = [replace(c, is_configured=False) for c in TUNED.finalists]
-    found_ = worths(replace(TUNED, searched=searched, finalists=finalists))
+    found_ = ablations(replace(TUNED, trials=searched, finalists=finalists))
     assert not any(worth.knob.startswith("lr and scales") for worth in found_)
 
 
 def test_what_diverged_is_compared_with_nothing() -> None:
-    assert worths(ALL_DIVERGED) == []
-    assert worths(ADAM_WINS) == []
+    assert ablations(ALL_DIVERGED) == []
+    assert ablations(ADAM_WINS) == []
 
 
 def test_mixed_plans_are_compared_at_equal_bytes_alone() -> None:
     half = replace(MIXED, state_bytes=2 * MIXED.state_bytes)
     searched = [run for run in SEARCHED if run.level is not None]
-    knobs = [w.knob for w in worths(outcome_of(half, UNIFORM, searched=searched))]
+    knobs = [w.knob for w in ablations(outcome_of(half, UNIFORM, trials=searched))]
     assert not any(knob.startswith("levels by matrix") for knob in knobs)
 
 

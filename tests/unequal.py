@@ -31,21 +31,21 @@ def job_of_unequal_rows(new_job: NewJob, folder: Path, **trainer: Any) -> Job:
     )
 
 
-def trained(job: Job, **levers: Any) -> dict[str, Tensor]:
-    """Train with these levers, and give the weights, whole."""
+def trained(job: Job, **memory_options: Any) -> dict[str, Tensor]:
+    """Train with these memory options, and give the weights, whole."""
     plan: FoldPlan = job.plan_at(1)
-    plan = replace(plan, levers=replace(plan.levers, **levers))
+    plan = replace(plan, memory_options=replace(plan.memory_options, **memory_options))
     module = job.new_module()
     module.follow(plan)
     trainer = job.new_trainer(
-        plan.levers,
+        plan.memory_options,
         [],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(module, datamodule=job.new_data(plan.levers))
+    trainer.fit(module, datamodule=job.new_data(plan.memory_options))
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in module.named_parameters()

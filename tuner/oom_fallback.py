@@ -1,4 +1,4 @@
-"""The budget as a wall, and the way on when memory runs out: one lever more, in a fresh process."""
+"""A cap on memory at the budget, and the next memory option when memory runs out."""
 
 import json
 import multiprocessing
@@ -13,16 +13,21 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from foam_lightning.errors import ConfigError, FellBackError, PlanError
+from foam_lightning.errors import ConfigError, MemoryFallbackError, PlanError
 from foam_lightning.job import Job
-from foam_lightning.memory.device import Gpu, MemoryShortageError, shortfall, wall
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.memory.device import (
+    Gpu,
+    MemoryShortageError,
+    memory_cap,
+    missing_memory_warning,
+)
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.units import in_words
-from tuner.planning.planner import Fitting
+from foam_lightning.units import format_bytes
+from tuner.planning.planner import BudgetPlanner
 
 # Every fall-back starts the process anew; a run that needs more of them has another problem.
-MOST_FALLBACKS = 8
+MAX_FALLBACKS = 8
 _FIRST_OWN_FILE = 3  # after input, output and errors
 
 
@@ -31,12 +36,12 @@ class Fallback:
     """What a run goes on with since memory ran out; `fallback.json` in its folder.
 
     Attributes:
-        levers: What it trains with now, in place of its plan's.
+        memory_options: What it trains with now, in place of its plan's.
         events: What happened, the first time first: when, where, step, reason, predicted and
-            taken bytes, and the lever that was pulled.
+            taken bytes, and the memory option that was pulled.
     """
 
-    levers: Levers
+    memory_options: MemoryOptions
     events: tuple[Mapping[str, Any], ...]
 
     @classmethod
@@ -48,22 +53,27 @@ class Fallback:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(levers=Levers(**content["levers"]), events=tuple(content["events"]))
+            return cls(
+                memory_options=MemoryOptions(**content["memory_options"]),
+                events=tuple(content["events"]),
+            )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, PlanError) as error:
             raise PlanError(
-                f"cannot read {path} ({type(error).__name__}); delete it to go on with the levers "
-                "of the plan"
+                f"cannot read {path} ({type(error).__name__}); delete it to go on with the memory "
+                "options of the plan"
             ) from error
 
     def __str__(self) -> str:
-        pulled = [name.replace("_", " ") for name, on in asdict(self.levers).items() if on is True]
-        words = ", ".join([f"micro-batches of {_split(self.levers)}", *pulled])
+        pulled = [
+            name.replace("_", " ") for name, on in asdict(self.memory_options).items() if on is True
+        ]
+        words = ", ".join([f"micro-batches of {_split(self.memory_options)}", *pulled])
         return f"memory ran out before ({len(self.events)}x); going on with {words}"
 
 
-def fallen_to(folder: RunFolder | None) -> Levers | None:
+def load_fallback_options(folder: RunFolder | None) -> MemoryOptions | None:
     """Say, and give, what a run goes on with if memory ran out in it before; else None.
 
     Args:
@@ -76,40 +86,40 @@ def fallen_to(folder: RunFolder | None) -> Levers | None:
     if fallback is None:
         return None
     Console(soft_wrap=True).print(str(fallback), highlight=False)
-    return fallback.levers
+    return fallback.memory_options
 
 
 @contextmanager
-def guarded(fitting: Fitting, folder: RunFolder) -> Iterator[None]:
-    """Tune and train behind the wall of the budget, and fall back one lever at a shortage.
+def memory_fallback(planner: BudgetPlanner, folder: RunFolder) -> Iterator[None]:
+    """Tune and train behind the wall of the budget, and fall back one memory option at a shortage.
 
     Args:
-        fitting: The plans of the job; its budget is the wall.
+        planner: The plans of the job; its budget is the wall.
         folder: Gets `fallback.json`.
 
     Raises:
-        FellBackError: Memory ran out; the same command goes on with less.
+        MemoryFallbackError: Memory ran out; the same command goes on with less.
         MemoryShortageError: Memory ran out, and nothing is left to fall back to.
     """
-    gpu, budget = fitting.job.gpu, fitting.budget_bytes
+    gpu, budget = planner.job.gpu, planner.budget_bytes
     try:
-        with nullcontext() if gpu is None or budget == sys.maxsize else _walled(fitting, gpu):
+        with nullcontext() if gpu is None or budget == sys.maxsize else _capped(planner, gpu):
             yield
     except MemoryShortageError as shortage:
-        taken = gpu.usage().reserved + fitting.accountant.context if gpu is not None else None
-        raise FellBackError(_fall_back(shortage, fitting, folder, taken)) from shortage
+        taken = gpu.usage().reserved + planner.accountant.context if gpu is not None else None
+        raise MemoryFallbackError(_fall_back(shortage, planner, folder, taken)) from shortage
 
 
 @contextmanager
-def _walled(fitting: Fitting, gpu: Gpu) -> Iterator[None]:
-    budget, outside = fitting.budget_bytes, fitting.accountant.context
-    if warning := shortfall(gpu, budget, outside):
+def _capped(planner: BudgetPlanner, gpu: Gpu) -> Iterator[None]:
+    budget, outside = planner.budget_bytes, planner.accountant.context
+    if warning := missing_memory_warning(gpu, budget, outside):
         Console(soft_wrap=True).print(warning, highlight=False)
-    with wall(gpu, budget, outside):
+    with memory_cap(gpu, budget, outside):
         yield
 
 
-def start_afresh() -> None:
+def restart_process() -> None:
     """Become a fresh process of the same command: after a shortage, memory is in no known state.
 
     Returns only where that cannot be: one of several processes cannot start on its own.
@@ -129,32 +139,35 @@ def start_afresh() -> None:
 
 
 def _fall_back(
-    shortage: MemoryShortageError, fitting: Fitting, folder: RunFolder, taken_bytes: int | None
+    shortage: MemoryShortageError,
+    planner: BudgetPlanner,
+    folder: RunFolder,
+    taken_bytes: int | None,
 ) -> str:
     """Write down the next rung of the ladder, and say it in one line."""
     plan = shortage.plan
     before = Fallback.load(folder.fallback)
     events = before.events if before else ()
 
-    def peak(levers: Levers) -> int:
-        if not _allows(fitting.job, levers):
+    def peak(memory_options: MemoryOptions) -> int:
+        if not _allows(planner.job, memory_options):
             return sys.maxsize
-        return fitting.accountant.account(replace(plan, levers=levers)).peak_bytes
+        return planner.accountant.account(replace(plan, memory_options=memory_options)).peak_bytes
 
-    predicted = peak(plan.levers)
-    figures = f"predicted {in_words(predicted)}" + (
-        f", taken {in_words(taken_bytes)}" if taken_bytes is not None else ""
+    predicted = peak(plan.memory_options)
+    figures = f"predicted {format_bytes(predicted)}" + (
+        f", taken {format_bytes(taken_bytes)}" if taken_bytes is not None else ""
     )
     rung = None
-    if len(events) < MOST_FALLBACKS:
-        rung = fitting.ladder.next_rung(plan.levers, peak)
+    if len(events) < MAX_FALLBACKS:
+        rung = planner.ladder.next_rung(plan.memory_options, peak)
     if rung is None:
         fell = f" after {len(events)} fall-backs" if events else ""
         raise MemoryShortageError(
             shortage.where,
             plan,
             shortage.step,
-            f"{shortage.reason} ({figures}); no lever is left{fell} that needs less: lower "
+            f"{shortage.reason} ({figures}); no memory option is left{fell} that needs less: lower "
             "data.batch_size or data.sequence_length, choose a smaller model, or raise "
             "--memory-budget",
         )
@@ -165,39 +178,42 @@ def _fall_back(
         "reason": shortage.reason,
         "predicted_peak_bytes": predicted,
         "taken_bytes": taken_bytes,
-        "from": asdict(plan.levers),
+        "from": asdict(plan.memory_options),
         "to": asdict(rung),
     }
     # Not `write_json`: of several processes the one that ran out may not be the first.
     beside = folder.fallback.with_name(f"{folder.fallback.name}.{os.getpid()}.part")
-    content = {"levers": asdict(rung), "events": [*events, event]}
+    content = {"memory_options": asdict(rung), "events": [*events, event]}
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     beside.replace(folder.fallback)
-    return f"{shortage} ({figures}); from here on {_pulled(plan, rung, fitting)}"
+    return f"{shortage} ({figures}); from here on {_pulled(plan, rung, planner)}"
 
 
-def _allows(job: Job, levers: Levers) -> bool:
+def _allows(job: Job, memory_options: MemoryOptions) -> bool:
     try:
-        job.check(levers)
+        job.check(memory_options)
     except ConfigError:
         return False
     return True
 
 
-def _pulled(before: FoldPlan, after: Levers, fitting: Fitting) -> str:
-    """Say which levers change, and what those cost that are pulled now."""
-    now, then = fitting.prices(replace(before, levers=after)), asdict(before.levers)
+def _pulled(before: FoldPlan, after: MemoryOptions, planner: BudgetPlanner) -> str:
+    """Say which memory options change, and what those cost that are pulled now."""
+    now, then = (
+        planner.option_costs(replace(before, memory_options=after)),
+        asdict(before.memory_options),
+    )
     changes = []
-    for lever, value in asdict(after).items():
-        if value == then[lever] or lever == "micro_batch_size":
+    for option, value in asdict(after).items():
+        if value == then[option] or option == "micro_batch_size":
             continue
-        if lever == "accumulate_grad_batches":
-            words = f"micro-batches of {_split(after)} instead of {_split(before.levers)}"
+        if option == "accumulate_grad_batches":
+            words = f"micro-batches of {_split(after)} instead of {_split(before.memory_options)}"
         else:
-            words = lever.replace("_", " ") + ("" if value else " no more")
-        changes.append(words + (f" (price: {now[lever]})" if value and lever in now else ""))
+            words = option.replace("_", " ") + ("" if value else " no more")
+        changes.append(words + (f" (price: {now[option]})" if value and option in now else ""))
     return ", ".join(changes)
 
 
-def _split(levers: Levers) -> str:
-    return f"{levers.micro_batch_size} x {levers.accumulate_grad_batches}"
+def _split(memory_options: MemoryOptions) -> str:
+    return f"{memory_options.micro_batch_size} x {memory_options.accumulate_grad_batches}"

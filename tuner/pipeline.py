@@ -12,22 +12,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Account
-from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.storage.run_folder import RunFolder, write_json
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.storage.atomic import write_json
+from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import Trained, train, versions
-from foam_lightning.units import ByteSize, in_words
+from foam_lightning.units import ByteSize, format_bytes
 from tuner.oom_fallback import Fallback
-from tuner.planning.planner import Fitting
+from tuner.planning.planner import BudgetPlanner
 from tuner.rehearsal import rehearse
 from tuner.report.plan_table import plan_table
 from tuner.report.report import write_report
-from tuner.report.verdict import adams_need, verdict
-from tuner.search.proxy_model import NoTwinError, Twin
+from tuner.report.verdict import adam_requirement, verdict
+from tuner.search.proxy_model import NoProxyModelError, ProxyModel
 from tuner.search.search import search
-from tuner.trials.budget import LEAST, MOST_FINALISTS, Effort, TuneOptions
-from tuner.trials.cache import job_key, known_of
-from tuner.trials.results import Outcome
-from tuner.trials.runner import Bench
+from tuner.trials.budget import MAX_FINALISTS, SMALLEST_SEARCH, SearchBudget, TuneOptions
+from tuner.trials.cache import job_key, load_earlier_trials
+from tuner.trials.results import SearchResult
+from tuner.trials.runner import TrialRunner
 from tuner.trials.workers import Worker
 
 
@@ -38,24 +39,24 @@ class Tuned:
     Attributes:
         plan: The plan.
         account: Its predicted peak.
-        outcome: What the search found; None where there was too little time for any.
+        search_result: What the search found; None where there was too little time for any.
         pictures: PNG files of plan and search, by title.
     """
 
     plan: FoldPlan
     account: Account
-    outcome: Outcome | None
+    search_result: SearchResult | None
     pictures: Mapping[str, Path]
 
 
 def tune(
     job: Job,
-    fitting: Fitting,
+    planner: BudgetPlanner,
     folder: RunFolder,
     options: TuneOptions,
     *,
     worker: Worker | None = None,
-    levers: Levers | None = None,
+    memory_options: MemoryOptions | None = None,
 ) -> Tuned | None:
     """Find the plan for a budget, prove it on two real steps, and write it down.
 
@@ -63,13 +64,13 @@ def tune(
 
     Args:
         job: What to train.
-        fitting: Its plans that fit the memory of one device.
+        planner: Its plans that fit the memory of one device.
         folder: Gets `fold_plan.json` and `tuning/`.
         options: How much to search.
         worker: Who works on the search here; by default one that no other worker waits for.
-        levers: What to run with where memory ran out with the levers that the account chose. What
-            is searched stays as it was: the levels that fit with those, so that finished trials
-            count, and the memory that these save is not spent again.
+        memory_options: What to run with where memory ran out with the memory options that the
+            account chose. What is searched stays as it was: the levels that fit with those, so that
+            finished trials count, and the memory that these save is not spent again.
 
     Returns:
         What was found; None where another worker has the lead, which goes on alone.
@@ -80,39 +81,49 @@ def tune(
     """
     worker = worker or Worker(folder.tuning, "tune")
     console = Console(soft_wrap=True)
-    budget_bytes = fitting.budget_bytes
-    levels = fitting.uniform_levels
+    budget_bytes = planner.budget_bytes
+    levels = planner.uniform_levels
     console.print(
         f"run folder {folder.path}; uniform levels that fit {ByteSize(budget_bytes)}: "
         f"{levels[0]} to {levels[-1]}"
     )
-    effort = Effort.of(options, job.max_steps)
+    search_budget = SearchBudget.of(options, job.max_steps)
     pictures: Mapping[str, Path] = {}
-    if effort is None:
-        outcome, plan = None, fitting.untuned()
+    if search_budget is None:
+        search_result, plan = None, planner.default_plan()
         console.print(_too_little(options, job.max_steps), highlight=False)
     else:
-        twin = _twin(console, job, fitting)
-        if twin is None:
-            outcome = _search(console, job, fitting, folder, effort, worker, levers)
+        proxy_model = _proxy_model(console, job, planner)
+        if proxy_model is None:
+            search_result = _search(
+                console, job, planner, folder, search_budget, worker, memory_options
+            )
         else:
-            found = _search(console, twin.job, twin.fitting, folder, effort, worker, levers)
-            outcome = twin.outcome(found)
-        plan = outcome.winner.plan
-        console.print(f"{outcome.reason[0].upper()}{outcome.reason[1:]}.")
+            found = _search(
+                console,
+                proxy_model.job,
+                proxy_model.planner,
+                folder,
+                search_budget,
+                worker,
+                memory_options,
+            )
+            search_result = proxy_model.search_result(found)
+        plan = search_result.winner.plan
+        console.print(f"{search_result.reason[0].upper()}{search_result.reason[1:]}.")
     if not worker.leads():
         return None
-    plan = replace(plan, levers=levers or plan.levers)
-    account = fitting.accountant.account(plan)
+    plan = replace(plan, memory_options=memory_options or plan.memory_options)
+    account = planner.accountant.account(plan)
     said = None
-    if outcome is not None:
-        said = verdict(outcome, adams_need(fitting), job.max_steps)
+    if search_result is not None:
+        said = verdict(search_result, adam_requirement(planner), job.max_steps)
         pictures = write_report(
             folder.tuning,
-            outcome,
+            search_result,
             said,
             account,
-            fitting.accountant.account(fitting.uniform(0)),
+            planner.accountant.account(planner.uniform(0)),
             budget_bytes,
         )
     rehearsed = rehearse(
@@ -122,44 +133,46 @@ def tune(
         predicted_bytes=account.peak_bytes,
         budget_bytes=budget_bytes,
     )
-    console.print(plan_table(plan, account, budget_bytes, None, prices=fitting.prices(plan)))
     console.print(
-        f"rehearsal: {rehearsed}, {in_words(account.peak_bytes)} predicted", highlight=False
+        plan_table(plan, account, budget_bytes, None, option_costs=planner.option_costs(plan))
+    )
+    console.print(
+        f"rehearsal: {rehearsed}, {format_bytes(account.peak_bytes)} predicted", highlight=False
     )
     plan.save(folder.plan)
     if said is not None:
         console.print(said, highlight=False)
-    return Tuned(plan, account, outcome, pictures)
+    return Tuned(plan, account, search_result, pictures)
 
 
-def _twin(console: Console, job: Job, fitting: Fitting) -> Twin | None:
+def _proxy_model(console: Console, job: Job, planner: BudgetPlanner) -> ProxyModel | None:
     """Find what to search on where Adam, which all is compared with, does not fit."""
-    if fitting.adam_fits:
+    if planner.adam_may_win:
         return None
-    lacking = f"Adam does not fit {ByteSize(fitting.budget_bytes)}"
+    lacking = f"Adam does not fit {ByteSize(planner.budget_bytes)}"
     try:
-        twin = Twin(job, fitting)
-    except NoTwinError as error:
-        console.print(f"{lacking}, and there is no twin: {error}", highlight=False)
+        proxy_model = ProxyModel(job, planner)
+    except NoProxyModelError as error:
+        console.print(f"{lacking}, and there is no proxy model: {error}", highlight=False)
         return None
-    console.print(f"{lacking}: tuning on {twin}", highlight=False)
-    return twin
+    console.print(f"{lacking}: tuning on {proxy_model}", highlight=False)
+    return proxy_model
 
 
 def _search(
     console: Console,
     job: Job,
-    fitting: Fitting,
+    planner: BudgetPlanner,
     folder: RunFolder,
-    effort: Effort,
+    search_budget: SearchBudget,
     worker: Worker,
-    levers: Levers | None,
-) -> Outcome:
-    known = known_of(folder.others("tuning/study.db"), job_key(job))
-    seconds = Bench(job, levers=levers).seconds_per_step(
-        fitting.uniform(fitting.uniform_levels[-1])
+    memory_options: MemoryOptions | None,
+) -> SearchResult:
+    known = load_earlier_trials(folder.others("tuning/study.db"), job_key(job))
+    seconds = TrialRunner(job, memory_options=memory_options).seconds_per_step(
+        planner.uniform(planner.uniform_levels[-1])
     )
-    console.print(_announcement(effort, job.max_steps, seconds), highlight=False)
+    console.print(_announcement(search_budget, job.max_steps, seconds), highlight=False)
     columns = (
         TextColumn("tuning"),
         BarColumn(),
@@ -168,7 +181,7 @@ def _search(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("tuning", total=effort.most_steps)
+        task = progress.add_task("tuning", total=search_budget.max_steps_total)
 
         def on_steps(count: int) -> None:
             progress.advance(task, count)
@@ -178,10 +191,10 @@ def _search(
 
         return search(
             job,
-            fitting,
+            planner,
             folder.tuning,
-            effort,
-            levers=levers,
+            search_budget,
+            memory_options=memory_options,
             known=known,
             worker=worker,
             on_steps=on_steps,
@@ -189,18 +202,20 @@ def _search(
         )
 
 
-def _announcement(effort: Effort, max_steps: int, seconds: float) -> str:
-    most = effort.most_steps
+def _announcement(search_budget: SearchBudget, max_steps: int, seconds: float) -> str:
+    most = search_budget.max_steps_total
     return (
-        f"search: {effort.num_trials} short runs of {effort.steps} steps, then a race of up to "
-        f"{MOST_FINALISTS} plans over {effort.num_seeds} seeds, {effort.final_steps} steps each; "
+        f"search: {search_budget.num_trials} short runs of {search_budget.steps} steps, then a "
+        "race of up to "
+        f"{MAX_FINALISTS} plans over {search_budget.num_seeds} seeds, {search_budget.final_steps} "
+        "steps each; "
         f"at most {most} steps, {most / max_steps:.1%} of the full run's {max_steps}; about "
         f"{_duration(most * seconds)} at {seconds:.3g} s a step"
     )
 
 
 def _too_little(options: TuneOptions, max_steps: int) -> str:
-    least = LEAST.most_steps
+    least = SMALLEST_SEARCH.max_steps_total
     return (
         f"not tuned: tune.fraction {options.fraction:g} of {max_steps} steps is "
         f"{options.fraction * max_steps:.0f}, and the least search takes {least}; "
@@ -217,13 +232,13 @@ def _duration(seconds: float) -> str:
 
 def fit(
     job: Job,
-    fitting: Fitting,
+    planner: BudgetPlanner,
     folder: RunFolder,
     options: TuneOptions,
     *,
     settings: str,
     plan: FoldPlan | None = None,
-    levers: Levers | None = None,
+    memory_options: MemoryOptions | None = None,
     ckpt_path: Path | None = None,
 ) -> dict[str, Any] | None:
     """Do a whole run, from the plan to the exported model.
@@ -232,12 +247,12 @@ def fit(
 
     Args:
         job: What to train.
-        fitting: Its plans that fit the memory of one device.
+        planner: Its plans that fit the memory of one device.
         folder: Gets everything that the run writes.
         options: How much to search.
         settings: The resolved configuration as text.
         plan: What to train by; without one it is tuned.
-        levers: What a tuned plan runs with where memory ran out before; see `tune`.
+        memory_options: What a tuned plan runs with where memory ran out before; see `tune`.
         ckpt_path: Where to begin while the folder has no checkpoint of its own.
 
     Returns:
@@ -253,23 +268,23 @@ def fit(
     if plan is not None:
         with folder.held():
             plan.save(folder.plan)
-            return _train(job, fitting, folder, plan, None, settings, ckpt_path)
+            return _train(job, planner, folder, plan, None, settings, ckpt_path)
     with folder.held():  # or else say so now, and not after the search
         pass
     with Worker(folder.tuning, "fit", print) as worker:
-        tuned = tune(job, fitting, folder, options, worker=worker, levers=levers)
+        tuned = tune(job, planner, folder, options, worker=worker, memory_options=memory_options)
         if tuned is None:
             return None
         with folder.held():
             if folder.summary.exists():  # the one that had the lead was quicker than this looked
                 Console(soft_wrap=True).print(f"{folder.path} is finished", highlight=False)
                 return None
-            return _train(job, fitting, folder, tuned.plan, tuned, settings, ckpt_path)
+            return _train(job, planner, folder, tuned.plan, tuned, settings, ckpt_path)
 
 
 def _train(
     job: Job,
-    fitting: Fitting,
+    planner: BudgetPlanner,
     folder: RunFolder,
     plan: FoldPlan,
     tuned: Tuned | None,
@@ -277,8 +292,8 @@ def _train(
     ckpt_path: Path | None,
 ) -> dict[str, Any]:
     folder.name_plan(settings)
-    predicted = fitting.accountant.account(plan).peak_bytes if job.is_foam else None
-    beside = "" if predicted is None else f", predicted peak {in_words(predicted)}"
+    predicted = planner.accountant.account(plan).peak_bytes if job.is_foam else None
+    beside = "" if predicted is None else f", predicted peak {format_bytes(predicted)}"
     Console(soft_wrap=True).print(
         f"training {job.max_steps} steps in {folder.path}{beside}", highlight=False
     )
@@ -288,14 +303,14 @@ def _train(
         folder,
         predicted_bytes=predicted,
         # Without a budget there is the whole address space.
-        budget_bytes=fitting.budget_bytes if fitting.budget_bytes < sys.maxsize else None,
+        budget_bytes=planner.budget_bytes if planner.budget_bytes < sys.maxsize else None,
         pictures=tuned.pictures if tuned else None,
         ckpt_path=ckpt_path,
     )
     fallback = Fallback.load(folder.fallback)
     summary = {
         **_figures(predicted, tuned, trained),
-        "twin": plan.twin,
+        "proxy_model": plan.proxy_model,
         "skipped_steps": trained.skipped_steps,
         "rollbacks": trained.rollbacks,
         "fallbacks": len(fallback.events) if fallback else 0,
@@ -307,13 +322,13 @@ def _train(
 
 
 def _figures(predicted: int | None, tuned: Tuned | None, trained: Trained) -> dict[str, Any]:
-    outcome = tuned.outcome if tuned else None
+    search_result = tuned.search_result if tuned else None
     return {
         "predicted_peak_bytes": predicted,
         "measured_peak_bytes": trained.measured_peak_bytes,
-        "reference_loss": outcome.loss_of("reference") if outcome else None,
-        "tuned_loss": outcome.winner.loss if outcome else None,
-        "uniform_loss": outcome.loss_of("uniform") if outcome else None,
+        "reference_loss": search_result.loss_of("reference") if search_result else None,
+        "tuned_loss": search_result.winner.loss if search_result else None,
+        "uniform_loss": search_result.loss_of("uniform") if search_result else None,
         "final_validation_loss": trained.final_validation_loss,
         "validation_tokens": trained.validation_tokens,
         "tokens_per_second": trained.tokens_per_second,

@@ -4,12 +4,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.job import Job
-from foam_lightning.memory.device import MemoryShortageError, naming_shortage
+from foam_lightning.memory.device import MemoryShortageError, memory_shortage_context
 from foam_lightning.plan import FoldPlan
-from foam_lightning.storage.run_folder import RunFolder, write_json
-from foam_lightning.units import in_words
+from foam_lightning.storage.atomic import write_json
+from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.units import format_bytes
 
 _STEPS = 2
 
@@ -31,10 +32,11 @@ class Rehearsal:
     allocator_retries: int | None = None
 
     def __str__(self) -> str:
-        words = f"{in_words(self.measured_peak_bytes)} measured"
+        words = f"{format_bytes(self.measured_peak_bytes)} measured"
         if self.allocated_bytes is not None and self.reserved_bytes is not None:
             words += (
-                f" ({in_words(self.allocated_bytes)} allocated, {in_words(self.reserved_bytes)} "
+                f" ({format_bytes(self.allocated_bytes)} allocated, "
+                f"{format_bytes(self.reserved_bytes)} "
                 f"reserved, {self.allocator_retries} retries)"
             )
         return words
@@ -69,8 +71,8 @@ def rehearse(
             "the rehearsal",
             plan,
             _STEPS,
-            f"it took {in_words(measured.measured_peak_bytes)}, the budget is "
-            f"{in_words(budget_bytes)}",
+            f"it took {format_bytes(measured.measured_peak_bytes)}, the budget is "
+            f"{format_bytes(budget_bytes)}",
         )
     content: dict[str, Any] = {"predicted_peak_bytes": predicted_bytes, **measured.__dict__}
     write_json(result, {**content, "fold_plan": plan.to_json()})
@@ -80,10 +82,10 @@ def rehearse(
 def _measure(job: Job, plan: FoldPlan, folder: RunFolder) -> Rehearsal:
     module = job.new_module()
     module.follow(plan)
-    data = job.new_data(plan.levers)
-    memory = MemoryWatch(through_evaluation=True)
+    data = job.new_data(plan.memory_options)
+    memory = MemoryMonitor(through_evaluation=True)
     trainer = job.new_trainer(
-        plan.levers,
+        plan.memory_options,
         [memory],
         bare=True,
         max_steps=_STEPS,
@@ -94,7 +96,7 @@ def _measure(job: Job, plan: FoldPlan, folder: RunFolder) -> Rehearsal:
     checkpoint = folder.tuning / "rehearsal.ckpt"
     checkpoint.unlink(missing_ok=True)  # of a rehearsal that was killed
     try:
-        with naming_shortage("the rehearsal", plan, trainer):
+        with memory_shortage_context("the rehearsal", plan, trainer):
             trainer.fit(module, datamodule=data)
             trainer.save_checkpoint(checkpoint)
     finally:

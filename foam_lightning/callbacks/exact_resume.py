@@ -10,7 +10,7 @@ from typing_extensions import override
 from foam_lightning.errors import CheckpointError
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.checkpoint import renumbered
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 
 # What every rank has of its own, in a list by rank: the place in its data, and random numbers.
 RANKS = "ranks"
@@ -18,7 +18,7 @@ _LOADERS = ("state_dict", "combined_loader")
 _COUNTS = "epoch_loop.batch_progress"
 
 
-class Resumption(Callback):
+class ExactResume(Callback):
     """Make a checkpoint exact, and fit the micro-batch and the devices of the run that goes on.
 
     Lightning counts batches: by them it knows where in the epoch it is, whether the gradients of
@@ -58,8 +58,8 @@ class Resumption(Callback):
         num_ranks = num_ranks_of(checkpoint)
         rescale(
             checkpoint["loops"]["fit_loop"],
-            saved.levers,
-            pl_module.plan.levers,
+            saved.memory_options,
+            pl_module.plan.memory_options,
             num_ranks=(num_ranks, trainer.world_size),
         )
         # Another number of ranks goes on from the place of the first: rows are counted over all.
@@ -93,14 +93,18 @@ def num_ranks_of(checkpoint: dict[str, Any]) -> int:
 
 
 def rescale(
-    fit_loop: dict[str, Any], before: Levers, after: Levers, *, num_ranks: tuple[int, int] = (1, 1)
+    fit_loop: dict[str, Any],
+    before: MemoryOptions,
+    after: MemoryOptions,
+    *,
+    num_ranks: tuple[int, int] = (1, 1),
 ) -> None:
     """Count batches of another size in the saved state of Lightning's fit loop.
 
     Args:
         fit_loop: The state, changed in place.
-        before: The levers that it was saved with.
-        after: The levers to go on with.
+        before: The memory options that it was saved with.
+        after: The memory options to go on with.
         num_ranks: How many ranks there were, and how many there are.
 
     Raises:
@@ -121,7 +125,7 @@ def rescale(
             counts.update({key: done - counts["ready"] + n for key, n in counts.items()})
 
 
-def _rescaled(batches: int, before: Levers, after: Levers) -> int:
+def _rescaled(batches: int, before: MemoryOptions, after: MemoryOptions) -> int:
     steps, rest = divmod(batches, before.accumulate_grad_batches)
     if rest:
         raise CheckpointError(

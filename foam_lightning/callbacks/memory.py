@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from foam_lightning.memory.device import Gpu, Usage, known_costs
+from foam_lightning.memory.device import Gpu, Usage, load_costs
 from foam_lightning.memory.tracker import StorageTracker
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 
 # Steady from the second on: the first one creates the optimizer state.
 _TRACKED_STEPS = 2
@@ -16,7 +16,7 @@ _TRACKED_STEPS = 2
 _TOLERANCE = 0.02
 
 
-class MemoryWatch(Callback):
+class MemoryMonitor(Callback):
     """Measure the peak of a run, show it beside the prediction, and say once where it is above.
 
     On a GPU the peak is what the caching allocator reserved, over the whole run, and the context
@@ -60,8 +60,8 @@ class MemoryWatch(Callback):
         if pl_module.device.type == "cuda" and self._gpu is None:
             self._gpu = Gpu(pl_module.device.index or 0)
         if self._gpu is not None:
-            self._context = known_costs(self._gpu).context
-            self._gpu.forget_peaks()
+            self._context = load_costs(self._gpu).context
+            self._gpu.reset_peaks()
             self._retries_before = self._gpu.usage().retries
             return
         self._last_step = trainer.global_step + _TRACKED_STEPS
@@ -130,9 +130,9 @@ class MemoryWatch(Callback):
         if self._has_warned or not (retries or is_above):
             return
         self._has_warned = True
-        beside = f"{in_words(measured or 0)} measured"
+        beside = f"{format_bytes(measured or 0)} measured"
         if predicted:
-            beside += f", {in_words(predicted)} predicted"
+            beside += f", {format_bytes(predicted)} predicted"
         if retries:
             beside += f"; {retries} times the allocator had to empty its cache, which is slow"
         module.print(f"memory: {beside}; lower data.micro_batch_size or raise --memory-budget")

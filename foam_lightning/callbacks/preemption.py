@@ -9,10 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from foam_lightning.signals import Interrupted, heard, wait_for_signals, wait_no_more
+from foam_lightning.signals import (
+    Interrupted,
+    defer_signals,
+    pending_signal,
+    stop_deferring_signals,
+)
 
 
-class SaveAndEnd(Callback):
+class SaveOnSignal(Callback):
     """Save after the step in which a signal came, and end; the next run goes on right there.
 
     Ranks end after the same step, whichever of them the signal came to. While the run evaluates in
@@ -29,7 +34,7 @@ class SaveAndEnd(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        wait_for_signals()
+        defer_signals()
 
     @override
     def on_train_batch_end(
@@ -43,24 +48,24 @@ class SaveAndEnd(Callback):
         if trainer.global_step == self._last_step:  # the gradients of a step are incomplete
             return
         self._last_step = trainer.global_step
-        number = heard()
+        number = pending_signal()
         if trainer.strategy.reduce_boolean_decision(number is not None, all=False):
             trainer.save_checkpoint(self._path)
             raise Interrupted(number or SIGTERM, f"saved step {trainer.global_step}")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        wait_no_more()
+        stop_deferring_signals()
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        wait_no_more()
+        stop_deferring_signals()
 
 
 @contextmanager
-def ending_together(trainer: Trainer) -> Iterator[None]:
+def stop_workers_on_signal(trainer: Trainer) -> Iterator[None]:
     """End the processes that this one started, too, which would wait for it."""
     try:
         yield

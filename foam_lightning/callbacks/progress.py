@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import ProgressColumn, TextColumn
 from typing_extensions import override
 
-from foam_lightning.callbacks.memory import MemoryWatch
+from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.callbacks.throughput import Throughput
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 
 _SECONDS_BETWEEN_LINES = 30.0
 _BAR_WIDTH = 20  # leaves room for the figures in 100 columns
 
 
-def progress(throughput: Throughput, memory: MemoryWatch) -> "StepBar | StepLines":
+def progress(throughput: Throughput, memory: MemoryMonitor) -> "StepBar | StepLines":
     """Choose how to show where the run is: a bar, or lines where the output is no terminal.
 
     Args:
@@ -44,7 +44,7 @@ class StepBar(RichProgressBar):
         memory: Knows the peak and the budget.
     """
 
-    def __init__(self, throughput: Throughput, memory: MemoryWatch) -> None:
+    def __init__(self, throughput: Throughput, memory: MemoryMonitor) -> None:
         super().__init__()
         self._throughput = throughput
         self._memory = memory
@@ -93,7 +93,7 @@ class StepLines(Callback):
         memory: Knows the peak and the budget.
     """
 
-    def __init__(self, throughput: Throughput, memory: MemoryWatch) -> None:
+    def __init__(self, throughput: Throughput, memory: MemoryMonitor) -> None:
         self._throughput = throughput
         self._memory = memory
         self._said_at = 0.0
@@ -133,7 +133,7 @@ class StepLines(Callback):
 
 
 def figures(
-    logged: Mapping[str, Any], throughput: Throughput, memory: MemoryWatch
+    logged: Mapping[str, Any], throughput: Throughput, memory: MemoryMonitor
 ) -> dict[str, str]:
     """Put what matters while a run trains into words, by name; what is not known yet is left out.
 
@@ -160,8 +160,8 @@ def figures(
 def _against(num_bytes: int, budget_bytes: int | None) -> str:
     """Write bytes beside a budget: "5.9/8.0 GB"."""
     if budget_bytes is None:
-        return in_words(num_bytes)
-    number, unit = in_words(num_bytes).split()
-    limit, limit_unit = in_words(budget_bytes).split()
+        return format_bytes(num_bytes)
+    number, unit = format_bytes(num_bytes).split()
+    limit, limit_unit = format_bytes(budget_bytes).split()
     taken = f"{float(number):.1f}" + (f" {unit}" if unit != limit_unit else "")
     return f"{taken}/{float(limit):.1f} {limit_unit}"

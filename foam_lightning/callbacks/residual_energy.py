@@ -36,7 +36,7 @@ class ResidualEnergy(Callback):
         plan = module.plan
         if plan is None or module.hparams.get("optimizer", "foam") != "foam":
             return False
-        return any(plan.levels.values()) and not plan.levers.gradient_release
+        return any(plan.levels.values()) and not plan.memory_options.gradient_release
 
     @override
     @torch.no_grad()

@@ -25,7 +25,7 @@ _STEPS_BEFORE_SPIKES = 20
 LIMITS = ("max_skipped_steps", "spike_nats", "max_rollbacks")
 
 
-class Verdict(Enum):
+class StepAction(Enum):
     """What to do with a step."""
 
     TAKE = auto()
@@ -35,7 +35,7 @@ class Verdict(Enum):
 
 
 @dataclass(kw_only=True)
-class Judge:
+class StepPolicy:
     """Judge every step of a run by its loss and by whether its gradients are finite.
 
     A step with a number that is not finite is skipped. So many of them in a row are no accident:
@@ -63,7 +63,7 @@ class Judge:
         """Tell whether a loss is finite and no spike."""
         return math.isfinite(loss) and not self._spikes(loss)
 
-    def judge(self, loss: float, *, has_finite_gradients: bool, can_roll_back: bool) -> Verdict:
+    def judge(self, loss: float, *, has_finite_gradients: bool, can_roll_back: bool) -> StepAction:
         """Judge a step, and count it.
 
         Args:
@@ -75,17 +75,17 @@ class Judge:
             self.in_a_row = 0
             self.num_taken += 1
             self.mean += (loss - self.mean) / min(self.num_taken, _STEPS_OF_MEAN)
-            return Verdict.TAKE
+            return StepAction.TAKE
         self.skipped += 1
         self.in_a_row += 1
         is_spike = has_finite_gradients and math.isfinite(loss)
         if self.in_a_row <= self.max_skipped_steps and not (is_spike and can_roll_back):
-            return Verdict.SKIP
+            return StepAction.SKIP
         if can_roll_back and self.rollbacks < self.max_rollbacks:
             self.in_a_row = 0
             self.rollbacks += 1
-            return Verdict.ROLL_BACK
-        return Verdict.STOP
+            return StepAction.ROLL_BACK
+        return StepAction.STOP
 
     def state_dict(self) -> dict[str, Any]:
         """Give the counts, which a run that goes on takes up again."""
@@ -104,7 +104,7 @@ class Judge:
         )
 
 
-class BadSteps(Callback):
+class SpikeGuard(Callback):
     """Keep numbers that are not finite out of weights and moments.
 
     A step is judged when all its micro-batches went backward, before gradients are clipped, by
@@ -125,12 +125,17 @@ class BadSteps(Callback):
         checkpoint: Where to roll back to, once it is there.
     """
 
-    def __init__(self, judge: Judge, checkpoint: Path) -> None:
+    def __init__(self, judge: StepPolicy, checkpoint: Path) -> None:
         self.judge = judge
         self._checkpoint = checkpoint
         self._loss = 0.0  # of the step under way, where gradients are released
         self._worst: Tensor | None = None  # the largest norm among those gradients
-        self._verdict = Verdict.TAKE
+        self._verdict = StepAction.TAKE
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "BadSteps"  # what checkpoints call it, also those of before it was renamed
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -178,14 +183,14 @@ class BadSteps(Callback):
         self._verdict = self.judge.judge(
             loss, has_finite_gradients=is_finite, can_roll_back=can_roll_back
         )
-        if self._verdict is Verdict.TAKE:
+        if self._verdict is StepAction.TAKE:
             return
         found = _in_words(loss, None if is_finite else _culprit(pl_module))
         where = _place(trainer, pl_module)
-        if self._verdict is Verdict.STOP:
+        if self._verdict is StepAction.STOP:
             raise DivergedError(self._why_stop(where, found))
         optimizer.zero_grad(set_to_none=True)
-        if self._verdict is Verdict.SKIP:
+        if self._verdict is StepAction.SKIP:
             pl_module.print(f"skipped {where}: {found}")
         else:
             pl_module.print(
@@ -197,9 +202,9 @@ class BadSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._verdict is Verdict.ROLL_BACK:
+        if self._verdict is StepAction.ROLL_BACK:
             _roll_back(trainer, self._checkpoint)
-        self._verdict = Verdict.TAKE
+        self._verdict = StepAction.TAKE
         pl_module.log("train/skipped_steps", float(self.judge.skipped))
         if self.judge.max_rollbacks:
             pl_module.log("train/rollbacks", float(self.judge.rollbacks))
@@ -253,7 +258,7 @@ def _culprit(module: LlamaFoam) -> str:
 def _place(trainer: Trainer, module: LlamaFoam) -> str:
     """Name the step and its rows, counted over the whole run and all devices."""
     assert module.plan is not None
-    rows = module.plan.levers.batch_size * trainer.world_size
+    rows = module.plan.memory_options.batch_size * trainer.world_size
     done = trainer.global_step
     return f"step {done + 1}, rows {done * rows + 1} to {(done + 1) * rows}"
 

@@ -25,7 +25,7 @@ _RESIDUALS = "folding/residual_energy_"
 _PEAKS = "memory/(measured|predicted|budget)_bytes$"
 
 
-class Board(Callback):
+class TensorBoardLayout(Callback):
     """Lay the curves out for TensorBoard's tab "custom scalars", and add the pictures of the plan.
 
     It is written once in the life of a run, however often that is taken up, into an event file of

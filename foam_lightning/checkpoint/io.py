@@ -11,12 +11,12 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from typing_extensions import override
 
 
-def one_before(path: Path) -> Path:
+def previous_checkpoint(path: Path) -> Path:
     """Name the checkpoint that `path` was before it was last written."""
     return path.with_name(f"previous{path.suffix}")
 
 
-def flaw(path: Path, *, thorough: bool) -> str | None:
+def find_damage(path: Path, *, thorough: bool) -> str | None:
     """Find what is wrong with the file of a checkpoint; None if nothing is.
 
     Args:
@@ -36,11 +36,11 @@ def flaw(path: Path, *, thorough: bool) -> str | None:
     return None if damaged is None else f"damaged, as the checksum of its {damaged} says"
 
 
-class CheckpointFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Write so that there is a whole checkpoint at every moment, whenever the process is killed.
 
     A checkpoint goes to the disk beside its name, and gets that name when all of it is there. What
-    had the name before is kept as `one_before`.
+    had the name before is kept as `previous_checkpoint`.
     """
 
     @override
@@ -57,10 +57,10 @@ class CheckpointFiles(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, beside)
-            if (reason := flaw(beside, thorough=False)) is not None:
+            if (reason := find_damage(beside, thorough=False)) is not None:
                 raise OSError(f"{beside} was written and is {reason}")
             if target.exists():
-                _keep(target, one_before(target))
+                _keep(target, previous_checkpoint(target))
             beside.replace(target)
             _sync(target.parent)
         except BaseException:  # a signal, too
@@ -69,15 +69,15 @@ class CheckpointFiles(TorchCheckpointIO):
             raise
 
 
-def with_whole_files(plugins: Any) -> list[Any]:
-    """Add `CheckpointFiles` to plugins of Lightning's Trainer that write no checkpoints.
+def with_atomic_io(plugins: Any) -> list[Any]:
+    """Add `AtomicCheckpointIO` to plugins of Lightning's Trainer that write no checkpoints.
 
     Args:
         plugins: One, a list, or None.
     """
     found = plugins if isinstance(plugins, list) else [plugins] if plugins else []
     writes = any(isinstance(plugin, CheckpointIO) for plugin in found)
-    return found if writes else [*found, CheckpointFiles()]
+    return found if writes else [*found, AtomicCheckpointIO()]
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from rich.console import Console
 
-from foam_lightning.checkpoint.io import flaw, one_before
+from foam_lightning.checkpoint.io import find_damage, previous_checkpoint
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.module import LlamaFoam
@@ -31,7 +31,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     _find(path)
     try:
-        reason = flaw(path, thorough=True)
+        reason = find_damage(path, thorough=True)
     except OSError as error:
         reason = error.strerror or type(error).__name__
     if reason is not None:
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-class Whole(NamedTuple):
+class IntactCheckpoint(NamedTuple):
     """A checkpoint that could be read.
 
     Attributes:
@@ -64,7 +64,7 @@ class Whole(NamedTuple):
     complaint: str | None = None
 
 
-def newest_whole(last: Path) -> Whole | None:
+def find_intact_checkpoint(last: Path) -> IntactCheckpoint | None:
     """Read the checkpoint to go on from: the last one, or if that is damaged the one before.
 
     Args:
@@ -76,18 +76,18 @@ def newest_whole(last: Path) -> Whole | None:
     Raises:
         CheckpointError: None of those that there are can be read.
     """
-    before = one_before(last)
+    before = previous_checkpoint(last)
     if not exists(last):
-        return Whole(before, read_checkpoint(before)) if exists(before) else None
+        return IntactCheckpoint(before, read_checkpoint(before)) if exists(before) else None
     try:
-        return Whole(last, read_checkpoint(last))
+        return IntactCheckpoint(last, read_checkpoint(last))
     except CheckpointError as error:
         if not exists(before):
             raise
-        return Whole(before, read_checkpoint(before), str(error).removesuffix(_ADVICE))
+        return IntactCheckpoint(before, read_checkpoint(before), str(error).removesuffix(_ADVICE))
 
 
-def start_of(last: Path) -> Whole | None:
+def resume_point(last: Path) -> IntactCheckpoint | None:
     """Do the same, say what is wrong, and put a damaged checkpoint out of the way of the next.
 
     Args:
@@ -96,7 +96,7 @@ def start_of(last: Path) -> Whole | None:
     Raises:
         CheckpointError: None of those that there are can be read.
     """
-    found = newest_whole(last)
+    found = find_intact_checkpoint(last)
     if found is None or found.complaint is None:
         return found
     aside = last.with_name(f"damaged{last.suffix}")

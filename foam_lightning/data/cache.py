@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from foam_lightning.errors import DataError, first_line
+from foam_lightning.storage.atomic import is_alive
 from foam_lightning.storage.paths import cache_home
-from foam_lightning.storage.run_folder import is_alive
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +50,7 @@ def cache_key(*parts: object) -> str:
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path that becomes `path` on success and vanishes on failure.
 
     What a killed process of this machine has left beside `path` vanishes too.
@@ -97,7 +97,7 @@ def cached_dataset(
 
     if not path.exists():
         with (
-            written_beside(path) as temporary,
+            atomic_path(path) as temporary,
             _Progress(content, num_documents, path) as progress,
             pa.OSFile(str(temporary), "wb") as file,
             pa.ipc.new_stream(file, schema) as writer,
@@ -143,13 +143,13 @@ class _Progress:
 
     def add(self, num_documents: int, size: int) -> None:
         self._size = size
-        self._bar.set_postfix_str(in_words(size), refresh=False)
+        self._bar.set_postfix_str(format_bytes(size), refresh=False)
         self._bar.update(num_documents)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
         if kind is None and time.monotonic() - self._began >= _QUIET_SECONDS:
-            line = f"wrote {in_words(self._size)} of {self._content} to {self._path}"
+            line = f"wrote {format_bytes(self._size)} of {self._content} to {self._path}"
             self._bar.write(line, file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from foam_lightning.data.cache import cache_key, cached_dataset
 from foam_lightning.data.files import files_fingerprint, parse_line
 from foam_lightning.data.loader import EpochSampler
-from foam_lightning.data.packing import IGNORED, evenly_spaced, num_in_whole_batches
+from foam_lightning.data.packing import IGNORED, even_subset, num_in_whole_batches
 from foam_lightning.data.sources import VALIDATION_FRACTION
 from foam_lightning.data.tokenizer import fingerprint_of, special_ids
 from foam_lightning.distributed.topology import is_first_process
@@ -92,7 +92,7 @@ class ChatText:
                     f"{len(train)} conversations are too few to hold out "
                     f"{VALIDATION_FRACTION:.0%} of them; give data.validation_files, or more"
                 )
-            held_out = evenly_spaced(count, len(train))
+            held_out = even_subset(count, len(train))
             validation = train.select(held_out)
             train = train.select(sorted(set(range(len(train))) - set(held_out)))
         else:
@@ -101,7 +101,7 @@ class ChatText:
             range(num_in_whole_batches(len(train), batch_size, sequence_length))
         )
         count = min(validation_sequences, len(validation))
-        self.validation: Dataset = validation.select(evenly_spaced(count, len(validation)))
+        self.validation: Dataset = validation.select(even_subset(count, len(validation)))
 
     def sampler(self, *, seed: int, world: int, rank: int) -> EpochSampler:
         """Decide the order of the training rows.

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from foam_lightning.data.packing import Row
 from foam_lightning.data.streaming import StreamedRows
 from foam_lightning.errors import DataError
-from foam_lightning.signals import outlive_signals
+from foam_lightning.signals import survive_signals
 
 Batch = dict[str, Tensor]
 _Loader = TypeVar("_Loader", bound=StatefulDataLoader[Any])
@@ -237,7 +237,7 @@ def _stateful(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> _Load
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         # A loader seeds its workers; were the numbers drawn from torch's own generator, a run that
         # went on would draw others than one that did not.
-        return kind(rows, generator=torch.Generator(), worker_init_fn=outlive_signals, **settings)
+        return kind(rows, generator=torch.Generator(), worker_init_fn=survive_signals, **settings)
 
 
 def _row(item: Row | DataError) -> Row:

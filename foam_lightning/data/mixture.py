@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foam_lightning.data import rng as draw
 from foam_lightning.data.loader import EpochSampler
-from foam_lightning.data.packing import evenly_spaced
+from foam_lightning.data.packing import even_subset
 from foam_lightning.errors import ConfigError
 from foam_lightning.validation import POSITIVE
 
@@ -127,7 +127,7 @@ class MixtureSampler(EpochSampler):
         total = sum(sizes) // batch_size * batch_size
         super().__init__(range(total), world, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.sizes = sizes
-        self.counts = draw.apportioned(total, shares)
+        self.counts = draw.apportion(total, shares)
 
     def _order(self) -> Tensor:
         firsts = np.cumsum([0, *self.sizes[:-1]])
@@ -184,4 +184,4 @@ def _spread(documents: "Dataset") -> Iterator[dict[str, str]]:
     if not isinstance(documents, Dataset):
         return islice(iter(documents), _SAMPLED_DOCUMENTS)
     count = min(len(documents), _SAMPLED_DOCUMENTS)
-    return (documents[index] for index in evenly_spaced(count, len(documents)))
+    return (documents[index] for index in even_subset(count, len(documents)))

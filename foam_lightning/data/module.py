@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from foam_lightning.data.cache import cache_folder
 from foam_lightning.errors import ConfigError
-from foam_lightning.signals import outlive_signals
+from foam_lightning.signals import survive_signals
 from foam_lightning.validation import DATA, check_ranges
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class TextData(LightningDataModule):
             batch_size=self.micro_batch_size,
             num_workers=self.num_workers,
             collate_fn=self._collate,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=survive_signals,
             generator=torch.Generator(),  # as in `data.loader`
         )
 

@@ -170,7 +170,7 @@ def num_in_whole_batches(num_rows: int, batch_size: int, sequence_length: int) -
     return num_rows // batch_size * batch_size
 
 
-def evenly_spaced(count: int, total: int) -> list[int]:
+def even_subset(count: int, total: int) -> list[int]:
     """Choose `count` of `total` positions, each in the middle of its equal share."""
     return [(2 * index + 1) * total // (2 * count) for index in range(count)]
 

@@ -31,7 +31,7 @@ def choice(shares: Sequence[float], *key: int) -> int:
     return min(bisect_right(list(accumulate(shares)), drawn), len(shares) - 1)
 
 
-def apportioned(total: int, shares: Sequence[float]) -> list[int]:
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
     """Divide a number into whole parts as near to their shares as can be (largest remainders).
 
     Args:

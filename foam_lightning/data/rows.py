@@ -10,7 +10,7 @@ from foam_lightning.data.files import shards_of
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.mixture import MixtureSampler, Source, shares
 from foam_lightning.data.packing import (
-    evenly_spaced,
+    even_subset,
     num_in_whole_batches,
     packed_dataset,
     packed_rows,
@@ -79,7 +79,7 @@ class PackedText:
         )
         self.validation: Dataset = concatenate_datasets(
             [
-                rows.select(evenly_spaced(count, len(rows)))
+                rows.select(even_subset(count, len(rows)))
                 for rows, count in zip(
                     validation, _validation_counts(text, validation), strict=True
                 )
@@ -193,5 +193,5 @@ def _validation_counts(text: Text, rows: Sequence[Sequence[Any]]) -> list[int]:
     parts = shares(text.sources)
     enough = (int(len(own) / share) for own, share in zip(rows, parts, strict=True))
     total = min(text.validation_sequences, *enough)
-    counts = draw.apportioned(total, parts)
+    counts = draw.apportion(total, parts)
     return [min(max(1, count), len(own)) for count, own in zip(counts, rows, strict=True)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from foam_lightning.data.files import FileStream, file_streams, files_fingerprint, read_files
-from foam_lightning.data.packing import evenly_spaced
+from foam_lightning.data.packing import even_subset
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -266,6 +266,6 @@ def _hold_out(documents: "Dataset", fraction: float) -> tuple["Dataset", "Datase
                 {"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]}
             ),
         )
-    held_out = evenly_spaced(count, len(documents))
+    held_out = even_subset(count, len(documents))
     kept = np.delete(np.arange(len(documents)), held_out)
     return documents.select(kept), documents.select(held_out)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Several devices: DDP and FSDP2."""

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 
-class OnePlaceDDP(DDPStrategy):
+class SingleCopyDDP(DDPStrategy):
     """DDP whose gradients lie in its buckets from the first micro-batch of a step on.
 
     torch has buckets for all gradients as long as it trains, and moves a gradient there when it

@@ -27,10 +27,10 @@ from foam_lightning.memory.trace import (
     weight_dtype,
 )
 from foam_lightning.optim.state import layouts
-from foam_lightning.plan import FoldPlan, Levers, StateDtype
+from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
 
 
-class Trainee(Protocol):
+class AccountedModel(Protocol):
     """The model to account for, at any depth."""
 
     @property
@@ -42,8 +42,8 @@ class Trainee(Protocol):
         """Describe the model; `hidden_size` is what one layer hands to the next for each token."""
         ...
 
-    def layered(self, levers: Levers, num_layers: int) -> Traceable:
-        """Lay the model out with these levers and so many layers, in fake mode."""
+    def layered(self, memory_options: MemoryOptions, num_layers: int) -> Traceable:
+        """Lay the model out with these memory options and so many layers, in fake mode."""
         ...
 
     def make_optimizer(
@@ -102,7 +102,7 @@ class Accountant:
 
     def __init__(
         self,
-        trainee: Trainee,
+        trainee: AccountedModel,
         *,
         num_layers: int,
         sequence_length: int,
@@ -120,7 +120,7 @@ class Accountant:
         self._sequence_length = sequence_length
         self._precision = precision
         self._on_gpu = on_gpu
-        self._passes: dict[Levers, Step] = {}
+        self._passes: dict[MemoryOptions, Step] = {}
         self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
         self._margin = Margin(
             lambda plan: self.usage(plan), self._state_bytes, self._costs.workspace
@@ -139,14 +139,14 @@ class Accountant:
 
     def trace(self, plan: FoldPlan) -> dict[str, int]:
         """Give the peak by term as tensors make it, without what the device adds."""
-        return self._peak(plan, self._traced_passes(plan.levers)).terms
+        return self._peak(plan, self._traced_passes(plan.memory_options)).terms
 
     def tensors(self, plan: FoldPlan) -> list[Holding]:
         """List every tensor behind `trace`, the largest first; together they are its bytes.
 
         It takes a trace of its own, which notes where tensors come from.
         """
-        passes = self._track(plan.levers, noted=True)
+        passes = self._track(plan.memory_options, noted=True)
         peak = self._peak(plan, passes)
         name = peak.updated
         return tensors_at(
@@ -165,7 +165,7 @@ class Accountant:
         before_step: dict[str, int] = dict(passes.peak.terms.items())
         before_step["gradients"] += sum(self._buckets)
         peaks = [Peak(before_step, passes.peak, None)]
-        if plan.levers.gradient_release:
+        if plan.memory_options.gradient_release:
             for update, name in zip(passes.updates, workspaces, strict=True):
                 terms: dict[str, int] = dict(update.terms.items())
                 terms["workspace"] += workspaces[name]
@@ -189,13 +189,13 @@ class Accountant:
 
     def least(self, plan: FoldPlan) -> int:
         """Count what the peak of a plan is not below, without a trace."""
-        standing, levers = self._standing(plan), plan.levers
+        standing, memory_options = self._standing(plan), plan.memory_options
         # Whatever is recomputed, the inputs of all layers are alive where backward begins, and
         # gradients, if they are kept, where it ends; from the second micro-batch on, both.
-        tokens = levers.micro_batch_size * self._sequence_length
+        tokens = memory_options.micro_batch_size * self._sequence_length
         inputs = tokens * self._width * weight_dtype(self._precision).itemsize
-        gradients = 0 if levers.gradient_release else standing["weights"]
-        accumulates = levers.accumulate_grad_batches > 1
+        gradients = 0 if memory_options.gradient_release else standing["weights"]
+        accumulates = memory_options.accumulate_grad_batches > 1
         passing = inputs + gradients if accumulates else max(inputs, gradients)
         return self.context + sum(standing.values()) + passing
 
@@ -209,12 +209,12 @@ class Accountant:
         shapes = self._shapes
         updates = []
         for name, shape in shapes.items():
-            kept = _kept_bytes(shape, plan.levels.get(name, 0), plan.levers.state_dtype)
-            state = () if plan.levers.state_offload else kept
+            kept = _kept_bytes(shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
+            state = () if plan.memory_options.state_offload else kept
             updates.append(Update(state, self._beside(plan, name, shape)))
         itemsize = weight_dtype(self._precision).itemsize
         weights = [math.prod(shape) * itemsize for shape in shapes.values()]
-        step = self._traced_passes(plan.levers).events
+        step = self._traced_passes(plan.memory_options).events
         kept_whole = [*weights, *self._buckets]
         return replay(training(kept_whole, step, updates), expandable=expandable)
 
@@ -227,7 +227,7 @@ class Accountant:
             plan: Where the change starts from.
             slack_bytes: Bytes more for the peak, or fewer if below 0.
         """
-        if not self._on_gpu or plan.levers.state_offload:
+        if not self._on_gpu or plan.memory_options.state_offload:
             return slack_bytes
         return self._margin.state_change(plan, slack_bytes)
 
@@ -248,21 +248,21 @@ class Accountant:
         elements = sum(math.prod(shape) for shape in self._shapes.values())
         return {
             "weights": elements * weight_dtype(self._precision).itemsize,
-            "optimizer_state": 0 if plan.levers.state_offload else self._state_bytes(plan),
+            "optimizer_state": 0 if plan.memory_options.state_offload else self._state_bytes(plan),
         }
 
     def _state_bytes(self, plan: FoldPlan) -> int:
-        return optimizer_state_bytes(self._shapes, plan.levels, plan.levers.state_dtype)
+        return optimizer_state_bytes(self._shapes, plan.levels, plan.memory_options.state_dtype)
 
-    def _traced_passes(self, levers: Levers) -> Step:
+    def _traced_passes(self, memory_options: MemoryOptions) -> Step:
         # How state is kept does not show in the passes.
-        levers = replace(levers, state_dtype="float32", state_offload=False)
-        if levers not in self._passes:
-            self._passes[levers] = self._track(levers)
-        return self._passes[levers]
+        memory_options = replace(memory_options, state_dtype="float32", state_offload=False)
+        if memory_options not in self._passes:
+            self._passes[memory_options] = self._track(memory_options)
+        return self._passes[memory_options]
 
-    def _track(self, levers: Levers, *, noted: bool = False) -> Step:
-        size = (levers.micro_batch_size, self._sequence_length)
+    def _track(self, memory_options: MemoryOptions, *, noted: bool = False) -> Step:
+        size = (memory_options.micro_batch_size, self._sequence_length)
 
         def make_batch() -> tuple[Tensor, Tensor]:
             token_ids = torch.zeros(size, dtype=torch.int64)
@@ -270,14 +270,14 @@ class Accountant:
 
         with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
             num_seen = 4 if self._devices.shards else 3
-            twin = self._trainee.layered(levers, min(self._num_layers, num_seen))
+            twin = self._trainee.layered(memory_options, min(self._num_layers, num_seen))
             join(twin)
             return track_step(
                 twin,
                 None,
                 make_batch,
-                accumulate_grad_batches=levers.accumulate_grad_batches,
-                gradient_release=levers.gradient_release,
+                accumulate_grad_batches=memory_options.accumulate_grad_batches,
+                gradient_release=memory_options.gradient_release,
                 autocast=autocast_for(self._precision),
                 num_layers=self._num_layers,
                 noted=noted,
@@ -285,12 +285,14 @@ class Accountant:
 
     def _beside(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
         """Count what the update of one parameter brings to the device and takes away again."""
-        visiting = optimizer_state_bytes({name: shape}, plan.levels, plan.levers.state_dtype)
-        return self._workspace(plan, name, shape) + visiting * plan.levers.state_offload
+        visiting = optimizer_state_bytes(
+            {name: shape}, plan.levels, plan.memory_options.state_dtype
+        )
+        return self._workspace(plan, name, shape) + visiting * plan.memory_options.state_offload
 
     def _workspace(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
         """Trace what the update of one parameter needs beside it, its gradient and its state."""
-        key = (shape, plan.levels.get(name, 0), plan.levers.state_dtype)
+        key = (shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
         if key not in self._workspaces:
             update = self._update(plan, name, shape)
             self._workspaces[key] = update.peak().terms["workspace"]
@@ -306,7 +308,7 @@ class Accountant:
         alone = replace(
             plan,
             levels={name: plan.levels[name]} if name in plan.levels else {},
-            levers=replace(plan.levers, state_offload=False),
+            memory_options=replace(plan.memory_options, state_offload=False),
         )
         with nullcontext() if self._on_gpu else fake_tensors(self._precision):
             parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))

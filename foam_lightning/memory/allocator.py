@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 
 MiB = 2**20
 _ROUNDING = 512
@@ -42,13 +42,13 @@ class Events:
     changes: list[int] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)
 
-    def bear(self, size: int) -> int:
+    def allocate(self, size: int) -> int:
         """Add the birth of a block and return its number."""
         self.changes.append(len(self.sizes))
         self.sizes.append(size)
         return self.changes[-1]
 
-    def bury(self, block: int) -> None:
+    def free(self, block: int) -> None:
         """Add the death of a block."""
         self.changes.append(~block)
 
@@ -115,7 +115,7 @@ def training(weights: Iterable[int], step: Events, updates: Sequence["Update"]) 
     """
     events = Events()
     for size in weights:
-        events.bear(size)
+        events.allocate(size)
     inside = [(at, int(name.split()[1])) for at, name in step.marks if name.startswith("update ")]
     num_seen = max((index + 1 for _, index in inside), default=0)
     missing = len(updates) - num_seen
@@ -129,14 +129,14 @@ def training(weights: Iterable[int], step: Events, updates: Sequence["Update"]) 
         for at, index in [*order, (whole, None)]:
             for change in step.changes[done:at]:
                 if change >= 0:
-                    alive[change] = events.bear(step.sizes[change])
+                    alive[change] = events.allocate(step.sizes[change])
                 else:
-                    events.bury(alive.pop(~change))
+                    events.free(alive.pop(~change))
             done = at
             if index is not None:
                 _update(events, updates[index], is_first=is_first)
         for block in alive.values():
-            events.bury(block)
+            events.free(block)
     return events
 
 
@@ -155,8 +155,8 @@ class Update(NamedTuple):
 def _update(events: Events, update: Update, *, is_first: bool) -> None:
     if is_first:
         for size in update.state:
-            events.bear(size)
-    events.bury(events.bear(update.workspace))
+            events.allocate(size)
+    events.free(events.allocate(update.workspace))
 
 
 class _Block:
@@ -285,7 +285,7 @@ class Margin:
         self._usage = usage
         self._state_bytes = state_bytes
         self._workspace = workspace
-        self._excesses: dict[tuple[Levers, int], int] = {}
+        self._excesses: dict[tuple[MemoryOptions, int], int] = {}
 
     def of(self, plan: FoldPlan) -> int:
         """Give the margin of a plan in bytes."""
@@ -320,7 +320,7 @@ class Margin:
         return states, [excess + self._workspace for excess in excesses[1:]]
 
     def _excess(self, uniform: FoldPlan, level: int) -> int:
-        key = (uniform.levers, level)
+        key = (uniform.memory_options, level)
         if key not in self._excesses:
             usage = self._usage(uniform)
             self._excesses[key] = usage.reserved - usage.requested

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from foam_lightning.errors import FoamError, first_line
 from foam_lightning.plan import FoldPlan
+from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.paths import cache_home
-from foam_lightning.storage.run_folder import write_json
-from foam_lightning.units import ByteSize, in_words
+from foam_lightning.units import ByteSize, format_bytes
 
 # A context with all modules loaded stays below; what is above belongs to other processes.
 _MOST_CONTEXT_BYTES = 2_000_000_000
@@ -94,7 +94,7 @@ class Gpu:
             stats.get("num_alloc_retries", 0),
         )
 
-    def forget_peaks(self) -> None:
+    def reset_peaks(self) -> None:
         """Count the peaks of `usage` from now on, without what earlier runs have left cached."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.index)
@@ -154,7 +154,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def wall(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None]:
+def memory_cap(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None]:
     """Keep this process within a budget, on a larger card too.
 
     What the caching allocator reserves may not exceed the budget less what it does not see, such as
@@ -175,20 +175,21 @@ def wall(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None]:
             gpu.limit(1.0)
 
 
-def shortfall(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> str | None:
+def missing_memory_warning(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> str | None:
     """Say in one line that a card has less to give than the budget; None if it has enough."""
     free, total = gpu.memory()
     free += outside_bytes  # this process has its context already
     if free >= budget_bytes:
         return None
     return (
-        f"the {gpu.name} has {in_words(free)} free of {in_words(total)}, less than the budget of "
-        f"{ByteSize(budget_bytes)}: a plan that needs more runs out of memory; free the card or "
+        f"the {gpu.name} has {format_bytes(free)} free of {format_bytes(total)}, less than the "
+        f"budget of {ByteSize(budget_bytes)}: a plan that needs more runs out of memory; free the "
+        "card or "
         "lower --memory-budget"
     )
 
 
-def known_costs(gpu: Gpu | None) -> DeviceCosts:
+def load_costs(gpu: Gpu | None) -> DeviceCosts:
     """Look up what was measured on such a GPU, on this machine; else give the defaults."""
     found = _read_costs().get(_identity(gpu)) if gpu else None
     try:
@@ -205,7 +206,7 @@ def calibrate(gpu: Gpu) -> DeviceCosts:
     """
     kept = _read_costs()
     if _identity(gpu) in kept:
-        return known_costs(gpu)
+        return load_costs(gpu)
     try:
         costs = gpu.measure()
     except RuntimeError as error:
@@ -266,7 +267,7 @@ class MemoryShortageError(FoamError):
 
 
 @contextmanager
-def naming_shortage(where: str, plan: FoldPlan, trainer: Trainer) -> Iterator[None]:
+def memory_shortage_context(where: str, plan: FoldPlan, trainer: Trainer) -> Iterator[None]:
     """Turn the error of a device without memory into one that says what ran.
 
     Args:

@@ -75,21 +75,21 @@ def tensors_at(
         plan: Its levels, and how state is kept.
         dtype: Of weights and gradients.
     """
-    levers = plan.levers
+    memory_options = plan.memory_options
     found = [*_of_parameters(shapes, "weights", dtype, _ALWAYS)]
-    if not levers.state_offload:
+    if not memory_options.state_offload:
         found += _of_state(shapes, plan, "optimizer_state", _ALWAYS)
     if peak.moment is None:
         found += _of_parameters(shapes, "gradients", dtype, "backward")
     else:
         passing: set[Term] = {*TERMS} - {"weights", "optimizer_state"}
         found += _of_timeline(passes, peak.moment, passing)
-        for size in () if levers.gradient_release else buckets:
+        for size in () if memory_options.gradient_release else buckets:
             origin = Origin("bucket of gradients", _ALWAYS, (size // dtype.itemsize,), dtype)
             found.append(Holding(size, 1, "gradients", origin))
     if update is not None and peak.updated is not None:
         found += _of_timeline(update, update.peak(), {"workspace"})
-        if levers.state_offload:
+        if memory_options.state_offload:
             found += _of_state({peak.updated: shapes[peak.updated]}, plan, "workspace", "update")
     return _merged(found)
 
@@ -116,7 +116,7 @@ def _of_parameters(
 def _of_state(
     shapes: Mapping[str, tuple[int, ...]], plan: FoldPlan, term: Term, phase: str
 ) -> Iterator[Holding]:
-    dtype = getattr(torch, plan.levers.state_dtype)
+    dtype = getattr(torch, plan.memory_options.state_dtype)
     for name, shape in shapes.items():
         for key, kept in layouts(shape, plan.levels.get(name, 0), dtype).items():
             origin = Origin(f"{name} {key}", phase, tuple(kept.shape), kept.dtype)

@@ -166,9 +166,9 @@ class Timeline:
                     size = record.sizes[index]
                     alike = alive[index if index in stays else ~size]
                     if change >= 0:
-                        alike.append(events.bear(size))
+                        alike.append(events.allocate(size))
                     else:
-                        events.bury(alike.pop())
+                        events.free(alike.pop())
                 events.marks.extend((len(events.changes), name) for name in marked[position + 1])
         return events
 

@@ -121,12 +121,12 @@ class StorageTracker(TorchDispatchMode):
         origin = Origin(self.place, self.phase, shape, local.dtype) if self._noted else None
         index = self._bear(storage.nbytes(), self.term, origin)
 
-        def bury(_: object) -> None:
+        def free(_: object) -> None:
             last, _reference = self._alive.pop(address)
             if not self._is_over:
                 self.record.changes.append(~last)
 
-        self._alive[address] = (index, weakref.ref(storage, bury))
+        self._alive[address] = (index, weakref.ref(storage, free))
         return index
 
     def _bear(self, size: int, term: Term, origin: Origin | None) -> int:

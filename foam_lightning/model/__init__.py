@@ -1,1 +1,1 @@
-"""TODO."""
+"""LLaMA through transformers: configuration, weights, loss."""

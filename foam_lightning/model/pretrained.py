@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foam_lightning.errors import CheckpointError, first_line
-from foam_lightning.model.llama import CLASSES, class_of, lay_out, llama, without_mask
+from foam_lightning.model import llama
+from foam_lightning.model.llama import CLASSES, class_of, lay_out, without_mask
 from foam_lightning.storage.paths import is_file
 from foam_lightning.validation import MODEL, check_ranges
 
@@ -229,7 +230,7 @@ _SIZES = (
 )
 
 
-def config_of(settings: Mapping[str, Any]) -> "LlamaConfig":
+def model_config(settings: Mapping[str, Any]) -> "LlamaConfig":
     """Describe the model that settings ask for.
 
     Args:
@@ -248,12 +249,12 @@ def config_of(settings: Mapping[str, Any]) -> "LlamaConfig":
     return llama.describe(**{name: settings[name] for name in _SIZES})
 
 
-def begin(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
+def create_model(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
     """Make the model that settings ask for, with the weights of the folder or with drawn ones.
 
     Args:
-        settings: As for `config_of`, and `seed`. With `architecture` weights are drawn, and those
-            of a checkpoint are to follow.
+        settings: As for `model_config`, and `seed`. With `architecture` weights are drawn, and
+            those of a checkpoint are to follow.
 
     Raises:
         ConfigError: The sizes make no model.
@@ -264,17 +265,17 @@ def begin(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
     kept = settings["architecture"]
     if settings["pretrained"] is not None and kept is None:
         return load(settings["pretrained"])
-    model = llama.build(config_of(settings), seed=settings["seed"])
+    model = llama.build(model_config(settings), seed=settings["seed"])
     if kept is not None:
         model.generation_config = GenerationConfig.from_dict(dict(kept["generation_config"]))
     return model
 
 
-def check_beginning(settings: Mapping[str, Any]) -> None:
-    """Refuse weights that `begin` would refuse, before they are read.
+def check_pretrained_weights(settings: Mapping[str, Any]) -> None:
+    """Refuse weights that `create_model` would refuse, before they are read.
 
     Args:
-        settings: As for `begin`.
+        settings: As for `create_model`.
 
     Raises:
         CheckpointError: The folder holds no model that is known, or its weights do not fit it.
@@ -283,7 +284,7 @@ def check_beginning(settings: Mapping[str, Any]) -> None:
         check_weights(settings["pretrained"])
 
 
-def architecture_of(model: "LlamaForCausalLM") -> dict[str, Any]:
+def architecture_to_json(model: "LlamaForCausalLM") -> dict[str, Any]:
     """Write down, as JSON values, what a checkpoint needs of its model besides weights."""
     return {
         "config": json.loads(model.config.to_json_string(use_diff=False)),

@@ -213,7 +213,7 @@ OptimizerName = Literal[
     "foam", "adamw", "split_adamw", "galore", "apollo", "fira", "adam_mini", "muon", "adamw8bit"
 ]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
-# What a rival is imported from, and what pip calls it.
+# What a baseline is imported from, and what pip calls it.
 _PACKAGES = {
     **dict.fromkeys(
         ("galore", "apollo", "fira", "adam_mini"), ("pytorch_optimizer", "pytorch-optimizer")
@@ -225,7 +225,7 @@ Named = Sequence[tuple[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the rivals share.
+    """What the baselines share.
 
     Attributes:
         lr: Peak learning rate.
@@ -276,11 +276,11 @@ def check(name: str) -> None:
         package = _PACKAGES[name][1]
         raise ConfigError(
             f"the optimizer {name} is that of {package}, which is not installed; "
-            f"pip install {package}, or pip install 'foam-lightning[rivals]' for all of them"
+            f"pip install {package}, or pip install 'foam-lightning[baselines]' for all of them"
         )
 
 
-def new_rival(
+def new_baseline(
     name: str, named_parameters: Iterable[tuple[str, Tensor]], settings: Settings
 ) -> Optimizer:
     """Make an optimizer other than FOAM; what it treats as a matrix is what FOAM folds.
@@ -304,7 +304,7 @@ def new_rival(
     Args:
         name: One of `OPTIMIZERS`, except foam.
         named_parameters: As from `model.named_parameters()`; frozen ones are left out.
-        settings: What the rivals share.
+        settings: What the baselines share.
 
     Raises:
         ConfigError: The name is unknown, or the package is missing.

@@ -1,4 +1,4 @@
-"""The step of a float32 matrix on the CPU in one pass over memory, compiled from `native.cpp`.
+"""The step of a float32 matrix on the CPU in one pass over memory, compiled from `cpu_kernel.cpp`.
 
 torch.compile cannot do it: the code it makes for the CPU has no instruction that takes blocks of
 2 to 16 columns apart inside a vector register, and was 1.2 to 4 times slower than torch's fused
@@ -65,7 +65,7 @@ def takes(second_moment: SecondMoment, *tensors: Tensor) -> bool:
 
 
 @torch.no_grad()
-def native_step_(
+def cpu_kernel_step_(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,

@@ -50,7 +50,7 @@ def update_(
     if fused and native.takes(second_moment, param, grad, *state.values()):
         # Nothing to compute on fake tensors, and no temporary that an account would have to see.
         if not isinstance(param, FakeTensor):
-            native.native_step_(
+            native.cpu_kernel_step_(
                 param,
                 grad,
                 **state,
@@ -63,7 +63,7 @@ def update_(
             )
         return
     compiles = fused and param.is_cuda and compiled.available()
-    step_ = compiled.compiled_step_ if compiles else foam_step_
+    step_ = compiled.gpu_kernel_step_ if compiles else foam_step_
     limit = _FUSED_PART_ELEMENTS if compiles else _PART_ELEMENTS
     # What makes a matrix orthogonal needs all of it.
     parts = [...] if second_moment == "none" else _row_parts(param, limit)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.optim.baselines import Settings, new_rival
+from foam_lightning.optim.baselines import Settings, new_baseline
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import param_groups
 from foam_lightning.plan import FoldPlan
@@ -42,11 +42,11 @@ def new_optimizer(
     hidden_size: int,
     num_heads: int,
 ) -> Optimizer:
-    """Make FOAM for a plan's levels, or a rival, which takes the plan's learning rate alone.
+    """Make FOAM for a plan's levels, or a baseline, which takes the plan's learning rate alone.
 
     Args:
         named_parameters: As from `model.named_parameters()`; frozen ones are left out.
-        plan: Levels, scales, learning rate and levers.
+        plan: Levels, scales, learning rate and memory options.
         model: The arguments of `LlamaFoam`.
         hidden_size: Width of the residual stream.
         num_heads: Query heads.
@@ -68,15 +68,15 @@ def new_optimizer(
             hidden_size=hidden_size,
             num_heads=num_heads,
         )
-        return new_rival(model["optimizer"], named_parameters, settings)
+        return new_baseline(model["optimizer"], named_parameters, settings)
     return FOAM(
         param_groups(named_parameters, plan.levels, plan.scales, shared.pop("weight_decay")),
         **shared,
         residual_scale=model["residual_scale"],
         second_moment=model["second_moment"],
         bias_correct_moments_only=model["bias_correct_moments_only"],
-        state_dtype=getattr(torch, plan.levers.state_dtype),
+        state_dtype=getattr(torch, plan.memory_options.state_dtype),
         clip_norm=model["clip_norm"],
         stochastic_rounding=model["stochastic_rounding"],
-        state_offload=plan.levers.state_offload,
+        state_offload=plan.memory_options.state_offload,
     )

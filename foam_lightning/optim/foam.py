@@ -13,7 +13,7 @@ from foam_lightning.optim.checkpoint import check_fit, restore_
 from foam_lightning.optim.dispatch import update_
 from foam_lightning.optim.fold import check_level
 from foam_lightning.optim.functional import StepFactors
-from foam_lightning.optim.offload import HostState, memory_beside, visiting
+from foam_lightning.optim.offload import HostState, pinned_memory, state_on_device
 from foam_lightning.optim.state import STATE_DTYPES, SecondMoment, layouts
 
 # Options that say how the state is kept and computed: never taken from a checkpoint.
@@ -235,7 +235,7 @@ class FOAM(torch.optim.Optimizer):
         )
         moments = {key: _local(value) for key, value in state.items() if key != "step"}
         offload = group["state_offload"]
-        with visiting(moments, param.device) if offload else nullcontext(moments) as lent:
+        with state_on_device(moments, param.device) if offload else nullcontext(moments) as lent:
             update_(
                 _local(param.detach()),
                 _local(grad),
@@ -270,7 +270,7 @@ def _zeros(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
             "fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
         )
     found = layouts(param.shape, level, group["state_dtype"], group["second_moment"])
-    where = memory_beside(param) if group["state_offload"] else {}
+    where = pinned_memory(param) if group["state_offload"] else {}
     return {
         # Like a slice of the parameter, because a shape alone would not be sharded.
         key: torch.zeros_like(

@@ -14,7 +14,7 @@ from foam_lightning.optim.functional import StepFactors, foam_step_
 _log = logging.getLogger(__name__)
 
 
-def compiled_step_(
+def gpu_kernel_step_(
     param: Tensor,
     grad: Tensor,
     state: Mapping[str, Tensor],

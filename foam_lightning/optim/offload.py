@@ -38,7 +38,7 @@ class HostState(dict[str, Any]):
             held.copy_(value)
 
 
-def memory_beside(param: Tensor) -> dict[str, Any]:
+def pinned_memory(param: Tensor) -> dict[str, Any]:
     """Say to a function that makes tensors where the state of a parameter goes.
 
     Beside CUDA host memory is pinned: the bus then reads it directly and at full speed. The system
@@ -54,7 +54,9 @@ def memory_beside(param: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def visiting(tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
+def state_on_device(
+    tensors: Mapping[str, Tensor], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
     """Lend tensors to a device, and take back what they have become.
 
     Args:

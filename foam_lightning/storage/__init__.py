@@ -1,1 +1,1 @@
-"""TODO."""
+"""Files and folders of a run, written atomically."""

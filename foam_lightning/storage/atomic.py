@@ -1,19 +1,62 @@
-"""A folder that is written beside and renamed, by one process at a time."""
+"""Atomic writes: a file or folder appears under its name only when it is complete."""
 
 import errno
+import glob
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from foam_lightning.distributed.topology import is_first_process
-from foam_lightning.errors import BusyError, CheckpointError, first_line, is_of_disk
+from foam_lightning.errors import BusyError, CheckpointError, first_line, is_disk_error
 
 _LOCK = ".lock"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that no half file is ever seen.
+
+    Of several processes that train together the first alone writes.
+    """
+    if not is_first_process():
+        return
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        number = left.suffixes[-2].removeprefix(".")
+        if number.isdigit() and not is_alive(int(number)):  # it was killed while it wrote
+            left.unlink(missing_ok=True)
+    # Workers on one search may write the same file at once.
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as a full disk says it
+            error.filename = str(path)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def is_alive(process: int) -> bool:
+    """Tell whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # it is another user's, or no number of a process
+        return True
+    return True
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside `path` and rename."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_folder(folder: Path, *parts: Callable[[Path], object]) -> None:
@@ -49,7 +92,7 @@ def write_folder(folder: Path, *parts: Callable[[Path], object]) -> None:
         failure = _failure(error)
         if failure is None:
             raise
-        if is_of_disk(failure):
+        if is_disk_error(failure):
             raise OSError(failure.errno, failure.strerror, str(folder)) from error
         raise CheckpointError(f"cannot write {folder}: {first_line(error)}") from error
 

@@ -1,22 +1,21 @@
 """The folder of one run, `runs/<name>/version_<n>/`, and whether to continue it."""
 
-import glob
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from filelock import FileLock, Timeout
 
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import BusyError, ConfigError
+from foam_lightning.storage.atomic import write_json, write_text
 
 # How long a process waits for the first one to open the folder, and how often it looks.
 _PATIENCE_SECONDS = 600.0
@@ -211,43 +210,3 @@ def _numbers(runs: Path) -> list[int]:
 
 def _digest(settings: str) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that no half file is ever seen.
-
-    Of several processes that train together the first alone writes.
-    """
-    if not is_first_process():
-        return
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        number = left.suffixes[-2].removeprefix(".")
-        if number.isdigit() and not is_alive(int(number)):  # it was killed while it wrote
-            left.unlink(missing_ok=True)
-    # Workers on one search may write the same file at once.
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # as a full disk says it
-            error.filename = str(path)
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
-def is_alive(process: int) -> bool:
-    """Tell whether there is a process of this number on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # it is another user's, or no number of a process
-        return True
-    return True
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside `path` and rename."""
-    write_text(path, json.dumps(content, indent=2) + "\n")

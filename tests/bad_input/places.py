@@ -67,10 +67,10 @@ REST = [
     fit("trainer: no nodes", "--trainer.num_nodes 0", "num_nodes"),
     fit("trainer: a time that is none", "--trainer.max_time soon", "soon"),
     fit("trainer: no epochs", "--trainer.max_epochs 0", "max_epochs"),
-    fit("trainer: a rival without its package", "--model.optimizer adamw8bit", "torchao"),
-    fit("trainer: a rival with a budget", "--model.optimizer adamw --memory-budget 1GB",
+    fit("trainer: a baseline without its package", "--model.optimizer adamw8bit", "torchao"),
+    fit("trainer: a baseline with a budget", "--model.optimizer adamw --memory-budget 1GB",
          "goes without"),
-    fit("trainer: a rival that releases", "--model.optimizer adamw --model.gradient_release true",
+    fit("trainer: releasing baseline", "--model.optimizer adamw --model.gradient_release true",
          "goes without"),
     fit("trainer: state offload on a CPU", "--model.state_offload true", "needs a GPU"),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from itertools import combinations, product
 from typing import get_args
 
 from foam_lightning.memory.trace import Precision
-from foam_lightning.plan import Levers, StateDtype
+from foam_lightning.plan import MemoryOptions, StateDtype
 
 LEVELS = {"FOAM 0": 0, "FOAM 2": 2, "FOAM mixed": None}
 FOREACH = {"AdamW foreach": True, "AdamW loop": False}
@@ -23,13 +23,14 @@ class Combination:
         model: A file of configs/, without its ending.
         precision: Lightning's name of the precision.
         optimizer: A key of `LEVELS` or of `FOREACH`.
-        levers: The rest. AdamW keeps its moments in the dtype of the weights, whatever they say.
+        memory_options: The rest. AdamW keeps its moments in the dtype of the weights, whatever they
+            say.
     """
 
     model: str
     precision: Precision
     optimizer: str
-    levers: Levers
+    memory_options: MemoryOptions
 
     @property
     def is_foam(self) -> bool:
@@ -38,24 +39,24 @@ class Combination:
     @property
     def checkpointing(self) -> str:
         """A key of `CHECKPOINTING`."""
-        levers = self.levers
-        found = (levers.activation_checkpointing, levers.selective_checkpointing)
+        memory_options = self.memory_options
+        found = (memory_options.activation_checkpointing, memory_options.selective_checkpointing)
         return next(name for name, switches in CHECKPOINTING.items() if switches == found)
 
     @property
     def settings(self) -> tuple[object, ...]:
         """What pairs are made of."""
-        levers = self.levers
+        memory_options = self.memory_options
         return (
             self.model,
             self.precision,
             self.optimizer,
-            levers.state_dtype if self.is_foam else "of the weights",
-            levers.micro_batch_size,
-            levers.accumulate_grad_batches,
+            memory_options.state_dtype if self.is_foam else "of the weights",
+            memory_options.micro_batch_size,
+            memory_options.accumulate_grad_batches,
             self.checkpointing,
-            levers.chunked_loss,
-            levers.gradient_release,
+            memory_options.chunked_loss,
+            memory_options.gradient_release,
         )
 
 
@@ -75,7 +76,7 @@ def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combi
         for optimizer, state_dtype in product((*LEVELS, *FOREACH), get_args(StateDtype)):
             if optimizer in FOREACH and (releases or state_dtype != "float32"):
                 continue
-            levers = Levers(
+            memory_options = MemoryOptions(
                 micro_batch_size=micro_batch,
                 accumulate_grad_batches=times,
                 activation_checkpointing=checkpointing[0],
@@ -84,7 +85,7 @@ def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combi
                 gradient_release=releases,
                 state_dtype=state_dtype,
             )
-            yield Combination(model, precision, optimizer, levers)
+            yield Combination(model, precision, optimizer, memory_options)
 
 
 def choose(models: Sequence[str], micro_batches: Sequence[int], count: int) -> list[Combination]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from foam_lightning.optim.baselines import Settings, new_rival
+from foam_lightning.optim.baselines import Settings, new_baseline
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import foldable, param_groups
 from foam_lightning.optim.state import SecondMoment
@@ -50,7 +50,7 @@ class Weights:
 
     @cached_property
     def matrices(self) -> dict[str, torch.nn.Parameter]:
-        """Those that fold, and that low-rank rivals project."""
+        """Those that fold, and that low-rank baselines project."""
         return {name: self.named[name] for name in foldable(self.named.items())}
 
     @property
@@ -104,7 +104,7 @@ def _adamw(weights: Weights, *, fused: bool = False, foreach: bool = False) -> l
 
 def _rival(weights: Weights, name: str) -> list[Optimizer]:
     settings = Settings(lr=LR, hidden_size=weights.width, num_heads=weights.num_heads)
-    return [new_rival(name, weights.named.items(), settings)]
+    return [new_baseline(name, weights.named.items(), settings)]
 
 
 def _galore(weights: Weights) -> list[Optimizer]:
@@ -128,7 +128,7 @@ def foam_at(
     second_moment: SecondMoment = "mean_square",
     **options: Any,
 ) -> list[Optimizer]:
-    """Make FOAM at these levels; what they do not name is left to Adam, as rivals leave it."""
+    """Make FOAM at these levels; what they do not name is left to Adam, as baselines leave it."""
     scales = dict.fromkeys(levels, SCALE)
     groups = param_groups(weights.named.items(), levels, scales, weight_decay=0.0)
     for group in groups:

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from foam_lightning.errors import FoamError, in_one_line
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.errors import FoamError, one_line
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.units import ByteSize
 from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
 from tuner.config import parser as settings
@@ -42,7 +42,7 @@ _PLAN = FoldPlan(
     levels=dict.fromkeys(_NAMES, 2),
     scales=dict.fromkeys(_NAMES, 0.25),
     lr=0.01,
-    levers=Levers(micro_batch_size=4),
+    memory_options=MemoryOptions(micro_batch_size=4),
 ).to_json()
 _FIRST_SCHEMA = json.dumps(
     {**json.loads(_PLAN), "schema": "foam-lightning/fold-plan/1", "scales": {"2": 0.25}}
@@ -75,7 +75,8 @@ _FRAGMENTS = [
     *("[" * 50, "[" * 3000, "{a: " * 50, "&a [*a, *a]", "2020-99-99", "\ud800", "é", "\ufeff"),
     *("--model.", "--trainer.", "--data.", "--tune.", "=", "--", " ", "+=", ".help"),
     *("GB", "GiB", "kB", "TiB", "B", " ", "e", ".", "https://me:secret@host/", "${oc.env:HOME}"),
-    *("levels", "scales", "levers", "model", "data", "trainer", "lr", "schema", "twin"),
+    *("levels", "scales", "memory_options", "model", "data", "trainer", "lr", "schema"),
+    "proxy_model",
 ]  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def _answer(options: list[str], default: Path | None) -> None:
         check_at_once("plan", options)
         settings.parse("plan", options, default=default).job().new_module()
     except FoamError as error:
-        raise FoamError(in_one_line(error)) from error  # as the command line prints it
+        raise FoamError(one_line(error)) from error  # as the command line prints it
 
 
 TARGETS: dict[str, tuple[Callable[[str], None], Sequence[str]]] = {

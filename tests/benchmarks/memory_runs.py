@@ -53,9 +53,9 @@ def job_of(one: Combination, device: str, text: Path) -> Job:
         "cache_dir": str(text.parent / "cache"),
         "vocab_size": VOCABULARY,  # of the tokenizer; the model keeps its own
         "sequence_length": length,
-        "batch_size": one.levers.batch_size,
-        "micro_batch_size": one.levers.micro_batch_size,
-        "validation_sequences": one.levers.micro_batch_size,
+        "batch_size": one.memory_options.batch_size,
+        "micro_batch_size": one.memory_options.micro_batch_size,
+        "validation_sequences": one.memory_options.micro_batch_size,
     }
     source |= {"dataset": None, "dataset_config": None, "streaming": False, "tokenizer": None}
     trainer = {"accelerator": device, "devices": 1, "precision": one.precision, "max_steps": 2}
@@ -69,8 +69,8 @@ def job_of(one: Combination, device: str, text: Path) -> Job:
 def plan_of(module: LlamaFoam, one: Combination) -> FoldPlan:
     level = LEVELS.get(one.optimizer, 0)
     if level is not None:
-        return module.uniform_plan(level, one.levers)
-    plan = module.uniform_plan(0, one.levers)
+        return module.uniform_plan(level, one.memory_options)
+    plan = module.uniform_plan(0, one.memory_options)
     levels = {name: MIXED_LEVELS[i % len(MIXED_LEVELS)] for i, name in enumerate(plan.levels)}
     return replace(plan, levels=levels)
 
@@ -98,20 +98,20 @@ def predict(one: Combination, device: str, text: Path) -> Peak:
         accountant, plan = job.new_accountant(), plan_of(module, one)
         tensors = sum(accountant.trace(plan).values())
         return Peak(tensors, accountant.account(plan).peak_bytes if device == "cuda" else None)
-    size = (one.levers.micro_batch_size, int(job.data["sequence_length"]))
+    size = (one.memory_options.micro_batch_size, int(job.data["sequence_length"]))
 
     def make_batch() -> tuple[Tensor, Tensor]:
         token_ids = torch.zeros(size, dtype=torch.int64)
         return token_ids, token_ids
 
     with fake_tensors(job.precision):
-        twin = module.layered(one.levers, module.llama_config().num_hidden_layers)
-        optimizer = new_adamw(twin.named_parameters(), foreach=FOREACH[one.optimizer])
+        proxy_model = module.layered(one.memory_options, module.llama_config().num_hidden_layers)
+        optimizer = new_adamw(proxy_model.named_parameters(), foreach=FOREACH[one.optimizer])
         step = track_step(
-            twin,
+            proxy_model,
             cast(FOAM, optimizer),  # to release gradients it must be; AdamW does not
             make_batch,
-            accumulate_grad_batches=one.levers.accumulate_grad_batches,
+            accumulate_grad_batches=one.memory_options.accumulate_grad_batches,
             autocast=autocast_for(job.precision),
         )
     return Peak(step.peak.total_bytes)
@@ -142,7 +142,7 @@ def train(job: Job, one: Combination, callbacks: Sequence[Callback], num_steps: 
     if not one.is_foam:
         module.make_optimizer = partial(new_adamw, foreach=FOREACH[one.optimizer])  # type: ignore[method-assign, assignment]
     trainer = job.new_trainer(
-        plan.levers,
+        plan.memory_options,
         [*callbacks, ResidualEnergy()],
         bare=True,
         max_steps=num_steps,
@@ -150,7 +150,7 @@ def train(job: Job, one: Combination, callbacks: Sequence[Callback], num_steps: 
         val_check_interval=num_steps,
         check_val_every_n_epoch=None,
     )
-    trainer.fit(module, datamodule=job.new_data(plan.levers))
+    trainer.fit(module, datamodule=job.new_data(plan.memory_options))
     assert trainer.global_step == num_steps
     return trainer
 

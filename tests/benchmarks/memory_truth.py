@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from foam_lightning.plan import Levers
-from foam_lightning.units import in_words
+from foam_lightning.plan import MemoryOptions
+from foam_lightning.units import format_bytes
 from tests.benchmarks.combinations import Combination, choose
 from tests.benchmarks.fresh_process import in_fresh_process
 from tests.benchmarks.heading import dated, machine, packages, publish
@@ -116,15 +116,15 @@ def run_on_gpu(
 
 
 def wall() -> Combination:
-    """Train as `fit` would inside 24 GB: every lever but state in host memory, and level 2."""
-    levers = Levers(
+    """Train as `fit` would inside 24 GB: all memory options but offload, and level 2."""
+    memory_options = MemoryOptions(
         micro_batch_size=WALL_BATCH,
         chunked_loss=True,
         activation_checkpointing=True,
         gradient_release=True,
         state_dtype="bfloat16",
     )
-    return Combination(WALL_MODEL, "bf16-true", "FOAM 2", levers)
+    return Combination(WALL_MODEL, "bf16-true", "FOAM 2", memory_options)
 
 
 def report(row: Row, number: int, count: int) -> None:
@@ -136,15 +136,16 @@ def report(row: Row, number: int, count: int) -> None:
 
 
 def wall_lines(row: Row) -> list[str]:
-    name = f"{WALL_MODEL}, {WALL_STEPS} steps inside {in_words(WALL_BYTES)}, context included"
+    name = f"{WALL_MODEL}, {WALL_STEPS} steps inside {format_bytes(WALL_BYTES)}, context included"
     if isinstance(row.measured, str):
         return ["", f"{name}: {row.measured}."]
     predicted, measured = row.predicted, row.measured
     return [
         "",
-        f"{name}: tensors {in_words(predicted.tensors)} predicted, {in_words(measured.tensors)} "
-        f"measured; on the card {in_words(predicted.device or 0)} predicted, "
-        f"{in_words(measured.device or 0)} measured; {measured.retries} allocator retries.",
+        f"{name}: tensors {format_bytes(predicted.tensors)} predicted, "
+        f"{format_bytes(measured.tensors)} "
+        f"measured; on the card {format_bytes(predicted.device or 0)} predicted, "
+        f"{format_bytes(measured.device or 0)} measured; {measured.retries} allocator retries.",
     ]
 
 
@@ -159,14 +160,14 @@ def table(rows: Sequence[Row], device: str) -> list[str]:
         model, precision, optimizer, state, micro, times, kept, *switches = row.combination.settings
         cells = [model, precision, optimizer, state, f"{times} x {micro}", kept]
         cells += ["yes" if switch else "" for switch in switches]
-        cells += [in_words(row.predicted.tensors)]
+        cells += [format_bytes(row.predicted.tensors)]
         if isinstance(row.measured, str):
             cells += [row.measured, ""] + ["", ""] * on_gpu
         else:
-            cells += [in_words(row.measured.tensors), f"{row.ratio:.4f}"]
+            cells += [format_bytes(row.measured.tensors), f"{row.ratio:.4f}"]
             if on_gpu:
                 cells += [
-                    "" if peak.device is None else in_words(peak.device)
+                    "" if peak.device is None else format_bytes(peak.device)
                     for peak in (row.predicted, row.measured)
                 ]
         lines.append(f"| {' | '.join(map(str, cells))} |")

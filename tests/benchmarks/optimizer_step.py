@@ -1,4 +1,4 @@
-"""The optimizer step of FOAM beside its rivals': time, floor and memory, all in one run.
+"""The optimizer step of FOAM beside its baselines': time, floor and memory, all in one run.
 
     python -m tests.benchmarks.optimizer_step [--output FILE]
     python -m tests.benchmarks.optimizer_step --device cuda --model llama_7b [--output FILE]
@@ -97,9 +97,9 @@ def cut(shapes: Shapes, num_elements: int) -> tuple[Shapes, str]:
     layers = {name: int(match[1]) for name, match in found.items() if match}
     num_layers = 1 + max(layers.values())
     for kept in range(num_layers, 0, -1):
-        fitting = {name: shape for name, shape in shapes.items() if layers.get(name, 0) < kept}
-        if sum(map(math.prod, fitting.values())) <= num_elements:
-            return fitting, f"{kept} of its {num_layers} layers"
+        planner = {name: shape for name, shape in shapes.items() if layers.get(name, 0) < kept}
+        if sum(map(math.prod, planner.values())) <= num_elements:
+            return planner, f"{kept} of its {num_layers} layers"
     raise SystemExit(f"one layer has more than the {num_elements} elements that there is room for")
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 from tests.benchmarks.heading import ROOT, dated, packages, processor, publish
 
 _7B = ("--config", "configs/llama_7b.yaml")
@@ -63,7 +63,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     wall, user, resident, _, _ = _run("-c", "import gc; gc.disable(); import tuner.config.parser")
-    lines.append(f"| imports alone | {wall:.1f} | {user:.1f} | {in_words(resident)} | | |")
+    lines.append(f"| imports alone | {wall:.1f} | {user:.1f} | {format_bytes(resident)} | | |")
     for name, options in CASES.items():
         lines.append(_row(name, options))
         print(lines[-1], file=sys.stderr, flush=True)
@@ -76,9 +76,11 @@ def _row(name: str, options: tuple[str, ...]) -> str:
         raise SystemExit(f"{name}: plan ended with exit code {code}")
     plan = json.loads(text)
     levels = list(plan["levels"].values())
-    feasible = "yes" if plan["feasible"] else f"no, needs {in_words(plan['minimum_budget_bytes'])}"
+    feasible = (
+        "yes" if plan["feasible"] else f"no, needs {format_bytes(plan['minimum_budget_bytes'])}"
+    )
     return (
-        f"| {name} | {wall:.1f} | {user:.1f} | {in_words(resident)} | {feasible} | "
+        f"| {name} | {wall:.1f} | {user:.1f} | {format_bytes(resident)} | {feasible} | "
         f"{sum(levels) / len(levels):.2f} |"
     )
 

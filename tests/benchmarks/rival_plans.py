@@ -22,10 +22,10 @@ from foam_lightning.plan import FoldPlan
 from tests.benchmarks.heading import ROOT
 from tuner.config.parser import parse
 from tuner.planning.knobs import Knobs
-from tuner.planning.planner import UNTUNED, Fitting
-from tuner.planning.scales import turned
-from tuner.trials.cache import KeptRuns
-from tuner.trials.runner import Bench, ShortRun
+from tuner.planning.planner import DEFAULT_KNOBS, BudgetPlanner
+from tuner.planning.scales import scale_plan
+from tuner.trials.cache import TrialStore
+from tuner.trials.runner import TrialResult, TrialRunner
 
 MODELS: dict[str, dict[str, int | float]] = {
     "default": {},
@@ -54,9 +54,9 @@ ADAM = "split-lr Adam"
 # Random plans draw log-uniform multipliers of roles and depth up to this; wider ones put half of
 # the matrices at level 0 and the rest at 8.
 _SPREAD = math.log(3.0)
-ALIKE = replace(UNTUNED, q=1.0, k=1.0)
+ALIKE = replace(DEFAULT_KNOBS, q=1.0, k=1.0)
 BY_HAND = {
-    "q, k low": UNTUNED,
+    "q, k low": DEFAULT_KNOBS,
     "v, o low": replace(ALIKE, v=8.0, o=8.0),
     "down low": replace(ALIKE, down=8.0),
     "early low": replace(ALIKE, depth_slope=-1.0),
@@ -106,12 +106,12 @@ def job_of(model: str) -> Job:
 
 def rows_of(job: Job) -> list[Row]:
     """List the plans; the first three are Adam."""
-    fitting = Fitting(job, sys.maxsize)
-    adam = fitting.uniform(0)
+    planner = BudgetPlanner(job, sys.maxsize)
+    adam = planner.uniform(0)
 
-    def decoded(name: str, level: int, knobs: Knobs) -> Row:
-        uniform = fitting.uniform(level)
-        levels = fitting.decoded(knobs, fitting.folded_bytes(uniform))
+    def levels_at(name: str, level: int, knobs: Knobs) -> Row:
+        uniform = planner.uniform(level)
+        levels = planner.levels_for(knobs, planner.folded_state_bytes(uniform))
         scales = {
             n: uniform.scales[n] if levels[n] or role_of(n) in ("q", "k") else adam.scales[n]
             for n in levels
@@ -123,35 +123,35 @@ def rows_of(job: Job) -> list[Row]:
         roles = dict(zip(ROLES, np.exp(draw[:7]).tolist(), strict=True))
         slope, curvature = draw[7:].tolist()
         knobs = replace(ALIKE, **roles, depth_slope=slope, depth_curvature=curvature)
-        return decoded(f"random {number}", level, knobs)
+        return levels_at(f"random {number}", level, knobs)
 
     return [
         Row(ADAM, 1, adam, is_folded=False),
-        Row(f"{ADAM}, q, k at .25", 1, turned(adam, qk_factor=2.5), is_folded=False),
+        Row(f"{ADAM}, q, k at .25", 1, scale_plan(adam, qk_factor=2.5), is_folded=False),
         Row(
             f"{ADAM}, lr x 2, scale / 2",
             1,
-            turned(adam, lr_factor=2.0, scale_factor=0.5),
+            scale_plan(adam, lr_factor=2.0, scale_factor=0.5),
             is_folded=False,
         ),
         Row(
             "uniform level 2, published lr .01",
             0.25,
-            replace(fitting.uniform(2), lr=0.01),
+            replace(planner.uniform(2), lr=0.01),
             is_folded=False,
         ),
-        *(Row(f"uniform level {n}", 0.5**n, fitting.uniform(n)) for n in (1, 2, 3, 8)),
-        *(decoded(name, 2, knobs) for name, knobs in BY_HAND.items()),
-        *(decoded(f"q, k low, {0.5**level:g} of Adam", level, UNTUNED) for level in (1, 3)),
+        *(Row(f"uniform level {n}", 0.5**n, planner.uniform(n)) for n in (1, 2, 3, 8)),
+        *(levels_at(name, 2, knobs) for name, knobs in BY_HAND.items()),
+        *(levels_at(f"q, k low, {0.5**level:g} of Adam", level, DEFAULT_KNOBS) for level in (1, 3)),
         *(randomly(n, level) for n, level in enumerate((2, 2, 2, 1, 3))),
     ]
 
 
-def one_run(task: Task) -> ShortRun:
+def one_run(task: Task) -> TrialResult:
     """Train by a plan on a seed."""
     torch.set_num_threads(1)
     plan = FoldPlan.from_json(task.plan)
-    return Bench(job_of(task.model)).run(plan, num_steps=task.num_steps, seed=task.seed)
+    return TrialRunner(job_of(task.model)).run(plan, num_steps=task.num_steps, seed=task.seed)
 
 
 def plans_of(model: str) -> list[Row]:
@@ -160,9 +160,9 @@ def plans_of(model: str) -> list[Row]:
     return [row for row in rows_of(job_of(model)) if row.name not in left_out]
 
 
-def runs_of(tasks: Sequence[Task], kept: Path | None) -> dict[Task, ShortRun]:
+def runs_of(tasks: Sequence[Task], kept: Path | None) -> dict[Task, TrialResult]:
     """Do the runs that are not kept yet, two at a time, and give all."""
-    runs = KeptRuns(kept)
+    runs = TrialStore(kept)
     missing = [task for task in tasks if runs.get(task.key) is None]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         futures = {processes.submit(one_run, task): task for task in missing}

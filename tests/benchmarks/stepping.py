@@ -135,7 +135,7 @@ def first_steps(row: Row, weights: Weights) -> Stepped:
         stepped.state_bytes = sum(map(state_bytes, stepped.optimizers))
         if [grad._version for grad in weights.gradients] != untouched:
             raise RuntimeError("it changes the gradients, which all rows share")
-    except Exception as error:  # whatever a rival raises belongs into its row
+    except Exception as error:  # whatever a baseline raises belongs into its row
         stepped.fail(error)
     return stepped
 

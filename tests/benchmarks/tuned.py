@@ -23,26 +23,26 @@ import torch
 from typing_extensions import override
 
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.training import versions
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 from tests.benchmarks.heading import dated, machine, publish
 from tests.benchmarks.rival_plans import MODELS, Task, job_of, plans_of, runs_of
-from tuner.planning.planner import Fitting
-from tuner.planning.scales import ADAMS_QK, scales_in_words, turned
+from tuner.planning.planner import BudgetPlanner
+from tuner.planning.scales import ADAM_QK_FACTOR, describe_scales, scale_plan
 from tuner.search.search import search
-from tuner.trials.budget import Effort
-from tuner.trials.cache import job_key, known_of
-from tuner.trials.results import Outcome
-from tuner.trials.runner import ShortRun, paired_difference
+from tuner.trials.budget import SearchBudget
+from tuner.trials.cache import job_key, load_earlier_trials
+from tuner.trials.results import SearchResult
+from tuner.trials.runner import TrialResult, paired_difference
 
 LOWEST_LEVELS = (1, 2, 3)  # a half, a quarter and an eighth of Adam's state
 # Of the learning rate of the configuration, beside those of the ranking.
 ADAM_RATES = {"default": (0.25, 0.5), "larger": (0.5, 2.0)}
-EFFORT = Effort(num_trials=12, steps=300, num_seeds=2)
+EFFORT = SearchBudget(num_trials=12, steps=300, num_seeds=2)
 
 
-class SharedFitting(Fitting):
+class StateBudgetPlanner(BudgetPlanner):
     """The plans that take no more state than a uniform level does, and Adam to compare with.
 
     Args:
@@ -56,8 +56,8 @@ class SharedFitting(Fitting):
 
     @cached_property
     @override
-    def levers(self) -> Levers:
-        return self.job.levers
+    def memory_options(self) -> MemoryOptions:
+        return self.job.memory_options
 
     @cached_property
     @override
@@ -66,13 +66,13 @@ class SharedFitting(Fitting):
 
     @property
     @override
-    def adam_fits(self) -> bool:
+    def adam_may_win(self) -> bool:
         return False
 
     @cached_property
     @override
-    def state_allowance(self) -> int:
-        return self.folded_bytes(self.uniform(self._lowest))
+    def max_state_bytes(self) -> int:
+        return self.folded_state_bytes(self.uniform(self._lowest))
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ class Row:
     plan: FoldPlan
 
 
-def searched(job: Job, lowest: int, folder: Path) -> Outcome:
+def run_search(job: Job, lowest: int, folder: Path) -> SearchResult:
     """Search within the bytes of a uniform level; what earlier searches ran is not run again."""
     place = folder / f"level_{lowest}"
     place.mkdir(parents=True, exist_ok=True)
     others = [path for path in sorted(folder.glob("level_*/study.db")) if path.parent != place]
     return search(
         job,
-        SharedFitting(job, lowest),
+        StateBudgetPlanner(job, lowest),
         place,
         EFFORT,
-        known=known_of(others, job_key(job)),
+        known=load_earlier_trials(others, job_key(job)),
         on_run=lambda *run: print(lowest, *run, flush=True),
     )
 
@@ -114,16 +114,16 @@ def rows(job: Job, model: str, folder: Path) -> tuple[list[Row], list[str]]:
     ]
     adam = job.plan_at(0)
     for factor in ADAM_RATES[model]:
-        plan = turned(adam, lr_factor=factor, qk_factor=ADAMS_QK)
+        plan = scale_plan(adam, lr_factor=factor, qk_factor=ADAM_QK_FACTOR)
         found.append(Row(f"split-lr Adam, q, k at .25, lr x {factor:g}", 1, plan))
     reasons = []
     for lowest in LOWEST_LEVELS:
-        outcome = searched(job, lowest, folder)
+        search_result = run_search(job, lowest, folder)
         share = 0.5**lowest
-        reasons.append(f"- at {share:g} of Adam's state, the search chose: {outcome.reason}")
-        for c in outcome.finalists:
-            where = 2.0 ** round(math.log2(c.state_bytes / outcome.adam_state_bytes))
-            is_winner = c is outcome.winner
+        reasons.append(f"- at {share:g} of Adam's state, the search chose: {search_result.reason}")
+        for c in search_result.finalists:
+            where = 2.0 ** round(math.log2(c.state_bytes / search_result.adam_state_bytes))
+            is_winner = c is search_result.winner
             if c.kind == "uniform" and not is_winner:
                 continue
             name = f"**{c.label}, chosen at {share:g}**" if is_winner else f"{c.label}, found"
@@ -132,7 +132,7 @@ def rows(job: Job, model: str, folder: Path) -> tuple[list[Row], list[str]]:
     return sorted(found, key=lambda row: -row.share), reasons
 
 
-def mean_loss(runs: Sequence[ShortRun]) -> float:
+def mean_loss(runs: Sequence[TrialResult]) -> float:
     return sum(run.loss for run in runs) / len(runs)
 
 
@@ -164,7 +164,7 @@ def main() -> None:
     of_row = [[runs[task(row, seed)] for seed in seeds] for row in table]
     of_adam = [found for found, row in zip(of_row, table, strict=True) if row.share == 1]
     reference = min(of_adam, key=mean_loss)
-    fitting = Fitting(job, sys.maxsize)
+    planner = BudgetPlanner(job, sys.maxsize)
     lines = [
         f"# Tuned plans against Adam, uniform and random ones, the {arguments.model} model",
         "",
@@ -194,8 +194,8 @@ def main() -> None:
     for row, found in zip(table, of_row, strict=True):
         beside = uniform.get(row.share)
         lines.append(
-            f"| {row.share:g} | {row.name} | {row.plan.lr:g} | {scales_in_words(row.plan)} | "
-            f"{in_words(fitting.folded_bytes(row.plan))} | "
+            f"| {row.share:g} | {row.name} | {row.plan.lr:g} | {describe_scales(row.plan)} | "
+            f"{format_bytes(planner.folded_state_bytes(row.plan))} | "
             + " | ".join(f"{run.loss:.4f}" for run in found)
             + f" | {mean_loss(found):.4f} | {_against(found, reference)} | "
             + f"{'' if beside is None else _against(found, beside)} |"
@@ -203,7 +203,7 @@ def main() -> None:
     publish(lines, output)
 
 
-def _against(runs: Sequence[ShortRun], others: Sequence[ShortRun]) -> str:
+def _against(runs: Sequence[TrialResult], others: Sequence[TrialResult]) -> str:
     return "0" if runs is others else str(paired_difference(runs, others))
 
 

@@ -24,7 +24,7 @@ from lightning.pytorch import Callback, Trainer
 
 import cli
 from foam_lightning import training
-from foam_lightning.checkpoint.load import newest_whole
+from foam_lightning.checkpoint.load import find_intact_checkpoint
 from tests.tiny import write_settings
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -128,7 +128,7 @@ class Place:
 
     def steps_kept(self) -> int:
         """Tell of what step the checkpoint is that the run would go on from."""
-        whole = newest_whole(self.last)
+        whole = find_intact_checkpoint(self.last)
         return whole.content["global_step"] if whole else 0
 
     def weights(self) -> dict[str, torch.Tensor]:

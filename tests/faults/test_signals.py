@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import cli
 from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.job import Job
-from foam_lightning.signals import Interrupted, listening
+from foam_lightning.signals import Interrupted, handle_signals
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import Trained, train
 from tests.runs import STEPS, Finished, NewJob, open_folder, small
 from tests.tiny import write_settings
-from tuner.trials.runner import Bench
+from tuner.trials.runner import TrialRunner
 
 
 class Signal(Callback):
@@ -66,7 +66,7 @@ def run(finished: Finished) -> Iterator[Run]:
     """Give `run(folder, job)`: train by the plan of the finished run, and listen for signals."""
 
     def run(folder: RunFolder, job: Job) -> Trained:
-        with listening():
+        with handle_signals():
             return train(job, finished.plan, folder)
 
     yield run
@@ -148,7 +148,7 @@ def test_a_search_that_a_signal_ends_keeps_its_trials(
 ) -> None:
     words = ["tune", "--config", str(write_settings(tmp_path)), "--memory-budget", "24GB"]
     words += ["--tune.trials", "4", "--tune.steps", "4"]
-    trained = Bench._trained
+    trained = TrialRunner._trained
     count = 0
 
     class Ends(Callback):
@@ -156,13 +156,13 @@ def test_a_search_that_a_signal_ends_keeps_its_trials(
             if count == 4 and trainer.global_step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    def counted(bench: Bench, *arguments: Any) -> Any:
+    def counted(bench: TrialRunner, *arguments: Any) -> Any:
         nonlocal count
         count += 1
         *others, callbacks = arguments
         return trained(bench, *others, [*callbacks, Ends()])
 
-    monkeypatch.setattr(Bench, "_trained", counted)
+    monkeypatch.setattr(TrialRunner, "_trained", counted)
     monkeypatch.setattr("tuner.pipeline.write_report", lambda *_: {})  # its plots take seconds
     assert cli.main(words) == 143
     out, err = capfd.readouterr()

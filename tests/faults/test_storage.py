@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 
 import cli
 from foam_lightning import training
-from foam_lightning.checkpoint.io import one_before
+from foam_lightning.checkpoint.io import previous_checkpoint
 from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.errors import CheckpointError
 from foam_lightning.storage.run_folder import RunFolder
@@ -50,7 +50,7 @@ def broken(stopped: RunFolder, tmp_path: Path) -> RunFolder:
     shutil.copytree(stopped.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     os.utime(folder.last_checkpoint, (0, 0))
-    os.utime(one_before(folder.last_checkpoint), (time.time() + 10**6,) * 2)
+    os.utime(previous_checkpoint(folder.last_checkpoint), (time.time() + 10**6,) * 2)
     return folder
 
 
@@ -95,7 +95,7 @@ def test_a_run_without_any_whole_checkpoint_is_one_line(
     finished: Finished, broken: RunFolder
 ) -> None:
     cut(broken.last_checkpoint)
-    cut(one_before(broken.last_checkpoint))
+    cut(previous_checkpoint(broken.last_checkpoint))
     with pytest.raises(CheckpointError, match=r"previous\.ckpt: truncated") as caught:
         train(finished.job, finished.plan, broken)
     assert len(str(caught.value).splitlines()) == 1

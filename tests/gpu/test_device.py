@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foam_lightning.memory.device import Gpu, is_out_of_memory, wall
+from foam_lightning.memory.device import Gpu, is_out_of_memory, memory_cap
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,8 +17,8 @@ def test_nothing_is_reserved_beyond_the_wall() -> None:
     gpu, costs = Gpu(), Gpu().measure()
     budget = costs.context + torch.cuda.memory_reserved() + 500 * MB
     kept: list[torch.Tensor] = []
-    gpu.forget_peaks()
-    with wall(gpu, budget, costs.context):
+    gpu.reset_peaks()
+    with memory_cap(gpu, budget, costs.context):
         with pytest.raises(torch.OutOfMemoryError) as caught:
             kept.extend(torch.empty(30 * MB, dtype=torch.int8, device="cuda") for _ in range(99))
         assert is_out_of_memory(caught.value)

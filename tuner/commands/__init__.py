@@ -1,1 +1,1 @@
-"""TODO."""
+"""The commands of the command line, one module each."""

@@ -6,10 +6,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from tuner.comparison.compare import MOST_RATES, Comparison, Options, compare
 from tuner.comparison.profile import num_steps
 from tuner.comparison.report import compare_table, write_comparison
+from tuner.config.parser import Settings
 
 
 def run_comparison(job: Job, options: Options, folder: Path, *, command: str) -> Comparison:
@@ -26,7 +28,7 @@ def run_comparison(job: Job, options: Options, folder: Path, *, command: str) ->
         MemoryShortageError: The device has not enough memory.
     """
     job.check_weights()
-    job.new_data(job.levers).setup()  # refuses bad text before the first run
+    job.new_data(job.memory_options).setup()  # refuses bad text before the first run
     console = Console(soft_wrap=True)
     measured = num_steps(len(options.optimizers))
     steps = options.least_runs * options.steps + measured
@@ -65,3 +67,14 @@ def run_comparison(job: Job, options: Options, folder: Path, *, command: str) ->
     console.print(compare_table(found))
     console.print(f"written {' and '.join(map(str, written))}", highlight=False)
     return found
+
+
+def run_compare(settings: Settings) -> None:
+    """Compare optimizers on the job of the settings."""
+    if settings.memory_budget is not None or settings.fold_plan is not None:
+        raise ConfigError(
+            "compare runs every optimizer as configured; leave --memory-budget and --fold-plan out"
+        )
+    options = Options.of(settings.optimizers, settings.steps, settings.seeds)
+    folder = Path(settings.runs) / settings.name / "compare"
+    run_comparison(settings.job(), options, folder, command=settings.command)

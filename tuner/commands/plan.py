@@ -4,13 +4,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from foam_lightning.errors import ConfigError, FoamError, InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.validation import MODEL, check_ranges
-from tuner.planning.planner import Fitting, neighbours
+from tuner.config.parser import Settings
+from tuner.planning.planner import BudgetPlanner, nearby_budgets
 from tuner.report.plan_table import (
     level_grid,
     plan_json,
@@ -21,7 +22,7 @@ from tuner.report.plan_table import (
 
 
 @dataclass(frozen=True)
-class Answer:
+class PlanAnswer:
     """A plan to be shown.
 
     Attributes:
@@ -42,7 +43,7 @@ def plan(
     uniform_level: int | None = None,
     num_tensors: int = 0,
     picture: Path | None = None,
-) -> Answer:
+) -> PlanAnswer:
     """Find the plan of a budget, or look at one level everywhere.
 
     Args:
@@ -61,40 +62,40 @@ def plan(
     if budget_bytes is None and uniform_level is None:
         raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
     check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
-    fitting = Fitting(job, budget_bytes or sys.maxsize)
-    found, refusal = _choose(fitting) if uniform_level is None else _check(fitting, uniform_level)
-    account = fitting.accountant.account(found)
-    minimum = None if budget_bytes is None else fitting.minimum.account.peak_bytes
-    near = neighbours(fitting) if uniform_level is None else []
-    tensors = fitting.accountant.tensors(found) if num_tensors else []
+    planner = BudgetPlanner(job, budget_bytes or sys.maxsize)
+    found, refusal = _choose(planner) if uniform_level is None else _check(planner, uniform_level)
+    account = planner.accountant.account(found)
+    minimum = None if budget_bytes is None else planner.minimum.account.peak_bytes
+    near = nearby_budgets(planner) if uniform_level is None else []
+    tensors = planner.accountant.tensors(found) if num_tensors else []
     if picture is not None:
-        _draw(fitting, found, budget_bytes, picture)
-    table = plan_table(found, account, budget_bytes, minimum, near, fitting.prices(found))
+        _draw(planner, found, budget_bytes, picture)
+    table = plan_table(found, account, budget_bytes, minimum, near, planner.option_costs(found))
     largest = tensors_as_json(tensors, num_tensors)
-    return Answer(
+    return PlanAnswer(
         Group(table, tensor_table(tensors, num_tensors)) if tensors else table,
         plan_json(found, account, budget_bytes, minimum, near, largest),
         refusal,
     )
 
 
-def _choose(fitting: Fitting) -> tuple[FoldPlan, FoamError | None]:
+def _choose(planner: BudgetPlanner) -> tuple[FoldPlan, FoamError | None]:
     try:
-        return fitting.untuned(), None
+        return planner.default_plan(), None
     except InfeasibleBudgetError as error:
-        return fitting.minimum.plan, error
+        return planner.minimum.plan, error
 
 
-def _check(fitting: Fitting, level: int) -> tuple[FoldPlan, FoamError | None]:
-    found = fitting.job.plan_at(level)
+def _check(planner: BudgetPlanner, level: int) -> tuple[FoldPlan, FoamError | None]:
+    found = planner.job.plan_at(level)
     try:
-        fitting.check(found)
+        planner.check(found)
     except InfeasibleBudgetError as error:
         return found, error
     return found, None
 
 
-def _draw(fitting: Fitting, found: FoldPlan, budget_bytes: int | None, path: Path) -> None:
+def _draw(planner: BudgetPlanner, found: FoldPlan, budget_bytes: int | None, path: Path) -> None:
     # Where nothing is drawn, nothing that draws is imported.
     from tuner.report.plan_plots import draw_plan
     from tuner.report.style import save
@@ -102,10 +103,27 @@ def _draw(fitting: Fitting, found: FoldPlan, budget_bytes: int | None, path: Pat
     plans = {"plan": found}
     if any(found.levels.values()):
         adam = replace(found, levels=dict.fromkeys(found.levels, 0))
-        plans = {"Adam, same levers": adam, **plans}
-    accounts = {name: fitting.accountant.account(plan) for name, plan in plans.items()}
+        plans = {"Adam, same memory options": adam, **plans}
+    accounts = {name: planner.accountant.account(plan) for name, plan in plans.items()}
     grid, _ = level_grid(found.levels)
     try:
         save(draw_plan(accounts, budget_bytes, grid), path)
     except OSError as error:
         raise ConfigError(f"cannot write the picture {path}: {error.strerror or error}") from error
+
+
+def run_plan(settings: Settings) -> None:
+    """Print what fits a budget."""
+    answer = plan(
+        settings.job(),
+        settings.memory_budget,
+        uniform_level=settings.uniform_level,
+        num_tensors=settings.tensors,
+        picture=None if settings.picture is None else Path(settings.picture),
+    )
+    if settings.format == "json":
+        print(answer.json)
+    else:
+        Console().print(answer.table)
+    if answer.refusal is not None:
+        raise answer.refusal

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Optimizers compared on one job."""

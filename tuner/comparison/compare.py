@@ -11,9 +11,9 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.optim.baselines import OPTIMIZERS, check, installed, library
 from foam_lightning.plan import FoldPlan
-from tuner.comparison.profile import Footprint, measure
-from tuner.trials.cache import KeptRuns, job_key, run_key
-from tuner.trials.runner import Bench, Difference, ShortRun, paired_difference
+from tuner.comparison.profile import OptimizerProfile, measure
+from tuner.trials.cache import TrialStore, job_key, trial_key
+from tuner.trials.runner import Difference, TrialResult, TrialRunner, paired_difference
 
 # Where the rates of each are looked for, as a share of model.lr, which is FOAM's: Adam with one
 # rate for all tensors wants about a tenth of it, as the scales .25 and .1 beside FOAM's say.
@@ -91,7 +91,7 @@ class Contender:
     name: str
     losses: Mapping[float, float]
     lr: float
-    runs: Sequence[ShortRun]
+    runs: Sequence[TrialResult]
     is_at_edge: bool
 
     @property
@@ -123,7 +123,7 @@ class Comparison:
 
     options: Options
     contenders: Sequence[Contender]
-    footprints: Mapping[str, Footprint]
+    profiles: Mapping[str, OptimizerProfile]
 
     @property
     def control(self) -> Contender | None:
@@ -166,20 +166,20 @@ def compare(
         raise ConfigError(
             f"cannot write {folder}: {error.strerror}; choose another place with --runs"
         ) from error
-    kept = KeptRuns(folder / "runs.json")
+    kept = TrialStore(folder / "runs.json")
 
-    def run(name: str, lr: float, seed: int) -> ShortRun:
+    def run(name: str, lr: float, seed: int) -> TrialResult:
         bench, plan = benches[name][0], replace(benches[name][1], lr=lr)
         steps = options.steps
         job_name = f"{job_key(bench.job)}, {library(name)}"
-        key = run_key(job_name, plan, num_steps=steps, seed=seed)
+        key = trial_key(job_name, plan, num_steps=steps, seed=seed)
         found = kept.get(key)
         if found is None:
             try:
                 found = bench.run(plan, num_steps=steps, seed=seed)
             # Decomposing gradients that are no numbers any more; torch does not declare its export.
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                found = ShortRun([math.nan], [1])
+                found = TrialResult([math.nan], [1])
             about = {"optimizer": name, "lr": lr, "seed": seed, "steps": steps}
             kept.put(key, about, found)
         else:
@@ -190,21 +190,21 @@ def compare(
     contenders = [
         _contend(name, job, options.seeds, run, on_extended) for name in options.optimizers
     ]
-    footprints = measure(benches, on_steps)
+    profiles = measure(benches, on_steps)
     contenders.sort(key=lambda one: (one.has_diverged, one.loss))
-    return Comparison(options, contenders, footprints)
+    return Comparison(options, contenders, profiles)
 
 
-def _bench_of(job: Job, name: str, on_step: Callable[[], None]) -> tuple[Bench, FoldPlan]:
+def _bench_of(job: Job, name: str, on_step: Callable[[], None]) -> tuple[TrialRunner, FoldPlan]:
     own = replace(job, model={**job.model, "optimizer": name})
-    return Bench(own, on_step), own.own_plan()
+    return TrialRunner(own, on_step), own.own_plan()
 
 
 def _contend(
     name: str,
     job: Job,
     num_seeds: int,
-    run: Callable[[str, float, int], ShortRun],
+    run: Callable[[str, float, int], TrialResult],
     on_extended: Callable[[], None],
 ) -> Contender:
     centre = _CENTRES[name] * job.model["lr"]
@@ -227,7 +227,7 @@ def _contend(
     )
 
 
-def _best(runs: Mapping[int, ShortRun]) -> int:
+def _best(runs: Mapping[int, TrialResult]) -> int:
     """Find the power of the lowest loss; the lowest power where all diverged."""
 
     def order(power: int) -> tuple[bool, float, int]:
@@ -237,7 +237,7 @@ def _best(runs: Mapping[int, ShortRun]) -> int:
     return min(runs, key=order)
 
 
-def _further(runs: Mapping[int, ShortRun]) -> int | None:
+def _further(runs: Mapping[int, TrialResult]) -> int | None:
     """Find the power to try next, beyond an edge that is the best; None where none is."""
     best = _best(runs)
     if best == min(runs):

@@ -17,7 +17,7 @@ from typing_extensions import override
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.optim.baselines import state_bytes, state_tensors
 from foam_lightning.plan import FoldPlan
-from tuner.trials.runner import Bench, StepClock
+from tuner.trials.runner import StepClock, TrialRunner
 
 
 def processor() -> str:
@@ -52,7 +52,7 @@ _ROUNDS, _STEPS, _WARM_STEPS = 3, 7, 2
 
 
 @dataclass(frozen=True)
-class Footprint:
+class OptimizerProfile:
     """What an optimizer takes beside the loss it gives.
 
     Attributes:
@@ -69,9 +69,9 @@ class Footprint:
 
 
 def measure(
-    benches: Mapping[str, tuple[Bench, FoldPlan]],
+    benches: Mapping[str, tuple[TrialRunner, FoldPlan]],
     on_steps: Callable[[int], None] = lambda _: None,
-) -> dict[str, Footprint]:
+) -> dict[str, OptimizerProfile]:
     """Measure optimizers side by side: some steps of each in turn, three times over.
 
     Whatever else the machine does falls on all of them. The first steps, which compile and
@@ -94,7 +94,9 @@ def measure(
             seconds[name] += steps[_WARM_STEPS - 1 :]
             on_steps(_STEPS)
     return {
-        name: Footprint(watch.state_bytes, watch.peak_bytes, statistics.median(seconds[name]))
+        name: OptimizerProfile(
+            watch.state_bytes, watch.peak_bytes, statistics.median(seconds[name])
+        )
         for name, watch in watches.items()
     }
 

@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.table import Table
 
 from foam_lightning import __version__
-from foam_lightning.storage.run_folder import write_text
-from foam_lightning.units import in_words
+from foam_lightning.storage.atomic import write_text
+from foam_lightning.units import format_bytes
 from tuner.comparison.compare import MOST_RATES, Comparison, Contender
 from tuner.comparison.profile import machine, packages
 from tuner.report.style import (
@@ -127,15 +127,15 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 def _rows(found: Comparison) -> Sequence[Sequence[str]]:
     rows = []
     for one in found.contenders:
-        taken = found.footprints[one.name]
+        taken = found.profiles[one.name]
         rows.append(
             (
                 one.name,
                 f"{one.lr:.3g}{' (at the edge)' if one.is_at_edge else ''}",
                 "diverged" if one.has_diverged else f"{one.loss:.4f}",
                 _against(one, found.control),
-                in_words(taken.state_bytes),
-                in_words(taken.peak_bytes),
+                format_bytes(taken.state_bytes),
+                format_bytes(taken.peak_bytes),
                 f"{taken.step_seconds * 1e3:.3g}",
             )
         )
@@ -193,7 +193,7 @@ def _draw_state(axes: Axes, found: Comparison) -> None:
     axes.set_ylabel("validation loss (nats per token)")
     for one in found.contenders:
         colour, marker = _STYLES[one.name]
-        state = found.footprints[one.name].state_bytes / 1e6
+        state = found.profiles[one.name].state_bytes / 1e6
         if one.has_diverged:
             _mark_above(axes, state, colour, "x")
             continue

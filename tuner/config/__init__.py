@@ -1,1 +1,1 @@
-"""TODO."""
+"""YAML and command line, parsed into the settings of a job."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from foam_lightning.errors import ConfigError, in_one_line
+from foam_lightning.errors import ConfigError, one_line
 from foam_lightning.storage.paths import exists, is_file
 from foam_lightning.units import ByteSize
 from tuner.config.credentials import refuse_credentials
@@ -37,7 +37,7 @@ SHARED = {
     "--data.dataset NAME": "a dataset on the Hugging Face Hub",
     "--data.tokenizer PATH": "a local tokenizer or one on the Hub; none trains one",
     "--model.level L": "fold level of every matrix where there is no budget",
-    "--model.optimizer NAME": "foam, or a rival of `compare`, which trains without a budget",
+    "--model.optimizer NAME": "foam, or a baseline of `compare`, which trains without a budget",
     "--model.max_skipped_steps N": "steps in a row skipped for bad numbers before fit stops; 10",
     "--model.max_rollbacks N": "go back to the last checkpoint, up to N times, where loss spikes",
     "--model.pretrained DIR": "start from a local Hugging Face LLaMA folder",
@@ -177,6 +177,21 @@ def _read(path: Path) -> object:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from error
     except yaml.YAMLError as error:
-        reason = in_one_line(error)
+        reason = one_line(error)
         raise ConfigError(f"the configuration {path} is not YAML: {reason}") from error
     return content
+
+
+def default_config(options: list[str]) -> Path | None:
+    """Choose the configuration of a command that names none: its checkpoint's run, or ours."""
+    if any(values_of(options, "--config")):
+        return None
+    for checkpoint in values_of(options, "--ckpt_path"):
+        try:
+            beside = Path(checkpoint).resolve().parent.parent / "config.yaml"
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or no path at all
+            continue
+        if is_file(beside):
+            check_config(beside)
+            return beside
+    return Path(__file__).parents[2] / "configs" / "default.yaml"

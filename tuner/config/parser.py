@@ -14,13 +14,13 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, r
 from lightning.pytorch import Trainer
 
 from foam_lightning.data.module import TextData
-from foam_lightning.errors import ConfigError, FoamError, in_one_line
+from foam_lightning.errors import ConfigError, FoamError, one_line
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.units import ByteSize
 from tuner.config.allowed_classes import allow_only, refusal
 from tuner.config.help import nearest, values_of
-from tuner.config.safe_yaml import careful
+from tuner.config.safe_yaml import checked_loader
 from tuner.trials.budget import TuneOptions
 
 # Options of single commands; all others are shared, so that one YAML serves every command.
@@ -33,7 +33,7 @@ _OWN = (
 # Values are YAML too, on the command line and as texts within a file; there is no public place to
 # say how they are read.
 _layer: Any = _loaders_dumpers
-_layer.yaml_default_loader = careful(_layer.get_yaml_default_loader())
+_layer.yaml_default_loader = checked_loader(_layer.get_yaml_default_loader())
 _ALLOW = ("--allow-class-paths", "--allow_class_paths")
 _LONGEST_NAME = 200  # bytes; file systems take 255, and files in the making have longer names
 _MOST_CHARACTERS = 500  # of an error; a value may be long, and a type's description is
@@ -131,7 +131,7 @@ def _line(error: Exception, parser: ArgumentParser) -> str:
     denied = re.search(r"Importing '([^']+)' is not allowed", str(error))
     if denied is not None:
         return refusal(denied[1])
-    text = in_one_line(error)
+    text = one_line(error)
     flag = re.search(r"unrecognized arguments: (--[^\s=]+)", text)
     key = re.search(r"(?:Group '(\w+)' does not accept option|Option) '([^']+)'", text)
     flags = [name for action in parser._actions for name in action.option_strings]

@@ -48,7 +48,7 @@ def check_yaml(text: str) -> None:
             walk.take(event)
 
 
-def careful(loader: Any) -> type:
+def checked_loader(loader: Any) -> type:
     """Make of a safe loader of PyYAML one that looks before it builds."""
 
     class Careful(loader):  # type: ignore[misc]

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Plans that fit a budget, without training."""

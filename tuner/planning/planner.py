@@ -10,22 +10,28 @@ from numpy.typing import NDArray
 from foam_lightning.errors import ConfigError, InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.memory.account import Account, Accountant, optimizer_state_bytes
-from foam_lightning.memory.options import MAX_LEVEL, TARGET_LEVEL, Ladder, prices, selective_rows
+from foam_lightning.memory.options import (
+    MAX_LEVEL,
+    TARGET_LEVEL,
+    OptionLadder,
+    option_costs,
+    selective_rows,
+)
 from foam_lightning.model.loss import least_rows_in_chunks
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from tuner.planning.knobs import Knobs, decode, nearest, state_bytes_table
-from tuner.planning.scales import ADAMS_QK, joined, turned
+from tuner.planning.scales import ADAM_QK_FACTOR, combine_plans, scale_plan
 
 LEVELS = tuple(range(MAX_LEVEL + 1))
 # With no run to learn from, damage is taken as convex in the bytes kept, so that matrices stay
 # within a level or two of each other instead of some at 0 and the rest at the cap; but q and k are
 # at 0 as long as the rest can make up for it, which was worth .03 and .12 nats (docs/log.md).
-UNTUNED = Knobs(exponent=4.0, q=8.0, k=8.0)
+DEFAULT_KNOBS = Knobs(exponent=4.0, q=8.0, k=8.0)
 
 
 @dataclass(frozen=True)
-class Minimum:
+class MinimumBudget:
     """The smallest budget that works.
 
     Attributes:
@@ -37,7 +43,7 @@ class Minimum:
     account: Account
 
 
-class Fitting:
+class BudgetPlanner:
     """Find plans of one job whose predicted peak is within a budget.
 
     Args:
@@ -46,14 +52,14 @@ class Fitting:
         like: Another of the same job, whose traces then serve both.
     """
 
-    def __init__(self, job: Job, budget_bytes: int, *, like: "Fitting | None" = None) -> None:
+    def __init__(self, job: Job, budget_bytes: int, *, like: "BudgetPlanner | None" = None) -> None:
         self.job = job
         self.budget_bytes = budget_bytes
         self.module: LlamaFoam = like.module if like else job.new_module()
         self.accountant: Accountant = like.accountant if like else job.new_accountant()
         length = int(job.data["sequence_length"])
-        self.ladder = Ladder(
-            job.levers,
+        self.ladder = OptionLadder(
+            job.memory_options,
             on_gpu=job.on_gpu,
             can_release=job.devices.count == 1,
             selective_rows=selective_rows(self.module.shapes, length, on_gpu=job.on_gpu),
@@ -66,29 +72,32 @@ class Fitting:
         share = self.job.devices.share
         return {name: share(shape) for name, shape in self.module.foldable.items()}
 
-    def with_budget(self, budget_bytes: int) -> "Fitting":
+    def with_budget(self, budget_bytes: int) -> "BudgetPlanner":
         """Look at the same job within another budget; what was traced serves both."""
-        return Fitting(self.job, budget_bytes, like=self)
+        return BudgetPlanner(self.job, budget_bytes, like=self)
 
     @cached_property
-    def minimum(self) -> Minimum:
-        """The plan with every matrix at the highest level and the levers that need least."""
+    def minimum(self) -> MinimumBudget:
+        """The plan at the highest level, with the memory options that need least."""
         return self.least(MAX_LEVEL)
 
-    def least(self, level: int) -> Minimum:
-        """Find the levers that need least with every matrix at one level."""
-        plans = [self.module.uniform_plan(level, levers) for levers in self.ladder.leanest()]
-        least: Minimum | None = None
+    def least(self, level: int) -> MinimumBudget:
+        """Find the memory options that need least with every matrix at one level."""
+        plans = [
+            self.module.uniform_plan(level, memory_options)
+            for memory_options in self.ladder.leanest()
+        ]
+        least: MinimumBudget | None = None
         # What the most promising needs rules most others out without a trace.
         for plan in sorted(plans, key=self.accountant.least):
             if least is None or self.accountant.fits(plan, least.account.peak_bytes - 1):
-                least = Minimum(plan, self.accountant.account(plan))
+                least = MinimumBudget(plan, self.accountant.account(plan))
         assert least is not None
         return least
 
     @cached_property
-    def levers(self) -> Levers:
-        """The cheapest levers that fit.
+    def memory_options(self) -> MemoryOptions:
+        """The cheapest memory options that fit.
 
         Raises:
             InfeasibleBudgetError: None do.
@@ -105,36 +114,36 @@ class Fitting:
 
     @cached_property
     def uniform_levels(self) -> list[int]:
-        """The uniform levels that fit with these levers, lowest first."""
-        return [level for level in LEVELS if self._fits_uniform(self.levers, level)]
+        """The uniform levels that fit with these memory options, lowest first."""
+        return [level for level in LEVELS if self._fits_uniform(self.memory_options, level)]
 
     @property
-    def adam_fits(self) -> bool:
+    def adam_may_win(self) -> bool:
         """Whether level 0 everywhere fits, which makes Adam a plan that may win."""
         return 0 in self.uniform_levels
 
     @cached_property
-    def state_allowance(self) -> int:
+    def max_state_bytes(self) -> int:
         """The bytes that the state of the matrices that fold may take, at most.
 
         What a plan needs beside them depends a little on the levels, so this is the most that any
-        uniform plan leaves, and may be too much: `decoded` looks again. State in host memory may
+        uniform plan leaves, and may be too much: `levels_for` looks again. State in host memory may
         take what it takes at the lowest level that fits.
         """
-        if self.levers.state_offload:
-            return self.folded_bytes(self.uniform(self.uniform_levels[0]))
+        if self.memory_options.state_offload:
+            return self.folded_state_bytes(self.uniform(self.uniform_levels[0]))
 
         def allowance(plan: FoldPlan) -> int:
             slack = self.budget_bytes - self.accountant.account(plan).peak_bytes
-            return self.folded_bytes(plan) + self.accountant.state_change(plan, slack)
+            return self.folded_state_bytes(plan) + self.accountant.state_change(plan, slack)
 
         return max(allowance(self.uniform(level)) for level in LEVELS)
 
     def uniform(self, level: int) -> FoldPlan:
         """Make the plan with every matrix at one level."""
-        return self.module.uniform_plan(level, self.levers)
+        return self.module.uniform_plan(level, self.memory_options)
 
-    def refuse_if_infeasible(self) -> None:
+    def check_feasible(self) -> None:
         """Make sure that some plan fits.
 
         Raises:
@@ -152,9 +161,9 @@ class Fitting:
 
         Raises:
             InfeasibleBudgetError: Carries what the plan needs.
-            ConfigError: The settings contradict the plan's levers.
+            ConfigError: The settings contradict the plan's memory options.
         """
-        self.job.check(plan.levers)
+        self.job.check(plan.memory_options)
         account = self.accountant.account(plan)
         if account.peak_bytes > self.budget_bytes:
             raise InfeasibleBudgetError(
@@ -165,7 +174,7 @@ class Fitting:
                 subject="this plan",
             )
 
-    def decoded(self, knobs: Knobs, state_bytes: int) -> dict[str, int]:
+    def levels_for(self, knobs: Knobs, state_bytes: int) -> dict[str, int]:
         """Turn knobs into levels that fill so many bytes of state and fit the budget.
 
         Args:
@@ -181,38 +190,38 @@ class Fitting:
             levels: Those others, of the same matrices; as they are if they fit.
         """
         wanted = partial(nearest, self._foldable, levels, LEVELS)
-        return self._filled(self.state_allowance, wanted)
+        return self._filled(self.max_state_bytes, wanted)
 
-    def folded_bytes(self, plan: FoldPlan) -> int:
+    def folded_state_bytes(self, plan: FoldPlan) -> int:
         """Count the state of the matrices that fold, the part that a plan decides."""
-        return optimizer_state_bytes(self._foldable, plan.levels, plan.levers.state_dtype)
+        return optimizer_state_bytes(self._foldable, plan.levels, plan.memory_options.state_dtype)
 
-    def untuned(self) -> FoldPlan:
+    def default_plan(self) -> FoldPlan:
         """Make the plan for this budget before any run: Adam if it fits, else levels that fill.
 
         Where the state is in host memory, levels take nothing from the device, but every byte of
         state crosses the bus twice a step: then every matrix is at level 2, or above where it must.
         """
-        if self.levers.state_offload:
+        if self.memory_options.state_offload:
             return self.uniform(max(TARGET_LEVEL, self.uniform_levels[0]))
         adam = self.uniform(0)
         if 0 in self.uniform_levels:
-            return turned(adam, qk_factor=ADAMS_QK)
-        levels = self.decoded(UNTUNED, self.state_allowance)
-        return joined(levels, unfolded=adam, folded=self.uniform(self.uniform_levels[0]))
+            return scale_plan(adam, qk_factor=ADAM_QK_FACTOR)
+        levels = self.levels_for(DEFAULT_KNOBS, self.max_state_bytes)
+        return combine_plans(levels, unfolded=adam, folded=self.uniform(self.uniform_levels[0]))
 
-    def prices(self, plan: FoldPlan) -> dict[str, str]:
-        """Say what the pulled levers of a plan cost in speed, by field of `Levers`."""
+    def option_costs(self, plan: FoldPlan) -> dict[str, str]:
+        """Say what the memory options of a plan cost in speed, by field of `MemoryOptions`."""
         shapes = self.module.shapes
-        state = optimizer_state_bytes(shapes, plan.levels, plan.levers.state_dtype)
-        return prices(plan.levers, shapes, state)
+        state = optimizer_state_bytes(shapes, plan.levels, plan.memory_options.state_dtype)
+        return option_costs(plan.memory_options, shapes, state)
 
     def _filled(
         self, state_bytes: int, levels_within: Callable[[NDArray[np.int64], int], dict[str, int]]
     ) -> dict[str, int]:
-        costs = state_bytes_table(self._foldable, LEVELS, self.levers.state_dtype)
-        least = self.folded_bytes(self.uniform(MAX_LEVEL))
-        allowed = min(state_bytes, self.state_allowance)
+        costs = state_bytes_table(self._foldable, LEVELS, self.memory_options.state_dtype)
+        least = self.folded_state_bytes(self.uniform(MAX_LEVEL))
+        allowed = min(state_bytes, self.max_state_bytes)
         while True:
             levels = levels_within(costs, allowed)
             plan = replace(self.uniform(0), levels=levels)
@@ -222,17 +231,17 @@ class Fitting:
             # The optimizer's workspace may be larger at these levels than at the one that leaves
             # most, perhaps by more than the state that is left to fold.
             change = self.accountant.state_change(plan, -excess)
-            allowed = max(least, self.folded_bytes(plan) + change)
+            allowed = max(least, self.folded_state_bytes(plan) + change)
 
-    def _fits_uniform(self, levers: Levers, level: int) -> bool:
-        return self.fits(self.module.uniform_plan(level, levers))
+    def _fits_uniform(self, memory_options: MemoryOptions, level: int) -> bool:
+        return self.fits(self.module.uniform_plan(level, memory_options))
 
 
 PERCENT = 10
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class NearbyBudget:
     """The plan of another budget.
 
     Attributes:
@@ -248,27 +257,27 @@ class Neighbour:
     peak_bytes: int | None
 
 
-def neighbours(fitting: Fitting) -> list[Neighbour]:
+def nearby_budgets(planner: BudgetPlanner) -> list[NearbyBudget]:
     """Find the plans of a tenth more and of a tenth less budget, in this order.
 
     They share the traces of the budget in between, and so take little time beside it.
 
     Args:
-        fitting: Of the budget in between, whether anything fits it or not.
+        planner: Of the budget in between, whether anything fits it or not.
     """
-    return [_neighbour(fitting, percent) for percent in (PERCENT, -PERCENT)]
+    return [_nearby_budget(planner, percent) for percent in (PERCENT, -PERCENT)]
 
 
-def _neighbour(fitting: Fitting, percent: int) -> Neighbour:
-    budget_bytes = fitting.budget_bytes * (100 + percent) // 100
-    if budget_bytes < fitting.minimum.account.peak_bytes:
-        return Neighbour(percent, budget_bytes, None, None)
-    other = fitting.with_budget(budget_bytes)
+def _nearby_budget(planner: BudgetPlanner, percent: int) -> NearbyBudget:
+    budget_bytes = planner.budget_bytes * (100 + percent) // 100
+    if budget_bytes < planner.minimum.account.peak_bytes:
+        return NearbyBudget(percent, budget_bytes, None, None)
+    other = planner.with_budget(budget_bytes)
     try:
-        plan = other.untuned()
-    except ConfigError:  # it would take a lever that the settings contradict
-        return Neighbour(percent, budget_bytes, None, None)
-    return Neighbour(percent, budget_bytes, plan, other.accountant.account(plan).peak_bytes)
+        plan = other.default_plan()
+    except ConfigError:  # it would take a memory option that the settings contradict
+        return NearbyBudget(percent, budget_bytes, None, None)
+    return NearbyBudget(percent, budget_bytes, plan, other.accountant.account(plan).peak_bytes)
 
 
 def mean_level(plan: FoldPlan) -> float:

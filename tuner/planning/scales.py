@@ -13,10 +13,10 @@ from foam_lightning.plan import FoldPlan
 
 _APART = ("q", "k")
 # At level 0, q and k want about this many times the scale of the rest (docs/log.md).
-ADAMS_QK = 2.5
+ADAM_QK_FACTOR = 2.5
 
 
-def turned(
+def scale_plan(
     plan: FoldPlan, *, lr_factor: float = 1.0, scale_factor: float = 1.0, qk_factor: float = 1.0
 ) -> FoldPlan:
     """Turn the learning rate and the scales of a plan.
@@ -29,15 +29,17 @@ def turned(
     """
     return replace(
         plan,
-        lr=rounded(plan.lr * lr_factor),
+        lr=round_to_three_digits(plan.lr * lr_factor),
         scales={
-            name: rounded(scale * scale_factor * (qk_factor if role_of(name) in _APART else 1.0))
+            name: round_to_three_digits(
+                scale * scale_factor * (qk_factor if role_of(name) in _APART else 1.0)
+            )
             for name, scale in plan.scales.items()
         },
     )
 
 
-def joined(levels: Mapping[str, int], *, unfolded: FoldPlan, folded: FoldPlan) -> FoldPlan:
+def combine_plans(levels: Mapping[str, int], *, unfolded: FoldPlan, folded: FoldPlan) -> FoldPlan:
     """Join two plans into a mixed one, in which each matrix takes steps of the size it had there.
 
     Args:
@@ -45,14 +47,15 @@ def joined(levels: Mapping[str, int], *, unfolded: FoldPlan, folded: FoldPlan) -
         unfolded: What those at level 0 take their steps from, but for q and k, which want about
             the steps of folded ones there too, and of which short runs of Adam say too little
             (docs/log.md).
-        folded: What the others take theirs from; it gives the learning rate and the levers too.
+        folded: What the others take theirs from; it gives the learning rate and the memory options
+            too.
     """
     ratio = unfolded.lr / folded.lr
     scales = {
         name: (
             folded.scales[name]
             if level or role_of(name) in _APART
-            else rounded(unfolded.scales[name] * ratio)
+            else round_to_three_digits(unfolded.scales[name] * ratio)
         )
         for name, level in levels.items()
     }
@@ -76,7 +79,7 @@ def scale_rows(plan: FoldPlan) -> list[list[str]]:
     ]
 
 
-def scales_in_words(plan: FoldPlan) -> str:
+def describe_scales(plan: FoldPlan) -> str:
     """Say the scales in one line: "0.25", or "level 0: 0.1 (q, k: 0.25); level 2: 0.25"."""
     by_level = {level: _level_in_words(cells) for level, cells in _cells(plan).items()}
     if len(set(by_level.values())) == 1:
@@ -84,7 +87,7 @@ def scales_in_words(plan: FoldPlan) -> str:
     return "; ".join(f"level {level}: {words}" for level, words in by_level.items())
 
 
-def rounded(value: float) -> float:
+def round_to_three_digits(value: float) -> float:
     """Keep three digits: a plan is read by people, and more are noise."""
     return float(f"{value:.3g}")
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tables, plots and the report of a search."""

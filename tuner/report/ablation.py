@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
-from tuner.search.finals import Candidate
-from tuner.trials.results import Outcome
-from tuner.trials.runner import Difference, ShortRun, paired_difference
+from tuner.trials.results import Candidate, SearchResult
+from tuner.trials.runner import Difference, TrialResult, paired_difference
 
 # Of a run: enough to see who leads when, few enough for many steps in each.
 NUM_WINDOWS = 20
 
 
 @dataclass(frozen=True)
-class Window:
+class CurveWindow:
     """Some successive optimizer steps of two runs.
 
     Attributes:
@@ -29,9 +28,9 @@ class Window:
     difference: Difference
 
 
-def paired_curve(
-    runs: Sequence[ShortRun], others: Sequence[ShortRun], num_windows: int = NUM_WINDOWS
-) -> list[Window]:
+def paired_loss_curve(
+    runs: Sequence[TrialResult], others: Sequence[TrialResult], num_windows: int = NUM_WINDOWS
+) -> list[CurveWindow]:
     """Compare the training losses of two plans along the run.
 
     At each step both saw the same batch, which is what an evaluation batch is to
@@ -57,7 +56,7 @@ def paired_curve(
     count = min(num_windows, num_steps)
     edges = [num_steps * i // count for i in range(count + 1)] if count else []
     return [
-        Window(
+        CurveWindow(
             first + 1,
             last,
             paired_difference(
@@ -69,9 +68,9 @@ def paired_curve(
     ]
 
 
-def _part(run: ShortRun, first: int, last: int) -> ShortRun:
+def _part(run: TrialResult, first: int, last: int) -> TrialResult:
     """Take steps for evaluation batches; every batch of training has as many tokens."""
-    return ShortRun(run.curve[first:last], [1] * (last - first))
+    return TrialResult(run.curve[first:last], [1] * (last - first))
 
 
 # Plans are at equal bytes within half a level, which is a factor of the root of two.
@@ -79,7 +78,7 @@ _HALF_A_LEVEL = 0.5
 
 
 @dataclass(frozen=True)
-class Worth:
+class Ablation:
     """What turning one knob did.
 
     Attributes:
@@ -120,7 +119,7 @@ def at_equal_bytes(num_bytes: int, others: Sequence[_T]) -> list[_T]:
     return [o for o in others if distance(o) == nearest <= _HALF_A_LEVEL]
 
 
-def worths(outcome: Outcome) -> list[Worth]:
+def ablations(search_result: SearchResult) -> list[Ablation]:
     """Compare the runs of a search knob by knob, first the short ones, then the finals.
 
     The knobs are learning rate and scales (against those of the settings, level by level), the
@@ -128,7 +127,7 @@ def worths(outcome: Outcome) -> list[Worth]:
     levels by matrix (the best mixed plan against the best of one level at equal bytes).
 
     Args:
-        outcome: What was run.
+        search_result: What was run.
     """
     short = [
         Candidate(
@@ -139,19 +138,19 @@ def worths(outcome: Outcome) -> list[Worth]:
             [run.run],
             run.is_configured,
         )
-        for run in outcome.searched
+        for run in search_result.trials
     ]
     return [
-        worth
+        ablation
         for candidates, steps in (
-            (short, outcome.effort.steps),
-            (outcome.finalists, outcome.effort.final_steps),
+            (short, search_result.budget.steps),
+            (search_result.finalists, search_result.budget.final_steps),
         )
-        for worth in _worths([c for c in candidates if math.isfinite(c.loss)], steps)
+        for ablation in _ablations([c for c in candidates if math.isfinite(c.loss)], steps)
     ]
 
 
-def _worths(candidates: Sequence[Candidate], steps: int) -> Iterator[Worth]:
+def _ablations(candidates: Sequence[Candidate], steps: int) -> Iterator[Ablation]:
     by_level: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         if candidate.kind != "mixed":
@@ -177,10 +176,10 @@ def _worths(candidates: Sequence[Candidate], steps: int) -> Iterator[Worth]:
         yield _compared(knob, mixed, uniform, steps)
 
 
-def _compared(knob: str, tried: Sequence[Candidate], other: Candidate, steps: int) -> Worth:
+def _compared(knob: str, tried: Sequence[Candidate], other: Candidate, steps: int) -> Ablation:
     one = _best(tried)
     both = min(len(one.runs), len(other.runs))
-    return Worth(knob, one.label, other.label, one.against(other), len(tried), steps, both)
+    return Ablation(knob, one.label, other.label, one.against(other), len(tried), steps, both)
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:

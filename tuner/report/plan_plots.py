@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from foam_lightning.memory.account import Account
 from foam_lightning.model.roles import ROLES
-from foam_lightning.units import in_words
+from foam_lightning.units import format_bytes
 from tuner.report.style import BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, ink_on, new_figure
 
 _TERM_COLOURS = {
@@ -140,14 +140,14 @@ def _draw_memory(
             left += num_bytes
     axes.set_xlim(0, width)
     axes.set_ylim(len(accounts) - 0.5, -0.5)
-    names = [f"{label}\n{in_words(peak)}" for label, peak in peaks.items()]
+    names = [f"{label}\n{format_bytes(peak)}" for label, peak in peaks.items()]
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_words(int(value))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(int(value))))
     axes.spines[["top", "right"]].set_visible(False)
     if budget_bytes is not None:
-        budget = f"budget {in_words(budget_bytes)}"
+        budget = f"budget {format_bytes(budget_bytes)}"
         if is_drawn:
             axes.axvline(budget_bytes, color="black", linestyle="--", linewidth=1.5)
         else:
@@ -180,7 +180,7 @@ def _segment(axes: Axes, row: int, left: int, num_bytes: int, term: str, width: 
         axes.text(
             left + num_bytes / 2,
             row,
-            in_words(num_bytes),
+            format_bytes(num_bytes),
             ha="center",
             va="center",
             fontsize=9,

@@ -1,4 +1,4 @@
-"""One plan for people and for scripts: memory, levers and levels, as a table or as JSON."""
+"""One plan for people and for scripts: memory, memory options and levels, as a table or as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from foam_lightning.memory.account import Account
 from foam_lightning.memory.inventory import Holding
 from foam_lightning.memory.timeline import TERMS
 from foam_lightning.model.roles import ROLES, layer_of, role_of
-from foam_lightning.plan import FoldPlan, Levers
-from foam_lightning.units import at_least, in_words
-from tuner.planning.planner import Neighbour, mean_level
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.units import at_least, format_bytes
+from tuner.planning.planner import NearbyBudget, mean_level
 
 
 def tensor_table(holdings: Sequence[Holding], most: int) -> Table:
@@ -35,15 +35,15 @@ def tensor_table(holdings: Sequence[Holding], most: int) -> Table:
         origin = holding.origin
         kind = f"{_shape(origin.shape)} {_dtype(holding)}"
         table.add_row(
-            in_words(holding.num_bytes),
-            f"{holding.count} x {in_words(holding.size)}",
+            format_bytes(holding.num_bytes),
+            f"{holding.count} x {format_bytes(holding.size)}",
             f"{origin.made_by}\n{holding.term.replace('_', ' ')}, {origin.phase}: {kind}",
         )
     rest = holdings[most:]
     if rest:
         table.add_section()
         num_bytes = sum(holding.num_bytes for holding in rest)
-        table.add_row(in_words(num_bytes), "", f"{len(rest)} kinds more")
+        table.add_row(format_bytes(num_bytes), "", f"{len(rest)} kinds more")
     return table
 
 
@@ -76,10 +76,10 @@ def _dtype(holding: Holding) -> str:
     return str(holding.origin.dtype).removeprefix("torch.")
 
 
-SCHEMA = "foam-lightning/plan/1"
+SCHEMA = "foam-lightning/plan/3"
 BREAKDOWN = (*TERMS, "context", "margin")
 
-# The fields of `Levers` in one row of the table of levers.
+# The fields of `Memory options` in one row of the table of memory options.
 _PRICED = {
     "micro-batch": ("accumulate_grad_batches",),
     "chunked loss": ("chunked_loss",),
@@ -98,28 +98,28 @@ def plan_table(
     account: Account,
     budget_bytes: int | None,
     minimum_bytes: int | None,
-    neighbours: Sequence[Neighbour] = (),
-    prices: Mapping[str, str] = MappingProxyType({}),
+    nearby_budgets: Sequence[NearbyBudget] = (),
+    option_costs: Mapping[str, str] = MappingProxyType({}),
 ) -> Group:
-    """Lay a plan out for the terminal: memory, levers and levels.
+    """Lay a plan out for the terminal: memory, memory options and levels.
 
     Args:
         plan: The plan.
         account: Its predicted peak.
         budget_bytes: The budget, None where none was given.
         minimum_bytes: The smallest budget that works, None where it was not looked for.
-        neighbours: The plans of budgets near this one.
-        prices: What pulled levers cost, by field of `Levers`.
+        nearby_budgets: The plans of budgets near this one.
+        option_costs: What pulled memory options cost, by field of `Memory options`.
     """
     parts: list[RenderableType] = [_memory_table(account)]
     parts += [Text(line) for line in _verdict(account, budget_bytes, minimum_bytes)]
     parts += [Text(line) for line in _what_binds(plan, account, budget_bytes)]
-    parts += [Text(_neighbour_in_words(neighbour, plan)) for neighbour in neighbours]
-    levers = Table.grid(padding=(0, 2))
-    for name, value in _levers_in_words(plan.levers).items():
-        paid = (prices[field] for field in _PRICED[name] if field in prices)
-        levers.add_row(name, value, "; ".join(paid))
-    parts += [Text(), levers, Text()]
+    parts += [Text(_describe_nearby_budget(neighbour, plan)) for neighbour in nearby_budgets]
+    memory_options = Table.grid(padding=(0, 2))
+    for name, value in _options_in_words(plan.memory_options).items():
+        paid = (option_costs[field] for field in _PRICED[name] if field in option_costs)
+        memory_options.add_row(name, value, "; ".join(paid))
+    parts += [Text(), memory_options, Text()]
     rows = level_rows(plan.levels)
     if rows:
         grid = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -128,7 +128,7 @@ def plan_table(
         for row in rows:
             grid.add_row(*row)
         parts.append(grid)
-    parts += [Text(line) for line in levels_in_words(plan.levels)]
+    parts += [Text(line) for line in describe_levels(plan.levels)]
     return Group(*parts)
 
 
@@ -137,7 +137,7 @@ def plan_json(
     account: Account,
     budget_bytes: int | None,
     minimum_bytes: int | None,
-    neighbours: Sequence[Neighbour] = (),
+    nearby_budgets: Sequence[NearbyBudget] = (),
     tensors: Sequence[dict[str, object]] = (),
 ) -> str:
     """Write a plan and its account as one JSON object, for scripts.
@@ -147,7 +147,7 @@ def plan_json(
         account: Its predicted peak.
         budget_bytes: The budget, None where none was given: then everything is feasible.
         minimum_bytes: The smallest budget that works, None where it was not looked for.
-        neighbours: The plans of budgets near this one; without any the key is left out.
+        nearby_budgets: The plans of budgets near this one; without any the key is left out.
         tensors: The largest tensors, as `tensor_view` gives them; the same.
     """
     content: dict[str, object] = {
@@ -158,13 +158,15 @@ def plan_json(
         "minimum_budget_bytes": None if minimum_bytes is None else int(minimum_bytes),
         "binding": account.binding,
         "breakdown": {term: account.breakdown[term] for term in BREAKDOWN},
-        "levers": asdict(plan.levers),
+        "memory_options": asdict(plan.memory_options),
         "levels": dict(plan.levels),
     }
     if account.devices > 1:
         content["devices"] = account.devices
-    if neighbours:
-        content["neighbours"] = [_neighbour_as_json(neighbour) for neighbour in neighbours]
+    if nearby_budgets:
+        content["nearby_budgets"] = [
+            _nearby_budget_to_json(neighbour) for neighbour in nearby_budgets
+        ]
     if tensors:
         content["tensors"] = list(tensors)
     return json.dumps(content, indent=2)
@@ -212,7 +214,7 @@ def level_rows(levels: Mapping[str, int]) -> list[list[str]]:
     return rows
 
 
-def levels_in_words(levels: Mapping[str, int]) -> list[str]:
+def describe_levels(levels: Mapping[str, int]) -> list[str]:
     """Say in lines what the rows of `level_rows` do not.
 
     Args:
@@ -228,14 +230,14 @@ def levels_in_words(levels: Mapping[str, int]) -> list[str]:
     return [f"{name} at level {level}" for name, level in sorted(elsewhere.items())]
 
 
-def lever_changes(levers: Levers, others: Levers) -> list[str]:
-    """Say what other levers are, where they differ: ["micro-batch 1 x 8 accumulated"].
+def option_changes(memory_options: MemoryOptions, others: MemoryOptions) -> list[str]:
+    """Say what other memory options are, where they differ: ["micro-batch 1 x 8 accumulated"].
 
     Args:
-        levers: What to compare with.
+        memory_options: What to compare with.
         others: What to name.
     """
-    before, after = _levers_in_words(levers), _levers_in_words(others)
+    before, after = _options_in_words(memory_options), _options_in_words(others)
     return [f"{name} {value}" for name, value in after.items() if value != before[name]]
 
 
@@ -251,12 +253,12 @@ def _memory_table(account: Account) -> Table:
         share = account.breakdown[term] / account.peak_bytes
         table.add_row(
             term.replace("_", " "),
-            in_words(account.breakdown[term]),
+            format_bytes(account.breakdown[term]),
             f"{share:.1%}",
             "#" * round(_BAR_WIDTH * account.breakdown[term] / largest),
         )
     table.add_section()
-    table.add_row("predicted peak", in_words(account.peak_bytes), "100.0%", "")
+    table.add_row("predicted peak", format_bytes(account.peak_bytes), "100.0%", "")
     return table
 
 
@@ -264,11 +266,11 @@ def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | No
     lines = []
     if budget_bytes is not None:
         left = budget_bytes - account.peak_bytes
-        budget = in_words(budget_bytes)
+        budget = format_bytes(budget_bytes)
         lines.append(
-            f"Fits the budget of {budget}, with {in_words(left)} left."
+            f"Fits the budget of {budget}, with {format_bytes(left)} left."
             if left >= 0
-            else f"Does not fit the budget of {budget}: {in_words(-left)} more are needed."
+            else f"Does not fit the budget of {budget}: {format_bytes(-left)} more are needed."
         )
     if minimum_bytes is not None:
         # Rounded up, so that it works.
@@ -280,37 +282,40 @@ def _what_binds(plan: FoldPlan, account: Account, budget_bytes: int | None) -> l
     """Say what the memory goes to, and where it is short, what of it the user can change."""
     terms = account.breakdown
     largest, state = account.binding, terms["optimizer_state"]
-    line = f"The largest term is {largest.replace('_', ' ')} ({in_words(terms[largest])})"
+    line = f"The largest term is {largest.replace('_', ' ')} ({format_bytes(terms[largest])})"
     if largest != "optimizer_state" and state:
-        line += f"; levels change only the optimizer state ({in_words(state)})"
-    levers, lines = plan.levers, [f"{line}."]
+        line += f"; levels change only the optimizer state ({format_bytes(state)})"
+    memory_options, lines = plan.memory_options, [f"{line}."]
     is_short = budget_bytes is not None and account.peak_bytes > _NEARLY_ALL * budget_bytes
-    if is_short and any(plan.levels.values()) and not levers.state_offload:
+    if is_short and any(plan.levels.values()) and not memory_options.state_offload:
         # With gradient release a step is one micro-batch.
-        setting = "batch_size" if levers.gradient_release else "micro_batch_size"
-        size = levers.micro_batch_size
+        setting = "batch_size" if memory_options.gradient_release else "micro_batch_size"
+        size = memory_options.micro_batch_size
         smaller = f"data.{setting} (now {size}) or " if size > 1 else ""
-        passing = in_words(terms["activations"] + terms["loss"])
+        passing = format_bytes(terms["activations"] + terms["loss"])
         lines.append(
-            f"Room for lower levels or fewer levers: up to {passing} of activations and loss, by "
+            f"Room for lower levels or fewer memory options: up to {passing} of activations and "
+            "loss, by "
             f"a smaller {smaller}data.sequence_length; all terms, by a smaller model."
         )
     return lines
 
 
-def _neighbour_in_words(neighbour: Neighbour, plan: FoldPlan) -> str:
+def _describe_nearby_budget(neighbour: NearbyBudget, plan: FoldPlan) -> str:
     direction = "more" if neighbour.percent > 0 else "less"
-    start = f"With {in_words(neighbour.budget_bytes)} ({abs(neighbour.percent)} % {direction}): "
+    start = (
+        f"With {format_bytes(neighbour.budget_bytes)} ({abs(neighbour.percent)} % {direction}): "
+    )
     if neighbour.plan is None:
         return f"{start}nothing fits."
-    changes = lever_changes(plan.levers, neighbour.plan.levers)
+    changes = option_changes(plan.memory_options, neighbour.plan.memory_options)
     mean, other = f"{mean_level(plan):.2f}", f"{mean_level(neighbour.plan):.2f}"
     if mean != other:
         changes.insert(0, f"mean level {other} instead of {mean}")
     return start + (", ".join(changes) or "nothing changes") + "."
 
 
-def _neighbour_as_json(neighbour: Neighbour) -> dict[str, object]:
+def _nearby_budget_to_json(neighbour: NearbyBudget) -> dict[str, object]:
     plan = neighbour.plan
     return {
         "percent": neighbour.percent,
@@ -318,20 +323,22 @@ def _neighbour_as_json(neighbour: Neighbour) -> dict[str, object]:
         "feasible": plan is not None,
         "predicted_peak_bytes": neighbour.peak_bytes,
         "mean_level": None if plan is None else mean_level(plan),
-        "levers": None if plan is None else asdict(plan.levers),
+        "memory_options": None if plan is None else asdict(plan.memory_options),
     }
 
 
-def _levers_in_words(levers: Levers) -> dict[str, str]:
-    checkpointing = _on_off(levers.activation_checkpointing)
-    if levers.selective_checkpointing:
+def _options_in_words(memory_options: MemoryOptions) -> dict[str, str]:
+    checkpointing = _on_off(memory_options.activation_checkpointing)
+    if memory_options.selective_checkpointing:
         checkpointing = "selective"
     return {
-        "micro-batch": f"{levers.micro_batch_size} x {levers.accumulate_grad_batches} accumulated",
-        "chunked loss": _on_off(levers.chunked_loss),
+        "micro-batch": f"{memory_options.micro_batch_size} x "
+        f"{memory_options.accumulate_grad_batches} accumulated",
+        "chunked loss": _on_off(memory_options.chunked_loss),
         "activation checkpointing": checkpointing,
-        "gradient release": _on_off(levers.gradient_release),
-        "state": f"{levers.state_dtype}{', in host memory' if levers.state_offload else ''}",
+        "gradient release": _on_off(memory_options.gradient_release),
+        "state": memory_options.state_dtype
+        + (", in host memory" if memory_options.state_offload else ""),
     }
 
 

@@ -9,22 +9,21 @@ from matplotlib.figure import Figure
 from foam_lightning.memory.account import Account
 from foam_lightning.model.roles import ROLES
 from foam_lightning.plan import FoldPlan
-from foam_lightning.storage.run_folder import write_text
-from foam_lightning.units import in_words
-from tuner.planning.scales import scale_rows, scales_in_words
-from tuner.report.ablation import Worth, worths
+from foam_lightning.storage.atomic import write_text
+from foam_lightning.units import format_bytes
+from tuner.planning.scales import describe_scales, scale_rows
+from tuner.report.ablation import Ablation, ablations
 from tuner.report.plan_plots import draw_levels, draw_memory
-from tuner.report.plan_table import BREAKDOWN, level_grid, level_rows, levels_in_words
-from tuner.report.result_plots import draw_curves, draw_losses, draw_worth
+from tuner.report.plan_table import BREAKDOWN, describe_levels, level_grid, level_rows
+from tuner.report.result_plots import draw_ablation, draw_curves, draw_losses
 from tuner.report.style import save
-from tuner.search.finals import Candidate
-from tuner.trials.results import Outcome
+from tuner.trials.results import Candidate, SearchResult
 from tuner.trials.runner import SEED_DEVIATION, Difference
 
 
 def write_report(
     folder: Path,
-    outcome: Outcome,
+    search_result: SearchResult,
     verdict: str,
     account: Account,
     adam_account: Account | None,
@@ -34,26 +33,27 @@ def write_report(
 
     Args:
         folder: Exists already.
-        outcome: What tuning found.
+        search_result: What tuning found.
         verdict: What it comes to, in one line, to begin with.
         account: The predicted peak of the winner.
-        adam_account: That of level 0 everywhere with the same levers, whether it fits or not.
+        adam_account: That of level 0 everywhere with the same memory options, whether it fits or
+            not.
         budget_bytes: The budget.
 
     Returns:
         The pictures by name: "losses", "levels" and "memory", and where there is something to
         show, "curves" and "worth".
     """
-    winner = outcome.winner
+    winner = search_result.winner
     accounts = {f"winner: {winner.label}": account}
     if adam_account is not None and winner.kind != "reference":
         accounts = {"Adam (level 0)": adam_account, **accounts}
     grid, _ = level_grid(winner.plan.levels)
-    found = worths(outcome)
+    found = ablations(search_result)
     drawn: dict[str, Figure | None] = {
-        "losses": draw_losses(outcome),
-        "curves": draw_curves(outcome),
-        "worth": draw_worth(found),
+        "losses": draw_losses(search_result),
+        "curves": draw_curves(search_result),
+        "worth": draw_ablation(found),
         "levels": draw_levels(grid, f"Fold levels of the winner: {winner.label}"),
         "memory": draw_memory(accounts, budget_bytes),
     }
@@ -63,11 +63,12 @@ def write_report(
         assert picture is not None
         save(picture, path)
     sections = [
-        f"# Tuning report\n\n{verdict}\n\n{outcome.reason[0].upper()}{outcome.reason[1:]}.",
-        *_finals_section(outcome),
-        *(_curves_section(outcome.baseline) if "curves" in paths else []),
-        *(_worth_section(found) if "worth" in paths else []),
-        *_runs_section(outcome),
+        "# Tuning "
+        f"report\n\n{verdict}\n\n{search_result.reason[0].upper()}{search_result.reason[1:]}.",
+        *_finals_section(search_result),
+        *(_curves_section(search_result.baseline) if "curves" in paths else []),
+        *(_ablation_section(found) if "worth" in paths else []),
+        *_runs_section(search_result),
         *_levels_section(winner),
         *_scales_section(winner),
         *_memory_section(accounts, budget_bytes),
@@ -79,14 +80,14 @@ def write_report(
 # ---- the sections of the report
 
 
-def _finals_section(outcome: Outcome) -> list[str]:
-    winner, baseline = outcome.winner, outcome.baseline
+def _finals_section(search_result: SearchResult) -> list[str]:
+    winner, baseline = search_result.winner, search_result.baseline
     rows = []
-    for candidate in sorted(outcome.finalists, key=lambda c: _finite_or_last(c.loss)):
+    for candidate in sorted(search_result.finalists, key=lambda c: _finite_or_last(c.loss)):
         rows.append(
             [
                 f"**{candidate.label}**" if candidate is winner else candidate.label,
-                _share_in_words(candidate.state_bytes, outcome.adam_state_bytes),
+                _share_in_words(candidate.state_bytes, search_result.adam_state_bytes),
                 str(len(candidate.runs)),
                 _loss_in_words(candidate.loss),
                 *(
@@ -94,13 +95,14 @@ def _finals_section(outcome: Outcome) -> list[str]:
                     for other in _ends(winner, baseline)
                 ),
                 f"{candidate.plan.lr:g}",
-                scales_in_words(candidate.plan),
+                describe_scales(candidate.plan),
             ]
         )
     run = winner.runs[0]
     columns = [f"above {'the winner' if c is winner else c.label}" for c in _ends(winner, baseline)]
     return [
-        f"## Finals\n\n{outcome.effort.final_steps} steps each on other seeds than the search; "
+        f"## Finals\n\n{search_result.budget.final_steps} steps each on other seeds than the "
+        "search; "
         f"evaluated on {sum(run.num_tokens)} tokens in {len(run.num_tokens)} batches. The winner "
         "is in bold.",
         _markdown_table(
@@ -130,7 +132,7 @@ def _curves_section(baseline: Candidate) -> list[str]:
     ]
 
 
-def _worth_section(found: Sequence[Worth]) -> list[str]:
+def _ablation_section(found: Sequence[Ablation]) -> list[str]:
     rows = [
         [
             worth.knob,
@@ -150,30 +152,31 @@ def _worth_section(found: Sequence[Worth]) -> list[str]:
     ]
 
 
-def _runs_section(outcome: Outcome) -> list[str]:
+def _runs_section(search_result: SearchResult) -> list[str]:
     rows = [
         [
             run.description,
             run.stage,
             "mixed" if run.level is None else str(run.level),
-            _share_in_words(run.state_bytes, outcome.adam_state_bytes),
+            _share_in_words(run.state_bytes, search_result.adam_state_bytes),
             _loss_in_words(run.loss),
         ]
-        for run in outcome.searched
+        for run in search_result.trials
     ]
     return [
-        f"## Short runs\n\n{outcome.effort.steps} steps each, on one seed, each with a "
-        f"complete schedule.{_twins_scales(outcome.winner.plan)}",
+        f"## Short runs\n\n{search_result.budget.steps} steps each, on one seed, each with a "
+        f"complete schedule.{_proxy_scales(search_result.winner.plan)}",
         _markdown_table(["run", "stage", "level", "state of the matrices", "loss"], rows),
     ]
 
 
-def _twins_scales(plan: FoldPlan) -> str:
-    if plan.twin is None:
+def _proxy_scales(plan: FoldPlan) -> str:
+    if plan.proxy_model is None:
         return ""
-    ratio = plan.model["hidden_size"] / plan.twin["hidden_size"]
+    ratio = plan.model["hidden_size"] / plan.proxy_model["hidden_size"]
     return (
-        f" They ran on the twin, where scales are {ratio:.3g} times those at full width; here they "
+        f" They ran on the proxy model, where scales are {ratio:.3g} times those at full width; "
+        "here they "
         "are as they ran, everywhere else those at full width."
     )
 
@@ -184,7 +187,7 @@ def _levels_section(winner: Candidate) -> list[str]:
     return [
         "## Levels of the winner",
         *([_markdown_table(["layers", *ROLES], rows)] if rows else []),
-        *levels_in_words(levels),
+        *describe_levels(levels),
         "![Fold levels by layer and role](levels.png)",
     ]
 
@@ -196,7 +199,7 @@ def _scales_section(winner: Candidate) -> list[str]:
         f"{winner.plan.lr:g} at its peak; that of all else is the learning rate.",
         _markdown_table(["level", *ROLES], rows)
         if rows
-        else f"Every matrix at scale {scales_in_words(winner.plan)}.",
+        else f"Every matrix at scale {describe_scales(winner.plan)}.",
     ]
 
 
@@ -204,14 +207,14 @@ def _memory_section(accounts: Mapping[str, Account], budget_bytes: int) -> list[
     rows = [
         [
             term.replace("_", " "),
-            *(in_words(account.breakdown[term]) for account in accounts.values()),
+            *(format_bytes(account.breakdown[term]) for account in accounts.values()),
         ]
         for term in BREAKDOWN
     ]
-    peaks = [f"**{in_words(account.peak_bytes)}**" for account in accounts.values()]
+    peaks = [f"**{format_bytes(account.peak_bytes)}**" for account in accounts.values()]
     return [
         f"## Memory\n\nPredicted for one device, at the moment of the peak; the budget is "
-        f"{in_words(budget_bytes)}.",
+        f"{format_bytes(budget_bytes)}.",
         _markdown_table(["term", *accounts], [*rows, ["**peak**", *peaks]]),
         "![Predicted peak against the budget](memory.png)",
     ]
@@ -223,7 +226,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _share_in_words(num_bytes: int, adam_bytes: int) -> str:
-    return f"{in_words(num_bytes)} ({num_bytes / adam_bytes:.1%} of Adam's)"
+    return f"{format_bytes(num_bytes)} ({num_bytes / adam_bytes:.1%} of Adam's)"
 
 
 def _finite_or_last(loss: float) -> float:

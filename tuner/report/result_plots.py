@@ -13,10 +13,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from tuner.report.ablation import Window, Worth, paired_curve
+from tuner.report.ablation import Ablation, CurveWindow, paired_loss_curve
 from tuner.report.style import BLUE, GREEN, GREY, GRID, ORANGE, PINK, RED, SKY, new_figure
-from tuner.search.finals import Candidate
-from tuner.trials.results import Outcome
+from tuner.trials.results import Candidate, SearchResult
 
 _MARKS = {
     "adam": ("Adam (level 0)", "*", RED, 16.0),
@@ -28,18 +27,18 @@ _MARKS = {
 _RING: Mapping[str, Any] = {"marker": "o", "mfc": "none", "mec": "black", "mew": 1.2}
 
 
-def draw_losses(outcome: Outcome) -> Figure:
+def draw_losses(search_result: SearchResult) -> Figure:
     """Draw the loss of every run against its bytes: short runs on the left, finals on the right.
 
     The two have different lengths, so they share no axis. The finals are drawn by their paired
     difference to the baseline, since they may have run on unequally many seeds.
 
     Args:
-        outcome: What was run.
+        search_result: What was run.
     """
     figure = new_figure(11.0, 5.4)
     short, finals = figure.subplots(1, 2)
-    used = _draw_short_runs(short, outcome) | _draw_finals(finals, outcome)
+    used = _draw_short_runs(short, search_result) | _draw_finals(finals, search_result)
     handles = [
         Line2D([], [], marker=marker, color=colour, linestyle="", label=label)
         for kind, (label, marker, colour, _) in _MARKS.items()
@@ -47,17 +46,17 @@ def draw_losses(outcome: Outcome) -> Figure:
     ]
     if used & {"adam", "uniform", "mixed"}:
         handles.append(Line2D([], [], color=GREY, lw=1.2, label="least loss for the bytes"))
-    if math.isfinite(outcome.winner.loss):
+    if math.isfinite(search_result.winner.loss):
         handles.append(Line2D([], [], ls="", label="the winner", ms=11, **_RING))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _draw_short_runs(axes: Axes, outcome: Outcome) -> set[str]:
-    axes.set_title(f"Short runs, {outcome.effort.steps} steps", fontsize=11)
+def _draw_short_runs(axes: Axes, search_result: SearchResult) -> set[str]:
+    axes.set_title(f"Short runs, {search_result.budget.steps} steps", fontsize=11)
     axes.set_ylabel("loss (nats per token)")
-    runs = outcome.searched
-    shares = [run.state_bytes / outcome.adam_state_bytes for run in runs]
+    runs = search_result.trials
+    shares = [run.state_bytes / search_result.adam_state_bytes for run in runs]
     losses = [run.loss for run in runs if run.loss is not None]
     low, high = _loss_scale(losses, [r.loss for r in runs if r.loss is not None and r.level == 0])
     axes.set_ylim(low - 0.08 * (high - low), high + 0.16 * (high - low))
@@ -81,11 +80,11 @@ def _draw_short_runs(axes: Axes, outcome: Outcome) -> set[str]:
     return used
 
 
-def _draw_finals(axes: Axes, outcome: Outcome) -> set[str]:
-    baseline, finalists = outcome.baseline, outcome.finalists
-    axes.set_title(f"Finals, {outcome.effort.final_steps} steps", fontsize=11)
+def _draw_finals(axes: Axes, search_result: SearchResult) -> set[str]:
+    baseline, finalists = search_result.baseline, search_result.finalists
+    axes.set_title(f"Finals, {search_result.budget.final_steps} steps", fontsize=11)
     axes.set_ylabel(f"loss minus that of {baseline.label}, 95 % interval")
-    shares = [c.state_bytes / outcome.adam_state_bytes for c in finalists]
+    shares = [c.state_bytes / search_result.adam_state_bytes for c in finalists]
     _share_axis(axes, shares)
     left, right = axes.get_xlim()
     axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
@@ -106,7 +105,7 @@ def _draw_finals(axes: Axes, outcome: Outcome) -> set[str]:
             gap = difference.mean
             axes.errorbar(place, gap, difference.half_width, capsize=4, color=_MARKS[kind][2])
         _mark(axes, place, gap, kind, level)
-        if candidate is outcome.winner:
+        if candidate is search_result.winner:
             axes.plot(place, gap, ms=20, zorder=6, **_RING)
         front.append((place, gap))
     _draw_front(axes, front)
@@ -192,19 +191,19 @@ _LINES = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
 _EARLY = 0.25
 
 
-def draw_curves(outcome: Outcome) -> Figure | None:
+def draw_curves(search_result: SearchResult) -> Figure | None:
     """Draw by how much every finalist led or trailed the baseline along the run.
 
     Args:
-        outcome: What was run.
+        search_result: What was run.
 
     Returns:
         One panel for each finalist but the baseline; None where there is none to draw.
     """
-    baseline = outcome.baseline
+    baseline = search_result.baseline
     curves = {
         c.label: windows
-        for c in outcome.finalists
+        for c in search_result.finalists
         if c is not baseline and (windows := _finite(_against(c, baseline)))
     }
     if not curves:
@@ -231,16 +230,16 @@ def draw_curves(outcome: Outcome) -> Figure | None:
     return figure
 
 
-def draw_worth(worths: Sequence[Worth]) -> Figure | None:
+def draw_ablation(ablations: Sequence[Ablation]) -> Figure | None:
     """Draw what each knob was worth, with its interval; short runs and finals apart.
 
     Args:
-        worths: In the order to draw, top to bottom.
+        ablations: In the order to draw, top to bottom.
 
     Returns:
         None where there is nothing to draw.
     """
-    finite = [worth for worth in worths if math.isfinite(worth.difference.mean)]
+    finite = [worth for worth in ablations if math.isfinite(worth.difference.mean)]
     groups = [
         [w for w in finite if w.steps == steps] for steps in sorted({w.steps for w in finite})
     ]
@@ -249,9 +248,9 @@ def draw_worth(worths: Sequence[Worth]) -> Figure | None:
     heights = [0.6 + 0.4 * len(group) for group in groups]
     figure = new_figure(8.4, 0.9 + sum(heights))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
-    low, high = _worth_scale(finite)
+    low, high = _ablation_scale(finite)
     for axes, group in zip(panels.flat, groups, strict=True):
-        _draw_worths(axes, group, low, high)
+        _draw_ablations(axes, group, low, high)
     panels.flat[0].set_xlim(low, high)
     panels.flat[-1].set_xlabel(
         "paired difference (nats per token), 95 % interval; below zero it was worth it\n"
@@ -263,16 +262,16 @@ def draw_worth(worths: Sequence[Worth]) -> Figure | None:
 # ---- along the run
 
 
-def _against(candidate: Candidate, baseline: Candidate) -> list[Window]:
+def _against(candidate: Candidate, baseline: Candidate) -> list[CurveWindow]:
     both = min(len(candidate.runs), len(baseline.runs))
-    return paired_curve(candidate.runs[:both], baseline.runs[:both])
+    return paired_loss_curve(candidate.runs[:both], baseline.runs[:both])
 
 
-def _finite(windows: Sequence[Window]) -> list[Window]:
+def _finite(windows: Sequence[CurveWindow]) -> list[CurveWindow]:
     return [window for window in windows if math.isfinite(window.difference.mean)]
 
 
-def _draw_curve(axes: Axes, label: str, windows: Sequence[Window], colour: str) -> None:
+def _draw_curve(axes: Axes, label: str, windows: Sequence[CurveWindow], colour: str) -> None:
     axes.set_title(label, fontsize=11)
     axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
     steps = [(window.first + window.last) / 2 for window in windows]
@@ -286,7 +285,7 @@ def _draw_curve(axes: Axes, label: str, windows: Sequence[Window], colour: str) 
     axes.set_axisbelow(True)
 
 
-def _name_zero(axes: Axes, label: str, windows: Sequence[Window]) -> None:
+def _name_zero(axes: Axes, label: str, windows: Sequence[CurveWindow]) -> None:
     """Write what zero is at the end of its line, on the side where the curve is not."""
     late = windows[-max(1, len(windows) // 3) :]
     is_below = sum(window.difference.mean for window in late) > 0
@@ -304,7 +303,7 @@ def _name_zero(axes: Axes, label: str, windows: Sequence[Window]) -> None:
     )
 
 
-def _curve_scale(curves: Sequence[Sequence[Window]]) -> tuple[float, float]:
+def _curve_scale(curves: Sequence[Sequence[CurveWindow]]) -> tuple[float, float]:
     late = [
         window.difference for windows in curves for window in windows[int(_EARLY * len(windows)) :]
     ]
@@ -317,10 +316,10 @@ def _curve_scale(curves: Sequence[Sequence[Window]]) -> tuple[float, float]:
 # ---- knob by knob
 
 
-def _draw_worths(axes: Axes, worths: Sequence[Worth], low: float, high: float) -> None:
-    axes.set_title(f"Runs of {worths[0].steps} steps", fontsize=11)
+def _draw_ablations(axes: Axes, ablations: Sequence[Ablation], low: float, high: float) -> None:
+    axes.set_title(f"Runs of {ablations[0].steps} steps", fontsize=11)
     axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
-    for row, worth in enumerate(worths):
+    for row, worth in enumerate(ablations):
         difference = worth.difference
         if not low < difference.mean < high:
             is_left = difference.mean < low
@@ -331,17 +330,21 @@ def _draw_worths(axes: Axes, worths: Sequence[Worth], low: float, high: float) -
         fill = BLUE if difference.is_decided else "white"
         axes.errorbar(difference.mean, row, xerr=difference.half_width, capsize=4, color=BLUE)
         axes.plot(difference.mean, row, "o", markersize=7, color=BLUE, mfc=fill)
-    axes.set_yticks(range(len(worths)), [f"{w.knob}\n{w.difference}" for w in worths], fontsize=9)
-    axes.set_ylim(len(worths) - 0.5, -0.5)
+    axes.set_yticks(
+        range(len(ablations)), [f"{w.knob}\n{w.difference}" for w in ablations], fontsize=9
+    )
+    axes.set_ylim(len(ablations) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(7))
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
 
 
-def _worth_scale(worths: Sequence[Worth]) -> tuple[float, float]:
+def _ablation_scale(ablations: Sequence[Ablation]) -> tuple[float, float]:
     """Choose the range to draw: a setting that nearly diverged must not flatten the others."""
-    most = 10 * statistics.median(abs(w.difference.mean) + w.difference.half_width for w in worths)
-    drawn = [w.difference for w in worths if abs(w.difference.mean) <= most]
+    most = 10 * statistics.median(
+        abs(w.difference.mean) + w.difference.half_width for w in ablations
+    )
+    drawn = [w.difference for w in ablations if abs(w.difference.mean) <= most]
     low = min(0.0, *(d.mean - d.half_width for d in drawn))
     high = max(0.0, *(d.mean + d.half_width for d in drawn))
     margin = 0.08 * (high - low)

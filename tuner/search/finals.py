@@ -2,62 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
-from foam_lightning.plan import FoldPlan
-from tuner.trials.runner import Difference, ShortRun, paired_difference
+from tuner.trials.results import Candidate, Kind, Predict
+from tuner.trials.runner import TrialResult
 
-Kind = Literal["reference", "uniform", "mixed"]
-# Of a gap, and whether it is one to Adam, what it will be on the full run.
-Predict = Callable[[Difference, bool], Difference]
 _SIMPLICITY: tuple[Kind, ...] = ("reference", "uniform", "mixed")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan that may win.
-
-    Attributes:
-        kind: "reference" is Adam, "uniform" one level, "mixed" a level per matrix.
-        label: A name for tables, of its own among the candidates.
-        plan: The plan.
-        state_bytes: Of both moments of every parameter that folds.
-        runs: Its final runs, one per seed; those that leave the race early have fewer.
-        is_configured: Whether learning rate and scales are those of the settings.
-    """
-
-    kind: Kind
-    label: str
-    plan: FoldPlan
-    state_bytes: int
-    runs: Sequence[ShortRun] = field(default_factory=list)
-    is_configured: bool = False
-
-    @property
-    def loss(self) -> float:
-        """Mean loss over its seeds; NaN if a run diverged, or there is none."""
-        return math.fsum(run.loss for run in self.runs) / len(self.runs) if self.runs else math.nan
-
-    def against(self, other: "Candidate") -> Difference:
-        """Compare with another on the seeds that both ran."""
-        both = min(len(self.runs), len(other.runs))
-        return paired_difference(self.runs[:both], other.runs[:both])
-
-    def expected(self, other: "Candidate", predict: Predict) -> Difference:
-        """Predict how it compares with another on the full run."""
-        to_adam = (self.kind == "reference") != (other.kind == "reference")
-        return predict(self.against(other), to_adam)
-
-    def beats(self, other: "Candidate", predict: Predict = lambda gap, _: gap) -> bool:
-        """Tell whether it is better beyond the interval, as measured or as predicted from it."""
-        difference = self.expected(other, predict)
-        return difference.is_decided and difference.mean < 0
 
 
 def race(
     candidates: Sequence[Candidate],
-    run: Callable[[Sequence[Candidate], int], Sequence[ShortRun]],
+    run: Callable[[Sequence[Candidate], int], Sequence[TrialResult]],
     num_rounds: int,
 ) -> list[Candidate]:
     """Run all candidates, then again those that are still in the race, until one is left.
@@ -84,7 +39,7 @@ def race(
 
 
 def decide(
-    finalists: Sequence[Candidate], predict: Predict, *, adam_fits: bool = True
+    finalists: Sequence[Candidate], predict: Predict, *, adam_may_win: bool = True
 ) -> tuple[Candidate, str]:
     """Choose the winner: a plan that is better than Adam for sure, and of those the simplest.
 
@@ -96,12 +51,12 @@ def decide(
     Args:
         finalists: At least one that may win, with runs.
         predict: Says of a gap between these runs what it will be on the full run.
-        adam_fits: Whether Adam may win; otherwise it is there to be compared with.
+        adam_may_win: Whether Adam may win; otherwise it is there to be compared with.
 
     Returns:
         The winner, and why it won.
     """
-    able = [c for c in finalists if adam_fits or c.kind != "reference"]
+    able = [c for c in finalists if adam_may_win or c.kind != "reference"]
     able = [c for c in able if math.isfinite(c.loss)] or able
     references = [c for c in able if c.kind == "reference"]
     adam = min(references, key=_finite_first, default=None)

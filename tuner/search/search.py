@@ -10,17 +10,17 @@ from optuna.trial import FrozenTrial
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from tuner.planning.knobs import Knobs, as_params, suggest
-from tuner.planning.planner import UNTUNED, Fitting
-from tuner.planning.scales import ADAMS_QK, joined, scales_in_words, turned
-from tuner.search.finals import Candidate, Kind, decide, race
-from tuner.trials.budget import Effort
-from tuner.trials.cache import Known, job_key, run_key
-from tuner.trials.extrapolation import at_length, predicted
-from tuner.trials.results import Outcome, Searched
-from tuner.trials.runner import Bench, ShortRun
-from tuner.trials.study import Params, Study, run_of
+from tuner.planning.planner import DEFAULT_KNOBS, BudgetPlanner
+from tuner.planning.scales import ADAM_QK_FACTOR, combine_plans, describe_scales, scale_plan
+from tuner.search.finals import decide, race
+from tuner.trials.budget import SearchBudget
+from tuner.trials.cache import EarlierTrials, job_key, trial_key
+from tuner.trials.extrapolation import plan_for_length, predict_full_run
+from tuner.trials.results import Candidate, Kind, SearchResult, TrialRecord
+from tuner.trials.runner import TrialResult, TrialRunner
+from tuner.trials.study import Params, Study, trial_result
 from tuner.trials.workers import Worker
 
 # Of the trials, how many look for learning rate, scales and level together; those are one choice
@@ -35,7 +35,7 @@ _SMALLEST_SCALE = 1 / 10
 _LEVEL_OF_MIXED = 2
 # The two kinds of plan that beat uniform in the first measurements: q and k at level 0 as long as
 # the rest can make up for it, and low levels for early layers (docs/log.md).
-_OPENING_KNOBS = (UNTUNED, Knobs(exponent=4.0, depth_slope=-1.0))
+_OPENING_KNOBS = (DEFAULT_KNOBS, Knobs(exponent=4.0, depth_slope=-1.0))
 
 _STAGES = {
     "adam": "learning rate and scales of Adam: level 0, the reference",
@@ -47,26 +47,27 @@ _STAGES = {
 
 def search(
     job: Job,
-    fitting: Fitting,
+    planner: BudgetPlanner,
     folder: Path,
-    effort: Effort,
+    search_budget: SearchBudget,
     *,
-    levers: Levers | None = None,
-    known: Known | None = None,
+    memory_options: MemoryOptions | None = None,
+    known: EarlierTrials | None = None,
     worker: Worker | None = None,
     on_steps: Callable[[int], None] = lambda _: None,
     on_run: Callable[[str, float], None] = lambda *_: None,
-) -> Outcome:
+) -> SearchResult:
     """Find the plan for a budget: lr, scales and level first, then which matrix gets which level.
 
     Calling it again on the same folder takes up where it was left.
 
     Args:
         job: What to train.
-        fitting: Its plans that fit the budget; no other is ever run, but for Adam on a twin.
+        planner: Its plans that fit the budget; no other is ever run, but for Adam on a proxy model.
         folder: Gets `study.db`.
-        effort: How much to search.
-        levers: What runs are made with instead of the levers of their plans, if anything.
+        search_budget: How much to search.
+        memory_options: What runs are made with instead of the memory options of their plans, if
+            anything.
         known: Runs that are not done again, and parameters to begin with.
         worker: Who works on it here; by default one that no other worker waits for.
         on_steps: Called with the optimizer steps just done, or found done, for a progress bar.
@@ -77,23 +78,27 @@ def search(
         ConfigError: Every run diverged.
         MemoryShortageError: The device has not enough memory, whatever the account said.
     """
-    bench = Bench(job, lambda: on_steps(1), levers=levers)
+    bench = TrialRunner(job, lambda: on_steps(1), memory_options=memory_options)
     studies = [
         Study(folder / "study.db", name, seed=job.seed, worker=worker, about=about)
         for name, about in _STAGES.items()
     ]
-    stages = _Search(job, fitting, studies, effort, bench, known or Known(), on_steps, on_run)
+    stages = _Search(
+        job, planner, studies, search_budget, bench, known or EarlierTrials(), on_steps, on_run
+    )
     stages.uniform_stage()
     stages.mixed_stage()
     finalists = stages.finals()
-    predict = partial(predicted, num_steps=effort.final_steps, full_steps=job.max_steps)
-    winner, reason = decide(finalists, predict, adam_fits=fitting.adam_fits)
-    return Outcome(
+    predict = partial(
+        predict_full_run, num_steps=search_budget.final_steps, full_steps=job.max_steps
+    )
+    winner, reason = decide(finalists, predict, adam_may_win=planner.adam_may_win)
+    return SearchResult(
         winner=winner,
         finalists=finalists,
-        searched=stages.searched,
-        adam_state_bytes=fitting.folded_bytes(fitting.uniform(0)),
-        effort=effort,
+        trials=stages.trials,
+        adam_state_bytes=planner.folded_state_bytes(planner.uniform(0)),
+        budget=search_budget,
         reason=reason,
     )
 
@@ -102,26 +107,26 @@ class _Search:
     def __init__(
         self,
         job: Job,
-        fitting: Fitting,
+        planner: BudgetPlanner,
         studies: Sequence[Study],
-        effort: Effort,
-        bench: Bench,
-        known: Known,
+        search_budget: SearchBudget,
+        bench: TrialRunner,
+        known: EarlierTrials,
         on_steps: Callable[[int], None],
         on_run: Callable[[str, float], None],
     ) -> None:
-        self.searched: list[Searched] = []
+        self.trials: list[TrialRecord] = []
         self._job = job
         self._job_key = job_key(job)
-        self._fitting = fitting
-        self._effort = effort
+        self._planner = planner
+        self._search_budget = search_budget
         self._bench = bench
         self._runs = dict(known.runs)
         self._known_params = known.params
         self._done_here: set[str] = set()
         self._on_steps = on_steps
         self._on_run = on_run
-        self._folded_levels = [level for level in fitting.uniform_levels if level]
+        self._folded_levels = [level for level in planner.uniform_levels if level]
         self._adam, self._folded, self._mixed, self._final = studies
 
     # ---- stage 1: learning rate, scales and uniform level are one choice
@@ -130,7 +135,7 @@ class _Search:
         """Look for Adam at its best, and in as many runs for the best folded level."""
         levels = self._folded_levels
         stages: list[tuple[Study, str, list[Params]]] = []
-        if 0 in self._fitting.uniform_levels:
+        if 0 in self._planner.uniform_levels:
             stages.append((self._adam, "adam", _adam_openers()))
         if levels:
             stages.append((self._folded, "folded", _folded_openers(levels)))
@@ -138,16 +143,18 @@ class _Search:
             tried = [
                 params
                 for params in self._known_params.get(name, ())
-                if params.get("level", 0) in self._fitting.uniform_levels and params not in openers
+                if params.get("level", 0) in self._planner.uniform_levels and params not in openers
             ]
             study.search(
                 [*openers, *tried],
-                num_trials=max(1, round(self._effort.num_trials * UNIFORM_SHARE / len(stages))),
+                num_trials=max(
+                    1, round(self._search_budget.num_trials * UNIFORM_SHARE / len(stages))
+                ),
                 evaluate=partial(self._run_uniform, study is self._folded),
                 on_trial=self._note_uniform,
             )
 
-    def _run_uniform(self, is_folded: bool, trial: optuna.Trial) -> ShortRun:
+    def _run_uniform(self, is_folded: bool, trial: optuna.Trial) -> TrialResult:
         if is_folded:
             trial.suggest_int("level", self._folded_levels[0], self._folded_levels[-1])
         trial.suggest_float("lr_factor", 1 / _WIDEST, _WIDEST, log=True)
@@ -157,12 +164,12 @@ class _Search:
 
     def _note_uniform(self, trial: FrozenTrial) -> None:
         plan = self._uniform_plan(trial.params)
-        level, scales = trial.params.get("level", 0), scales_in_words(plan)
+        level, scales = trial.params.get("level", 0), describe_scales(plan)
         self._note("uniform", f"uniform level {level}, lr {plan.lr:g}, scale {scales}", trial, plan)
 
     def _uniform_plan(self, params: Params) -> FoldPlan:
         factors = {name: value for name, value in params.items() if name != "level"}
-        return turned(self._fitting.uniform(params.get("level", 0)), **factors)
+        return scale_plan(self._planner.uniform(params.get("level", 0)), **factors)
 
     # ---- stage 2: which matrix gets which level
 
@@ -173,11 +180,11 @@ class _Search:
         num_uniform = len(self._adam.finished()) + len(self._folded.finished())
         self._mixed.search(
             [as_params(knobs) for knobs in _OPENING_KNOBS],
-            num_trials=max(1, self._effort.num_trials - num_uniform),
+            num_trials=max(1, self._search_budget.num_trials - num_uniform),
             evaluate=lambda trial: self._short(trial, self._mixed_plan(suggest(trial))),
             on_trial=lambda trial: self._note(
                 "mixed",
-                f"mixed {sum(run.stage == 'mixed' for run in self.searched)}",
+                f"mixed {sum(run.stage == 'mixed' for run in self.trials)}",
                 trial,
                 self._mixed_plan(Knobs(**trial.params)),
             ),
@@ -188,14 +195,14 @@ class _Search:
         assert base is not None
         # The budget binds between two uniform levels: then mixed plans may use what is left.
         level = self._level_of_mixed(base)
-        binds = not self._fitting.adam_fits and level == self._folded_levels[0]
+        binds = not self._planner.adam_may_win and level == self._folded_levels[0]
         room = (
-            self._fitting.state_allowance
+            self._planner.max_state_bytes
             if binds
-            else self._fitting.folded_bytes(self._fitting.uniform(level))
+            else self._planner.folded_state_bytes(self._planner.uniform(level))
         )
-        adam = self._best(self._adam) or self._fitting.uniform(0)
-        return joined(self._fitting.decoded(knobs, room), unfolded=adam, folded=base)
+        adam = self._best(self._adam) or self._planner.uniform(0)
+        return combine_plans(self._planner.levels_for(knobs, room), unfolded=adam, folded=base)
 
     def _level_of_mixed(self, base: FoldPlan) -> int:
         """Give the uniform level whose bytes mixed plans share, for the best uniform plan."""
@@ -206,10 +213,10 @@ class _Search:
     def finals(self) -> list[Candidate]:
         """Race the best of every kind."""
         finalists = list(self._finalists())
-        if not any(self._fitting.adam_fits or c.kind != "reference" for c in finalists):
-            lr = self._fitting.module.hparams["lr"]
+        if not any(self._planner.adam_may_win or c.kind != "reference" for c in finalists):
+            lr = self._planner.module.hparams["lr"]
             raise ConfigError(f"every short run diverged; lower model.lr, now {lr:g}")
-        found = race(finalists, self._final_runs, self._effort.num_seeds)
+        found = race(finalists, self._final_runs, self._search_budget.num_seeds)
         return [c for c in found if c.runs]
 
     def _finalists(self) -> list[Candidate]:
@@ -240,17 +247,17 @@ class _Search:
                 kind,
                 label,
                 plan,
-                self._fitting.folded_bytes(plan),
+                self._planner.folded_state_bytes(plan),
                 is_configured=self._is_configured(plan),
             )
             for kind, label, plan in plans
         ]
 
-    def _final_runs(self, racing: Sequence[Candidate], number: int) -> list[ShortRun]:
-        steps, seed = self._effort.final_steps, self._job.seed + 1 + number
+    def _final_runs(self, racing: Sequence[Candidate], number: int) -> list[TrialResult]:
+        steps, seed = self._search_budget.final_steps, self._job.seed + 1 + number
         keys = {self._key(c.plan, steps, seed): c for c in racing}
 
-        def on_run(key: str, run: ShortRun) -> None:
+        def on_run(key: str, run: TrialResult) -> None:
             self._count(key, steps)
             self._on_run(f"final, seed {seed}: {keys[key].label}", run.loss)
 
@@ -261,23 +268,23 @@ class _Search:
 
     # ---- shared
 
-    def _short(self, trial: optuna.Trial, plan: FoldPlan) -> ShortRun:
+    def _short(self, trial: optuna.Trial, plan: FoldPlan) -> TrialResult:
         key = self._short_key(plan)
         trial.set_user_attr("run", key)
         trial.set_user_attr("job", self._job_key)
         trial.set_user_attr("plan", plan.to_json())
-        return self._run(key, plan, self._effort.steps, self._job.seed)
+        return self._run(key, plan, self._search_budget.steps, self._job.seed)
 
     def _short_key(self, plan: FoldPlan) -> str:
-        return self._key(plan, self._effort.steps, self._job.seed)
+        return self._key(plan, self._search_budget.steps, self._job.seed)
 
     def _key(self, plan: FoldPlan, num_steps: int, seed: int) -> str:
-        as_run = at_length(plan, num_steps, self._job.max_steps)
-        return run_key(self._job_key, as_run, num_steps=num_steps, seed=seed)
+        as_run = plan_for_length(plan, num_steps, self._job.max_steps)
+        return trial_key(self._job_key, as_run, num_steps=num_steps, seed=seed)
 
-    def _run(self, key: str, plan: FoldPlan, num_steps: int, seed: int) -> ShortRun:
+    def _run(self, key: str, plan: FoldPlan, num_steps: int, seed: int) -> TrialResult:
         if key not in self._runs:
-            as_run = at_length(plan, num_steps, self._job.max_steps)
+            as_run = plan_for_length(plan, num_steps, self._job.max_steps)
             self._runs[key] = self._bench.run(as_run, num_steps=num_steps, seed=seed)
             self._done_here.add(key)
         return self._runs[key]
@@ -295,19 +302,19 @@ class _Search:
         return None if trial is None else self._uniform_plan(trial.params)
 
     def _note(self, stage: str, description: str, trial: FrozenTrial, plan: FoldPlan) -> None:
-        run = run_of(trial)
+        run = trial_result(trial)
         key = self._short_key(plan)
         self._runs[key] = run
-        self._count(key, self._effort.steps)
-        state_bytes = self._fitting.folded_bytes(plan)
-        self.searched.append(
-            Searched(stage, description, plan, run, state_bytes, self._is_configured(plan))
+        self._count(key, self._search_budget.steps)
+        state_bytes = self._planner.folded_state_bytes(plan)
+        self.trials.append(
+            TrialRecord(stage, description, plan, run, state_bytes, self._is_configured(plan))
         )
         self._on_run(description, run.loss)
 
     def _is_configured(self, plan: FoldPlan) -> bool:
-        asked = self._fitting.uniform(_level_of(plan))
-        return plan in (asked, turned(asked))  # the latter is rounded
+        asked = self._planner.uniform(_level_of(plan))
+        return plan in (asked, scale_plan(asked))  # the latter is rounded
 
 
 def _level_of(uniform: FoldPlan) -> int:
@@ -321,10 +328,10 @@ def _adam_openers() -> list[Params]:
     model is (docs/log.md).
     """
     return [
-        _point(qk_factor=ADAMS_QK),
-        _point(lr_factor=0.5, qk_factor=ADAMS_QK),
-        _point(scale_factor=0.5, qk_factor=ADAMS_QK),
-        _point(scale_factor=0.2, qk_factor=ADAMS_QK),
+        _point(qk_factor=ADAM_QK_FACTOR),
+        _point(lr_factor=0.5, qk_factor=ADAM_QK_FACTOR),
+        _point(scale_factor=0.5, qk_factor=ADAM_QK_FACTOR),
+        _point(scale_factor=0.2, qk_factor=ADAM_QK_FACTOR),
     ]
 
 

@@ -9,7 +9,7 @@ from foam_lightning.errors import ConfigError
 # A gap between short runs shrinks on longer ones, so finalists run twice as long, on other seeds.
 FINAL_LENGTH = 2
 # The two best Adams, the best uniform plan, another one, a mixed one.
-MOST_FINALISTS = 5
+MAX_FINALISTS = 5
 # After 150 steps the plans of one model of two are in reverse order (docs/log.md).
 _SHORTEST = 300
 
@@ -45,7 +45,7 @@ class TuneOptions:
 
 
 @dataclass(frozen=True)
-class Effort:
+class SearchBudget:
     """What a search spends.
 
     Attributes:
@@ -73,7 +73,7 @@ class Effort:
         if options.trials is not None or options.steps is not None:
             return cls(options.trials or 12, options.steps or _SHORTEST, 2)
         paid = (cls(*rung) for rung in reversed(_LADDER))
-        return next((e for e in paid if e.most_steps <= options.fraction * max_steps), None)
+        return next((e for e in paid if e.max_steps_total <= options.fraction * max_steps), None)
 
     @property
     def final_steps(self) -> int:
@@ -81,9 +81,9 @@ class Effort:
         return FINAL_LENGTH * self.steps
 
     @property
-    def most_steps(self) -> int:
+    def max_steps_total(self) -> int:
         """The optimizer steps of the whole search, if no finalist drops out of the race."""
-        return self.num_trials * self.steps + MOST_FINALISTS * self.num_seeds * self.final_steps
+        return self.num_trials * self.steps + MAX_FINALISTS * self.num_seeds * self.final_steps
 
 
 # From the least search that says anything: trials, steps, seeds of the finals. Runs of 300 steps
@@ -98,4 +98,4 @@ _LADDER = (
     (24, 300, 3),
     (24, 600, 3),
 )
-LEAST = Effort(*_LADDER[0])
+SMALLEST_SEARCH = SearchBudget(*_LADDER[0])

@@ -15,10 +15,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
-from foam_lightning.storage.run_folder import write_json
+from foam_lightning.storage.atomic import write_json
 from foam_lightning.training import versions
-from tuner.trials.runner import ShortRun
-from tuner.trials.study import Params, run_of
+from tuner.trials.runner import TrialResult
+from tuner.trials.study import Params, trial_result
 
 # Settings of the trainer that no short run depends on: it has its own, or its own place.
 _ELSEWHERE = {
@@ -30,7 +30,7 @@ _ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class Known:
+class EarlierTrials:
     """What is known before a search begins.
 
     Attributes:
@@ -38,7 +38,7 @@ class Known:
         params: Parameters of finished trials by the name of their study, oldest first.
     """
 
-    runs: Mapping[str, ShortRun] = field(default_factory=dict)
+    runs: Mapping[str, TrialResult] = field(default_factory=dict)
     params: Mapping[str, Sequence[Params]] = field(default_factory=dict)
 
 
@@ -53,35 +53,37 @@ def job_key(job: Job) -> str:
     return _digest([dict(job.model), data, stamps, trainer, job.seed, versions()])
 
 
-def run_key(job_name: str, plan: FoldPlan, *, num_steps: int, seed: int) -> str:
+def trial_key(job_name: str, plan: FoldPlan, *, num_steps: int, seed: int) -> str:
     """Name a short run.
 
     Args:
         job_name: From `job_key`.
-        plan: What it trains by. Of the levers the dtype of the state alone counts: the others
-            change the loss by rounding.
+        plan: What it trains by. Of the memory options the dtype of the state alone counts: the
+            others change the loss by rounding.
         num_steps: Optimizer steps.
         seed: Of weights and data.
     """
     levels, scales = dict(plan.levels), dict(plan.scales)
-    return _digest([job_name, levels, scales, plan.lr, plan.levers.state_dtype, num_steps, seed])
+    return _digest(
+        [job_name, levels, scales, plan.lr, plan.memory_options.state_dtype, num_steps, seed]
+    )
 
 
-def known_of(databases: Iterable[Path], job_name: str) -> Known:
+def load_earlier_trials(databases: Iterable[Path], job_name: str) -> EarlierTrials:
     """Collect what earlier searches of a job left.
 
     Args:
         databases: The sqlite files of their studies; one that cannot be read is passed over.
         job_name: From `job_key`.
     """
-    runs: dict[str, ShortRun] = {}
+    runs: dict[str, TrialResult] = {}
     params: dict[str, list[Params]] = {}
     for database in databases:
         for study, trial in _trials(database):
-            runs[trial.user_attrs["run"]] = run_of(trial)
+            runs[trial.user_attrs["run"]] = trial_result(trial)
             if trial.user_attrs.get("job") == job_name:
                 params.setdefault(study, []).append(trial.params)
-    return Known(runs, params)
+    return EarlierTrials(runs, params)
 
 
 def _trials(database: Path) -> list[tuple[str, FrozenTrial]]:
@@ -116,7 +118,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
-class Kept:
+class JsonStore:
     """What was measured, by key, in one JSON file, which is whole at every moment.
 
     Args:
@@ -156,29 +158,29 @@ class Kept:
         return self._entries[key]
 
 
-class KeptRuns:
+class TrialStore:
     """Short runs by key, kept in the same way.
 
     Args:
-        path: As of `Kept`.
+        path: As of `JsonStore`.
 
     Raises:
         ConfigError: The file holds something else.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._kept = Kept(path)
+        self._kept = JsonStore(path)
         try:
             self._runs = {key: _run_of(entry) for key, entry in self._kept.items()}
         except (TypeError, KeyError) as error:
             assert path is not None
             raise _not_runs(path, error) from error
 
-    def get(self, key: str) -> ShortRun | None:
+    def get(self, key: str) -> TrialResult | None:
         """Give the run of a key; None where it was not done."""
         return self._runs.get(key)
 
-    def put(self, key: str, about: Mapping[str, Any], run: ShortRun) -> None:
+    def put(self, key: str, about: Mapping[str, Any], run: TrialResult) -> None:
         """Keep a run.
 
         Args:
@@ -191,8 +193,8 @@ class KeptRuns:
         self._kept.put(key, {**about, "loss": run.loss, **lists})
 
 
-def _run_of(entry: Mapping[str, Any]) -> ShortRun:
-    return ShortRun(entry["nats"], entry["num_tokens"])
+def _run_of(entry: Mapping[str, Any]) -> TrialResult:
+    return TrialResult(entry["nats"], entry["num_tokens"])
 
 
 def _not_runs(path: Path, error: Exception) -> ConfigError:

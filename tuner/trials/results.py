@@ -1,17 +1,62 @@
 """The outcome of a search: every short run, the finalists, and the winner."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from foam_lightning.plan import FoldPlan
-from tuner.search.finals import Candidate, Kind
-from tuner.trials.budget import Effort
-from tuner.trials.runner import Difference, ShortRun
+from tuner.trials.budget import SearchBudget
+from tuner.trials.runner import Difference, TrialResult, paired_difference
+
+Kind = Literal["reference", "uniform", "mixed"]
+# Of a gap, and whether it is one to Adam, what it will be on the full run.
+Predict = Callable[[Difference, bool], Difference]
 
 
 @dataclass(frozen=True)
-class Searched:
+class Candidate:
+    """A plan that may win.
+
+    Attributes:
+        kind: "reference" is Adam, "uniform" one level, "mixed" a level per matrix.
+        label: A name for tables, of its own among the candidates.
+        plan: The plan.
+        state_bytes: Of both moments of every parameter that folds.
+        runs: Its final runs, one per seed; those that leave the race early have fewer.
+        is_configured: Whether learning rate and scales are those of the settings.
+    """
+
+    kind: Kind
+    label: str
+    plan: FoldPlan
+    state_bytes: int
+    runs: Sequence[TrialResult] = field(default_factory=list)
+    is_configured: bool = False
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over its seeds; NaN if a run diverged, or there is none."""
+        return math.fsum(run.loss for run in self.runs) / len(self.runs) if self.runs else math.nan
+
+    def against(self, other: "Candidate") -> Difference:
+        """Compare with another on the seeds that both ran."""
+        both = min(len(self.runs), len(other.runs))
+        return paired_difference(self.runs[:both], other.runs[:both])
+
+    def expected(self, other: "Candidate", predict: Predict) -> Difference:
+        """Predict how it compares with another on the full run."""
+        to_adam = (self.kind == "reference") != (other.kind == "reference")
+        return predict(self.against(other), to_adam)
+
+    def beats(self, other: "Candidate", predict: Predict = lambda gap, _: gap) -> bool:
+        """Tell whether it is better beyond the interval, as measured or as predicted from it."""
+        difference = self.expected(other, predict)
+        return difference.is_decided and difference.mean < 0
+
+
+@dataclass(frozen=True)
+class TrialRecord:
     """One short run of the search, for the report.
 
     Attributes:
@@ -26,7 +71,7 @@ class Searched:
     stage: str
     description: str
     plan: FoldPlan
-    run: ShortRun
+    run: TrialResult
     state_bytes: int
     is_configured: bool
 
@@ -43,23 +88,23 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchResult:
     """What tuning found.
 
     Attributes:
         winner: The plan to train by.
         finalists: All that ran in the race, the winner among them.
-        searched: Every short run of the search.
+        trials: Every short run of the search.
         adam_state_bytes: Of the matrices that fold, at level 0: what to compare bytes of state to.
-        effort: The length of the runs.
+        budget: The length of the runs.
         reason: Why the winner won, in one sentence.
     """
 
     winner: Candidate
     finalists: Sequence[Candidate]
-    searched: Sequence[Searched]
+    trials: Sequence[TrialRecord]
     adam_state_bytes: int
-    effort: Effort
+    budget: SearchBudget
     reason: str
 
     @property

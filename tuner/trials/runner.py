@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from foam_lightning.data.module import TextData
 from foam_lightning.job import Job
-from foam_lightning.memory.device import naming_shortage
+from foam_lightning.memory.device import memory_shortage_context
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import FoldPlan, Levers
+from foam_lightning.plan import FoldPlan, MemoryOptions
 
 # How far the paired difference of two plans moves from one seed to another on its own: .01 in the
 # first measurements (docs/log.md). An interval over evaluation batches alone does not contain it.
@@ -25,7 +25,7 @@ _NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
-class ShortRun:
+class TrialResult:
     """What a short run is judged by: its loss on every evaluation batch.
 
     Attributes:
@@ -66,7 +66,7 @@ class Difference:
         return f"{self.mean:+.4f} +- {self.half_width:.4f}"
 
 
-def paired_difference(runs: Sequence[ShortRun], others: Sequence[ShortRun]) -> Difference:
+def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]) -> Difference:
     """Compare two plans on the same seeds and evaluation batches.
 
     The variance of the mean is that of the batches, which pairing makes small, plus that of the
@@ -101,7 +101,7 @@ def paired_difference(runs: Sequence[ShortRun], others: Sequence[ShortRun]) -> D
     )
 
 
-class Bench:
+class TrialRunner:
     """Run plans of one job for a few steps, all else being equal.
 
     Every run of a seed starts from the same weights and sees the same batches, and its schedule
@@ -111,8 +111,8 @@ class Bench:
     Args:
         job: What to train.
         on_step: Called after every optimizer step.
-        levers: Take the place of those of every plan, where memory ran out with them; they change
-            the loss by rounding alone.
+        memory_options: Take the place of those of every plan, where memory ran out with them; they
+            change the loss by rounding alone.
     """
 
     def __init__(
@@ -120,20 +120,20 @@ class Bench:
         job: Job,
         on_step: Callable[[], None] = lambda: None,
         *,
-        levers: Levers | None = None,
+        memory_options: MemoryOptions | None = None,
     ) -> None:
         self.job = job
         self._on_step = on_step
-        self._levers = levers
+        self._memory_options = memory_options
         self._data: dict[int, TextData] = {}
 
     def run(
         self, plan: FoldPlan, *, num_steps: int, seed: int, callbacks: Sequence[Callback] = ()
-    ) -> ShortRun:
+    ) -> TrialResult:
         """Train for `num_steps` and evaluate.
 
         Args:
-            plan: What to train by; all plans of a comparison share their levers.
+            plan: What to train by; all plans of a comparison share their memory options.
             num_steps: Optimizer steps.
             seed: Of the weights and of the order of the data.
             callbacks: Watch the run.
@@ -145,7 +145,7 @@ class Bench:
         with self._trained(plan, num_steps, seed, [recorder, *callbacks]) as (trainer, module):
             trainer.limit_val_batches = 1.0
             trainer.validate(module, datamodule=self._data[seed], verbose=False)
-        return ShortRun(recorder.nats, recorder.num_tokens, recorder.curve())
+        return TrialResult(recorder.nats, recorder.num_tokens, recorder.curve())
 
     def seconds_per_step(self, plan: FoldPlan) -> float:
         """Measure an optimizer step, by the mean of the second and the third.
@@ -170,20 +170,20 @@ class Bench:
     def _trained(
         self, plan: FoldPlan, num_steps: int, seed: int, callbacks: Sequence[Callback]
     ) -> Iterator[tuple[Trainer, LlamaFoam]]:
-        plan = replace(plan, levers=self._levers or plan.levers)
+        plan = replace(plan, memory_options=self._memory_options or plan.memory_options)
         module = self.job.new_module(seed=seed)
         module.follow(plan)
         if seed not in self._data:
-            self._data[seed] = self.job.new_data(plan.levers, seed=seed)
+            self._data[seed] = self.job.new_data(plan.memory_options, seed=seed)
         trainer = self.job.new_trainer(
-            plan.levers,
+            plan.memory_options,
             callbacks,
             bare=True,
             max_steps=num_steps,
             limit_val_batches=0,
             val_check_interval=None,
         )
-        with naming_shortage("a short run of the search", plan, trainer):
+        with memory_shortage_context("a short run of the search", plan, trainer):
             trainer.fit(module, datamodule=self._data[seed])
             yield trainer, module
 

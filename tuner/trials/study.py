@@ -13,7 +13,7 @@ from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.trials.runner import ShortRun
+from tuner.trials.runner import TrialResult
 from tuner.trials.workers import Worker
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -74,7 +74,7 @@ class Study:
         openers: Sequence[Params],
         *,
         num_trials: int,
-        evaluate: Callable[[optuna.Trial], ShortRun],
+        evaluate: Callable[[optuna.Trial], TrialResult],
         on_trial: Callable[[FrozenTrial], None] = lambda _: None,
     ) -> None:
         """Run trials until so many are finished, those of other workers included.
@@ -103,9 +103,9 @@ class Study:
     def do(
         self,
         names: Sequence[str],
-        run: Callable[[str], ShortRun],
-        on_run: Callable[[str, ShortRun], None] = lambda *_: None,
-    ) -> dict[str, ShortRun]:
+        run: Callable[[str], TrialResult],
+        on_run: Callable[[str, TrialResult], None] = lambda *_: None,
+    ) -> dict[str, TrialResult]:
         """Do runs that no sampler asks for, each once, by whichever worker.
 
         Args:
@@ -116,12 +116,14 @@ class Study:
         Returns:
             The runs by name, in the order of `names`; one may have diverged.
         """
-        found: dict[str, ShortRun] = {}
+        found: dict[str, TrialResult] = {}
         num_shown = 0
 
         def show() -> None:
             nonlocal num_shown
-            found.update((trial.user_attrs["run"], run_of(trial)) for trial in self.finished())
+            found.update(
+                (trial.user_attrs["run"], trial_result(trial)) for trial in self.finished()
+            )
             for name in takewhile(found.__contains__, names[num_shown:]):
                 on_run(name, found[name])
                 num_shown += 1
@@ -141,7 +143,7 @@ class Study:
     def _work(
         self,
         take: Callable[[], optuna.Trial | None],
-        evaluate: Callable[[optuna.Trial], ShortRun],
+        evaluate: Callable[[optuna.Trial], TrialResult],
         show: Callable[[], None],
     ) -> None:
         """Take trials up and finish them until none is left, and none under way elsewhere."""
@@ -214,7 +216,7 @@ class Study:
     def _enqueue(self, params: Params, **attributes: int) -> None:
         self._study.enqueue_trial(params, user_attrs={"given": params, **attributes})
 
-    def _finish(self, asked: optuna.Trial, run: ShortRun) -> None:
+    def _finish(self, asked: optuna.Trial, run: TrialResult) -> None:
         with self._worker.turn():
             for key, value in asdict(run).items():
                 asked.set_user_attr(key, value)
@@ -238,6 +240,8 @@ def _make(path: Path) -> None:
     beside.replace(path)
 
 
-def run_of(trial: FrozenTrial) -> ShortRun:
+def trial_result(trial: FrozenTrial) -> TrialResult:
     """Read a trial's short run back."""
-    return ShortRun(**{field.name: trial.user_attrs[field.name] for field in fields(ShortRun)})
+    return TrialResult(
+        **{field.name: trial.user_attrs[field.name] for field in fields(TrialResult)}
+    )

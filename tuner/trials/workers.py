@@ -12,7 +12,7 @@ from typing import Literal, Self
 from filelock import FileLock, Timeout
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.storage.run_folder import write_text
+from foam_lightning.storage.atomic import write_text
 
 Task = Literal["tune", "fit"]
 _TASKS = ("tune", "fit")  # the later one does what the earlier one does, and more

@@ -1,0 +1,54 @@
+"""The commands on one checkpoint: validate, generate, export."""
+
+from pathlib import Path
+
+from foam_lightning.checkpoint.load import load_module, load_tokenizer
+from foam_lightning.data.chat import end_of_turn
+from foam_lightning.errors import CheckpointError
+from foam_lightning.evaluate import format_perplexity
+from foam_lightning.generate import write
+from foam_lightning.model.llama import save
+from foam_lightning.resume import with_checkpoint_model
+from foam_lightning.storage.paths import exists
+from foam_lightning.training import validate
+from tuner.config.parser import Settings
+
+
+def run_validate(settings: Settings) -> None:
+    """Print the unbiased perplexity of a checkpoint."""
+    path = Path(settings.ckpt_path)
+    module = load_module(path)
+    job = settings.job().on_one_device()
+    job = with_checkpoint_model(job, path, module.hparams["architecture"])
+    plan = module.plan
+    assert plan is not None
+    data = job.new_data(plan.memory_options)
+    trainer = job.new_trainer(plan.memory_options, [], logger=False, enable_checkpointing=False)
+    loss, num_tokens = validate(trainer, module, data)
+    num_batches = len(data.val_dataloader()) if settings.biased else None
+    print(format_perplexity(loss, num_tokens, num_batches=num_batches))
+
+
+def run_generate(settings: Settings) -> None:
+    """Print text that a checkpoint generates."""
+    write(
+        Path(settings.ckpt_path),
+        settings.prompt,
+        is_chat=settings.data.chat,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed_everything,
+    )
+
+
+def run_export(settings: Settings) -> None:
+    """Write a checkpoint as a Hugging Face folder."""
+    path, output = Path(settings.ckpt_path), Path(settings.output)
+    if exists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not an empty folder; choose another")
+    module = load_module(path)
+    assert module.model is not None
+    tokenizer = load_tokenizer(path)
+    turn = end_of_turn(tokenizer) if settings.data.chat else None
+    save(module.model, tokenizer, output, end_of_turn=turn)
+    print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")
