@@ -34,7 +34,7 @@ from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.model.llama import save_tokenizer
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
-from foam_lightning.storage import run_folder
+from foam_lightning.storage import atomic, run_folder
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.run_folder import RunFolder
 from tests.runs import NewJob
@@ -295,6 +295,7 @@ def test_other_processes_wait_for_the_folder_and_write_nothing(
         time.sleep(0.1)
         with monkeypatch.context() as first:
             first.setattr(run_folder, "is_first_process", lambda: True)
+            first.setattr(atomic, "is_first_process", lambda: True)
             RunFolder.open(tmp_path, "run", "settings")
 
     first = threading.Thread(target=open_as_first)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foam_lightning.model.llama import loss
+from foam_lightning.model import loss
 from foam_lightning.model.loss import IGNORED, token_loss
 
 H, V = 8, 50

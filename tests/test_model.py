@@ -16,8 +16,8 @@ from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.model import llama, pretrained
 from foam_lightning.model.activation_checkpointing import _products_kept, checkpoint_layers
-from foam_lightning.model.llama import llama, pretrained
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
 from tests.pretrained import save_pretrained

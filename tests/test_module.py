@@ -126,7 +126,7 @@ def test_accumulation_changes_nothing_but_memory(new_job: NewJob) -> None:
         torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lever", ["chunked_loss", "activation_checkpointing"])
+@pytest.mark.parametrize("option", ["chunked_loss", "activation_checkpointing"])
 def test_a_lever_changes_nothing_but_memory(job: Job, option: str) -> None:
     weights = []
     for pulled in (False, True):
@@ -137,7 +137,7 @@ def test_a_lever_changes_nothing_but_memory(job: Job, option: str) -> None:
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lever", ["plain", "accumulating", "releasing"])
+@pytest.mark.parametrize("option", ["plain", "accumulating", "releasing"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_checkpointing_changes_nothing_to_the_last_bit(
     new_job: NewJob, precision: str, option: str

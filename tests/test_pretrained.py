@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from foam_lightning.errors import CheckpointError
-from foam_lightning.model.llama import pretrained
+from foam_lightning.model import pretrained
 from tests.pretrained import FAMILIES, save_pretrained, set_config
 from tests.test_model import TINY
 

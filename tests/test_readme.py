@@ -72,15 +72,6 @@ def test_ci_runs_exactly_the_readmes_test_command() -> None:
         assert words in script, words
 
 
-def test_every_file_of_the_tree_exists_and_none_is_left_out() -> None:
-    tree = README[README.index("## What is where") : README.index("## Limits")]
-    named = {word.rstrip("/,") for line in tree.splitlines() for word in line.split()}
-    for path in (*REPOSITORY.glob("tuner/*.py"), *REPOSITORY.glob("foam_lightning/*.py")):
-        assert path.name in named or path.name == "__init__.py", path.name
-    for path in REPOSITORY.glob("foam_lightning/*/"):
-        assert path.name in named or path.name == "__pycache__", path.name
-
-
 def test_every_number_comes_from_a_committed_file() -> None:
     for target in re.findall(r"\]\((tests/benchmarks/results/[^)]+)\)", README):
         assert (REPOSITORY / target).is_file(), target

@@ -13,8 +13,8 @@ from foam_lightning.memory.account import Accountant
 from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan
 from tuner.planning.planner import BudgetPlanner
+from tuner.search import search as searching
 from tuner.search.search import search
-from tuner.search.search import search as searching
 from tuner.trials.budget import SearchBudget
 from tuner.trials.cache import EarlierTrials, job_key, load_earlier_trials
 from tuner.trials.extrapolation import plan_for_length

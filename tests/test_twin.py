@@ -22,9 +22,9 @@ from tuner.pipeline import tune
 from tuner.planning.knobs import Knobs
 from tuner.planning.planner import LEVELS, BudgetPlanner
 from tuner.planning.scales import combine_plans, scale_plan
+from tuner.search import search as searching
 from tuner.search.proxy_model import MIN_WIDTH, NoProxyModelError, ProxyModel, proxy_sizes
 from tuner.search.search import search
-from tuner.search.search import search as searching
 from tuner.trials.budget import SearchBudget, TuneOptions
 from tuner.trials.results import SearchResult
 from tuner.trials.runner import TrialResult

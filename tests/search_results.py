@@ -69,11 +69,11 @@ def curve_above(loss: float, step: int) -> float:
     return (4 - loss % 1) * math.exp(-step / 30) + 0.1 * math.sin(7 * step)
 
 
-def outcome_of(winner: Candidate, *others: Candidate, searched: list[TrialRecord]) -> SearchResult:
+def outcome_of(winner: Candidate, *others: Candidate, trials: list[TrialRecord]) -> SearchResult:
     return SearchResult(
         winner=winner,
         finalists=[*others, winner],
-        trials=searched,
+        trials=trials,
         adam_state_bytes=ADAM_STATE,
         budget=SearchBudget(num_trials=12, steps=160, num_seeds=2),
         reason=f"{winner.label} is better than every other finalist beyond its interval",
