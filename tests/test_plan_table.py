@@ -51,7 +51,7 @@ def test_json_has_the_keys_of_the_contract_in_order() -> None:
         "memory_options",
         "levels",
     ]
-    assert found["schema"] == "foam-lightning/plan/1"
+    assert found["schema"] == "foam-lightning/plan/3"
     assert list(found["breakdown"]) == list(BREAKDOWN)
     assert found["memory_options"] == asdict(MIXED.plan.memory_options)
     assert {

@@ -57,7 +57,7 @@ def test_without_adam_curves_are_against_the_best_uniform_plan() -> None:
     assert HIGHER.label in {text.get_text() for text in figure.axes[0].texts}
 
 
-@pytest.mark.parametrize("outcome", [ONE_DIVERGED, ALL_DIVERGED, ADAM_WINS])
+@pytest.mark.parametrize("search_result", [ONE_DIVERGED, ALL_DIVERGED, ADAM_WINS])
 def test_where_nothing_pairs_no_curve_is_drawn(search_result: SearchResult) -> None:
     assert draw_curves(search_result) is None
 
