@@ -113,7 +113,7 @@ MALFORMED = {
     "null": "null",
     "a list": "[]",
     "no schema": without("schema"),
-    "another schema": changed(schema="foam-lightning/fold-plan/3"),
+    "another schema": changed(schema="foam-lightning/fold-plan/4"),
     "a schema of a list": changed(schema=["foam-lightning/fold-plan/2"]),
     "no levels": without("levels"),
     "no memory options": without("memory_options"),
