@@ -186,15 +186,17 @@ def test_a_failure_leaves_nothing_behind(cache: Path) -> None:
 def test_what_a_killed_process_left_half_written_is_cleared_and_written_again(cache: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
-    place = cache / f".a.arrow.{platform.node()}"
-    left, running = (Path(f"{place}.{number}") for number in (gone.pid, os.getppid()))
+    left, running = (
+        cache / f"a.arrow.{platform.node()}.{number}.0123abcd.part"
+        for number in (gone.pid, os.getppid())
+    )
     left.write_bytes(b"half")
     running.write_bytes(b"another process is at it")
     schema = pa.schema([("text", pa.large_string())])
     batch = pa.record_batch([pa.array(["a", "b"], pa.large_string())], schema=schema)
     dataset = cached_dataset(cache / "a.arrow", schema, lambda: [(batch, 2)], content="text")
     assert texts(dataset) == ["a", "b"]
-    assert sorted(cache.iterdir()) == [running, cache / "a.arrow"]
+    assert sorted(cache.iterdir()) == [cache / "a.arrow", running]
 
 
 def test_long_writing_says_in_the_end_where_how_much_was_written(

@@ -22,6 +22,7 @@ from foam_lightning.memory.device import (
     missing_memory_warning,
 )
 from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.storage.atomic import atomic_path
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.units import format_bytes
 from tuner.planning.planner import BudgetPlanner
@@ -181,11 +182,9 @@ def _fall_back(
         "from": asdict(plan.memory_options),
         "to": asdict(rung),
     }
-    # Not `write_json`: of several processes the one that ran out may not be the first.
-    beside = folder.fallback.with_name(f"{folder.fallback.name}.{os.getpid()}.part")
     content = {"memory_options": asdict(rung), "events": [*events, event]}
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(folder.fallback)
+    with atomic_path(folder.fallback) as temporary:  # not `write_json`: any rank may run out
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return f"{shortage} ({figures}); from here on {_pulled(plan, rung, planner)}"
 
 

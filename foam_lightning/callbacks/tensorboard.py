@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +13,7 @@ from typing_extensions import override
 from foam_lightning.callbacks.residual_energy import ResidualEnergy
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.module import LlamaFoam
+from foam_lightning.storage.atomic import atomic_path
 
 # TensorBoard reads the files of a folder in the order of their names: before those of the run.
 _FILE = "events.out.tfevents.0.board"
@@ -74,17 +76,15 @@ def layout(throughput: Sequence[str], *, folds: bool) -> Layout:
 def _write(path: Path, groups: Layout, pictures: Mapping[str, Path]) -> None:
     from matplotlib.image import imread
 
-    beside = path.with_name(".board.part")
-    shutil.rmtree(beside, ignore_errors=True)
     charts = {
         group: {title: ["Multiline", [tags]] for title, tags in of_group.items()}
         for group, of_group in groups.items()
     }
-    with SummaryWriter(str(beside)) as writer:
-        writer.add_custom_scalars(charts)
-        for title, picture in pictures.items():
-            pixels = torch.tensor(imread(picture))[..., :3]
-            writer.add_image(title, pixels, dataformats="HWC")
-    (file,) = beside.iterdir()
-    file.replace(path)
-    beside.rmdir()
+    with TemporaryDirectory() as folder, atomic_path(path) as temporary:
+        with SummaryWriter(folder) as writer:
+            writer.add_custom_scalars(charts)
+            for title, picture in pictures.items():
+                pixels = torch.tensor(imread(picture))[..., :3]
+                writer.add_image(title, pixels, dataformats="HWC")
+        (file,) = Path(folder).iterdir()
+        shutil.copyfile(file, temporary)

@@ -1,14 +1,15 @@
-"""Checkpoints on disk: written beside, looked at, renamed; and the one before is kept."""
+"""Checkpoints on disk: written atomically and checked, with the previous one as a backup."""
 
 import os
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from typing_extensions import override
+
+from foam_lightning.storage.atomic import atomic_path
 
 
 def previous_checkpoint(path: Path) -> Path:
@@ -53,20 +54,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: It cannot be written; what was there before still is.
         """
         target = Path(path)
-        beside = target.with_name(f"{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(checkpoint, beside)
-            if (reason := find_damage(beside, thorough=False)) is not None:
-                raise OSError(f"{beside} was written and is {reason}")
-            if target.exists():
-                _keep(target, previous_checkpoint(target))
-            beside.replace(target)
-            _sync(target.parent)
-        except BaseException:  # a signal, too
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        backup = previous_checkpoint(target)
+        with atomic_path(target, backup=backup, exclusive=True) as temporary:
+            _write(checkpoint, temporary)
+            if (reason := find_damage(temporary, thorough=False)) is not None:
+                raise OSError(f"cannot write {target}: what was written is {reason}")
 
 
 def with_atomic_io(plugins: Any) -> list[Any]:
@@ -85,30 +78,9 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         # A file of Python's: one that torch opens by its name does not say what went wrong.
         with path.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         # After a failure torch ends its archive all the same, in vain.
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(reason, OSError):
             raise OSError(reason.errno, reason.strerror, str(path)) from error
         raise
-
-
-def _keep(target: Path, previous: Path) -> None:
-    """Give a file a second name, so that there is no moment in which it has none."""
-    previous.unlink(missing_ok=True)
-    try:
-        previous.hardlink_to(target)
-    except OSError:  # a file system without hard links
-        target.replace(previous)
-
-
-def _sync(folder: Path) -> None:
-    """Have the renaming on the disk, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

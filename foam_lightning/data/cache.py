@@ -1,10 +1,7 @@
-"""Prepared data on disk: written beside and renamed, so that a reader never sees half a file."""
+"""Prepared data on disk: cached files, each complete or absent."""
 
-import glob
 import hashlib
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from foam_lightning.errors import DataError, first_line
-from foam_lightning.storage.atomic import is_alive
+from foam_lightning.storage.atomic import atomic_path
 from foam_lightning.storage.paths import cache_home
 from foam_lightning.units import format_bytes
 
@@ -50,22 +47,19 @@ def cache_key(*parts: object) -> str:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path that becomes `path` on success and vanishes on failure.
+def atomic_cache_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path`, a file of the cache, on success.
 
-    What a killed process of this machine has left beside `path` vanishes too.
+    Raises:
+        DataError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    _clear(temporary)
     try:
-        yield temporary
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            yield temporary
     except OSError as error:
         raise DataError(
             f"cannot write {path} ({error.strerror or error}); choose another data.cache_dir"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def cached_dataset(
@@ -97,7 +91,7 @@ def cached_dataset(
 
     if not path.exists():
         with (
-            atomic_path(path) as temporary,
+            atomic_cache_path(path) as temporary,
             _Progress(content, num_documents, path) as progress,
             pa.OSFile(str(temporary), "wb") as file,
             pa.ipc.new_stream(file, schema) as writer,
@@ -151,12 +145,3 @@ class _Progress:
         if kind is None and time.monotonic() - self._began >= _QUIET_SECONDS:
             line = f"wrote {format_bytes(self._size)} of {self._content} to {self._path}"
             self._bar.write(line, file=sys.stderr)
-
-
-def _clear(temporary: Path) -> None:
-    """Remove what killed processes of this machine were writing in the same place."""
-    stem, _, _ = temporary.name.rpartition(".")
-    for left in temporary.parent.glob(f"{glob.escape(stem)}.*"):
-        number = left.name.rpartition(".")[2]
-        if number.isdigit() and not is_alive(int(number)):
-            left.unlink(missing_ok=True)

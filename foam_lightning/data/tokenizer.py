@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from foam_lightning.data.cache import atomic_path, cache_key, damaged
+from foam_lightning.data.cache import atomic_cache_path, cache_key, damaged
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _trained(
     sample = list(_sample(documents))
     path = cache / f"tokenizer-{cache_key(1, tokenizers.__version__, vocab_size, sample)}.json"
     if not path.exists():
-        with atomic_path(path) as temporary:
+        with atomic_cache_path(path) as temporary:
             _train(sample, vocab_size).save(str(temporary))
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from foam_lightning.optim.functional import StepFactors
 from foam_lightning.optim.state import SecondMoment
+from foam_lightning.storage.atomic import atomic_path
 from foam_lightning.storage.paths import cache_home
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -145,18 +146,14 @@ def _compiled() -> Path:
     library = cache_home() / f"step-{name}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        beside = library.with_suffix(f".{os.getpid()}")
-        try:
+        with atomic_path(library) as temporary:
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(beside)],
+                [*command, str(_SOURCE), "-o", str(temporary)],
                 check=True,
                 capture_output=True,
                 text=True,
                 timeout=120,
             )
-            beside.replace(library)
-        finally:
-            beside.unlink(missing_ok=True)
     return library
 
 

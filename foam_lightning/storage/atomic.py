@@ -4,7 +4,9 @@ import errno
 import glob
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,58 +18,67 @@ from filelock import FileLock, Timeout
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import BusyError, CheckpointError, first_line, is_disk_error
 
-_LOCK = ".lock"
+
+@contextmanager
+def atomic_path(
+    path: Path, *, backup: Path | None = None, overwrite: bool = True, exclusive: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename it to `path` when the block ends.
+
+    The block creates a file or a folder there. If it fails, or a signal ends it, `path` stays as it
+    was and the temporary is removed. Temporaries of killed processes are removed first.
+
+    Args:
+        path: What to write.
+        backup: Gets what `path` was before. At least one of the two exists at every moment.
+        overwrite: Replace a folder that exists.
+        exclusive: No other process writes `path`, because the caller holds a lock. Temporaries of
+            other machines are removed, too.
+
+    Raises:
+        OSError: It cannot be written; `filename` is `path`.
+    """
+    _remove_leftovers(path, exclusive=exclusive)
+    owner = f"{platform.node()}.{os.getpid()}"
+    temporary = path.with_name(f"{path.name}.{owner}.{secrets.token_hex(4)}.part")
+    old = Path(f"{temporary}.old")
+    try:
+        yield temporary
+        _sync(temporary)
+        if backup is not None and path.exists():
+            _link(path, backup)
+        if overwrite and temporary.is_dir() and path.is_dir():  # only an empty one can be replaced
+            path.replace(old)
+        temporary.replace(path)
+        _sync_one(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        if old.exists() and not path.exists():  # a signal came between the two renames
+            old.replace(path)
+        _remove(*path.parent.glob(f"{glob.escape(temporary.name)}*"))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that no half file is ever seen.
-
-    Of several processes that train together the first alone writes.
-    """
-    if not is_first_process():
-        return
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        number = left.suffixes[-2].removeprefix(".")
-        if number.isdigit() and not is_alive(int(number)):  # it was killed while it wrote
-            left.unlink(missing_ok=True)
-    # Workers on one search may write the same file at once.
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # as a full disk says it
-            error.filename = str(path)
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
-def is_alive(process: int) -> bool:
-    """Tell whether there is a process of this number on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # it is another user's, or no number of a process
-        return True
-    return True
+    """Write a text file; of several ranks the first alone writes."""
+    if is_first_process():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside `path` and rename."""
+    """Write a JSON file; of several ranks the first alone writes."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_folder(folder: Path, *parts: Callable[[Path], object]) -> None:
-    """Write a folder beside `folder` and rename it, so that no half one is ever seen.
-
-    What a process that was killed has left there is removed. Of several processes that train
-    together the first alone writes.
+    """Write a folder; of several ranks the first alone writes.
 
     Args:
-        folder: Replaced if it exists.
-        parts: Called with the folder to write to, one after the other.
+        folder: Replaced if it exists; its parents are created.
+        parts: Called one after the other with the folder to write to.
 
     Raises:
         BusyError: Another process is writing it.
@@ -77,19 +88,17 @@ def write_folder(folder: Path, *parts: Callable[[Path], object]) -> None:
     if not is_first_process():
         return
     try:
-        with _beside(folder) as beside:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder), atomic_path(folder, exclusive=True) as temporary:
+            temporary.mkdir()
             for write_part in parts:
-                write_part(beside)
-            # safetensors makes files for their owner alone; the folder has what the umask leaves.
-            mode = beside.stat().st_mode & 0o666
-            for file in beside.iterdir():
+                write_part(temporary)
+            # safetensors makes its files readable by their owner alone, whatever the umask says.
+            mode = temporary.stat().st_mode & 0o666
+            for file in temporary.iterdir():
                 file.chmod(mode)
-            _sync(beside)
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.replace(folder)
-            (folder / _LOCK).unlink()
     except Exception as error:
-        failure = _failure(error)
+        failure = _as_os_error(error)
         if failure is None:
             raise
         if is_disk_error(failure):
@@ -98,48 +107,91 @@ def write_folder(folder: Path, *parts: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """Give an empty folder that no other process has, and remove it if the writing fails."""
-    beside = folder.with_name(folder.name + ".part")
-    beside.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(beside / _LOCK, fallback_to_soft=False)
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing a folder.
+
+    Raises:
+        BusyError: Another process is writing it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    # Without flock(2) the lock would be the existence of a file, which outlives a killed process.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise BusyError(
-            f"another process is writing {folder}; wait for its end, or choose another"
+            f"another process is writing {folder}; wait until it ends, or choose another folder"
         ) from error
     try:
-        for left in beside.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left)
-            elif left.name != _LOCK:
-                left.unlink()
-        yield beside
-    except BaseException:  # a signal, too
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        yield
     finally:
+        path.unlink(missing_ok=True)  # filelock notices a file that is unlinked under its lock
         lock.release()
 
 
-def _failure(error: Exception) -> OSError | None:
-    """Take the failure of a file as what it is; safetensors gives its number as text."""
+def _as_os_error(error: Exception) -> OSError | None:
+    """Convert a failure to write a file; None if the error is of another kind."""
     if isinstance(error, OSError):
         return error
-    if type(error).__name__ == "SafetensorError":
+    if type(error).__name__ == "SafetensorError":  # it has the number in its text alone
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
         return OSError(number, os.strerror(number))
     return None
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                with suppress(OSError):  # some file systems cannot
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _remove_leftovers(path: Path, *, exclusive: bool) -> None:
+    """Remove what killed processes left while they wrote `path`."""
+    # `NAME.HOST.PROCESS.TOKEN.part`, its sqlite journal, or the folder that it was to replace.
+    # Earlier versions wrote `NAME.part`.
+    name = rf"{re.escape(path.name)}\.(?:(.+)\.(\d+)\.[0-9a-f]{{8}}\.)?part(-journal|\.old)?"
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*"):
+        if writer := re.fullmatch(name, left.name):
+            is_dead = writer[1] == platform.node() and not _is_alive(int(writer[2]))
+            if exclusive or is_dead:
+                _remove(left)
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's, or no number of a process
+        return True
+    return True
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _link(path: Path, backup: Path) -> None:
+    backup.unlink(missing_ok=True)
+    try:
+        backup.hardlink_to(path)
+    except OSError:  # a file system without hard links
+        path.replace(backup)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder with all in it, to disk."""
+    for part in [*path.rglob("*"), path]:
+        _sync_one(part)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system has no fsync
+            raise
+    finally:
+        os.close(descriptor)

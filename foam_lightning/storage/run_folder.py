@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import BusyError, ConfigError
-from foam_lightning.storage.atomic import write_json, write_text
+from foam_lightning.storage.atomic import atomic_path, write_json, write_text
 
 # How long a process waits for the first one to open the folder, and how often it looks.
 _PATIENCE_SECONDS = 600.0
@@ -70,19 +68,18 @@ class RunFolder:
     def _start(cls, root: Path, name: str, settings: str) -> Self | None:
         """Start the next version; None if another process has just started it."""
         fresh = cls(root / name / f"version_{_newest(root / name) + 1}")
-        # Renamed when it says whose it is: the same command, typed twice at once, is one run.
-        beside = cls(root / name / f".{fresh.path.name}.{secrets.token_hex(4)}")
         try:
-            beside.path.mkdir(parents=True)
-            write_json(beside._settings, {"settings_sha256": _digest(settings)})
-            beside.path.rename(fresh.path)
+            (root / name).mkdir(parents=True, exist_ok=True)
+            # It appears with its settings: the same command, started twice at once, is one run.
+            with atomic_path(fresh.path, overwrite=False) as temporary:
+                temporary.mkdir()
+                write_json(cls(temporary)._settings, {"settings_sha256": _digest(settings)})
         except OSError as error:
             if not fresh.path.exists():
                 raise ConfigError(
                     f"cannot write the run folder {fresh.path}: {error.strerror}; choose another "
                     "with --runs"
                 ) from error
-            shutil.rmtree(beside.path)
             return None
         return fresh
 

@@ -71,13 +71,12 @@ def test_an_export_to_a_folder_that_another_writes_is_refused(
 ) -> None:
     from filelock import FileLock
 
-    output, beside = tmp_path / "out", tmp_path / "out.part"
-    beside.mkdir()
+    output = tmp_path / "out"
     words = ["export", "--ckpt_path", str(finished.folder.last_checkpoint), "--output", str(output)]
-    with FileLock(beside / ".lock"):
+    with FileLock(tmp_path / ".out.lock"):
         assert cli.main(words) == 6
         assert capfd.readouterr().err.startswith(f"error: another process is writing {output};")
-        assert [path.name for path in beside.iterdir()] == [".lock"]
+        assert not output.exists()
     assert cli.main(words) == 0
     assert (output / "model.safetensors").is_file()
-    assert not beside.exists()
+    assert list(tmp_path.iterdir()) == [output]

@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     with files_up_to(calm.last_checkpoint.stat().st_size - 1000):
         assert cli.main(words) == 5
     assert last_line(capfd) == (
-        f"error: cannot read or write {checkpoint}.part: File too large; once that is mended, type "
+        f"error: cannot read or write {checkpoint}: File too large; once that is mended, type "
         "the same command again"
     )
     assert list(checkpoint.parent.iterdir()) == []

@@ -6,6 +6,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from foam_lightning.storage.atomic import atomic_path
+
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, YELLOW, PINK, GREY = "#56B4E9", "#F0E442", "#CC79A7", "#666666"
@@ -25,10 +27,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG beside `path` and rename it, so that no half picture is ever seen."""
-    beside = path.with_name(path.name + ".part")
-    figure.savefig(beside, format="png", dpi=150)
-    beside.replace(path)
+    """Write a PNG."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def ink_on(colour: str | tuple[float, float, float, float]) -> str:

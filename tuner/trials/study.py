@@ -13,6 +13,7 @@ from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from foam_lightning.storage.atomic import atomic_path
 from tuner.trials.runner import TrialResult
 from tuner.trials.workers import Worker
 
@@ -227,17 +228,14 @@ class Study:
 
 
 def _make(path: Path) -> None:
-    """Make the file and its tables beside and rename it.
+    """Create the file with all its tables.
 
-    Optuna makes an index after its table; killed in between, the table would never get it, and one
-    name could stand for two studies.
+    Optuna creates an index after its table. If it were killed in between, the index would never be
+    created, and one name could stand for two studies.
     """
-    for left in path.parent.glob(f"{path.name}.part*"):  # its journal too
-        left.unlink()
-    beside = path.with_name(f"{path.name}.part")
-    beside.touch()  # by the umask; sqlite would keep the group from writing whatever that says
-    RDBStorage(f"sqlite:///{beside}").engine.dispose()
-    beside.replace(path)
+    with atomic_path(path, exclusive=True) as temporary:
+        temporary.touch()  # sqlite would not let the group write, whatever the umask says
+        RDBStorage(f"sqlite:///{temporary}").engine.dispose()
 
 
 def trial_result(trial: FrozenTrial) -> TrialResult:
