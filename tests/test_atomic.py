@@ -109,7 +109,7 @@ def test_a_full_disk_is_recognised_in_an_error_of_safetensors(tmp_path: Path) ->
 
 def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot write .*out"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*out"):
         write_in_folder(tmp_path / "file" / "out")
 
 
