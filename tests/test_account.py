@@ -55,7 +55,7 @@ def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Pre
         ids = torch.randint(
             0, module.hparams["vocab_size"], (plan.memory_options.micro_batch_size, length)
         )
-        return ids, ids
+        return ids, ids.clone()
 
     assert module.model is not None
     return track_step(

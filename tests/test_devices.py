@@ -346,28 +346,29 @@ def test_a_few_layers_stand_for_all(devices: Devices, memory_options: MemoryOpti
     module = LlamaFoam(num_hidden_layers=num_layers, **SIZES)
 
     def make_batch() -> tuple[Tensor, Tensor]:
-        token_ids = torch.zeros((memory_options.micro_batch_size, 16), dtype=torch.int64)
-        return token_ids, token_ids
+        size = (memory_options.micro_batch_size, 16)
+        return torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
 
-    with one_of(devices, "32-true") as join, fake_tensors("32-true"):
-        whole = module.layered(memory_options, num_layers)
-        join(whole)
-        traced = track_step(
-            whole,
-            None,
-            make_batch,
-            accumulate_grad_batches=memory_options.accumulate_grad_batches,
-        )
+    def traced(layers: int) -> dict[str, int]:
+        with one_of(devices, "32-true") as join, fake_tensors("32-true"):
+            model = module.layered(memory_options, layers)
+            join(model)
+            step = track_step(
+                model,
+                None,
+                make_batch,
+                accumulate_grad_batches=memory_options.accumulate_grad_batches,
+                num_layers=num_layers,
+            )
+        return {**step.peak.terms}
+
+    few, whole = traced(4 if devices.shards else 3), traced(num_layers)
+    weights = whole.pop("weights")
+    assert few.pop("weights") < weights  # a trace has those of its layers alone
+    assert few == whole
     found = accountant(devices, num_layers=num_layers)
     plan = plan_of(memory_options, num_layers)
-    few = found._traced_passes(memory_options).timeline.peak()
-    # Of the weights the trace has those of its layers; the account has its own count of them.
-    without_weights = [
-        {term: size for term, size in moment.terms.items() if term != "weights"}
-        for moment in (few, traced.peak)
-    ]
-    assert without_weights[0] == without_weights[1]
-    assert found.account(plan).breakdown["weights"] == traced.peak.terms["weights"]
+    assert found.account(plan).breakdown["weights"] == weights
     assert found.usage(plan).requested > 0
 
 

@@ -6,7 +6,7 @@ happens inside one operator (a workspace of its own) is not seen, nor is what th
 allocator adds by rounding and caching; on a GPU the account's margin stands for those.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -90,6 +90,7 @@ def track_step(
     gradient_release: bool = False,
     autocast: AbstractContextManager[object] | None = None,
     num_layers: int | None = None,
+    held: Mapping[str, Tensor] | None = None,
     noted: bool = False,
 ) -> Step:
     """Run one optimizer step as the training loop runs it, and watch it.
@@ -109,13 +110,14 @@ def track_step(
             in backward: decoder layers are alike, so this is exact and costs three layers of time.
             Sharded, it takes four, as backward gathers the weights of one layer during the one
             before. The weights are those of the module.
+        held: Other tensors that are alive throughout, by name; they are "workspace".
         noted: Keep the origin of every storage.
     """
     tracker = StorageTracker(noted=noted)
     names, parameters = _named(module.named_parameters())
     tracker.claim(parameters, "weights")
     tracker.name(zip(names, parameters, strict=True))
-    buffer_names, buffers = _named(module.named_buffers())
+    buffer_names, buffers = _named([*module.named_buffers(), *(held or {}).items()])
     tracker.claim(buffers, "workspace")
     tracker.name(zip(buffer_names, buffers, strict=True))
     num_seen = len(module.layers())

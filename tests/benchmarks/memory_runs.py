@@ -101,8 +101,7 @@ def predict(one: Combination, device: str, text: Path) -> Peak:
     size = (one.memory_options.micro_batch_size, int(job.data["sequence_length"]))
 
     def make_batch() -> tuple[Tensor, Tensor]:
-        token_ids = torch.zeros(size, dtype=torch.int64)
-        return token_ids, token_ids
+        return torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
 
     with fake_tensors(job.precision):
         proxy_model = module.layered(one.memory_options, module.llama_config().num_hidden_layers)
