@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -17,12 +17,13 @@ from foam_lightning.distributed.topology import Devices, device_of, first_device
 from foam_lightning.errors import ConfigError, first_line
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, find_gpu, load_costs
-from foam_lightning.memory.trace import Precision, weight_dtype
-from foam_lightning.model.pretrained import check_pretrained_weights
+from foam_lightning.memory.trace import weight_dtype
+from foam_lightning.model.pretrained import check_weights
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.baselines import check as check_baseline
 from foam_lightning.plan import FoldPlan, MemoryOptions
-from foam_lightning.validation import DATA, SEED, check_ranges, check_trainer
+from foam_lightning.settings import DataSettings, ModelSettings, Precision, TrainerSettings
+from foam_lightning.validation import SEED, check_ranges
 
 _BARE = {
     "callbacks": None,
@@ -39,17 +40,17 @@ class Job:
     """What to train, on what, and how; every run of a job starts from fresh objects.
 
     Args:
-        model: Arguments of `LlamaFoam`.
-        data: Arguments of `TextData`.
-        trainer: Arguments of Lightning's `Trainer`.
+        model: Of the model and the optimizer.
+        data: Of the text and its batches.
+        trainer: Of Lightning's `Trainer`.
         seed: Seeds weights and order of the data.
         architecture: Stands for the folder `model.pretrained` where that is gone, and a checkpoint
             has the weights; see `LlamaFoam`.
     """
 
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    trainer: Mapping[str, Any]
+    model: ModelSettings
+    data: DataSettings
+    trainer: TrainerSettings
     seed: int
     architecture: Mapping[str, Any] | None = None
 
@@ -62,13 +63,11 @@ class Job:
         weight_dtype(self.precision)
         _ = self.devices
         check_ranges("", {"seed_everything": self.seed}, {"seed_everything": SEED})
-        check_trainer(self.trainer)
-        check_ranges("data.", self.data, DATA)
 
     @property
     def optimizer(self) -> str:
         """The name of what trains."""
-        return str(self.model.get("optimizer", "foam"))
+        return self.model.optimizer
 
     @property
     def is_foam(self) -> bool:
@@ -78,22 +77,22 @@ class Job:
     @property
     def precision(self) -> Precision:
         """Lightning's name of the precision."""
-        return cast(Precision, str(self.trainer.get("precision") or "32-true"))
+        return self.trainer.precision
 
     @property
     def max_steps(self) -> int:
         """Optimizer steps of the full run."""
-        return int(self.trainer["max_steps"])
+        return self.trainer.max_steps
 
     @property
     def batch_size(self) -> int:
         """Sequences per optimizer step."""
-        return int(self.data["batch_size"])
+        return self.data.batch_size
 
     @property
     def on_gpu(self) -> bool:
         """Whether the plan is for a GPU: it is, with or without one here, unless it says CPU."""
-        return self.trainer.get("accelerator") != "cpu"
+        return self.trainer.is_on_gpu
 
     @property
     def gpu(self) -> Gpu | None:
@@ -102,7 +101,7 @@ class Job:
         It is that of the rank, among those that the settings name or else among all.
         """
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        return find_gpu(wanted=self.on_gpu, index=device_of(rank, self.trainer.get("devices")))
+        return find_gpu(wanted=self.on_gpu, index=device_of(rank, self.trainer.devices))
 
     @cached_property
     def devices(self) -> Devices:
@@ -111,7 +110,7 @@ class Job:
         Raises:
             ConfigError: They are not counted, or the strategy is unknown.
         """
-        return Devices.of(self.trainer)
+        return Devices.of(self.trainer.arguments)
 
     @cached_property
     def memory_options(self) -> MemoryOptions:
@@ -122,9 +121,9 @@ class Job:
         """
         self._check_optimizer()
         num_devices = self.devices.count
-        releases = bool(self.model.get("gradient_release"))
+        releases = self.model.gradient_release
         self._check_release(releases)
-        micro = int(self.data["micro_batch_size"] or max(1, self.batch_size // num_devices))
+        micro = self.data.micro_batch_size or max(1, self.batch_size // num_devices)
         if self.batch_size % (micro * num_devices):
             over = f" x trainer.devices {num_devices}" if num_devices > 1 else ""
             raise ConfigError(
@@ -140,8 +139,8 @@ class Job:
             micro_batch_size=micro,
             accumulate_grad_batches=self.batch_size // (micro * num_devices),
             gradient_release=releases,
-            state_dtype=self.model["state_dtype"],
-            state_offload=bool(self.model.get("state_offload")),
+            state_dtype=self.model.state_dtype,
+            state_offload=self.model.state_offload,
         )
         self.check(memory_options)
         return memory_options
@@ -157,7 +156,7 @@ class Job:
         if not self.is_foam:
             self._check_options_of_baseline(memory_options)
         self._check_release(memory_options.gradient_release)
-        clip_val = self.trainer.get("gradient_clip_val")
+        clip_val = self.trainer.gradient_clip_val
         if memory_options.gradient_release and clip_val:
             raise ConfigError(
                 f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
@@ -204,7 +203,8 @@ class Job:
         Raises:
             CheckpointError: They are missing, damaged, or do not fit.
         """
-        check_pretrained_weights(self.new_module().hparams)
+        if self.model.pretrained is not None and self.architecture is None:
+            check_weights(self.model.pretrained)
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
         """Make the module; weights come with `configure_model`.
@@ -213,11 +213,9 @@ class Job:
             seed: Seeds the initial weights; the job's own by default.
         """
         return LlamaFoam(
-            **{
-                **self.model,
-                "seed": self.seed if seed is None else seed,
-                "architecture": self.architecture,
-            }
+            self.model,
+            seed=self.seed if seed is None else seed,
+            architecture=self.architecture,
         )
 
     def new_data(self, memory_options: MemoryOptions, *, seed: int | None = None) -> TextData:
@@ -227,25 +225,21 @@ class Job:
             memory_options: Give the micro-batch.
             seed: Seeds the order of the training rows; the job's own by default.
         """
-        return TextData(
-            **{
-                **self.data,
-                **self._own_tokens,
-                "micro_batch_size": memory_options.micro_batch_size,
-                "seed": self.seed if seed is None else seed,
-            }
+        settings = replace(
+            self._data_with_tokenizer, micro_batch_size=memory_options.micro_batch_size
         )
+        return TextData(settings, seed=self.seed if seed is None else seed)
 
     @cached_property
-    def _own_tokens(self) -> dict[str, Any]:
-        """Say which tokens a pretrained model knows: its own, unless the settings name others."""
-        pretrained = self.model.get("pretrained")
-        if pretrained is None:
-            return {}
-        return {
-            "tokenizer": self.data.get("tokenizer") or pretrained,
-            "vocab_size": self.new_module().llama_config().vocab_size,
-        }
+    def _data_with_tokenizer(self) -> DataSettings:
+        """The data settings, with the tokenizer of a pretrained model unless they name another."""
+        if self.model.pretrained is None:
+            return self.data
+        return replace(
+            self.data,
+            tokenizer=self.data.tokenizer or self.model.pretrained,
+            vocab_size=self.new_module().llama_config().vocab_size,
+        )
 
     def new_trainer(
         self,
@@ -268,7 +262,7 @@ class Job:
         Raises:
             ConfigError: Lightning refuses a setting.
         """
-        merged = {**self.trainer, **(_BARE if bare else {}), **settings}
+        merged = {**self.trainer.arguments, **(_BARE if bare else {}), **settings}
         accumulated = memory_options.accumulate_grad_batches * (self.devices.count if bare else 1)
         interval = merged.get("val_check_interval")
         if isinstance(interval, int):
@@ -288,7 +282,7 @@ class Job:
         return Accountant(
             module,
             num_layers=module.llama_config().num_hidden_layers,
-            sequence_length=int(self.data["sequence_length"]),
+            sequence_length=self.data.sequence_length,
             precision=self.precision,
             on_gpu=self.on_gpu,
             devices=self.devices,
@@ -297,7 +291,7 @@ class Job:
 
     def on_one_device(self) -> Self:
         """Make the same job for one device, which accumulates what the others would have done."""
-        return replace(self, trainer={**self.trainer, **_alone(self.trainer)})
+        return replace(self, trainer=self.trainer.replace(**_alone(self.trainer.arguments)))
 
     def plan_at(self, level: int) -> FoldPlan:
         """Make the plan with every matrix at one level and the settings' memory options."""
@@ -305,7 +299,7 @@ class Job:
 
     def own_plan(self) -> FoldPlan:
         """Make the plan of the settings alone: their level under FOAM, level 0 under a baseline."""
-        return self.plan_at(self.model["level"] if self.is_foam else 0)
+        return self.plan_at(self.model.level if self.is_foam else 0)
 
     def _check_optimizer(self) -> None:
         check_baseline(self.optimizer)
@@ -316,7 +310,7 @@ class Job:
             )
 
     def _check_options_of_baseline(self, memory_options: MemoryOptions) -> None:
-        own = memory_options.state_dtype == self.model["state_dtype"]
+        own = memory_options.state_dtype == self.model.state_dtype
         if memory_options.gradient_release or memory_options.state_offload or not own:
             raise ConfigError(
                 f"model.optimizer {self.optimizer} cannot release gradients, nor keep its state in "
@@ -335,7 +329,7 @@ class Job:
     def _together(self) -> dict[str, Any]:
         """Say to Lightning how the devices work together; the data module gives each its rows."""
         if self.devices.count == 1:
-            return _alone(self.trainer)
+            return _alone(self.trainer.arguments)
         if self.devices.shards:
             return {
                 "use_distributed_sampler": False,

@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,11 +22,11 @@ from foam_lightning.model import llama
 from foam_lightning.model.activation_checkpointing import checkpoint_layers
 from foam_lightning.model.loss import StepMean, token_loss
 from foam_lightning.model.pretrained import architecture_to_json, create_model, model_config
-from foam_lightning.optim.baselines import OptimizerName
-from foam_lightning.optim.factory import check_settings, new_optimizer
+from foam_lightning.optim.factory import new_optimizer
 from foam_lightning.optim.gradient_release import Gate, release_gradients
-from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
-from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
+from foam_lightning.optim.groups import is_foldable
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,96 +57,34 @@ Batch = Mapping[str, Tensor]
 
 
 class LlamaFoam(LightningModule):
-    """A LLaMA and the optimizer that trains it.
-
-    A fold plan, where there is one, decides levels, scales, learning rate and memory options; the
-    arguments below are what a run without a plan trains at.
+    """A LLaMA and the optimizer that trains it, by a fold plan.
 
     Args:
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width inside the MLP.
-        num_hidden_layers: Decoder layers.
-        num_attention_heads: Query heads; must divide hidden_size.
-        num_key_value_heads: Key and value heads, fewer for grouped queries; none means as many
-            as query heads.
-        vocab_size: Tokens that the model knows; also what a tokenizer trained here gets.
-        max_position_embeddings: The longest sequence that the exported model declares.
-        pretrained: A local folder to start from (LLaMA, Mistral, Qwen2); its sizes replace these.
-        optimizer: FOAM, or a baseline, which takes lr, betas, eps and weight_decay, and
-            unfolded_scale where it splits the rate; other arguments of the optimizer are FOAM's.
-        lr: Peak learning rate.
-        betas: Decay of the two moments; the paper's scripts say (0.9, 0.95), its code ran this.
-        eps: Added to the denominator after bias correction.
-        weight_decay: Decoupled decay of the matrices that fold; the rest has none.
-        level: Fold level of every matrix that folds: 2**level neighbouring columns share one
-            moment pair. 0 is Adam.
-        scale: Factor on lr for folded matrices (level 1 and above).
-        unfolded_scale: Factor on lr for the same matrices at level 0; 0.1 is what split-lr Adam
-            prefers, 1 is plain AdamW.
-        residual_scale: Weight of the residual, the paper's rho.
-        second_moment: "mean_square" averages squared gradients over a block, as the released
-            code; "square_mean" squares the average, as the paper prints.
-        bias_correct_moments_only: Leave the residual out of the bias correction.
-        state_dtype: The dtype of the two moments: float32, bfloat16, or int8 codes with scales.
-        stochastic_rounding: Round bfloat16 weights, and moments in bfloat16 or int8, at random
-            with the right mean; to the nearest, small updates are lost.
-        clip_norm: The gradient of each parameter is scaled down to this norm where it is above;
-            none leaves it as it is. Unlike trainer.gradient_clip_val it does not need the
-            gradients of all parameters at once.
-        gradient_release: Step inside backward, parameter by parameter, so that gradients never
-            pile up; a step is then one micro-batch. A memory budget turns it on where need be.
-        state_offload: Keep both moments in host memory, from where they visit the GPU for their
-            update: twice their bytes over the bus a step. The last thing that a budget turns on.
-        max_skipped_steps: Steps in a row that are skipped where loss or gradient is not finite.
-        max_rollbacks: How often a run may go back to the weights of its last checkpoint where its
-            loss spikes; the data goes on behind the spike. 0 looks for none.
-        spike_nats: A spike is a loss so far above the mean of the last 50 steps.
-        warmup_fraction: Share of the steps over which the learning rate rises.
-        final_lr_fraction: Where the cosine ends, as a share of the peak.
-        exclude: Regular expression on the names of matrices that never fold.
+        settings: Of the model and the optimizer.
         seed: Seeds the initial weights.
-        architecture: What a checkpoint kept of `pretrained`, to build on without that folder.
+        architecture: What a checkpoint saved of the folder `settings.pretrained`, so that the model
+            can be built without that folder.
+        arguments: Instead of `settings`: those of `ModelSettings`, by name, as they are stored in a
+            checkpoint.
+
+    Raises:
+        ConfigError: A setting is out of range, or contradicts another.
     """
 
     def __init__(
         self,
+        settings: ModelSettings | None = None,
         *,
-        hidden_size: int = 128,
-        intermediate_size: int = 352,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int | None = None,
-        vocab_size: int = 1024,
-        max_position_embeddings: int = 2048,
-        pretrained: str | None = None,
-        optimizer: OptimizerName = "foam",
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        level: int = 2,
-        scale: float = 0.25,
-        unfolded_scale: float = 0.1,
-        residual_scale: float = 1.0,
-        second_moment: Literal["mean_square", "square_mean"] = "mean_square",
-        bias_correct_moments_only: bool = False,
-        state_dtype: StateDtype = "float32",
-        clip_norm: float | None = None,
-        stochastic_rounding: bool = True,
-        gradient_release: bool = False,
-        state_offload: bool = False,
-        max_skipped_steps: int = 10,
-        max_rollbacks: int = 0,
-        spike_nats: float = 1.0,
-        warmup_fraction: float = 0.1,
-        final_lr_fraction: float = 0.1,
-        exclude: str = DEFAULT_EXCLUDE,
         seed: int = 0,
-        architecture: dict[str, Any] | None = None,
+        architecture: Mapping[str, Any] | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        check_settings(self.hparams)
+        self.settings = settings or ModelSettings(**arguments)
+        self.seed, self.architecture = seed, architecture
+        self.save_hyperparameters(
+            {**asdict(self.settings), "seed": seed, "architecture": architecture}
+        )
         self.model: LlamaForCausalLM | None = None
         self.plan: FoldPlan | None = None
         self._scored = (0.0, 0)  # nats and tokens of the validation pass so far
@@ -157,7 +96,7 @@ class LlamaFoam(LightningModule):
 
     def llama_config(self) -> "LlamaConfig":
         """Describe the model that these settings ask for; whoever asks may change it."""
-        self._config = self._config or model_config(self.hparams)
+        self._config = self._config or model_config(self.settings, self.architecture)
         return deepcopy(self._config)
 
     @cached_property
@@ -170,17 +109,18 @@ class LlamaFoam(LightningModule):
     @cached_property
     def foldable(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the matrices that fold, by qualified name."""
-        exclude = self.hparams["exclude"]
+        exclude = self.settings.exclude
         return {name: s for name, s in self.shapes.items() if is_foldable(name, s, exclude)}
 
     def uniform_plan(self, level: int, memory_options: MemoryOptions) -> FoldPlan:
         """Make the plan that holds every matrix at one level, at this module's settings."""
-        hp = self.hparams
+        settings = self.settings
+        scale = settings.scale if level else settings.unfolded_scale
         return FoldPlan(
             model=llama.fingerprint(self.llama_config()),
             levels=dict.fromkeys(self.foldable, level),
-            scales=dict.fromkeys(self.foldable, hp["scale"] if level else hp["unfolded_scale"]),
-            lr=hp["lr"],
+            scales=dict.fromkeys(self.foldable, scale),
+            lr=settings.lr,
             memory_options=memory_options,
         )
 
@@ -199,7 +139,7 @@ class LlamaFoam(LightningModule):
         It lives where tensors are made now, such as in fake mode; the account traces it.
         """
         config = llama.with_depth(self.llama_config(), num_layers)
-        proxy_model = LlamaFoam(**self.hparams)
+        proxy_model = LlamaFoam(self.settings, architecture=self.architecture)
         proxy_model.plan = FoldPlan(
             model={}, levels={}, scales={}, lr=1.0, memory_options=memory_options
         )
@@ -214,7 +154,7 @@ class LlamaFoam(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self._adopt(create_model(self.hparams))
+        self._adopt(create_model(self.settings, self.architecture, seed=self.seed))
         if self.device_mesh is not None:  # FSDP2; until now the model is whole, in host memory
             shard(self, self.layers(), self.device_mesh["data_parallel"], self.trainer.precision)
 
@@ -224,7 +164,7 @@ class LlamaFoam(LightningModule):
         """Make the optimizer of the settings; FOAM takes the plan's levels."""
         config = self.llama_config()
         sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_attention_heads}
-        return new_optimizer(named_parameters, plan, self.hparams, **sizes)
+        return new_optimizer(named_parameters, plan, self.settings, **sizes)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -233,8 +173,8 @@ class LlamaFoam(LightningModule):
             optimizer,
             warmup_cosine(
                 int(self.trainer.estimated_stepping_batches),
-                warmup_fraction=self.hparams["warmup_fraction"],
-                final_fraction=self.hparams["final_lr_fraction"],
+                warmup_fraction=self.settings.warmup_fraction,
+                final_fraction=self.settings.final_lr_fraction,
             ),
         )
         return {
@@ -334,7 +274,7 @@ class LlamaFoam(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fold_plan"] = self._plan().to_json()
-        if self.hparams["pretrained"] is not None:
+        if self.settings.pretrained is not None:
             checkpoint["hyper_parameters"]["architecture"] = architecture_to_json(self._built())
 
     @override

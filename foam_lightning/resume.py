@@ -26,7 +26,7 @@ def with_checkpoint_model(job: Job, path: Path, architecture: Mapping[str, Any] 
         architecture: Of the model in it, where that began in a pretrained folder.
     """
     tokenizer = folder_of(path).tokenizer
-    data = {**job.data, "tokenizer": str(tokenizer)} if tokenizer.is_dir() else job.data
+    data = replace(job.data, tokenizer=str(tokenizer)) if tokenizer.is_dir() else job.data
     return replace(job, architecture=architecture, data=data)
 
 
@@ -40,7 +40,7 @@ def without_pretrained_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
     Raises:
         CheckpointError: The checkpoint cannot be read.
     """
-    pretrained = job.model["pretrained"]
+    pretrained = job.model.pretrained
     if pretrained is None or is_folder(Path(pretrained)):
         return job
     for path in checkpoints:

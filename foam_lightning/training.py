@@ -58,7 +58,7 @@ def hyperparameters(
         The settings by name. `scale` is that of most matrices; a baseline of FOAM has neither plan
         nor scale of its own.
     """
-    optimizer = str(job.model.get("optimizer") or "foam")
+    optimizer = job.optimizer
     scales = plan.scales.values() if optimizer == "foam" else ()
     (scale, _), *_ = Counter(scales).most_common(1) or [(1.0, 0)]
     return {
@@ -68,7 +68,7 @@ def hyperparameters(
         "plan": describe_plan(plan.levels if optimizer == "foam" else {}),
         "scale": scale,
         "seed": job.seed,
-        "sequence_length": int(job.data["sequence_length"]),
+        "sequence_length": job.data.sequence_length,
         "sequences_per_step": job.batch_size,
         "state_dtype": plan.memory_options.state_dtype,
         "steps": job.max_steps,
@@ -166,9 +166,9 @@ def train(
     logger = TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False)
     memory = MemoryMonitor(predicted_bytes, budget_bytes=budget_bytes)
     throughput = Throughput()
-    limits = {key: module.hparams[key] for key in LIMITS}
+    limits = {key: getattr(job.model, key) for key in LIMITS}
     spike_guard = SpikeGuard(StepPolicy(**limits), folder.last_checkpoint)
-    wants_progress = job.trainer.get("enable_progress_bar") is not False
+    wants_progress = job.trainer.has_progress_bar
     shown = [progress(throughput, memory)] if wants_progress else []
     trainer = job.new_trainer(
         plan.memory_options,

@@ -107,22 +107,6 @@ def check_ranges(section: str, settings: Mapping[str, Any], ranges: Mapping[str,
             raise ConfigError(f"{section}{name} must be {range_}, got {value}")
 
 
-def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of Lightning's Trainer that are out of range, or decided elsewhere.
-
-    Raises:
-        ConfigError: One of them is.
-    """
-    if settings.get("accumulate_grad_batches", 1) != 1:
-        raise ConfigError(
-            "trainer.accumulate_grad_batches follows from data.batch_size and "
-            "data.micro_batch_size; set data.micro_batch_size instead"
-        )
-    if settings.get("barebones"):
-        raise ConfigError("trainer.barebones keeps nothing of a run; leave it out")
-    check_ranges("trainer.", {"max_steps": -1, **settings}, TRAINER)
-
-
 def check_pattern(place: str, pattern: str) -> None:
     """Refuse what is no regular expression.
 

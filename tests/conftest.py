@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from foam_lightning.job import Job
+from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.training import train
 from tests.runs import Finished, open_folder, small
 from tuner.planning.planner import BudgetPlanner
@@ -56,31 +57,37 @@ def new_job(corpus: dict[str, Any]) -> Callable[..., Job]:
         seed: int = 0,
     ) -> Job:
         return Job(
-            model={
-                "hidden_size": 32,
-                "intermediate_size": 44,  # ragged from level 3 on
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "vocab_size": 300,
-                "state_dtype": "float32",
-                **(model or {}),
-            },
-            data={
-                **corpus,
-                "vocab_size": 300,
-                "sequence_length": 16,
-                "batch_size": 8,
-                "micro_batch_size": None,
-                "validation_sequences": 20,
-                **(data or {}),
-            },
-            trainer={
-                "accelerator": "cpu",
-                "max_steps": 8,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-                **(trainer or {}),
-            },
+            model=ModelSettings(
+                **{
+                    "hidden_size": 32,
+                    "intermediate_size": 44,  # ragged from level 3 on
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "vocab_size": 300,
+                    "state_dtype": "float32",
+                    **(model or {}),
+                }
+            ),
+            data=DataSettings(
+                **{
+                    **corpus,
+                    "vocab_size": 300,
+                    "sequence_length": 16,
+                    "batch_size": 8,
+                    "micro_batch_size": None,
+                    "validation_sequences": 20,
+                    **(data or {}),
+                }
+            ),
+            trainer=TrainerSettings(
+                {
+                    "accelerator": "cpu",
+                    "max_steps": 8,
+                    "log_every_n_steps": 1,
+                    "enable_progress_bar": False,
+                    **(trainer or {}),
+                }
+            ),
             seed=seed,
         )
 

@@ -53,7 +53,7 @@ def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Pre
 
     def make_batch() -> tuple[Tensor, Tensor]:
         ids = torch.randint(
-            0, module.hparams["vocab_size"], (plan.memory_options.micro_batch_size, length)
+            0, module.settings.vocab_size, (plan.memory_options.micro_batch_size, length)
         )
         return ids, ids.clone()
 

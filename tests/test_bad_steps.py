@@ -171,7 +171,7 @@ def test_a_spike_rolls_back_to_the_last_checkpoint_and_the_data_goes_on(
     )
     assert (trained.skipped_steps, trained.rollbacks) == (1, 1)
     _, calm_steps, calm_watch = calm.trainer["callbacks"]
-    _, steps, watch = job.trainer["callbacks"]
+    _, steps, watch = job.trainer.arguments["callbacks"]
     assert torch.equal(watch.weights[32], calm_watch.weights[32])
     # Checkpoints are every 5 steps: after step 33 the weights are those of step 30.
     assert torch.equal(watch.weights[33], watch.weights[30])

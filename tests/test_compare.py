@@ -145,7 +145,7 @@ def test_a_changed_job_does_not_take_the_runs_of_another(
     before = len(bench.asked)
     compare(job, options, tmp_path)
     assert len(bench.asked) == before
-    compare(replace(job, data={**job.data, "batch_size": 4}), options, tmp_path)
+    compare(replace(job, data=replace(job.data, batch_size=4)), options, tmp_path)
     compare(job, replace(options, steps=3), tmp_path)
     assert len(bench.asked) == 3 * before
 

@@ -78,7 +78,7 @@ def train(
     trainer = Trainer(
         accelerator="cpu",
         max_steps=max_steps,
-        accumulate_grad_batches=data.batch_size // data.micro_batch_size,
+        accumulate_grad_batches=data.settings.batch_size // data.micro_batch_size,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

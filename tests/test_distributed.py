@@ -78,7 +78,7 @@ class Case(NamedTuple):
     def run(self, stop_after: int | None = None) -> "Found":
         """Do a whole run, or one that dies; without checkpoint it begins at the beginning."""
         steps = Steps(stop_after)
-        job = replace(self.job, trainer={**self.job.trainer, "callbacks": [steps]})
+        job = replace(self.job, trainer=self.job.trainer.replace(callbacks=[steps]))
         try:
             trained = train(job, self.plan, self.folder)
         except StopError:

@@ -62,8 +62,8 @@ def test_the_first_line_of_a_recipe_is_its_command(path: Path, tmp_path: Path) -
     assert parsed.memory_budget is not None
     assert f"configs/{path.name}" in path.read_text().splitlines()[0] or path.stem == "default"
     job = parsed.job()
-    if job.model["pretrained"] is None:
-        assert job.new_module().llama_config().vocab_size == job.data["vocab_size"]
+    if job.model.pretrained is None:
+        assert job.new_module().llama_config().vocab_size == job.data.vocab_size
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= {
         *("name", "model", "data", "trainer", "tune")
     }

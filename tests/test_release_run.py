@@ -186,7 +186,7 @@ def test_a_plan_or_a_budget_that_releases_what_is_to_be_clipped_is_refused(
 ) -> None:
     # Two short rows, so that gradients are most of the peak.
     job = clipping(hidden_size=128, intermediate_size=344, num_hidden_layers=3)
-    job = replace(job, data={**job.data, "batch_size": 2})
+    job = replace(job, data=replace(job.data, batch_size=2))
     rich, poor = BudgetPlanner(job, 10**12), BudgetPlanner(job, 1)
     plan = rich.uniform(8)
     rich.check(plan)

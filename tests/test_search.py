@@ -138,7 +138,7 @@ def test_adam_opens_at_its_best_known_points(
     tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
 ) -> None:
     run_search(planner, tmp_path)
-    lr, scale = (planner.module.hparams[key] for key in ("lr", "unfolded_scale"))
+    lr, scale = (getattr(planner.module.settings, key) for key in ("lr", "unfolded_scale"))
     found = [(plan.lr, by_role(plan)) for plan in bench.of_adam()[:4]]
     for (rate, scales), (rate_factor, rest, qk) in zip(
         found, [(1, 1, 2.5), (0.5, 1, 2.5), (1, 0.5, 1.25), (1, 0.2, 0.5)], strict=True
@@ -191,7 +191,7 @@ def test_a_mixed_plan_where_adam_does_not_fit_takes_the_scales_that_it_is_known_
     bench.best_level = 1
     base = finalist(run_search(without_adam, tmp_path, trials=4), "uniform")
     first = bench.mixed()[0]
-    lr, scale = (without_adam.module.hparams[key] for key in ("lr", "unfolded_scale"))
+    lr, scale = (getattr(without_adam.module.settings, key) for key in ("lr", "unfolded_scale"))
     steps = {
         role_of(name): first.lr * first.scales[name]
         for name, level in first.levels.items()
@@ -357,7 +357,7 @@ def test_a_job_is_another_once_its_text_has_changed(
     path = tmp_path / "text.txt"
     path.write_text("one")
     source = {kind: [str(path)]}
-    changed = replace(job, data={**job.data, **({"sources": [source]} if within else source)})
+    changed = replace(job, data=replace(job.data, **({"sources": [source]} if within else source)))
     before = job_key(changed)
     assert job_key(changed) == before != job_key(job)
     path.write_text("another")

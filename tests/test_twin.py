@@ -111,7 +111,7 @@ def test_a_model_without_a_twin_says_why(
     job = new_job(model={**model, "pretrained": None})
     planner = BudgetPlanner(job, 10**12)
     with pytest.raises(NoProxyModelError, match=reason):
-        ProxyModel(replace(job, model={**job.model, **model}), planner)
+        ProxyModel(replace(job, model=replace(job.model, **model)), planner)
 
 
 def test_adam_may_not_fit_a_twin_either(new_job: NewJob) -> None:
@@ -160,7 +160,7 @@ def test_all_but_the_width_stays(proxy_model: ProxyModel) -> None:
         for size, wide_size in zip(shape, wide_module.foldable[name], strict=True):
             assert size == math.ceil(wide_size * 64 / 96)
     kept = set(wide.model) - {*KEYS, "scale", "unfolded_scale", "state_dtype"}
-    assert all(job.model[key] == wide.model[key] for key in kept)
+    assert all(getattr(job.model, key) == getattr(wide.model, key) for key in kept)
     assert str(proxy_model) == "a proxy model of hidden 64 (of 96), same 4 layers"
 
 

@@ -152,8 +152,8 @@ def test_the_curves_of_speed_agree(
     events: EventAccumulator, watched: tuple[RunFolder, Trained, list[str]], new_job: NewJob
 ) -> None:
     job = small(new_job)
-    per_step = job.batch_size * int(job.data["sequence_length"])
-    per_token = flops_per_token(job.new_module().shapes, int(job.data["sequence_length"]))
+    per_step = job.batch_size * job.data.sequence_length
+    per_token = flops_per_token(job.new_module().shapes, job.data.sequence_length)
     named = ("tokens_per_second", "step_seconds", "model_flops_per_second")
     curves = [[e.value for e in events.Scalars(f"throughput/{name}")] for name in named]
     for tokens, seconds, flops in zip(*curves, strict=True):

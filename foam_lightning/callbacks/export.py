@@ -32,5 +32,5 @@ class Export(Callback):
         if pl_module.device_mesh is not None:  # every rank gives its share to the first
             gathered = trainer.strategy.lightning_module_state_dict()
             weights = {name.removeprefix("model."): whole for name, whole in gathered.items()}
-        turn = end_of_turn(data.tokenizer) if data.chat else None
+        turn = end_of_turn(data.tokenizer) if data.settings.chat else None
         save(pl_module.model, data.tokenizer, self._folder, weights, end_of_turn=turn)

@@ -34,7 +34,7 @@ class ResidualEnergy(Callback):
     def sees(module: LlamaFoam) -> bool:
         """Tell whether a module's run gets curves: its optimizer folds, and gradients stay."""
         plan = module.plan
-        if plan is None or module.hparams.get("optimizer", "foam") != "foam":
+        if plan is None or module.settings.optimizer != "foam":
             return False
         return any(plan.levels.values()) and not plan.memory_options.gradient_release
 

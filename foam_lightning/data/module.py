@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from foam_lightning.data.cache import cache_folder
 from foam_lightning.errors import ConfigError
+from foam_lightning.settings import DataSettings
 from foam_lightning.signals import survive_signals
-from foam_lightning.validation import DATA, check_ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,37 +31,12 @@ class TextData(LightningDataModule):
     are the same tokens, not shifted, and -100 where there is only padding, or in a conversation
     where the assistant does not speak.
 
-    Without `files` and `dataset` the text is the source of Python's own library, which is on this
-    machine already. What is prepared is kept in the cache folder, so a second run starts at once.
+    Prepared data is stored in the cache folder, so a second run starts at once.
 
     Args:
-        files: Training text: .txt (one document each), .jsonl or .parquet (one per row).
-        validation_files: Text to evaluate on; by default 5 percent of `files` is held out.
-        text_column: The column of the text in .jsonl, .parquet and `dataset`.
-        dataset: Name of a dataset on the Hugging Face Hub with train and validation splits.
-        dataset_config: Its configuration, such as "en", where it has several.
-        sources: Several sources instead of one: for each its `weight`, its part of the training
-            rows relative to the others, and `files` or `dataset` with the settings that belong to
-            them. Validation rows are in the same proportion.
-        streaming: Read text while training: `dataset` over the network, rather than download it
-            first; `files` without a cache of them on disk.
-        chat: The `files` are conversations, .jsonl as `ChatText` says, and responses alone are
-            learned. Each is a row, padded, whatever `packing` says.
-        tokenizer: A local folder or a name on the Hub; by default that of model.pretrained, or
-            else one is trained on the text.
-        vocab_size: The model's vocabulary: how many tokens to train, and the limit of `tokenizer`.
-        sequence_length: Tokens in a row.
-        packing: Let documents follow each other so that every row is full; otherwise each
-            document is a row of its own, cut off or padded (as in the FOAM paper).
-        batch_size: Rows in an optimizer step, over all devices and accumulated micro-batches.
-        micro_batch_size: Rows in one forward pass on one device; by default `batch_size`. It
-            changes memory and speed, never which rows a step sees.
-        validation_sequences: Rows to evaluate on, always the same; fewer if there are fewer.
-        num_workers: Processes that load batches; 0 loads them in the training process. Streams
-            come in another order with 2 or more.
+        settings: Of the text and its batches.
         seed: Decides the order of the training rows.
-        cache_dir: Where prepared data is kept; by default foam-lightning in $XDG_CACHE_HOME or
-            ~/.cache.
+        arguments: Instead of `settings`: those of `DataSettings`, by name.
 
     Attributes:
         stream_rows: Rows in an epoch when streaming; None takes what trainer.max_steps needs.
@@ -71,50 +46,21 @@ class TextData(LightningDataModule):
     """
 
     def __init__(
-        self,
-        files: list[str] | None = None,
-        validation_files: list[str] | None = None,
-        text_column: str = "text",
-        dataset: str | None = None,
-        dataset_config: str | None = None,
-        sources: list[dict[str, Any]] | None = None,
-        streaming: bool = False,
-        chat: bool = False,
-        tokenizer: str | None = None,
-        vocab_size: int = 1024,
-        sequence_length: int = 64,
-        packing: bool = True,
-        batch_size: int = 8,
-        micro_batch_size: int | None = None,
-        validation_sequences: int = 256,
-        num_workers: int = 0,
-        seed: int = 0,
-        cache_dir: str | None = None,
+        self, settings: DataSettings | None = None, *, seed: int = 0, **arguments: Any
     ) -> None:
         super().__init__()
-        self.files = files
-        self.validation_files = validation_files
-        self.text_column = text_column
-        self.dataset = dataset
-        self.dataset_config = dataset_config
-        self.sources = sources
-        self.streaming = streaming
-        self.chat = chat
-        self.vocab_size = vocab_size
-        self.sequence_length = sequence_length
-        self.packing = packing
-        self.batch_size = batch_size
-        self.micro_batch_size = batch_size if micro_batch_size is None else micro_batch_size
-        self.validation_sequences = validation_sequences
-        self.num_workers = num_workers
+        self.settings = settings or DataSettings(**arguments)
         self.seed = seed
-        self.cache_dir = cache_dir
         self.stream_rows: int | None = None
-        self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._text: PackedText | StreamedText | ChatText
         self._check()
         self._sources = self._read_sources()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows in one forward pass on one device."""
+        return self.settings.micro_batch_size or self.settings.batch_size
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -141,12 +87,15 @@ class TextData(LightningDataModule):
         from foam_lightning.data.packing import collate
         from foam_lightning.data.tokenizer import pad_id
 
+        settings = self.settings
         # Said outright, or tokenizers prints a warning whenever a loader forks a worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        cache = cache_folder(self.cache_dir)
-        self._text, tokenizer = self._open_chat(cache) if self.chat else self._open_text(cache)
+        cache = cache_folder(settings.cache_dir)
+        self._text, tokenizer = self._open_chat(cache) if settings.chat else self._open_text(cache)
         self._collate = partial(
-            collate, sequence_length=self.sequence_length, pad=pad_id(tokenizer, self.vocab_size)
+            collate,
+            sequence_length=settings.sequence_length,
+            pad=pad_id(tokenizer, settings.vocab_size),
         )
         self._tokenizer = tokenizer
 
@@ -158,13 +107,15 @@ class TextData(LightningDataModule):
         from foam_lightning.data.sources import open_source
         from foam_lightning.data.tokenizer import build_tokenizer
 
+        settings = self.settings
         texts = [
-            open_source(source, streaming=self.streaming, cache=cache) for source in self._sources
+            open_source(source, streaming=settings.streaming, cache=cache)
+            for source in self._sources
         ]
         train = [text.train for text in texts]
         tokenizer = build_tokenizer(
-            self._tokenizer_name,
-            vocab_size=self.vocab_size,
+            settings.tokenizer,
+            vocab_size=settings.vocab_size,
             documents=train[0] if len(train) == 1 else in_turn(train),
             cache=cache,
         )
@@ -172,29 +123,33 @@ class TextData(LightningDataModule):
             sources=self._sources,
             texts=texts,
             tokenizer=tokenizer,
-            sequence_length=self.sequence_length,
-            packing=self.packing,
-            validation_sequences=self.validation_sequences,
+            sequence_length=settings.sequence_length,
+            packing=settings.packing,
+            validation_sequences=settings.validation_sequences,
         )
-        if self.streaming:
+        if settings.streaming:
             return StreamedText(text), tokenizer
-        return PackedText(text, batch_size=self.batch_size, cache=cache), tokenizer
+        return PackedText(text, batch_size=settings.batch_size, cache=cache), tokenizer
 
     def _open_chat(self, cache: Path) -> "tuple[ChatText, PreTrainedTokenizerBase]":
         from foam_lightning.data.chat import ChatText
         from foam_lightning.data.tokenizer import build_tokenizer
 
-        assert self.files is not None
+        settings = self.settings
+        assert settings.files is not None
         tokenizer = build_tokenizer(
-            self._tokenizer_name, vocab_size=self.vocab_size, documents=iter(()), cache=cache
+            settings.tokenizer,
+            vocab_size=settings.vocab_size,
+            documents=iter(()),
+            cache=cache,
         )
         text = ChatText(
-            self.files,
-            self.validation_files,
+            settings.files,
+            settings.validation_files,
             tokenizer,
-            sequence_length=self.sequence_length,
-            batch_size=self.batch_size,
-            validation_sequences=self.validation_sequences,
+            sequence_length=settings.sequence_length,
+            batch_size=settings.batch_size,
+            validation_sequences=settings.validation_sequences,
             cache=cache,
         )
         return text, tokenizer
@@ -211,7 +166,7 @@ class TextData(LightningDataModule):
             text.train,
             self._collate,
             batch_size=self.micro_batch_size,
-            num_workers=self.num_workers,
+            num_workers=self.settings.num_workers,
             sampler=text.sampler(seed=self.seed, world=world, rank=rank),
         )
 
@@ -223,7 +178,7 @@ class TextData(LightningDataModule):
         return DataLoader(
             ShareOfRows(self._text.validation, world, rank),
             batch_size=self.micro_batch_size,
-            num_workers=self.num_workers,
+            num_workers=self.settings.num_workers,
             collate_fn=self._collate,
             worker_init_fn=survive_signals,
             generator=torch.Generator(),  # as in `data.loader`
@@ -234,37 +189,41 @@ class TextData(LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _check(self) -> None:
-        check_ranges("data.", vars(self), DATA)
-        if self.batch_size % self.micro_batch_size:
+        settings = self.settings
+        if settings.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"data.micro_batch_size {self.micro_batch_size} does not divide data.batch_size "
-                f"{self.batch_size}; choose a divisor"
+                f"{settings.batch_size}; choose a divisor"
             )
-        if self.chat and (self.files is None or self.streaming or self._tokenizer_name is None):
+        if settings.chat and (
+            settings.files is None or settings.streaming or settings.tokenizer is None
+        ):
             raise ConfigError(
                 "data.chat needs data.files and a tokenizer, from model.pretrained or "
                 "data.tokenizer, and does not go with data.streaming"
             )
         own = ("files", "validation_files", "dataset", "dataset_config")
-        doubled = [name for name in own if getattr(self, name) is not None]
-        if self.sources is not None and doubled:
+        doubled = [name for name in own if getattr(self.settings, name) is not None]
+        if settings.sources is not None and doubled:
             raise ConfigError(
                 f"data.sources and data.{doubled[0]} are both set; name it within data.sources"
             )
-        if self.streaming and self.files is None and self.dataset is None and self.sources is None:
+        given = (settings.files, settings.dataset, settings.sources)
+        if settings.streaming and all(source is None for source in given):
             raise ConfigError("data.streaming has nothing to read; set data.dataset or data.files")
 
     def _read_sources(self) -> "list[Source]":
         from foam_lightning.data.mixture import Source, read_sources
 
-        if self.sources is not None:
-            return read_sources(self.sources)
+        settings = self.settings
+        if settings.sources is not None:
+            return read_sources(settings.sources)
         source = Source(
-            files=self.files,
-            validation_files=self.validation_files,
-            text_column=self.text_column,
-            dataset=self.dataset,
-            dataset_config=self.dataset_config,
+            files=settings.files,
+            validation_files=settings.validation_files,
+            text_column=settings.text_column,
+            dataset=settings.dataset,
+            dataset_config=settings.dataset_config,
         )
         source.check("data")
         return [source]
@@ -277,11 +236,11 @@ class TextData(LightningDataModule):
             max_steps = self.trainer.max_steps if self.trainer else -1
             if max_steps < 1:
                 raise ConfigError("a stream has no end: set trainer.max_steps with data.streaming")
-            num_rows = max_steps * self.batch_size
+            num_rows = max_steps * self.settings.batch_size
         return StreamLoader(
             text.rows(seed=self.seed, world=world, rank=rank),
             self._collate,
             batch_size=self.micro_batch_size,
             num_rows=num_rows // world,
-            num_workers=self.num_workers,
+            num_workers=self.settings.num_workers,
         )

@@ -17,7 +17,6 @@ from foam_lightning.memory.distributed import NCCL_BYTES, buckets, communicators
 from foam_lightning.memory.inventory import Holding, Peak, tensors_at
 from foam_lightning.memory.timeline import TERMS, Timeline
 from foam_lightning.memory.trace import (
-    Precision,
     Step,
     Traceable,
     autocast_for,
@@ -28,6 +27,7 @@ from foam_lightning.memory.trace import (
 )
 from foam_lightning.optim.state import layouts
 from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
+from foam_lightning.settings import Precision
 
 # Lightning keeps up to 28 bytes of running mean for each value that is logged, the training step a
 # few scalars. A full run on a CPU was measured at 216 bytes.

@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from foam_lightning.distributed.fsdp import shard
 from foam_lightning.distributed.topology import Devices
 from foam_lightning.errors import ConfigError
-from foam_lightning.memory.trace import Precision, Traceable
+from foam_lightning.memory.trace import Traceable
+from foam_lightning.settings import Precision
 
 # What NCCL holds for each communicator outside torch's counters: a buffer of 4 MiB (NCCL_BUFFSIZE)
 # for each of at most 32 channels, to send and to receive. The most of NCCL's own defaults; fewer

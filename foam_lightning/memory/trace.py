@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from foam_lightning.memory.timeline import Moment, Repeat, Term, Timeline
 from foam_lightning.memory.tracker import StorageTracker, modules_noted, qualified
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.gradient_release import release_gradients
-
-Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
+from foam_lightning.settings import Precision
 
 
 class Traceable(Protocol):

@@ -11,6 +11,7 @@ import torch
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.model import llama
 from foam_lightning.model.llama import CLASSES, class_of, lay_out, without_mask
+from foam_lightning.settings import ModelSettings
 from foam_lightning.storage.paths import is_file
 from foam_lightning.validation import MODEL, check_ranges
 
@@ -224,37 +225,43 @@ def _known() -> str:
     return f"{', '.join(others)} and {last}"
 
 
-_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "vocab_size", "max_position_embeddings"),
-)
-
-
-def model_config(settings: Mapping[str, Any]) -> "LlamaConfig":
+def model_config(settings: ModelSettings, architecture: Mapping[str, Any] | None) -> "LlamaConfig":
     """Describe the model that settings ask for.
 
     Args:
-        settings: Sizes, `pretrained` and `architecture`, as `LlamaFoam` takes them.
+        settings: The sizes, or the pretrained folder that has them.
+        architecture: What a checkpoint saved of that folder; replaces it.
 
     Raises:
         ConfigError: The sizes make no model.
         CheckpointError: The folder, or what a checkpoint kept of one, holds none that is known.
     """
-    if settings["architecture"] is not None:
-        kept = settings["architecture"]
-        config = kept.get("config") if isinstance(kept, Mapping) else None
+    if architecture is not None:
+        config = architecture.get("config") if isinstance(architecture, Mapping) else None
         return as_config(config, "the architecture in the checkpoint's hyper_parameters")
-    if settings["pretrained"] is not None:
-        return read_config(settings["pretrained"])
-    return llama.describe(**{name: settings[name] for name in _SIZES})
+    if settings.pretrained is not None:
+        return read_config(settings.pretrained)
+    return llama.describe(
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        vocab_size=settings.vocab_size,
+        max_position_embeddings=settings.max_position_embeddings,
+    )
 
 
-def create_model(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
-    """Make the model that settings ask for, with the weights of the folder or with drawn ones.
+def create_model(
+    settings: ModelSettings, architecture: Mapping[str, Any] | None, *, seed: int
+) -> "LlamaForCausalLM":
+    """Make the model that settings ask for, with pretrained or random weights.
 
     Args:
-        settings: As for `model_config`, and `seed`. With `architecture` weights are drawn, and
-            those of a checkpoint are to follow.
+        settings: The sizes, or the pretrained folder.
+        architecture: As for `model_config`; the weights are then random, and those of the
+            checkpoint are to be loaded.
+        seed: Seeds random weights.
 
     Raises:
         ConfigError: The sizes make no model.
@@ -262,26 +269,13 @@ def create_model(settings: Mapping[str, Any]) -> "LlamaForCausalLM":
     """
     from transformers import GenerationConfig
 
-    kept = settings["architecture"]
-    if settings["pretrained"] is not None and kept is None:
-        return load(settings["pretrained"])
-    model = llama.build(model_config(settings), seed=settings["seed"])
-    if kept is not None:
-        model.generation_config = GenerationConfig.from_dict(dict(kept["generation_config"]))
+    if settings.pretrained is not None and architecture is None:
+        return load(settings.pretrained)
+    model = llama.build(model_config(settings, architecture), seed=seed)
+    if architecture is not None:
+        generation = dict(architecture["generation_config"])
+        model.generation_config = GenerationConfig.from_dict(generation)
     return model
-
-
-def check_pretrained_weights(settings: Mapping[str, Any]) -> None:
-    """Refuse weights that `create_model` would refuse, before they are read.
-
-    Args:
-        settings: As for `create_model`.
-
-    Raises:
-        CheckpointError: The folder holds no model that is known, or its weights do not fit it.
-    """
-    if settings["pretrained"] is not None and settings["architecture"] is None:
-        check_weights(settings["pretrained"])
 
 
 def architecture_to_json(model: "LlamaForCausalLM") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from pytorch_optimizer import APOLLO, Fira, GaLore
@@ -15,7 +15,8 @@ from torch.optim import AdamW, Muon, Optimizer
 from typing_extensions import override
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.optim.groups import DEFAULT_EXCLUDE, is_foldable
+from foam_lightning.optim.groups import is_foldable
+from foam_lightning.settings import DEFAULT_EXCLUDE, OptimizerName
 
 StateDict = dict[str, Any]
 _TENSOR, _OBJECT = "plain_tensor", "plain_object"
@@ -209,9 +210,6 @@ def _projection(rank: int, scale: float) -> dict[str, Any]:
     }
 
 
-OptimizerName = Literal[
-    "foam", "adamw", "split_adamw", "galore", "apollo", "fira", "adam_mini", "muon", "adamw8bit"
-]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 # What a baseline is imported from, and what pip calls it.
 _PACKAGES = {

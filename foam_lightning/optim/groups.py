@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Each row of an embedding or of the head belongs to one token and is rarely touched. The rule is
-# the one of the released FOAM code.
-DEFAULT_EXCLUDE = r"embed_tokens|lm_head"
+from foam_lightning.settings import DEFAULT_EXCLUDE
 
 
 def is_foldable(name: str, shape: Sequence[int], exclude: str = DEFAULT_EXCLUDE) -> bool:

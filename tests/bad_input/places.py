@@ -69,8 +69,8 @@ REST = [
     fit("trainer: no epochs", "--trainer.max_epochs 0", "max_epochs"),
     fit("trainer: a baseline without its package", "--model.optimizer adamw8bit", "torchao"),
     fit("trainer: a baseline with a budget", "--model.optimizer adamw --memory-budget 1GB",
-         "goes without"),
+         "does not support"),
     fit("trainer: releasing baseline", "--model.optimizer adamw --model.gradient_release true",
-         "goes without"),
+         "does not support"),
     fit("trainer: state offload on a CPU", "--model.state_offload true", "needs a GPU"),
 ]  # fmt: skip

@@ -125,5 +125,5 @@ PLANS = [
         ]
     ),
     fit("plan: with a baseline", "--fold-plan {good}/plan.json --model.optimizer adamw",
-         "goes without"),
+         "does not support"),
 ]  # fmt: skip

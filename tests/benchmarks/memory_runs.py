@@ -47,7 +47,7 @@ class Peak:
 def job_of(one: Combination, device: str, text: Path) -> Job:
     """Make the job: the model of a file of configs/, on text of which only the length matters."""
     job = parse("fit", [], default=ROOT / "configs" / f"{one.model}.yaml").job()
-    length = min(int(job.data["sequence_length"]), MOST_TOKENS[device])
+    length = min(job.data.sequence_length, MOST_TOKENS[device])
     source = {
         "files": [str(text)],
         "cache_dir": str(text.parent / "cache"),
@@ -61,8 +61,8 @@ def job_of(one: Combination, device: str, text: Path) -> Job:
     trainer = {"accelerator": device, "devices": 1, "precision": one.precision, "max_steps": 2}
     return replace(
         job,
-        data={**job.data, **source, "packing": True},
-        trainer={**job.trainer, **trainer},
+        data=replace(job.data, **source, packing=True),
+        trainer=job.trainer.replace(**trainer),
     )
 
 
@@ -98,7 +98,7 @@ def predict(one: Combination, device: str, text: Path) -> Peak:
         accountant, plan = job.new_accountant(), plan_of(module, one)
         tensors = sum(accountant.trace(plan).values())
         return Peak(tensors, accountant.account(plan).peak_bytes if device == "cuda" else None)
-    size = (one.memory_options.micro_batch_size, int(job.data["sequence_length"]))
+    size = (one.memory_options.micro_batch_size, job.data.sequence_length)
 
     def make_batch() -> tuple[Tensor, Tensor]:
         return torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)

@@ -101,7 +101,7 @@ def job_of(model: str) -> Job:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     job = parse("fit", [], default=ROOT / "configs" / "default.yaml").job()
-    return replace(job, model={**job.model, **MODELS[model]})
+    return replace(job, model=replace(job.model, **MODELS[model]))
 
 
 def rows_of(job: Job) -> list[Row]:

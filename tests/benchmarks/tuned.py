@@ -153,7 +153,7 @@ def main() -> None:
     )
     kept.mkdir(parents=True, exist_ok=True)
     job = job_of(arguments.model)
-    job = replace(job, trainer={**job.trainer, "max_steps": arguments.steps})
+    job = replace(job, trainer=job.trainer.replace(max_steps=arguments.steps))
     table, reasons = rows(job, arguments.model, kept)
     seeds = range(arguments.seeds)
 

@@ -19,7 +19,7 @@ def run_validate(settings: Settings) -> None:
     path = Path(settings.ckpt_path)
     module = load_module(path)
     job = settings.job().on_one_device()
-    job = with_checkpoint_model(job, path, module.hparams["architecture"])
+    job = with_checkpoint_model(job, path, module.architecture)
     plan = module.plan
     assert plan is not None
     data = job.new_data(plan.memory_options)

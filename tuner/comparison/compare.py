@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -11,6 +12,7 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.optim.baselines import OPTIMIZERS, check, installed, library
 from foam_lightning.plan import FoldPlan
+from foam_lightning.settings import OptimizerName
 from tuner.comparison.profile import OptimizerProfile, measure
 from tuner.trials.cache import TrialStore, job_key, trial_key
 from tuner.trials.runner import Difference, TrialResult, TrialRunner, paired_difference
@@ -196,7 +198,7 @@ def compare(
 
 
 def _bench_of(job: Job, name: str, on_step: Callable[[], None]) -> tuple[TrialRunner, FoldPlan]:
-    own = replace(job, model={**job.model, "optimizer": name})
+    own = replace(job, model=replace(job.model, optimizer=cast(OptimizerName, name)))
     return TrialRunner(own, on_step), own.own_plan()
 
 
@@ -207,7 +209,7 @@ def _contend(
     run: Callable[[str, float, int], TrialResult],
     on_extended: Callable[[], None],
 ) -> Contender:
-    centre = _CENTRES[name] * job.model["lr"]
+    centre = _CENTRES[name] * job.model.lr
 
     def rate(power: int) -> float:
         return float(f"{centre * _FACTOR**power:.3g}")

@@ -13,10 +13,9 @@ from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, register_type
 from lightning.pytorch import Trainer
 
-from foam_lightning.data.module import TextData
 from foam_lightning.errors import ConfigError, FoamError, one_line
 from foam_lightning.job import Job
-from foam_lightning.module import LlamaFoam
+from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.units import ByteSize
 from tuner.config.allowed_classes import allow_only, refusal
 from tuner.config.help import nearest, values_of
@@ -67,16 +66,16 @@ class Settings:
         Raises:
             ConfigError: The settings contradict each other.
         """
-        model = self.values.model.as_dict()
-        if model["optimizer"] != "foam" and (self.values.memory_budget or self.values.fold_plan):
+        model = ModelSettings(**self.values.model.as_dict())
+        if model.optimizer != "foam" and (self.values.memory_budget or self.values.fold_plan):
             raise ConfigError(
-                f"model.optimizer {model['optimizer']} goes without --memory-budget and "
-                "--fold-plan: levels and the account are FOAM's; leave them out"
+                f"model.optimizer {model.optimizer} does not support --memory-budget or "
+                "--fold-plan, which need foam; leave them out"
             )
         return Job(
             model=model,
-            data={**self.values.data.as_dict(), "vocab_size": model["vocab_size"]},
-            trainer=self.values.trainer.as_dict(),
+            data=DataSettings(**self.values.data.as_dict(), vocab_size=model.vocab_size),
+            trainer=TrainerSettings(self.values.trainer.as_dict()),
             seed=self.values.seed_everything,
         )
 
@@ -177,8 +176,8 @@ def make_parser(command: str) -> ArgumentParser:
     parser.add_argument("--runs", type=str, default="runs")
     parser.add_argument(*reversed(_ALLOW), type=str | None, default=None)
     parser.add_class_arguments(TuneOptions, "tune", instantiate=False)
-    parser.add_class_arguments(LlamaFoam, "model", instantiate=False, skip={"seed", "architecture"})
-    parser.add_class_arguments(TextData, "data", instantiate=False, skip={"seed", "vocab_size"})
+    parser.add_class_arguments(ModelSettings, "model", instantiate=False)
+    parser.add_class_arguments(DataSettings, "data", instantiate=False, skip={"vocab_size"})
     parser.add_class_arguments(
         Trainer,
         "trainer",

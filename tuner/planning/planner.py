@@ -57,7 +57,7 @@ class BudgetPlanner:
         self.budget_bytes = budget_bytes
         self.module: LlamaFoam = like.module if like else job.new_module()
         self.accountant: Accountant = like.accountant if like else job.new_accountant()
-        length = int(job.data["sequence_length"])
+        length = job.data.sequence_length
         self.ladder = OptionLadder(
             job.memory_options,
             on_gpu=job.on_gpu,

@@ -91,18 +91,19 @@ class ProxyModel:
     """
 
     def __init__(self, job: Job, planner: BudgetPlanner) -> None:
-        if job.model.get("pretrained") is not None:
+        if job.model.pretrained is not None:
             raise NoProxyModelError("no narrower model has the weights of model.pretrained")
         self.full = planner
         self._wide = planner.uniform(0).model
         sizes = proxy_sizes(self._wide)
         self._ratio = self._wide["hidden_size"] / sizes["hidden_size"]
-        settings = {
+        settings: dict[str, Any] = {
+            **sizes,
             # The memory options of the budget may have chosen it.
             "state_dtype": planner.memory_options.state_dtype,
-            **{key: planner.module.hparams[key] * self._ratio for key in _SCALES},
+            **{key: getattr(job.model, key) * self._ratio for key in _SCALES},
         }
-        self.job = replace(job, model={**job.model, **sizes, **settings})
+        self.job = replace(job, model=replace(job.model, **settings))
         self.planner: BudgetPlanner = ProxyPlanner(self.job, planner)
         _ = self.planner.memory_options
 
@@ -188,7 +189,7 @@ class ProxyPlanner(BudgetPlanner):
             lambda memory_options, _: self._fits_uniform(memory_options, 0)
         )
         if found is None:
-            width = self.job.model["hidden_size"]
+            width = self.job.model.hidden_size
             raise NoProxyModelError(
                 f"Adam does not fit {ByteSize(self.budget_bytes)} at hidden {width} either"
             )

@@ -214,7 +214,7 @@ class _Search:
         """Race the best of every kind."""
         finalists = list(self._finalists())
         if not any(self._planner.adam_may_win or c.kind != "reference" for c in finalists):
-            lr = self._planner.module.hparams["lr"]
+            lr = self._planner.module.settings.lr
             raise ConfigError(f"every short run diverged; lower model.lr, now {lr:g}")
         found = race(finalists, self._final_runs, self._search_budget.num_seeds)
         return [c for c in found if c.runs]

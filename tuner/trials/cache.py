@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,13 @@ class EarlierTrials:
 
 def job_key(job: Job) -> str:
     """Name everything about a job, besides the plan, that its short runs depend on."""
-    trainer = {key: value for key, value in job.trainer.items() if key not in _ELSEWHERE}
-    data = {key: value for key, value in job.data.items() if key != "micro_batch_size"}
+    trainer = {key: value for key, value in job.trainer.arguments.items() if key not in _ELSEWHERE}
+    data = {key: value for key, value in asdict(job.data).items() if key != "micro_batch_size"}
     sources = [data, *(data.get("sources") or ())]
     kinds = ("files", "validation_files")
     paths = [path for source in sources for kind in kinds for path in source.get(kind) or ()]
     stamps = [_stamp(Path(path)) for path in paths]
-    return _digest([dict(job.model), data, stamps, trainer, job.seed, versions()])
+    return _digest([asdict(job.model), data, stamps, trainer, job.seed, versions()])
 
 
 def trial_key(job_name: str, plan: FoldPlan, *, num_steps: int, seed: int) -> str:

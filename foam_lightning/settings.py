@@ -1,0 +1,239 @@
+"""The settings of a run, one class for each section of the configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+from foam_lightning.errors import ConfigError
+from foam_lightning.plan import StateDtype
+from foam_lightning.validation import DATA, MODEL, TRAINER, check_pattern, check_ranges
+
+OptimizerName = Literal[
+    "foam", "adamw", "split_adamw", "galore", "apollo", "fira", "adam_mini", "muon", "adamw8bit"
+]
+Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
+# Each row of an embedding or of the head belongs to one token and is rarely touched. The rule is
+# the one of the released FOAM code.
+DEFAULT_EXCLUDE = r"embed_tokens|lm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model and its optimizer: the section `model`.
+
+    A fold plan, if there is one, replaces level, the scales, lr and the memory options.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the MLP.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Number of query heads; must divide hidden_size.
+        num_key_value_heads: Number of key and value heads, fewer than query heads for grouped
+            queries; null means as many as query heads.
+        vocab_size: Number of token ids; also the size of a tokenizer that is trained here.
+        max_position_embeddings: The longest sequence that the exported model declares.
+        pretrained: Hugging Face folder to start from (LLaMA, Mistral or Qwen2); its sizes replace
+            those above.
+        optimizer: FOAM, or a baseline. A baseline uses lr, betas, eps and weight_decay, and
+            unfolded_scale if it has a second learning rate; the settings below are for FOAM.
+        lr: Peak learning rate.
+        betas: Decay rates of the two moments. The scripts of the FOAM paper pass (0.9, 0.95), but
+            its released code ran with this default.
+        eps: Added to the denominator after bias correction.
+        weight_decay: Decoupled weight decay of the foldable matrices; other parameters have none.
+        level: Fold level of every foldable matrix: 2**level neighbouring columns share one pair of
+            moments. Level 0 is Adam.
+        scale: Factor on lr for folded matrices (level 1 or more).
+        unfolded_scale: Factor on lr for foldable matrices at level 0. 0.1 is best for Adam with a
+            split learning rate; 1 is plain AdamW.
+        residual_scale: Weight of the residual, rho in the FOAM paper.
+        second_moment: "mean_square" averages the squared gradients of a block, as the released
+            code does; "square_mean" squares their average, as the paper prints.
+        bias_correct_moments_only: Leave the residual out of the bias correction.
+        state_dtype: The dtype of the two moments: float32, bfloat16, or int8 with a scale per
+            group.
+        clip_norm: The gradient of each parameter is scaled down to this norm; null does not clip.
+            Unlike trainer.gradient_clip_val it does not need all gradients at once.
+        stochastic_rounding: Round bfloat16 weights and bfloat16 or int8 moments at random, without
+            bias. Rounding to nearest loses small updates.
+        gradient_release: Update each parameter during the backward pass and free its gradient at
+            once. Needs a step of one micro-batch. A memory budget turns it on where needed.
+        state_offload: Keep both moments in host memory and copy them to the GPU for their update,
+            which moves twice their bytes per step. A memory budget turns it on last.
+        max_skipped_steps: Stop after this many steps in a row with a loss or gradient that is not
+            finite; such steps are skipped.
+        max_rollbacks: How often a run may return to its last checkpoint after a loss spike; the
+            data goes on after the spike. 0 does not look for spikes.
+        spike_nats: A loss this far above the mean of the last 50 steps is a spike.
+        warmup_fraction: Fraction of the steps over which the learning rate rises.
+        final_lr_fraction: Learning rate of the last step, as a fraction of the peak.
+        exclude: Regular expression; matrices whose name contains a match never fold.
+
+    Raises:
+        ConfigError: A setting is out of range, or contradicts another.
+    """
+
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    vocab_size: int = 1024
+    max_position_embeddings: int = 2048
+    pretrained: str | None = None
+    optimizer: OptimizerName = "foam"
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    level: int = 2
+    scale: float = 0.25
+    unfolded_scale: float = 0.1
+    residual_scale: float = 1.0
+    second_moment: Literal["mean_square", "square_mean"] = "mean_square"
+    bias_correct_moments_only: bool = False
+    state_dtype: StateDtype = "float32"
+    clip_norm: float | None = None
+    stochastic_rounding: bool = True
+    gradient_release: bool = False
+    state_offload: bool = False
+    max_skipped_steps: int = 10
+    max_rollbacks: int = 0
+    spike_nats: float = 1.0
+    warmup_fraction: float = 0.1
+    final_lr_fraction: float = 0.1
+    exclude: str = DEFAULT_EXCLUDE
+
+    def __post_init__(self) -> None:
+        check_ranges("model.", vars(self), MODEL)
+        check_pattern("model.exclude", self.exclude)
+        foam_only = self.gradient_release or self.state_offload or self.clip_norm
+        if self.optimizer != "foam" and foam_only:
+            raise ConfigError(
+                f"model.optimizer {self.optimizer} does not support model.gradient_release, "
+                "model.state_offload or model.clip_norm, which need foam; leave them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The text and its batches: the section `data`.
+
+    Without `files`, `dataset` and `sources` the text is the source code of Python's standard
+    library, which needs no download.
+
+    Args:
+        files: Training text: .txt (one document each), .jsonl or .parquet (one document per row).
+        validation_files: Text to evaluate on; by default 5 percent of `files` is held out.
+        text_column: Column of the text in .jsonl, .parquet and `dataset`.
+        dataset: Name of a dataset on the Hugging Face Hub with train and validation splits.
+        dataset_config: Its configuration, such as "en", if it has several.
+        sources: Several sources instead of one. Each has a `weight`, its relative share of the
+            training and validation rows, and `files` or `dataset` with their settings.
+        streaming: Read the text while training: `dataset` over the network instead of a download,
+            `files` without a tokenized copy on disk.
+        chat: The `files` are conversations in .jsonl, in the form that `ChatText` describes. Only
+            responses are learned. Each conversation is one padded row, whatever `packing` says.
+        tokenizer: A local folder or a name on the Hub; by default that of model.pretrained, or
+            else one is trained on the text.
+        sequence_length: Tokens per row.
+        packing: Fill every row with consecutive documents. Otherwise each document is one row,
+            truncated or padded, as in the FOAM paper.
+        batch_size: Rows per optimizer step, over all devices and accumulated micro-batches.
+        micro_batch_size: Rows per forward pass on one device; by default `batch_size`. It changes
+            memory and speed, but not which rows a step sees.
+        validation_sequences: Rows to evaluate on, the same ones each time; fewer if the text is
+            short.
+        num_workers: Processes that load batches; 0 loads them in the training process. With 2 or
+            more, streamed rows come in another order.
+        cache_dir: Folder of prepared data; by default foam-lightning in $XDG_CACHE_HOME or
+            ~/.cache.
+        vocab_size: Number of token ids of the model, which limits `tokenizer`; that of the section
+            `model`.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+
+    files: list[str] | None = None
+    validation_files: list[str] | None = None
+    text_column: str = "text"
+    dataset: str | None = None
+    dataset_config: str | None = None
+    sources: list[dict[str, Any]] | None = None
+    streaming: bool = False
+    chat: bool = False
+    tokenizer: str | None = None
+    sequence_length: int = 64
+    packing: bool = True
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    validation_sequences: int = 256
+    num_workers: int = 0
+    cache_dir: str | None = None
+    vocab_size: int = 1024
+
+    def __post_init__(self) -> None:
+        check_ranges("data.", vars(self), DATA)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Arguments of Lightning's Trainer: the section `trainer`.
+
+    The framework itself reads a few of them, by the properties below; Lightning gets them all.
+
+    Args:
+        arguments: By name, as Lightning takes them; those left out have Lightning's defaults.
+
+    Raises:
+        ConfigError: An argument is out of range, or follows from other settings.
+    """
+
+    arguments: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.arguments.get("accumulate_grad_batches", 1) != 1:
+            raise ConfigError(
+                "trainer.accumulate_grad_batches follows from data.batch_size and "
+                "data.micro_batch_size; set data.micro_batch_size instead"
+            )
+        if self.arguments.get("barebones"):
+            raise ConfigError("trainer.barebones saves nothing of a run; leave it out")
+        check_ranges("trainer.", {"max_steps": -1, **self.arguments}, TRAINER)
+
+    def replace(self, **arguments: Any) -> Self:
+        """Return these settings with some arguments replaced."""
+        return type(self)({**self.arguments, **arguments})
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the full run."""
+        return int(self.arguments["max_steps"])
+
+    @property
+    def precision(self) -> Precision:
+        """Lightning's name of the precision, which `trace.weight_dtype` checks."""
+        return cast(Precision, str(self.arguments.get("precision") or "32-true"))
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the run is meant for a GPU, present or not: unless the accelerator is "cpu"."""
+        return self.arguments.get("accelerator") != "cpu"
+
+    @property
+    def devices(self) -> int | str | list[int] | None:
+        """Lightning's `devices`: a number, or which ones."""
+        devices: int | str | list[int] | None = self.arguments.get("devices")
+        return devices
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        """The norm that all gradients together are clipped to; None does not clip."""
+        value: float | None = self.arguments.get("gradient_clip_val")
+        return value
+
+    @property
+    def has_progress_bar(self) -> bool:
+        """Whether progress is shown; it is by default."""
+        return self.arguments.get("enable_progress_bar") is not False
