@@ -29,7 +29,7 @@ from typing import Any
 from foam_lightning.errors import FoamError, one_line
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.units import ByteSize
-from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
+from tests.benchmarks.heading import ROOT, commit_and_date, machine, packages, publish
 from tuner.config import parser as settings
 from tuner.config.help import check_at_once
 
@@ -277,7 +277,7 @@ def _page(results: dict[str, Found], command: str, seconds: float, seed: int) ->
     yield "# Fuzzing what reads plans, sizes, configurations and command lines"
     yield ""
     yield f"- command: `{command}`"
-    yield f"- {dated()}, seed {seed}, {seconds / 60:.1f} minutes"
+    yield f"- {commit_and_date()}, seed {seed}, {seconds / 60:.1f} minutes"
     yield f"- {machine()}"
     yield f"- {packages('jsonargparse', 'PyYAML', 'lightning')}"
     yield ""

@@ -1,4 +1,4 @@
-"""What every benchmark says above its table, commit and machine, and where it says it."""
+"""The first lines of every results page: commit, date and machine; and where the page goes."""
 
 import datetime
 import subprocess
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tuner.comparison.profile import machine, packages, processor
 
-__all__ = ["ROOT", "commit", "dated", "machine", "packages", "processor", "publish"]
+__all__ = ["ROOT", "commit_and_date", "machine", "packages", "processor", "publish"]
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def commit() -> str:
-    """Name the commit that is checked out, or say that the files are no repository."""
+def _commit() -> str:
+    """Return the short hash of the checked-out commit, or "unknown" outside a repository."""
     words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
@@ -21,13 +21,13 @@ def commit() -> str:
         return "unknown"
 
 
-def dated() -> str:
-    """Name the commit and the day."""
-    return f"commit {commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}"
+def commit_and_date() -> str:
+    """Return the commit and today's date, as results pages state them."""
+    return f"commit {_commit()}, {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}"
 
 
 def publish(lines: Iterable[str], output: Path | None) -> None:
-    """Print a page, and keep it in a file where one is named."""
+    """Print a page, and write it to a file if one is given."""
     page = "\n".join(lines) + "\n"
     print(page)
     if output is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from foam_lightning.training import versions
-from tests.benchmarks.heading import dated, machine, publish
+from tests.benchmarks.heading import commit_and_date, machine, publish
 from tests.faults.killing import (
     PATIENCE_SECONDS,
     Place,
@@ -164,7 +164,7 @@ def page(kills: Kills, seed: int) -> list[str]:
         f"# {num} kills at random moments",
         "",
         f"- command: `python -m tests.benchmarks.kills {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- {dated()}",
+        f"- {commit_and_date()}",
         f"- {machine()}",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
         f"- a model of hidden size 32, a search of {calm.trials} short runs of {calm.steps} steps, "

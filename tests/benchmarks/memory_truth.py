@@ -30,7 +30,7 @@ from foam_lightning.plan import MemoryOptions
 from foam_lightning.units import format_bytes
 from tests.benchmarks.combinations import Combination, choose
 from tests.benchmarks.fresh_process import in_fresh_process
-from tests.benchmarks.heading import dated, machine, packages, publish
+from tests.benchmarks.heading import commit_and_date, machine, packages, publish
 from tests.benchmarks.memory_runs import (
     MIXED_LEVELS,
     MOST_TOKENS,
@@ -205,7 +205,7 @@ def heading(words: Sequence[str], device: str) -> list[str]:
         "# Predicted and measured peaks",
         "",
         f"- command: `{shlex.join(['python', '-m', 'tests.benchmarks.memory_truth', *words])}`",
-        f"- {dated()}, seed 0",
+        f"- {commit_and_date()}, seed 0",
         f"- {hardware}",
         f"- {packages('torch', 'lightning', 'transformers')}",
         f"- rows of at most {MOST_TOKENS[device]} tokens; the mixed plan repeats levels "

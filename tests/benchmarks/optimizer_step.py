@@ -24,7 +24,7 @@ import yaml
 
 from foam_lightning.optim.groups import is_foldable
 from tests.benchmarks.contenders import FUSED, LR, ROWS, Row, Weights, first_step_rows
-from tests.benchmarks.heading import ROOT, dated, machine, packages, publish
+from tests.benchmarks.heading import ROOT, commit_and_date, machine, packages, publish
 from tests.benchmarks.stepping import Stepped, cold_caches, first_steps, start_compiler, step_all
 
 SEED = 0
@@ -216,7 +216,7 @@ def heading(words: Sequence[str], device: str) -> list[str]:
         "# The optimizer step",
         "",
         f"- command: `{command}`",
-        f"- {dated()}, seed {SEED}",
+        f"- {commit_and_date()}, seed {SEED}",
         f"- {hardware}",
         f"- {packages('torch', 'torchao', 'pytorch-optimizer')}",
     ]

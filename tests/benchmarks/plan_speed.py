@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from foam_lightning.units import format_bytes
-from tests.benchmarks.heading import ROOT, dated, packages, processor, publish
+from tests.benchmarks.heading import ROOT, commit_and_date, packages, processor, publish
 
 _7B = ("--config", "configs/llama_7b.yaml")
 _70B = (
@@ -51,7 +51,7 @@ def main() -> None:
         "# How long a plan takes",
         "",
         f"- command: `python -m tests.benchmarks.plan_speed {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- {dated()}, no seed involved",
+        f"- {commit_and_date()}, no seed involved",
         f"- {processor()}, {os.cpu_count()} cores, {platform.system()}; load average at the start "
         f"{os.getloadavg()[0]:.1f}, so wall time may hold waiting for others",
         f"- {packages('torch', 'lightning', 'transformers', 'numpy')}",

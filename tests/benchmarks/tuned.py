@@ -26,7 +26,7 @@ from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.training import versions
 from foam_lightning.units import format_bytes
-from tests.benchmarks.heading import dated, machine, publish
+from tests.benchmarks.heading import commit_and_date, machine, publish
 from tests.benchmarks.rival_plans import MODELS, Task, job_of, plans_of, runs_of
 from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import ADAM_QK_FACTOR, describe_scales, scale_plan
@@ -169,7 +169,7 @@ def main() -> None:
         f"# Tuned plans against Adam, uniform and random ones, the {arguments.model} model",
         "",
         f"- command: `python -m tests.benchmarks.tuned {' '.join(sys.argv[1:])}`".rstrip(),
-        f"- {dated()}",
+        f"- {commit_and_date()}",
         f"- {machine()}",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
         f"- searches on seed 0: {EFFORT.num_trials} short runs of {EFFORT.steps} steps, a race of "
