@@ -331,7 +331,7 @@ def test_interruption_says_how_to_go_on(
         monkeypatch.setattr(cli, "check_at_once", lambda *_, kill=kill: kill())
         assert cli.main(["fit"]) == code
         assert capfd.readouterr().err == (
-            f"ended by {number.name}; type the same command again to go on\n"
+            f"ended by {number.name}; run the same command again to resume\n"
         )
 
 

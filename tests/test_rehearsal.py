@@ -1,7 +1,8 @@
+"""The rehearsal: what it measures and remembers, and what happens where it takes too much."""
+
 import json
-import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,112 +12,174 @@ import torch
 from foam_lightning.job import Job
 from foam_lightning.memory.device import MemoryShortageError, Usage
 from foam_lightning.plan import FoldPlan
-from foam_lightning.storage.run_folder import RunFolder
 from tests.limited import limited
 from tests.runs import open_folder
-from tuner import rehearsal
-from tuner.rehearsal import Rehearsal, rehearse
+from tuner.planning.planner import BudgetPlanner
+from tuner.rehearsal import Rehearsal, rehearse, rehearse_plan, rehearse_tightest_plan
+from tuner.run_context import RunContext
+from tuner.trials.budget import TuneOptions
+from tuner.trials.workers import Worker
+
+ABUNDANT = 10**12
+NewContext = Callable[[int], RunContext]
+
+
+@pytest.fixture(scope="module")
+def planner(new_job: Callable[..., Job]) -> BudgetPlanner:
+    return BudgetPlanner(new_job(), ABUNDANT)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
+def new_context(planner: BudgetPlanner, tmp_path: Path) -> NewContext:
     folder = open_folder(tmp_path)
     folder.tuning.mkdir()
-    return folder
+
+    def make(budget_bytes: int) -> RunContext:
+        return RunContext(
+            job=planner.job,
+            planner=planner.with_budget(budget_bytes),
+            folder=folder,
+            tune_options=TuneOptions(),
+            worker=Worker(folder.tuning, "tune"),
+        )
+
+    return make
 
 
-@pytest.fixture
-def go(job: Job, folder: RunFolder) -> Callable[..., Rehearsal]:
-    def rehearsed(plan: FoldPlan, budget: int = 10**12) -> Rehearsal:
-        return rehearse(job, plan, folder, predicted_bytes=5, budget_bytes=budget)
-
-    return rehearsed
+def files(context: RunContext) -> list[str]:
+    return [path.name for path in context.folder.tuning.iterdir() if path.is_file()]
 
 
-def names(folder: RunFolder) -> list[str]:
-    return sorted(path.name for path in folder.tuning.iterdir())
+def records(context: RunContext) -> list[dict[str, Any]]:
+    path = context.folder.tuning / "rehearsal.json"
+    content: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def remember(context: RunContext, plan: FoldPlan, measured_bytes: int) -> None:
+    """Write down a rehearsal that took so much."""
+    peak = context.planner.accountant.account(plan).peak_bytes
+    rehearsal = Rehearsal(peak, measured_bytes)
+    record = {**asdict(rehearsal), "fold_plan": plan.to_json()}
+    path = context.folder.tuning / "rehearsal.json"
+    path.write_text(json.dumps([record]), encoding="utf-8")
 
 
 def test_it_measures_two_steps_an_evaluation_and_a_save_and_remembers(
-    job: Job, folder: RunFolder, go: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
+    planner: BudgetPlanner, new_context: NewContext
 ) -> None:
-    plan = job.plan_at(1)
-    predicted = job.new_accountant().account(plan).peak_bytes
-    found = go(plan)
-    assert found.measured_peak_bytes == pytest.approx(predicted, rel=0.02)
-    assert re.fullmatch(r"\d+(\.\d+)? [kM]B measured", str(found))
-    kept = json.loads((folder.tuning / "rehearsal.json").read_text())
-    assert kept["predicted_peak_bytes"] == 5
-    assert names(folder) == ["rehearsal.json"]  # and no checkpoint
-    measure = rehearsal._measure
-    monkeypatch.setattr(rehearsal, "_measure", lambda *_: pytest.fail("it was remembered"))
-    assert go(plan) == found
-    monkeypatch.setattr(rehearsal, "_measure", measure)
-    other = replace(
-        plan,
-        memory_options=replace(plan.memory_options, micro_batch_size=4, accumulate_grad_batches=2),
-    )
-    assert go(other).measured_peak_bytes < found.measured_peak_bytes
+    plan, context = planner.uniform(1), new_context(ABUNDANT)
+    found = rehearse(context, plan)
+    assert found.predicted_peak_bytes == planner.accountant.account(plan).peak_bytes
+    assert found.measured_peak_bytes == pytest.approx(found.predicted_peak_bytes, rel=0.02)
+    assert files(context) == ["rehearsal.json"]  # and no checkpoint
+    with limited(lambda: 0):  # where nothing can run
+        assert rehearse(context, plan) == found
+    smaller = replace(plan.memory_options, micro_batch_size=4, accumulate_grad_batches=2)
+    other = rehearse(context, replace(plan, memory_options=smaller))
+    assert other.measured_peak_bytes < found.measured_peak_bytes
+    assert len(records(context)) == 2
 
 
-def test_on_a_gpu_it_says_what_was_allocated_and_reserved(
-    folder: RunFolder,
-    job: Job,
-    go: Callable[..., Rehearsal],
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_record_of_an_older_run_is_read(
+    planner: BudgetPlanner, new_context: NewContext
 ) -> None:
-    usage = Usage(allocated=8_000_000_000, reserved=9_000_000_000, retries=2)
-    monkeypatch.setattr(rehearsal, "_measure", lambda *_: Rehearsal(9_600_000_000, *usage))
-    found = go(job.plan_at(1))
-    assert str(found) == "9.6 GB measured (8 GB allocated, 9 GB reserved, 2 retries)"
-    assert go(job.plan_at(1)) == found
+    plan, context = planner.uniform(1), new_context(ABUNDANT)
+    record = {
+        "predicted_peak_bytes": 5,
+        "measured_peak_bytes": 9_600_000_000,
+        "allocated_bytes": 8_000_000_000,
+        "reserved_bytes": 9_000_000_000,
+        "allocator_retries": 2,
+        "fold_plan": plan.to_json(),
+    }
+    (context.folder.tuning / "rehearsal.json").write_text(json.dumps(record), encoding="utf-8")
+    found = rehearse(context, plan)
+    assert found == Rehearsal(5, 9_600_000_000, *Usage(8_000_000_000, 9_000_000_000, 2))
+    for figure in ("9.6 GB measured", "8 GB allocated", "9 GB reserved", "2 allocator retries"):
+        assert figure in str(found)
 
 
-def test_a_peak_above_the_budget_is_a_shortage(
-    job: Job, folder: RunFolder, go: Callable[..., Rehearsal]
+def test_a_plan_that_takes_a_little_too_much_folds_further(
+    planner: BudgetPlanner, new_context: NewContext
 ) -> None:
-    plan = job.plan_at(1)
-    with pytest.raises(MemoryShortageError) as caught:
-        go(plan, budget=1_000)
+    plan = planner.uniform(1)
+    peak = planner.accountant.account(plan).peak_bytes
+    context = new_context(peak + 100)
+    remember(context, plan, peak + 1_100)
+    chosen, rehearsal = rehearse_plan(context, context.planner, plan)
+    assert rehearsal.predicted_peak_bytes <= peak - 1_000
+    assert rehearsal.measured_peak_bytes <= peak + 100
+    assert sum(chosen.levels.values()) > sum(plan.levels.values())
+    assert len(records(context)) == 2
+    with limited(lambda: 0):  # a second call reads both
+        assert rehearse_plan(context, context.planner, plan) == (chosen, rehearsal)
+
+
+def test_the_search_gets_a_smaller_budget_where_its_tightest_plan_takes_too_much(
+    planner: BudgetPlanner, new_context: NewContext
+) -> None:
+    budget = planner.accountant.account(planner.uniform(1)).peak_bytes + 4096
+    context = new_context(budget)
+    rehearse_tightest_plan(context)
+    record, *_ = records(context)
+    remember(context, FoldPlan.from_json(record["fold_plan"]), budget + 2_000)
+    tighter = rehearse_tightest_plan(context)
+    assert tighter.budget_bytes == record["predicted_peak_bytes"] - 2_000
+    too_much, fits = records(context)
+    assert too_much["measured_peak_bytes"] > budget >= fits["measured_peak_bytes"]
+
+
+def test_nothing_is_rehearsed_where_no_plan_comes_near_the_budget(new_context: NewContext) -> None:
+    context = new_context(ABUNDANT)
+    assert rehearse_tightest_plan(context) is context.planner
+    assert files(context) == []
+
+
+def test_what_no_level_makes_fit_is_a_shortage(
+    planner: BudgetPlanner, new_context: NewContext
+) -> None:
+    plan = planner.minimum.plan
+    context = new_context(planner.minimum.account.peak_bytes)
+    remember(context, plan, planner.minimum.account.peak_bytes + 1)
+    with pytest.raises(MemoryShortageError, match="budget") as caught:
+        rehearse_plan(context, context.planner, plan)
     error = caught.value
     assert (error.where, error.step, error.plan, error.exit_code) == ("the rehearsal", 2, plan, 3)
-    assert re.search(r"after step 2: it took \d.* [kM]B, the budget is 1 kB$", str(error))
-    assert names(folder) == []
 
 
 def test_a_device_without_memory_is_a_shortage_that_leaves_nothing(
-    job: Job, folder: RunFolder, go: Callable[..., Rehearsal]
+    planner: BudgetPlanner, new_context: NewContext
 ) -> None:
-    plan = job.plan_at(1)
-    limit = job.new_accountant().account(plan).peak_bytes * 3 // 4
+    plan, context = planner.uniform(1), new_context(ABUNDANT)
+    limit = planner.accountant.account(plan).peak_bytes * 3 // 4
     with limited(lambda: limit), pytest.raises(MemoryShortageError) as caught:
-        go(plan)
-    assert str(caught.value).startswith(
-        "memory ran out in the rehearsal, after step 0: CUDA out of memory. Tried to allocate "
-    )
+        rehearse(context, plan)
+    assert (caught.value.where, caught.value.step) == ("the rehearsal", 0)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
-    assert names(folder) == []
+    assert files(context) == []
 
 
-def test_memory_that_runs_out_while_saving_leaves_nothing(
-    job: Job, folder: RunFolder, go: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), MemoryShortageError),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+)
+def test_an_error_while_saving_leaves_nothing(
+    error: Exception,
+    expected: type[Exception],
+    planner: BudgetPlanner,
+    new_context: NewContext,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def save(_: Any, path: Path) -> None:
         path.write_text("half")
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", save)
-    with pytest.raises(MemoryShortageError, match="in the rehearsal, after step 2: CUDA"):
-        go(job.plan_at(1))
-    assert names(folder) == []
-
-
-def test_another_error_stays_what_it_is(
-    job: Job, go: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", fail)
-    with pytest.raises(RuntimeError, match="something else"):
-        go(job.plan_at(1))
+    context = new_context(ABUNDANT)
+    with pytest.raises(expected):
+        rehearse(context, planner.uniform(1))
+    assert files(context) == []

@@ -22,12 +22,14 @@ from tuner.pipeline import tune
 from tuner.planning.knobs import Knobs
 from tuner.planning.planner import LEVELS, BudgetPlanner
 from tuner.planning.scales import combine_plans, scale_plan
+from tuner.run_context import RunContext
 from tuner.search import search as searching
 from tuner.search.proxy_model import MIN_WIDTH, NoProxyModelError, ProxyModel, proxy_sizes
 from tuner.search.search import search
 from tuner.trials.budget import SearchBudget, TuneOptions
 from tuner.trials.results import SearchResult
 from tuner.trials.runner import TrialResult
+from tuner.trials.workers import Worker
 
 Fit = Callable[[int], BudgetPlanner]
 Sizes = tuple[int, int, int, int]  # hidden, intermediate, heads, heads of keys and values
@@ -319,7 +321,14 @@ def test_its_outcome_is_told_in_plans_and_bytes_of_the_full_model(
 
 def tuned(job: Job, budget_bytes: int, root: Path) -> RunFolder:
     folder = open_folder(root)
-    tune(job, BudgetPlanner(job, budget_bytes), folder, TuneOptions(trials=4, steps=2))
+    context = RunContext(
+        job=job,
+        planner=BudgetPlanner(job, budget_bytes),
+        folder=folder,
+        tune_options=TuneOptions(trials=4, steps=2),
+        worker=Worker(folder.tuning, "tune"),
+    )
+    tune(context)
     return folder
 
 
@@ -342,7 +351,7 @@ def test_a_plan_tuned_on_a_twin_is_rehearsed_at_full_width_and_says_so(
     assert plan.proxy_model is not None
     assert (plan.proxy_model["hidden_size"], plan.proxy_model["num_hidden_layers"]) == (64, 2)
     assert set(plan.levels.values()) != {0}
-    rehearsal = json.loads((folder.tuning / "rehearsal.json").read_text(encoding="utf-8"))
+    *_, rehearsal = json.loads((folder.tuning / "rehearsal.json").read_text(encoding="utf-8"))
     assert rehearsal["fold_plan"] == plan.to_json()
     report = (folder.tuning / "report.md").read_text(encoding="utf-8")
     assert "On a proxy model of hidden 64 (of 96), same 2 layers, " in report

@@ -1,6 +1,8 @@
 """LLaMA through transformers: describe, build and save it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,12 +184,27 @@ def save(
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling is described and not switched on, as in some old folders
         model.generation_config.do_sample = True
-    write_folder(
-        folder,
-        lambda beside: model.save_pretrained(beside, state_dict=weights),
-        _describe_rotation_twice,
-        tokenizer.save_pretrained,
-    )
+    with without_progress_bars():
+        write_folder(
+            folder,
+            lambda beside: model.save_pretrained(beside, state_dict=weights),
+            _describe_rotation_twice,
+            tokenizer.save_pretrained,
+        )
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep the progress bars of transformers, one for each file of weights, off the terminal."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def ends(model: "LlamaForCausalLM", *more: int | None) -> list[int] | int | None:

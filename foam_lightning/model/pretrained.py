@@ -10,7 +10,13 @@ import torch
 
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.model import llama
-from foam_lightning.model.llama import CLASSES, class_of, lay_out, without_mask
+from foam_lightning.model.llama import (
+    CLASSES,
+    class_of,
+    lay_out,
+    without_mask,
+    without_progress_bars,
+)
 from foam_lightning.settings import ModelSettings
 from foam_lightning.storage.paths import is_file
 from foam_lightning.validation import MODEL, check_ranges
@@ -135,14 +141,15 @@ def load(folder: str) -> "LlamaForCausalLM":
 
     config = read_config(folder)
     try:
-        loaded: Any = class_of(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.get_default_dtype(),
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            output_loading_info=True,
-        )
+        with without_progress_bars():
+            loaded: Any = class_of(config).from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.get_default_dtype(),
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot load the weights in {folder}: {first_line(error)}"

@@ -122,6 +122,16 @@ class RunFolder:
         finally:
             lock.release()
 
+    def check_not_held(self) -> None:
+        """Refuse a folder in which another process trains; see `held`.
+
+        Raises:
+            BusyError: Another process trains here.
+            ConfigError: The file system has no locks.
+        """
+        with self.held():
+            pass
+
     @property
     def config(self) -> Path:
         """The resolved configuration."""

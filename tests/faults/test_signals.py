@@ -166,7 +166,7 @@ def test_a_search_that_a_signal_ends_keeps_its_trials(
     monkeypatch.setattr("tuner.pipeline.write_report", lambda *_: {})  # its plots take seconds
     assert cli.main(words) == 143
     out, err = capfd.readouterr()
-    assert err.endswith("ended by SIGTERM; type the same command again to go on\n")
+    assert err.endswith("ended by SIGTERM; run the same command again to resume\n")
     assert "Traceback" not in err
     assert len(losses(out)) == 2  # the first of the four is for the time of a step
     assert cli.main(words) == 0

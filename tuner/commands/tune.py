@@ -1,11 +1,13 @@
 """The command `tune`: everything up to and including the rehearsal."""
 
 from foam_lightning.errors import ConfigError
-from tuner.commands.fit import calibrate_gpu, find_unfinished, open_folder
+from foam_lightning.memory.device import calibrate
 from tuner.config.parser import Settings
-from tuner.oom_fallback import load_fallback_options, memory_fallback
+from tuner.console import say
+from tuner.oom_fallback import fall_back_when_out_of_memory
 from tuner.pipeline import tune
 from tuner.planning.planner import BudgetPlanner
+from tuner.run_context import RunContext, find_unfinished_run, load_fallback, open_run_folder
 from tuner.trials.workers import Worker
 
 
@@ -19,20 +21,30 @@ def run_tune(settings: Settings) -> None:
             "tune trains the whole model in one process; tune with --trainer.devices 1 and a "
             "budget that holds it, then share it: fit --fold-plan FILE"
         )
-    calibrate_gpu(job)
+    if job.gpu is not None:
+        calibrate(job.gpu)
     planner = BudgetPlanner(job, settings.memory_budget)
     planner.check_feasible()
-    memory_options = load_fallback_options(find_unfinished(settings))
-    folder = open_folder(settings, job)
-    with memory_fallback(planner, folder), Worker(folder.tuning, "tune", print) as worker:
-        tuned = tune(
-            job, planner, folder, settings.tune, worker=worker, memory_options=memory_options
+    memory_options = load_fallback(find_unfinished_run(settings))
+    folder = open_run_folder(settings, job)
+    with (
+        fall_back_when_out_of_memory(planner, folder),
+        Worker(folder.tuning, "tune", say) as worker,
+    ):
+        context = RunContext(
+            job=job,
+            planner=planner,
+            folder=folder,
+            tune_options=settings.tune,
+            settings_text=settings.text,
+            worker=worker,
+            memory_options=memory_options,
         )
+        tuned = tune(context)
         if tuned is None:  # another worker goes on
             return
         folder.name_plan(settings.text)
-    reason = tuned.search_result.reason if tuned.search_result else "not tuned"
-    print(f"plan    {folder.plan}: {reason}")
+    say(f"plan    {folder.plan}")
     if tuned.search_result:
-        print(f"report  {folder.tuning / 'report.md'}")
-    print("next    the same command with fit instead of tune")
+        say(f"report  {folder.tuning / 'report.md'}")
+    say("next    run the same command with fit instead of tune")

@@ -19,7 +19,7 @@ import pytest
 import cli
 from foam_lightning.storage.run_folder import RunFolder
 from tests.tiny import write_settings
-from tuner.commands.fit import final_screen
+from tuner.report.final_screen import final_screen
 
 SUMMARY: dict[str, Any] = {
     "final_validation_loss": 2.0,
@@ -42,33 +42,33 @@ def sections(screen: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def test_it_names_only_what_there_is(tmp_path: Path) -> None:
+def test_it_names_only_files_that_exist(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "my runs" / "version_0")
     folder.path.mkdir(parents=True)
     folder.plan.touch()
     screen = sections(final_screen(folder, SUMMARY))
-    assert screen["done"] == {
-        "validation": "loss 2.0000 nats, perplexity 7.39, over 480 tokens",
-        "memory": "peak 5.1 GB, 5 GB predicted",
-        "speed": "1234 tokens/s",
-    }
-    assert screen["where"] == {"run folder": str(folder.path), "plan": str(folder.plan)}
+    assert set(screen["done"]) == {"validation", "memory", "speed"}
+    for figure in ("2.0000 nats", "7.39", "480 tokens"):
+        assert figure in screen["done"]["validation"]
+    assert screen["done"]["memory"] == "peak 5.1 GB measured, 5 GB predicted"
+    assert screen["done"]["speed"] == "1234 tokens/s"
+    assert screen["files"] == {"run folder": str(folder.path), "plan": str(folder.plan)}
     # A name with a space in it is still one word.
     assert shlex.split(screen["next"]["evaluate"])[-1] == str(folder.last_checkpoint)
 
 
-def test_it_says_nothing_of_what_was_not_measured(tmp_path: Path) -> None:
-    nothing = {"measured_peak_bytes": None, "tokens_per_second": None}
-    diverged = {**SUMMARY, **nothing, "final_validation_loss": math.nan}
-    screen = sections(final_screen(RunFolder(tmp_path), diverged))
-    assert screen["done"] == {"validation": "loss nan nats, perplexity nan, over 480 tokens"}
-    assert screen["where"] == {"run folder": str(tmp_path)}
-    rough = {**SUMMARY, "skipped_steps": 4, "rollbacks": 1}
-    said = sections(final_screen(RunFolder(tmp_path), rough))["done"]["skipped"]
-    assert said == "4 steps with bad numbers, 1 rollbacks"
-    assert "skipped" not in final_screen(RunFolder(tmp_path), {**rough, "skipped_steps": 0})
-    baseline = {**SUMMARY, "predicted_peak_bytes": None}
-    assert sections(final_screen(RunFolder(tmp_path), baseline))["done"]["memory"] == "peak 5.1 GB"
+def test_it_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
+    def results(**figures: Any) -> dict[str, str]:
+        return sections(final_screen(RunFolder(tmp_path), {**SUMMARY, **figures}))["done"]
+
+    diverged = results(
+        measured_peak_bytes=None, tokens_per_second=None, final_validation_loss=math.nan
+    )
+    assert set(diverged) == {"validation"}
+    assert "loss nan nats" in diverged["validation"]
+    assert results(predicted_peak_bytes=None)["memory"] == "peak 5.1 GB measured"
+    assert results(skipped_steps=4, rollbacks=1)["skipped"].startswith("4 steps")
+    assert "skipped" not in results(skipped_steps=0, rollbacks=0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_commands_call_the_program_as_it_was_called(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [called])
     commands = sections(final_screen(RunFolder(tmp_path), SUMMARY))["next"]
-    for name in ("evaluate", "write text"):
+    for name in ("evaluate", "generate"):
         assert commands[name].startswith(f"{program} ")
 
 
@@ -129,24 +129,24 @@ def test_every_command_that_it_prints_works(
     assert cli.main(["fit", "--config", str(settings), "--model.level", "2"]) == 0
     output = capfd.readouterr().out
     screen = sections(output[output.index("done\n") :])
-    assert list(screen) == ["done", "where", "next"]
-    assert set(screen["where"]) == {"run folder", "plan", "figures", "checkpoint", "Hugging Face"}
-    for path in screen["where"].values():
+    assert list(screen) == ["done", "files", "next"]
+    assert set(screen["files"]) == {"run folder", "plan", "summary", "checkpoint", "Hugging Face"}
+    for path in screen["files"].values():
         assert Path(path).exists()
-    assert set(screen["next"]) == {"look", "evaluate", "write text"}
+    assert set(screen["next"]) == {"watch", "evaluate", "generate"}
 
     program, script, *words = shlex.split(screen["next"]["evaluate"])
     assert (program, script) == ("python", "cli.py")
     assert cli.main(words) == 0
     assert screen["done"]["validation"].partition(" nats")[0] in capfd.readouterr().out
 
-    program, script, *words = shlex.split(screen["next"]["write text"])
+    program, script, *words = shlex.split(screen["next"]["generate"])
     assert (program, script) == ("python", "cli.py")
     assert cli.main(words) == 0
     assert capfd.readouterr().out.startswith("def ")
 
     layout, hparams = served(
-        screen["next"]["look"],
+        screen["next"]["watch"],
         "/data/plugin/custom_scalars/layout",
         "/data/plugin/hparams/experiment?request={}",
     )

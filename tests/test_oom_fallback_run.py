@@ -18,7 +18,6 @@ from foam_lightning.plan import FoldPlan
 from foam_lightning.units import format_bytes
 from tests.falling import Case, leftovers
 from tests.limited import limited
-from tuner import oom_fallback as guard
 from tuner.oom_fallback import Fallback
 from tuner.trials.runner import TrialResult, TrialRunner
 
@@ -44,11 +43,11 @@ def test_a_run_falls_back_starts_afresh_and_ends_as_if_nothing_had_happened(
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     told = [line for line in output.splitlines() if line.startswith("memory ran out")]
-    assert told[0].startswith(
-        "memory ran out in training, after step 2: CUDA out of memory. Tried to allocate "
-    )
-    assert "micro-batches of 2 x 2 instead of 4 x 1" in told[0]
-    assert told[1:] == ["memory ran out before (1x); going on with micro-batches of 2 x 2"]
+    assert len(told) == 2
+    assert "in training, after step 2: CUDA out of memory" in told[0]
+    assert "2 micro-batches of 2 instead of a batch of 4" in told[0]
+    assert "once" in told[1]
+    assert "2 micro-batches of 2" in told[1]
     assert case.summary()["final_validation_loss"] == pytest.approx(
         undisturbed.summary()["final_validation_loss"], abs=1e-4
     )
@@ -84,26 +83,33 @@ def test_a_run_killed_before_it_could_start_afresh_goes_on_with_less(
     )
 
 
-def walk(
+def repeat(
     case: Case, command: str, limit: Callable[[], float], capfd: pytest.CaptureFixture[str]
-) -> list[str]:
-    """Type the same command until it ends otherwise than by falling back; give what was said."""
-    said: list[str] = []
+) -> tuple[list[str], list[list[float]], int, str]:
+    """Run the same command until it no longer falls back.
+
+    Returns:
+        The line of every fall-back, the losses of the finished trials at each, the exit code, and
+        the last line of the errors.
+    """
+    lines: list[str] = []
+    trials: list[list[float]] = []
     with limited(limit):
         while True:
             code = cli.main([command, *case.words])
-            output, errors = capfd.readouterr()
+            errors = capfd.readouterr().err
             assert "Traceback" not in errors
             if code != MemoryFallbackError.exit_code:
-                return [*said, f"{code} {errors.strip().splitlines()[-1]}" if code else output]
+                return lines, trials, code, errors.strip()
             *_, line, last = errors.splitlines()
-            assert last == "type the same command again to go on"
-            said.append(line)
+            assert last == "run the same command again to resume"
+            lines.append(line)
+            trials.append(losses(case))
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """One row a step: few rungs."""
+    """One row a step, so that few memory options are left."""
     return Case(tmp_path_factory.mktemp("single"), "--data.batch_size=1")
 
 
@@ -111,20 +117,20 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def test_what_nothing_fits_ends_with_one_line(
     single: Case, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    case = single
-    rungs = case.rungs()
-    least = case.peak(rungs[-1])
-    *fell, end = walk(case, "fit", lambda: least // 2, capfd)
-    assert len(fell) == len(rungs) - 1 >= 2
-    assert all(line.startswith("memory ran out in training, after step 0: CUDA") for line in fell)
-    assert end.startswith("3 error: memory ran out in training, after step 0: CUDA out of memory")
-    assert f"no memory option is left after {len(fell)} fall-backs that needs less" in end
-    assert f"predicted {format_bytes(least)}" in end
-    assert len(end.splitlines()) == 1
-    assert len(case.fallback()["events"]) == len(fell)
-    assert leftovers(case.folder) == []
-    assert not list(case.folder.glob("checkpoints/*"))
-    assert not (case.folder / "summary.json").exists()
+    rungs = single.rungs()
+    least = single.peak(rungs[-1])
+    lines, _, code, error = repeat(single, "fit", lambda: least // 2, capfd)
+    assert code == 3
+    assert len(lines) == len(rungs) - 1 >= 2
+    for line in [*lines, error]:
+        assert "memory ran out in training, after step 0" in line
+    assert f"no memory options are left after {len(lines)} fall-backs" in error
+    assert format_bytes(least) in error
+    assert len(error.splitlines()) == 1
+    assert len(single.fallback()["events"]) == len(lines)
+    assert leftovers(single.folder) == []
+    assert not list(single.folder.glob("checkpoints/*"))
+    assert not (single.folder / "summary.json").exists()
 
 
 @pytest.mark.slow
@@ -137,50 +143,44 @@ def test_search_and_training_keep_what_is_finished(
     peaks = [case.peak(rung) for rung in rungs]
     ended: list[TrialResult] = []
     run = TrialRunner.run
-    seen: list[list[float]] = []
-    fall_back = guard._fall_back
 
     def limit() -> float:
         if case.checkpoint.exists():
             return (peaks[1] + peaks[2]) // 2
         return (peaks[0] + peaks[1]) // 2 if ended else math.inf
 
-    def noted(bench: TrialRunner, *args: Any, **kwargs: Any) -> TrialResult:
-        ended.append(run(bench, *args, **kwargs))
+    def run_and_count(runner: TrialRunner, *args: Any, **kwargs: Any) -> TrialResult:
+        ended.append(run(runner, *args, **kwargs))
         return ended[-1]
 
-    def look(*args: Any) -> str:
-        seen.append(values(case))
-        return fall_back(*args)
-
-    monkeypatch.setattr(guard, "_fall_back", look)
-    monkeypatch.setattr(TrialRunner, "run", noted)
+    monkeypatch.setattr(TrialRunner, "run", run_and_count)
     monkeypatch.setattr("tuner.pipeline.write_report", lambda *_: {})  # its plots take seconds
-    in_search, in_training, _ = walk(case, "fit", limit, capfd)
-    assert in_search.startswith("memory ran out in a short run of the search, after step ")
-    assert "micro-batches of 2 x 2 instead of 4 x 1" in in_search
-    assert in_training.startswith("memory ran out in training, after step 2: ")
-    assert "micro-batches of 1 x 4 instead of 2 x 2" in in_training
+    (in_search, in_training), (first, second), code, _ = repeat(case, "fit", limit, capfd)
+    assert code == 0
+    assert "in a short run of the search" in in_search
+    assert "2 micro-batches of 2 instead of a batch of 4" in in_search
+    assert "in training, after step 2" in in_training
+    assert "4 micro-batches of 1 instead of 2 micro-batches of 2" in in_training
     # What is searched stays as it was: no trial runs again, in spite of other memory options.
-    first, second = seen
     assert len(first) == 1
     assert second[:1] == first
     assert len(second) > 5
-    assert values(case) == second
+    assert losses(case) == second
     plan = FoldPlan.load(case.folder / "fold_plan.json")
     assert plan.memory_options == rungs[2]
-    rehearsal = json.loads((case.folder / "tuning" / "rehearsal.json").read_text())
+    *_, rehearsal = json.loads((case.folder / "tuning" / "rehearsal.json").read_text())
     assert rehearsal["fold_plan"] == plan.to_json()
     assert torch.load(case.checkpoint, weights_only=True)["global_step"] == 16
     assert case.summary()["fallbacks"] == 2
 
 
-def values(case: Case) -> list[float]:
+def losses(case: Case) -> list[float]:
     """Read the losses of the finished trials, oldest first."""
-    database = f"sqlite:///{case.folder}/tuning/study.db"
-    studies = [
-        optuna.load_study(study_name=name, storage=database)
-        for name in optuna.get_all_study_names(storage=database)
-    ]
+    path = case.folder / "tuning" / "study.db"
+    if not path.exists():
+        return []
+    database = f"sqlite:///{path}"
+    names = optuna.get_all_study_names(storage=database)
+    studies = [optuna.load_study(study_name=name, storage=database) for name in names]
     trials = [trial for study in studies for trial in study.get_trials(states=(COMPLETE,))]
     return [t.values[0] for t in sorted(trials, key=lambda t: t.datetime_complete or t.number)]

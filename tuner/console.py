@@ -1,0 +1,30 @@
+"""What the commands print for people: wrapped between words, never inside a path or a command."""
+
+import textwrap
+
+from rich.console import Console
+
+
+def say(text: str, *, console: Console | None = None) -> None:
+    """Print text, wrapped at the width of a terminal; a pipe or a file gets the lines as they are.
+
+    Args:
+        text: One or more lines; a wrapped line is indented by two more spaces than its start.
+        console: The console of a progress bar that is on the screen.
+    """
+    console = console or Console()
+    if console.is_terminal:
+        text = "\n".join(_wrap(line, console.width) for line in text.splitlines())
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _wrap(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )

@@ -1,0 +1,88 @@
+"""What every step of a run needs, and how a command opens the folder of a run."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.storage.atomic import write_text
+from foam_lightning.storage.run_folder import RunFolder
+from tuner.config.parser import Settings
+from tuner.console import say
+from tuner.oom_fallback import Fallback
+from tuner.planning.planner import BudgetPlanner
+from tuner.trials.budget import TuneOptions
+from tuner.trials.workers import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """One run: what to train, within which budget, and where.
+
+    Attributes:
+        job: What to train.
+        planner: Plans of the job that fit the budget of one device.
+        folder: Gets every file of the run.
+        tune_options: How much to search.
+        settings_text: The resolved configuration.
+        worker: This process among those that share the search; None where nothing is searched.
+        memory_options: Replaces the memory options of a tuned plan after memory ran out. The search
+            still chooses among the levels that fit with the original ones, so that finished trials
+            count and the memory that these save is not spent again.
+        ckpt_path: Where to start while the folder has no checkpoint of its own.
+    """
+
+    job: Job
+    planner: BudgetPlanner
+    folder: RunFolder
+    tune_options: TuneOptions
+    settings_text: str = ""
+    worker: Worker | None = None
+    memory_options: MemoryOptions | None = None
+    ckpt_path: Path | None = None
+
+    def with_memory_options(self, plan: FoldPlan) -> FoldPlan:
+        """Return the plan with the memory options that the run falls back to, if there are any."""
+        return replace(plan, memory_options=self.memory_options or plan.memory_options)
+
+
+def open_run_folder(settings: Settings, job: Job) -> RunFolder:
+    """Open the run folder, after the last check of anything that the user gave.
+
+    Raises:
+        FoamError: Weights, trainer settings or data are wrong, or the folder cannot be written.
+    """
+    job.check_weights()
+    job.new_trainer(job.memory_options, [], logger=False)
+    job.new_data(job.memory_options).setup()
+    folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
+    if not folder.plan.exists():
+        write_text(folder.config, settings.text)
+    return folder
+
+
+def find_unfinished_run(settings: Settings) -> RunFolder | None:
+    """Find the run that the command resumes; None if it starts a new one. Writes nothing."""
+    return RunFolder.unfinished(Path(settings.runs), settings.name, _identity(settings))
+
+
+def load_fallback(folder: RunFolder | None) -> MemoryOptions | None:
+    """Return, and print, the memory options that a run fell back to; None if it never did.
+
+    Args:
+        folder: The run that the command resumes; None if it starts a new one.
+
+    Raises:
+        PlanError: The record is damaged.
+    """
+    fallback = Fallback.load(folder.fallback) if folder else None
+    if fallback is None:
+        return None
+    say(str(fallback))
+    return fallback.memory_options
+
+
+def _identity(settings: Settings) -> str:
+    """Return the text that identifies a run."""
+    start = settings.values.get("ckpt_path")
+    return settings.text if start is None else f"{settings.text}ckpt_path: {start}\n"
