@@ -89,7 +89,7 @@ def _run(words: list[str]) -> None:
         gc.freeze()  # and no later collection looks at them
     gc.enable()
     settings = parse(command, options, default=default)
-    check_launched(command, Devices.of(settings.values.trainer.as_dict()))
+    check_launched(command, Devices.from_trainer(settings.values.trainer.as_dict()))
     _silence_libraries()
     module = import_module(f"tuner.commands.{_MODULES.get(command, command)}")
     getattr(module, f"run_{command}")(settings)

@@ -1,4 +1,4 @@
-"""Errors that a person can act on, each one line, and how foreign errors become one."""
+"""Errors that the command line prints as one line, and the conversion of other errors to them."""
 
 import errno
 import os
@@ -8,25 +8,25 @@ from collections.abc import Iterator
 
 from foam_lightning.units import ByteSize, at_least, format_bytes
 
-_MOST_CHARACTERS = 1200  # of an error; a name that is repeated in it may be far longer
+_MAX_CHARACTERS = 1200  # an error that quotes a long name may be far longer
 
 
 class FoamError(Exception):
     """The base of every error that the command line prints as one line.
 
     Attributes:
-        exit_code: What the process exits with: 2 for bad usage.
+        exit_code: The exit code of the process; 2 is bad usage.
     """
 
     exit_code = 2
 
 
 class ConfigError(FoamError):
-    """A setting is missing, unknown, or contradicts another one."""
+    """A setting is missing, unknown or out of range, or contradicts another one."""
 
 
 class DataError(FoamError):
-    """The training text cannot be read, or is not enough."""
+    """The training text cannot be read, or is too short."""
 
 
 class PlanError(FoamError):
@@ -38,38 +38,38 @@ class CheckpointError(FoamError):
 
 
 class MemoryFallbackError(FoamError):
-    """Memory ran out, and the run folder says what to go on with: the same command does."""
+    """Memory ran out; the same command resumes with the next memory option."""
 
     exit_code = 4
 
 
 class StorageError(FoamError):
-    """A disk, a file or a process that reads one failed under a command; it can be repeated."""
+    """A disk, a file or a data worker failed; the same command resumes."""
 
     exit_code = 5
 
 
 class BusyError(FoamError):
-    """Another process is at work in the folder."""
+    """Another process is using the folder."""
 
     exit_code = 6
 
 
 class DivergedError(FoamError):
-    """Training stopped: losses or gradients are not finite, or spike, beyond the limit."""
+    """Too many steps had a loss or gradient that is not finite, or a loss spike."""
 
     exit_code = 7
 
 
 class InfeasibleBudgetError(FoamError):
-    """No plan fits the budget, with every memory option pulled, or a plan that was given does not.
+    """No plan fits the budget even with every memory option on, or the given plan does not fit.
 
     Args:
-        budget_bytes: What was asked for.
-        minimum_bytes: The smallest budget that would work; said rounded up, so that it works.
+        budget_bytes: The memory budget of one device.
+        minimum_bytes: The smallest budget that would work.
         binding: The largest term of the peak at that minimum, such as "gradients".
         breakdown: The terms of that minimum, in bytes.
-        subject: What needs so much.
+        subject: What needs that much, as the subject of the sentence.
     """
 
     exit_code = 3
@@ -80,7 +80,7 @@ class InfeasibleBudgetError(FoamError):
         minimum_bytes: int,
         binding: str,
         breakdown: dict[str, int],
-        subject: str = "with every memory option pulled this model",
+        subject: str = "even with every memory option on, this model",
     ) -> None:
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
@@ -100,50 +100,57 @@ class InfeasibleBudgetError(FoamError):
 
 
 def first_line(error: BaseException) -> str:
-    """Give what another library says, as far as it goes into a line of ours."""
+    """Return the first line of an error, without its full stop, to quote it in ours."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
 
 
 def one_line(error: BaseException) -> str:
-    """Give what an error says without line breaks, which names in files may hold, nor endless."""
+    """Return an error as one line of limited length."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
 
 
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
-_OF_FILES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EMFILE}
-_AGAIN = "once that is mended, type the same command again"
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+_FILE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EMFILE}
+_RESUME = "fix this, then run the same command again to resume"
 
 
 def is_disk_error(error: OSError) -> bool:
-    """Tell whether the disk is to blame, and not the name of a file."""
-    return error.errno in _OF_DISKS
+    """Return whether the disk failed or is full, rather than that a path is wrong."""
+    return error.errno in _DISK_ERRORS
 
 
 def as_storage_error(error: BaseException) -> StorageError | None:
-    """Say what broke; None where the error is of another kind, and a fault of this program.
+    """Convert an error of a disk, a file, the study's database or a data worker.
 
-    What is written beside and renamed is whole, so the same command goes on.
+    Files are written atomically, so the same command resumes after any of these.
 
     Args:
-        error: What a command ended with.
+        error: What ended the command.
+
+    Returns:
+        None for any other error, which is a bug.
     """
     for cause in _causes(error):
         if isinstance(cause, sqlite3.Error):
-            return StorageError(f"cannot read or write the study of the search: {cause}; {_AGAIN}")
-    if isinstance(error, OSError) and error.errno in _OF_DISKS | _OF_FILES:
+            return StorageError(f"cannot read or write the search database: {cause}; {_RESUME}")
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS | _FILE_ERRORS:
         reason = os.strerror(error.errno)
         what = error.filename or "a file"
-        return StorageError(f"cannot read or write {what}: {reason}; {_AGAIN}")
-    if isinstance(error, RuntimeError) and (found := re.match(_READER, str(error))):
+        return StorageError(f"cannot read or write {what}: {reason}; {_RESUME}")
+    if isinstance(error, RuntimeError) and (found := re.match(_WORKER_ERROR, str(error))):
         return StorageError(
-            f"a process that reads data is gone ({found[0].rstrip('. ')}), as where memory ran "
-            "out; type the same command again, with a lower data.num_workers if it happens again"
+            f"a data worker failed ({found[0].rstrip('. ')}), perhaps because host memory ran out; "
+            "run the same command again to resume, with a lower data.num_workers if it fails again"
         )
     return None
 
 
-_READER = r"DataLoader worker \(pid(\(s\))? [0-9, ]+\) (is killed by signal: \w+|exited)[^.\n]*"
+# What torch's DataLoader raises where a worker was killed, ended, or has sent nothing for too long.
+_WORKER_ERROR = (
+    r"DataLoader (worker \(pid(\(s\))? [0-9, ]+\) (is killed by signal: \w+|exited)|timed out)"
+    r"[^.\n]*"
+)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from foam_lightning.checkpoint.io import with_atomic_io
+from foam_lightning.checkpoint.io import add_atomic_io
 from foam_lightning.data.module import TextData
 from foam_lightning.distributed.ddp import SingleCopyDDP
 from foam_lightning.distributed.topology import Devices, device_of, first_device
@@ -110,7 +110,7 @@ class Job:
         Raises:
             ConfigError: They are not counted, or the strategy is unknown.
         """
-        return Devices.of(self.trainer.arguments)
+        return Devices.from_trainer(self.trainer.arguments)
 
     @cached_property
     def memory_options(self) -> MemoryOptions:
@@ -270,7 +270,7 @@ class Job:
             merged["val_check_interval"] = interval * accumulated
         merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
         merged["accumulate_grad_batches"] = accumulated
-        merged["plugins"] = with_atomic_io(merged.get("plugins"))
+        merged["plugins"] = add_atomic_io(merged.get("plugins"))
         try:
             return Trainer(**merged | (_alone(merged) if bare else self._together()))
         except (MisconfigurationException, ValueError, TypeError) as error:

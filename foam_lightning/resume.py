@@ -1,41 +1,41 @@
-"""A job that goes on from a checkpoint, and needs no folder that it once began from."""
+"""Adapt a job to the checkpoint that it resumes: its plan, model and tokenizer."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foam_lightning.callbacks.exact_resume import num_ranks_of
+from foam_lightning.callbacks.exact_resume import count_ranks
 from foam_lightning.checkpoint.load import (
-    check_plan,
+    check_same_plan,
     find_intact_checkpoint,
-    folder_of,
     read_checkpoint,
+    run_folder_of,
 )
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.paths import is_folder
 
 
-def with_checkpoint_model(job: Job, path: Path, architecture: Mapping[str, Any] | None) -> Job:
-    """Take the model and the tokenizer that were kept, whatever the settings name.
+def use_checkpoint_model(job: Job, path: Path, architecture: Mapping[str, Any] | None) -> Job:
+    """Use the model and tokenizer of a checkpoint instead of those in the settings.
 
     Args:
-        job: What to do with the checkpoint.
-        path: The checkpoint; a tokenizer lies beside it while it is in its run folder.
-        architecture: Of the model in it, where that began in a pretrained folder.
+        job: The job to change.
+        path: The checkpoint; its tokenizer is in its run folder.
+        architecture: The configuration of its model, if that began as a pretrained model.
     """
-    tokenizer = folder_of(path).tokenizer
+    tokenizer = run_folder_of(path).tokenizer
     data = replace(job.data, tokenizer=str(tokenizer)) if tokenizer.is_dir() else job.data
     return replace(job, architecture=architecture, data=data)
 
 
-def without_pretrained_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
-    """Let a checkpoint stand for the pretrained folder where that is gone.
+def replace_missing_pretrained(job: Job, checkpoints: Iterable[Path]) -> Job:
+    """Use the model of a checkpoint if the job's pretrained folder no longer exists.
 
     Args:
-        job: What to go on with; returned as it is where its folder is there or it has none.
-        checkpoints: Where it may go on from; the first that exists counts.
+        job: Returned unchanged if its folder exists or it has none.
+        checkpoints: Checkpoints that it may resume from; the first that exists is used.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
@@ -45,27 +45,27 @@ def without_pretrained_folder(job: Job, checkpoints: Iterable[Path]) -> Job:
         return job
     for path in checkpoints:
         if (found := find_intact_checkpoint(path)) is not None:
-            return with_checkpoint_model(
+            return use_checkpoint_model(
                 job, found.path, found.content["hyper_parameters"].get("architecture")
             )
     return job
 
 
 def load_given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> FoldPlan | None:
-    """Take the plan that the user has, from a checkpoint or else a file, for the devices of a job.
+    """Load the plan of a checkpoint or else of a file, and spread it over the devices of a job.
 
     Args:
-        job: What to train by it.
-        ckpt_path: The checkpoint; its levels are those of its optimizer state.
-        fold_plan: The file.
+        job: The job to train.
+        ckpt_path: The checkpoint, whose optimizer state has the levels of its plan.
+        fold_plan: The file of a plan.
 
     Returns:
-        None where there is neither.
+        None if neither is given.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or another optimizer or plan wrote it.
-        PlanError: The plan is of another model, or is none.
-        ConfigError: The devices cannot make the batch of the plan.
+        CheckpointError: The checkpoint cannot be read, or another optimizer wrote it.
+        PlanError: The plan cannot be read, or was made for another model.
+        ConfigError: The plan's batch cannot be divided among the devices.
     """
     if ckpt_path is None and fold_plan is None:
         return None
@@ -73,8 +73,8 @@ def load_given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> F
     if ckpt_path is not None:
         saved = read_checkpoint(path)
         plan = FoldPlan.from_json(saved["fold_plan"], source=ckpt_path)
-        check_plan(path, saved, plan, job.optimizer)
-        num_devices = num_ranks_of(saved)
+        check_same_plan(path, saved, plan, job.optimizer)
+        num_devices = count_ranks(saved)
     else:
         plan = FoldPlan.load(Path(str(fold_plan)))
     job.new_module().follow(plan)

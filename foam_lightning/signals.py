@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an orderly end: at once, or where training waits for it, after its step."""
+"""SIGINT and SIGTERM end a command in order: at once, or in training after the current step."""
 
 import os
 import signal
@@ -9,35 +9,42 @@ from types import FrameType
 
 from foam_lightning.distributed.topology import is_first_process
 
-# A process that reads data may get the signal that all of a job get; its parent needs it for the
-# rest of a step, and ends it then.
-_LIFE_AFTER_SECONDS = 60
+# A signal to all processes of a job reaches data workers, too. The training process still needs
+# them for the rest of its step, and then stops them; without it they end after this time.
+_WORKER_GRACE_SECONDS = 60
+_SAVING = "Saving a checkpoint after this step; press Ctrl-C again to quit now"
 
 
 class Interrupted(BaseException):
-    """A signal asked the command to end. No `Exception`: nothing that mends errors takes it.
+    """A signal ended the command. It is no `Exception`, so that no handler of errors catches it.
 
     Args:
-        number: Of the signal.
-        kept: What was saved because of it, for a person; empty where nothing was.
+        number: The number of the signal.
+        saved: What was saved because of it, such as "saved step 8"; empty if nothing was.
 
     Attributes:
-        exit_code: What a shell gives for a process ended by this signal, 130 or 143.
+        exit_code: 128 + the number, as shells report it: 130 or 143.
     """
 
-    def __init__(self, number: int, kept: str = "") -> None:
+    def __init__(self, number: int, saved: str = "") -> None:
         self.number = number
         self.exit_code = 128 + number
-        said = f"ended by {signal.Signals(number).name}"
-        super().__init__(f"{said}, {kept}" if kept else said)
+        text = f"ended by {signal.Signals(number).name}"
+        super().__init__(f"{text}, {saved}" if saved else text)
 
 
 class _SignalState:
-    """What this process has heard; of one that it forks the handler knows by the number."""
+    """The signal that this process has received, if any.
+
+    Attributes:
+        process: The number of the process that handles signals; a fork inherits the handler.
+        pending: The number of the signal.
+        is_deferred: The first signal is recorded and ends nothing by itself.
+    """
 
     process: int | None = None
     pending: int | None = None
-    is_waited_for = False
+    is_deferred = False
 
 
 _state = _SignalState()
@@ -45,17 +52,17 @@ _state = _SignalState()
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Let the two signals raise `Interrupted` in this context, in place of what they did before.
+    """Make SIGINT and SIGTERM raise `Interrupted` in this context.
 
-    Only the main thread of a process can listen; in another one nothing changes.
+    Only the main thread of a process can handle signals; in another thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _state.process, _state.pending, _state.is_waited_for = os.getpid(), None, False
+    _state.process, _state.pending, _state.is_deferred = os.getpid(), None, False
     try:
-        _listen()
+        _set_handlers()
         yield
     finally:
         _state.process = None
@@ -64,52 +71,51 @@ def handle_signals() -> Iterator[None]:
 
 
 def defer_signals() -> None:
-    """From now on let a first signal be heard only: whoever calls this asks `pending_signal` often.
+    """Only record a first signal from now on; the caller polls `pending_signal`.
 
-    Lightning's own handlers, which it has set by then, would end the run in the middle of a step
-    without a word, so they give way.
+    This replaces Lightning's own handlers, which would end the run in the middle of a step.
     """
     if _state.process is not None:
-        _listen()
-        _state.is_waited_for = True
+        _set_handlers()
+        _state.is_deferred = True
 
 
 def stop_deferring_signals() -> None:
-    """Let the next signal end the command at once again."""
-    _state.is_waited_for = False
+    """Let the next signal end the command at once."""
+    _state.is_deferred = False
 
 
 def pending_signal() -> int | None:
-    """Give the number of the signal that came, None if there was none."""
+    """Return the number of the signal that was received; None if there was none."""
     return _state.pending
 
 
 def survive_signals(_: int) -> None:
-    """Let this process, which reads data for the one that trains, end when that one says so."""
+    """Let a data worker outlive signals, until the training process stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _outlive_once)
+    signal.signal(signal.SIGTERM, _end_later)
 
 
-def _listen() -> None:
+def _set_handlers() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _hear)
+        signal.signal(number, _handle)
 
 
-def _hear(number: int, _: FrameType | None) -> None:
-    if os.getpid() != _state.process:  # a fork, which is not the one to say anything
+def _handle(number: int, _: FrameType | None) -> None:
+    if os.getpid() != _state.process:  # a fork, which prints nothing
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         return
     is_first, _state.pending = _state.pending is None, number
-    if not _state.is_waited_for or not is_first:
+    if not _state.is_deferred or not is_first:
         raise Interrupted(number)
     if is_first_process():
         name = signal.Signals(number).name
-        # Not `print`, which a signal may have interrupted.
-        os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
+        # Not `print`, which the signal may have interrupted.
+        os.write(2, f"\n{name}: {_SAVING}\n".encode())
 
 
-def _outlive_once(number: int, _: FrameType | None) -> None:
+def _end_later(number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
-    signal.alarm(_LIFE_AFTER_SECONDS)
+    signal.alarm(_WORKER_GRACE_SECONDS)

@@ -1,4 +1,4 @@
-"""The full run: train by a plan, watch it, keep checkpoints, export, sum up."""
+"""The full run: train by a plan, keep checkpoints, validate, and log the results."""
 
 import math
 import platform
@@ -9,8 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -26,11 +25,11 @@ from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.checkpoint.io import previous_checkpoint
 from foam_lightning.checkpoint.load import (
     IntactCheckpoint,
-    check_plan,
+    check_same_plan,
     read_checkpoint,
-    resume_point,
+    recover_checkpoint,
 )
-from foam_lightning.data.module import TextData
+from foam_lightning.evaluate import validate
 from foam_lightning.job import Job
 from foam_lightning.memory.device import memory_shortage_context
 from foam_lightning.model.llama import save_tokenizer
@@ -39,24 +38,163 @@ from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.units import format_bytes
 
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "optuna", "tensorboard")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What the full run measured.
+
+    Attributes:
+        measured_peak_bytes: The peak of memory; None if no step was left to train.
+        final_validation_loss: In nats per token, unbiased.
+        validation_tokens: The number of tokens of that mean.
+        tokens_per_second: None if no step was left to train.
+        skipped_steps: Steps skipped because of a bad loss or gradient.
+        rollbacks: How often the run went back to a checkpoint.
+    """
+
+    measured_peak_bytes: int | None
+    final_validation_loss: float
+    validation_tokens: int
+    tokens_per_second: float | None
+    skipped_steps: int = 0
+    rollbacks: int = 0
+
+
+def train(
+    job: Job,
+    plan: FoldPlan,
+    folder: RunFolder,
+    *,
+    predicted_bytes: int | None = None,
+    budget_bytes: int | None = None,
+    pictures: Mapping[str, Path] | None = None,
+    ckpt_path: Path | None = None,
+) -> TrainingResult:
+    """Train by a plan, from the last checkpoint of the folder if it has one.
+
+    Args:
+        job: What to train.
+        plan: The levels, the learning rate and the memory options.
+        folder: Gets checkpoints, TensorBoard events, the tokenizer and the Hugging Face folder.
+        predicted_bytes: The predicted peak, logged with the measured one.
+        budget_bytes: The memory budget of one device, logged with both; None if there is none.
+        pictures: PNG files to show in TensorBoard, by title.
+        ckpt_path: The checkpoint to start from while the folder has none.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or was trained by another plan.
+        DivergedError: Too many steps in a row had a bad loss or gradient.
+        MemoryShortageError: The device has not enough memory; the last checkpoint is intact.
+    """
+    source = _find_checkpoint(folder, ckpt_path, plan, job.optimizer)
+    module = job.new_module()
+    module.follow(plan)
+    data = job.new_data(plan.memory_options)
+    data.setup()
+    save_tokenizer(data.tokenizer, folder.tokenizer)
+    policy = StepPolicy(**{key: getattr(job.model, key) for key in LIMITS})
+    memory, throughput = MemoryMonitor(predicted_bytes, budget_bytes=budget_bytes), Throughput()
+    callbacks = [
+        SpikeGuard(policy, folder.last_checkpoint),  # before all that read gradients, or save
+        *_callbacks(folder, job),
+        # Before what measures, since what it reads and draws is no part of the training.
+        TensorBoardLayout(folder.path, pictures or {}, throughput),
+        memory,
+        throughput,
+        *([progress(throughput, memory)] if job.trainer.has_progress_bar else []),
+        Export(folder.hf),
+    ]
+    trainer = _new_trainer(job, plan, folder, callbacks)
+    with memory_shortage_context("training", plan, trainer), stop_workers_on_signal(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
+        if trainer.global_step % _steps_between_checkpoints(job):
+            trainer.save_checkpoint(folder.last_checkpoint)
+        loss, num_tokens = validate(trainer, module, data)
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    trainer.logger.log_hyperparams(
+        hyperparameters(job, module, plan, budget_bytes),
+        final_metrics(loss, memory.measured_bytes, throughput.tokens_per_second),
+        step=trainer.global_step,
+    )
+    trainer.logger.finalize("success")
+    if trainer.is_global_zero:  # the last checkpoint is of the last step
+        previous_checkpoint(folder.last_checkpoint).unlink(missing_ok=True)
+    return TrainingResult(
+        memory.measured_bytes,
+        loss,
+        num_tokens,
+        throughput.tokens_per_second,
+        policy.skipped,
+        policy.rollbacks,
+    )
+
+
+def _find_checkpoint(
+    folder: RunFolder, ckpt_path: Path | None, plan: FoldPlan, optimizer: str
+) -> Path | None:
+    """Find the checkpoint to resume from, and read it whole, so that damage is one line."""
+    start = recover_checkpoint(folder.last_checkpoint)
+    if start is None and ckpt_path is not None:
+        start = IntactCheckpoint(ckpt_path, read_checkpoint(ckpt_path))
+    if start is None:
+        return None
+    check_same_plan(start.path, start.content, plan, optimizer)
+    return start.path
+
+
+def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
+    return [
+        ModelCheckpoint(
+            folder.checkpoints,
+            every_n_train_steps=_steps_between_checkpoints(job),
+            save_top_k=0,
+            save_last=True,
+            enable_version_counter=False,
+        ),
+        ResidualEnergy(),
+        ExactResume(),
+        SaveOnSignal(folder.last_checkpoint),
+    ]
+
+
+def _new_trainer(
+    job: Job, plan: FoldPlan, folder: RunFolder, callbacks: Sequence[Callback]
+) -> Trainer:
+    return job.new_trainer(
+        plan.memory_options,
+        list(callbacks),
+        logger=TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False),
+        enable_progress_bar=any(isinstance(callback, StepBar) for callback in callbacks),
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        enable_model_summary=False,
+        default_root_dir=folder.path,
+    )
+
+
+def _steps_between_checkpoints(job: Job) -> int:
+    return max(1, min(1000, job.max_steps // 8))
+
 
 def hyperparameters(
     job: Job, module: LlamaFoam, plan: FoldPlan, budget_bytes: int | None
 ) -> dict[str, str | float]:
-    """Name the settings that runs are compared by; every run has all of them.
+    """Return the settings for TensorBoard's tab HPARAMS; every run has all of them.
 
-    The tab takes names and types from one run for all, so each is a text or a number for good. It
-    sorts by name and shows five: budget, lr, optimizer, plan and scale are the first.
+    The tab takes the names and types of all runs from one of them, so a setting is always a string
+    or always a number. It sorts by name and shows five: budget, lr, optimizer, plan and scale.
 
     Args:
         job: What is trained.
         module: Has the sizes of the model.
         plan: The levels, the learning rate and the memory options.
-        budget_bytes: The budget; None where there was none.
+        budget_bytes: The memory budget; None if there is none.
 
     Returns:
-        The settings by name. `scale` is that of most matrices; a baseline of FOAM has neither plan
-        nor scale of its own.
+        The settings by name. `scale` is the most common one of the matrices; another optimizer than
+        FOAM has neither a plan nor scales.
     """
     optimizer = job.optimizer
     scales = plan.scales.values() if optimizer == "foam" else ()
@@ -80,11 +218,11 @@ def hyperparameters(
 def final_metrics(
     validation_loss: float, peak_bytes: int | None, tokens_per_second: float | None
 ) -> dict[str, Any]:
-    """Name the final figures by their tags; what is not known is left out.
+    """Return the final results by their tags; what is None is left out.
 
     Args:
         validation_loss: In nats per token.
-        peak_bytes: Measured.
+        peak_bytes: The measured peak of memory.
         tokens_per_second: Over the whole run.
     """
     figures = {
@@ -96,176 +234,17 @@ def final_metrics(
 
 
 def describe_plan(levels: Mapping[str, int]) -> str:
-    """Name the levels of a plan in two words: "level 2", or "mixed 0-4".
+    """Describe the levels of a plan in two words: "level 2", or "mixed 0-4".
 
     Args:
         levels: By parameter name.
     """
     if not levels:
         return "unfolded"
-    least, most = min(levels.values()), max(levels.values())
-    return f"level {least}" if least == most else f"mixed {least}-{most}"
-
-
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "optuna", "tensorboard")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the full run measured.
-
-    Attributes:
-        measured_peak_bytes: None where nothing was trained, as after the last step.
-        final_validation_loss: In nats per token, unbiased.
-        validation_tokens: How many tokens that is the mean of.
-        tokens_per_second: None where nothing was trained.
-        skipped_steps: Steps that were not taken, since their numbers were bad.
-        rollbacks: How often the run went back to a checkpoint.
-    """
-
-    measured_peak_bytes: int | None
-    final_validation_loss: float
-    validation_tokens: int
-    tokens_per_second: float | None
-    skipped_steps: int = 0
-    rollbacks: int = 0
-
-
-def train(
-    job: Job,
-    plan: FoldPlan,
-    folder: RunFolder,
-    *,
-    predicted_bytes: int | None = None,
-    budget_bytes: int | None = None,
-    pictures: Mapping[str, Path] | None = None,
-    ckpt_path: Path | None = None,
-) -> Trained:
-    """Train by a plan, from the last checkpoint of the folder if there is one.
-
-    Args:
-        job: What to train.
-        plan: The levels, the learning rate and the memory options.
-        folder: Gets checkpoints, TensorBoard events, the tokenizer and the Hugging Face folder.
-        predicted_bytes: The account's peak, shown beside the measured one.
-        budget_bytes: What one device may take, shown beside both; None where nothing was said.
-        pictures: PNG files to show in TensorBoard, by title.
-        ckpt_path: Where to begin while the folder has no checkpoint of its own.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be read, or is of another plan.
-        DivergedError: Too many steps in a row had bad numbers.
-        MemoryShortageError: The device has not enough memory; the last checkpoint is whole.
-    """
-    source = _source(folder, ckpt_path, plan, job.optimizer)
-    module = job.new_module()
-    module.follow(plan)
-    data = job.new_data(plan.memory_options)
-    data.setup()
-    save_tokenizer(data.tokenizer, folder.tokenizer)
-    logger = TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False)
-    memory = MemoryMonitor(predicted_bytes, budget_bytes=budget_bytes)
-    throughput = Throughput()
-    limits = {key: getattr(job.model, key) for key in LIMITS}
-    spike_guard = SpikeGuard(StepPolicy(**limits), folder.last_checkpoint)
-    wants_progress = job.trainer.has_progress_bar
-    shown = [progress(throughput, memory)] if wants_progress else []
-    trainer = job.new_trainer(
-        plan.memory_options,
-        [
-            spike_guard,  # before all that looks at gradients, or saves
-            *_callbacks(folder, job),
-            # What it reads and draws is no part of the run, so it is done before anything counts.
-            TensorBoardLayout(folder.path, pictures or {}, throughput),
-            memory,
-            throughput,
-            *shown,
-            Export(folder.hf),
-        ],
-        logger=logger,
-        enable_progress_bar=any(isinstance(one, StepBar) for one in shown),
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        enable_model_summary=False,
-        default_root_dir=folder.path,
-    )
-    with memory_shortage_context("training", plan, trainer), stop_workers_on_signal(trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
-        if trainer.global_step % _steps_between_checkpoints(job):
-            trainer.save_checkpoint(folder.last_checkpoint)
-        loss, num_tokens = validate(trainer, module, data)
-    logger.log_hyperparams(
-        hyperparameters(job, module, plan, budget_bytes),
-        final_metrics(loss, memory.measured_bytes, throughput.tokens_per_second),
-        step=trainer.global_step,
-    )
-    logger.finalize("success")
-    if trainer.is_global_zero:  # the last one is of the last step
-        previous_checkpoint(folder.last_checkpoint).unlink(missing_ok=True)
-    return Trained(
-        memory.measured_bytes,
-        loss,
-        num_tokens,
-        throughput.tokens_per_second,
-        spike_guard.judge.skipped,
-        spike_guard.judge.rollbacks,
-    )
-
-
-def validate(trainer: Trainer, module: LlamaFoam, data: TextData) -> tuple[float, int]:
-    """Evaluate: mean nats per token, and over how many tokens."""
-    count = _TokenCount()
-    trainer.callbacks.append(count)  # type: ignore[attr-defined]
-    (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
-    return float(metrics["validation/loss"]), count.num_tokens
+    lowest, highest = min(levels.values()), max(levels.values())
+    return f"level {lowest}" if lowest == highest else f"mixed {lowest}-{highest}"
 
 
 def versions() -> dict[str, str]:
-    """List the versions that the result depends on."""
+    """Return the versions of Python and of the packages that the result depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-
-
-def _source(
-    folder: RunFolder, ckpt_path: Path | None, plan: FoldPlan, optimizer: str
-) -> Path | None:
-    """Find the checkpoint to go on from; reading it says what is wrong with it in one line."""
-    start = resume_point(folder.last_checkpoint)
-    if start is None and ckpt_path is not None:
-        start = IntactCheckpoint(ckpt_path, read_checkpoint(ckpt_path))
-    if start is None:
-        return None
-    check_plan(start.path, start.content, plan, optimizer)
-    return start.path
-
-
-class _TokenCount(Callback):
-    def __init__(self) -> None:
-        self.num_tokens = 0
-
-    def on_validation_batch_end(self, *args: object, **_: object) -> None:
-        outputs = args[2]
-        if isinstance(outputs, Mapping):
-            self.num_tokens += int(outputs["num_tokens"])
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counted = torch.tensor(self.num_tokens, device=pl_module.device)
-        self.num_tokens = int(trainer.strategy.reduce(counted, reduce_op="sum"))
-
-
-def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
-    return [
-        ModelCheckpoint(
-            folder.checkpoints,
-            every_n_train_steps=_steps_between_checkpoints(job),
-            save_top_k=0,
-            save_last=True,
-            enable_version_counter=False,
-        ),
-        ResidualEnergy(),
-        ExactResume(),
-        SaveOnSignal(folder.last_checkpoint),
-    ]
-
-
-def _steps_between_checkpoints(job: Job) -> int:
-    return max(1, min(1000, job.max_steps // 8))

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from foam_lightning.distributed.fsdp import local
+from foam_lightning.distributed.fsdp import local_shard
 from foam_lightning.module import LlamaFoam
 
 
@@ -64,4 +64,4 @@ class Plant(Callback):
         is_last = trainer.global_rank == trainer.world_size - 1
         if self.what == "shard" and trainer.global_step in self.steps and is_last:
             grad = next(p.grad for p in pl_module.parameters() if p.grad is not None)
-            local(grad)[0] = math.inf
+            local_shard(grad)[0] = math.inf

@@ -10,7 +10,7 @@ from foam_lightning.job import Job
 from foam_lightning.model.loss import token_loss
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.training import Trained
+from foam_lightning.training import TrainingResult
 
 NewJob = Callable[..., Job]
 STEPS = 17  # no multiple of the steps between two checkpoints
@@ -22,7 +22,7 @@ class Finished(NamedTuple):
     job: Job
     plan: FoldPlan
     folder: RunFolder
-    trained: Trained
+    trained: TrainingResult
 
 
 def small(new_job: NewJob, **trainer: Any) -> Job:

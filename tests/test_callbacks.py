@@ -83,13 +83,13 @@ def test_gradients_that_agree_leave_nothing() -> None:
     assert set(written) == {f"folding/residual_energy_{role}" for role in ROLES if role not in "qk"}
     assert max(written.values()) < 1e-6
     released = MemoryOptions(micro_batch_size=1, gradient_release=True)
-    assert ResidualEnergy.sees(module)
+    assert ResidualEnergy.applies_to(module)
     for other in (
         replace(plan, memory_options=released),
         replace(plan, levels=dict.fromkeys(plan.levels, 0)),
     ):
         module.follow(other)
-        assert not ResidualEnergy.sees(module)
+        assert not ResidualEnergy.applies_to(module)
 
 
 def test_the_residual_of_a_large_matrix_takes_little_memory() -> None:

@@ -23,9 +23,9 @@ from foam_lightning.distributed.topology import (
     ONE_DEVICE,
     Devices,
     check_launched,
+    count_launched,
     first_device,
     is_first_process,
-    launched_processes,
 )
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
@@ -82,13 +82,13 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
 def test_devices_are_read_from_lightnings_settings(
     trainer: dict[str, Any], expected: Devices
 ) -> None:
-    assert Devices.of(trainer) == expected
+    assert Devices.from_trainer(trainer) == expected
 
 
 @pytest.mark.parametrize("devices", [-1, 0, "many", [], "-1"])
 def test_devices_that_nobody_counted_are_refused(devices: Any) -> None:
     with pytest.raises(ConfigError, match="does not say how many"):
-        Devices.of({"devices": devices})
+        Devices.from_trainer({"devices": devices})
 
 
 def test_a_strategy_that_the_account_does_not_know_is_refused(new_job: NewJob) -> None:
@@ -126,9 +126,9 @@ def test_launchers_say_which_process_is_first(
 @given(rows=st.integers(1, 50), columns=st.integers(1, 5), count=st.integers(1, 9))
 def test_the_first_share_is_the_largest_chunk(rows: int, columns: int, count: int) -> None:
     chunks = torch.empty(rows, columns).chunk(count)
-    share = Devices(count, shards=count > 1).share((rows, columns))
+    share = Devices(count, shards=count > 1).shard_shape((rows, columns))
     assert share == tuple(chunks[0].shape)
-    assert Devices(count).share((rows, columns)) == (rows, columns)
+    assert Devices(count).shard_shape((rows, columns)) == (rows, columns)
 
 
 @given(count=st.integers(0, 20), world=st.integers(2, 5))
@@ -276,7 +276,7 @@ def test_what_a_launcher_starts_as_the_settings_say_is_let_through(launcher: Lau
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "interactive"}, None),
     ):
         launcher(said)
-        assert launched_processes() == expected
+        assert count_launched() == expected
         check_launched("fit", DDP if expected else ONE_DEVICE)
 
 
@@ -309,8 +309,8 @@ def test_a_folder_that_nobody_opens_is_not_waited_for_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(run_folder, "_PATIENCE_SECONDS", 0.1)
-    with pytest.raises(ConfigError, match="the first process has opened no run folder"):
+    monkeypatch.setattr(run_folder, "_TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match="rank 0 has created no run folder"):
         RunFolder.open(tmp_path, "run", "settings")
 
 

@@ -1,3 +1,8 @@
+"""Errors that a user can act on are one line with an exit code; bugs are not hidden."""
+
+import errno
+import sqlite3
+
 import pytest
 
 from foam_lightning.errors import (
@@ -7,35 +12,71 @@ from foam_lightning.errors import (
     FoamError,
     InfeasibleBudgetError,
     PlanError,
+    as_storage_error,
 )
-
-
-def infeasible() -> InfeasibleBudgetError:
-    breakdown = {"weights": 13 * 10**9, "optimizer_state": 1_500_000_000, "margin": 0}
-    return InfeasibleBudgetError(8 * 10**9, 14_500_000_000, "optimizer_state", breakdown)
 
 
 @pytest.mark.parametrize("error", [ConfigError, DataError, PlanError, CheckpointError])
 def test_bad_usage_exits_with_2(error: type[FoamError]) -> None:
     assert issubclass(error, FoamError)
-    assert error("no").exit_code == 2
-    assert str(error("no")) == "no"
+    assert (error("no").exit_code, str(error("no"))) == (2, "no")
 
 
-def test_an_infeasible_budget_exits_with_3() -> None:
-    assert infeasible().exit_code == 3
-
-
-def test_an_infeasible_budget_says_in_one_line_what_would_work() -> None:
-    assert str(infeasible()) == (
-        "a budget of 8GB is too small: with every memory option pulled this model needs 14.5GB "
-        "(weights 13 GB, optimizer state 1.5 GB); the largest term is optimizer state; "
-        "lower data.batch_size, choose a smaller model, or raise --memory-budget to at least 14.5GB"
-    )
-
-
-def test_an_infeasible_budget_carries_its_numbers() -> None:
-    error = infeasible()
+def test_an_infeasible_budget_exits_with_3_and_names_what_would_work() -> None:
+    breakdown = {"weights": 13 * 10**9, "optimizer_state": 1_500_000_000, "margin": 0}
+    error = InfeasibleBudgetError(8 * 10**9, 14_500_000_000, "optimizer_state", breakdown)
+    assert error.exit_code == 3
     assert (error.budget_bytes, error.minimum_bytes) == (8 * 10**9, 14_500_000_000)
-    assert error.binding == "optimizer_state"
-    assert error.breakdown["weights"] == 13 * 10**9
+    assert (error.binding, error.breakdown) == ("optimizer_state", breakdown)
+    text = str(error)
+    assert "\n" not in text
+    for words in ("8GB", "14.5GB", "weights 13 GB", "largest term is optimizer state"):
+        assert words in text
+    assert "margin" not in text  # a term of no bytes
+
+
+def chained(cause: Exception) -> Exception:
+    error = RuntimeError("wrapped")
+    error.__cause__ = ValueError("wrapped too")
+    error.__cause__.__cause__ = cause
+    return error
+
+
+WORKERS = "DataLoader worker (pid(s) 17, 18) exited unexpectedly"
+KILLED = "DataLoader worker (pid 17) is killed by signal: Killed"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "", "a/b"), "a/b: No space left on device;"),
+        (OSError(errno.EROFS, "", "a"), "a: Read-only file system;"),
+        (FileNotFoundError(errno.ENOENT, "", "shard"), "shard: No such file or directory;"),
+        (OSError(errno.EIO, ""), "a file: Input/output error;"),
+        (chained(sqlite3.OperationalError("database or disk is full")), "disk is full"),
+        (RuntimeError(f"{WORKERS}. Maybe more."), f"({WORKERS})"),
+        (RuntimeError(f"{KILLED}. "), f"({KILLED})"),
+        (RuntimeError("DataLoader timed out after 600 seconds"), "timed out after 600 seconds"),
+    ],
+)
+def test_a_failure_of_disk_or_worker_is_one_line(error: Exception, words: str) -> None:
+    found = as_storage_error(error)
+    assert found is not None
+    assert found.exit_code == 5
+    assert words in str(found)
+    assert "run the same command again to resume" in str(found)
+    assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        RuntimeError("shapes differ"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        ConnectionError("no network"),
+        chained(ValueError("a bug")),
+    ],
+)
+def test_other_errors_are_not_converted(error: Exception) -> None:
+    assert as_storage_error(error) is None

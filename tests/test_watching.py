@@ -23,7 +23,7 @@ from foam_lightning.callbacks.throughput import Throughput, flops_per_token, pea
 from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.training import Trained, describe_plan, train
+from foam_lightning.training import TrainingResult, describe_plan, train
 from tests.runs import STEPS, NewJob, open_folder, small
 
 LAYOUT = "custom_scalars__config__"
@@ -43,7 +43,7 @@ class StopAfter(Callback):
 @pytest.fixture(scope="module")
 def watched(
     new_job: NewJob, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunFolder, Trained, list[str]]:
+) -> tuple[RunFolder, TrainingResult, list[str]]:
     """A run that was killed once and taken up again, and the lines that it said."""
     from matplotlib.image import imsave
 
@@ -66,7 +66,7 @@ def watched(
 
 
 @pytest.fixture(scope="module")
-def events(watched: tuple[RunFolder, Trained, list[str]]) -> EventAccumulator:
+def events(watched: tuple[RunFolder, TrainingResult, list[str]]) -> EventAccumulator:
     sizes = {"scalars": 0, "tensors": 0, "images": 0}
     return EventAccumulator(str(watched[0].path), size_guidance=sizes).Reload()
 
@@ -149,7 +149,7 @@ def test_the_residual_energy_is_written_where_it_was_measured(events: EventAccum
 
 
 def test_the_curves_of_speed_agree(
-    events: EventAccumulator, watched: tuple[RunFolder, Trained, list[str]], new_job: NewJob
+    events: EventAccumulator, watched: tuple[RunFolder, TrainingResult, list[str]], new_job: NewJob
 ) -> None:
     job = small(new_job)
     per_step = job.batch_size * job.data.sequence_length
@@ -167,7 +167,7 @@ def hparams(events: EventAccumulator, tag: str) -> HParamsPluginData:
 
 
 def test_the_settings_that_matter_stand_beside_the_final_figures(
-    events: EventAccumulator, watched: tuple[RunFolder, Trained, list[str]]
+    events: EventAccumulator, watched: tuple[RunFolder, TrainingResult, list[str]]
 ) -> None:
     _, trained, _ = watched
     settings = hparams(events, metadata.SESSION_START_INFO_TAG).session_start_info.hparams
@@ -195,7 +195,7 @@ def test_the_settings_that_matter_stand_beside_the_final_figures(
 
 
 def test_a_run_that_nobody_sees_says_lines(
-    watched: tuple[RunFolder, Trained, list[str]],
+    watched: tuple[RunFolder, TrainingResult, list[str]],
 ) -> None:
     _, trained, lines = watched
     assert [line.split()[1] for line in lines if line.startswith("step ")] == [

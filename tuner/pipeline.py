@@ -109,14 +109,14 @@ def fit(context: RunContext, plan: FoldPlan | None = None) -> dict[str, Any] | N
     """
     folder = context.folder
     if plan is not None:
-        with folder.held():
+        with folder.lock():
             plan.save(folder.plan)
             return _train(context, plan, None)
     folder.check_not_held()  # say so now, not after the search
     tuned = tune(context)
     if tuned is None:
         return None
-    with folder.held():
+    with folder.lock():
         if folder.summary.exists():  # by the worker that led before this one
             say(f"{folder.path} is finished")
             return None
@@ -126,7 +126,7 @@ def fit(context: RunContext, plan: FoldPlan | None = None) -> dict[str, Any] | N
 def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict[str, Any]:
     """Train, export and write `summary.json`."""
     job, planner, folder = context.job, context.planner, context.folder
-    folder.name_plan(context.settings_text)
+    folder.write_config(context.settings_text)
     predicted = planner.accountant.account(plan).peak_bytes if job.is_foam else None
     peak = "" if predicted is None else f", predicted peak {format_bytes(predicted)}"
     say(f"training: {job.max_steps} steps in {folder.path}{peak}")

@@ -63,7 +63,7 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
 
 def find_unfinished_run(settings: Settings) -> RunFolder | None:
     """Find the run that the command resumes; None if it starts a new one. Writes nothing."""
-    return RunFolder.unfinished(Path(settings.runs), settings.name, _identity(settings))
+    return RunFolder.find_unfinished(Path(settings.runs), settings.name, _identity(settings))
 
 
 def load_fallback(folder: RunFolder | None) -> MemoryOptions | None:

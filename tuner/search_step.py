@@ -44,7 +44,7 @@ def search_plan(
 def _search(
     context: RunContext, job: Job, planner: BudgetPlanner, search_budget: SearchBudget
 ) -> SearchResult:
-    known = load_earlier_trials(context.folder.others("tuning/study.db"), job_key(job))
+    known = load_earlier_trials(context.folder.other_versions("tuning/study.db"), job_key(job))
     seconds = TrialRunner(job, memory_options=context.memory_options).seconds_per_step(
         planner.uniform(planner.uniform_levels[-1])
     )

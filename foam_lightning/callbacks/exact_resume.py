@@ -55,7 +55,7 @@ class ExactResume(Callback):
         assert isinstance(pl_module, LlamaFoam)
         assert pl_module.plan is not None
         saved = FoldPlan.from_json(checkpoint["fold_plan"], source="the checkpoint's fold plan")
-        num_ranks = num_ranks_of(checkpoint)
+        num_ranks = count_ranks(checkpoint)
         rescale(
             checkpoint["loops"]["fit_loop"],
             saved.memory_options,
@@ -77,7 +77,7 @@ class ExactResume(Callback):
         self._random = None
 
 
-def num_ranks_of(checkpoint: dict[str, Any]) -> int:
+def count_ranks(checkpoint: dict[str, Any]) -> int:
     """Tell how many ranks trained what a checkpoint holds.
 
     Raises:

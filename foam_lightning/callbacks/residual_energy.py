@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from foam_lightning.distributed.fsdp import local
+from foam_lightning.distributed.fsdp import local_shard
 from foam_lightning.model.roles import role_of
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.fold import fold, unfold
@@ -31,7 +31,7 @@ class ResidualEnergy(Callback):
     """
 
     @staticmethod
-    def sees(module: LlamaFoam) -> bool:
+    def applies_to(module: LlamaFoam) -> bool:
         """Tell whether a module's run gets curves: its optimizer folds, and gradients stay."""
         plan = module.plan
         if plan is None or module.settings.optimizer != "foam":
@@ -46,7 +46,7 @@ class ResidualEnergy(Callback):
         every = _EVERY_N_LOGS * max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.global_step % every or not isinstance(pl_module, LlamaFoam):
             return
-        if not self.sees(pl_module) or pl_module.model is None or pl_module.plan is None:
+        if not self.applies_to(pl_module) or pl_module.model is None or pl_module.plan is None:
             return
         sums = defaultdict[str, Tensor](lambda: torch.zeros(2, device=pl_module.device))
         for name, parameter in pl_module.model.named_parameters():
@@ -54,7 +54,7 @@ class ResidualEnergy(Callback):
             if level == 0 or parameter.grad is None:
                 continue
             num_rows = max(1, _PART_ELEMENTS // parameter.shape[-1])
-            for rows in local(parameter.grad).split(num_rows):
+            for rows in local_shard(parameter.grad).split(num_rows):
                 grad = rows.float()
                 residual = grad - unfold(fold(grad, level), level, grad.shape[-1])
                 sums[role_of(name)] += torch.stack([residual.square().sum(), grad.square().sum()])

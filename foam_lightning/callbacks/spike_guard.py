@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from foam_lightning.distributed.fsdp import local
+from foam_lightning.distributed.fsdp import local_shard
 from foam_lightning.errors import DivergedError
 from foam_lightning.module import LlamaFoam
 
@@ -214,7 +214,7 @@ class SpikeGuard(Callback):
         if module.releases:
             worst = 0.0 if self._worst is None else float(self._worst)
             return self._loss, math.isfinite(worst)
-        grads = [local(p.grad) for p in module.parameters() if p.grad is not None]
+        grads = [local_shard(p.grad) for p in module.parameters() if p.grad is not None]
         is_bad = ~_norm(grads).isfinite()
         sums = torch.stack([*module.step_mean.sums(), is_bad]).double()
         nats, scored, num_bad = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
@@ -250,7 +250,7 @@ def _in_words(loss: float, culprit: str | None) -> str:
 def _culprit(module: LlamaFoam) -> str:
     """Name the first parameter here whose gradient is not finite; any, where there is none."""
     for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not local(parameter.grad).isfinite().all():
+        if parameter.grad is not None and not local_shard(parameter.grad).isfinite().all():
             return name
     return "some parameter"
 

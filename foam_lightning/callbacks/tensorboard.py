@@ -50,7 +50,7 @@ class TensorBoardLayout(Callback):
         path = self._folder / _FILE
         if path.exists() or not trainer.is_global_zero:
             return
-        groups = layout(self._throughput.tags, folds=ResidualEnergy.sees(pl_module))
+        groups = layout(self._throughput.tags, folds=ResidualEnergy.applies_to(pl_module))
         _write(path, groups, self._pictures)
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: written atomically, checked, and loaded back into a model."""
+"""Checkpoints on disk: written atomically, checked for damage, and loaded into a model."""

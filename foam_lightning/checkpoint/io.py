@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written atomically and checked, with the previous one as a backup."""
+"""Checkpoint files: written atomically, with the previous one as a backup, and checked."""
 
 import os
 import zipfile
@@ -13,35 +13,36 @@ from foam_lightning.storage.atomic import atomic_path
 
 
 def previous_checkpoint(path: Path) -> Path:
-    """Name the checkpoint that `path` was before it was last written."""
+    """Return the path of the backup: what `path` was before it was last written."""
     return path.with_name(f"previous{path.suffix}")
 
 
 def find_damage(path: Path, *, thorough: bool) -> str | None:
-    """Find what is wrong with the file of a checkpoint; None if nothing is.
+    """Check the file of a checkpoint, which is a zip archive.
 
     Args:
         path: The file.
-        thorough: Compare every byte with its checksum, which torch does not do: some seconds for
-            ten gigabytes. Else look at the directory at its end, which takes no time and finds a
-            file that was cut off.
+        thorough: Compare every byte with its CRC-32, which torch does not do: some seconds for 10
+            GB. Otherwise only the directory at its end is read, which finds a truncated file.
+
+    Returns:
+        What is wrong with it; None if nothing is.
 
     Raises:
-        OSError: It cannot be read at all.
+        OSError: The file cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() if thorough else None
     except (zipfile.BadZipFile, ValueError, EOFError):
-        return "truncated or no checkpoint"
-    return None if damaged is None else f"damaged, as the checksum of its {damaged} says"
+        return "truncated or not a checkpoint"
+    return None if damaged is None else f"damaged (wrong checksum of {damaged})"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write so that there is a whole checkpoint at every moment, whenever the process is killed.
+    """Write checkpoints so that an intact one exists whenever the process is killed.
 
-    A checkpoint goes to the disk beside its name, and gets that name when all of it is there. What
-    had the name before is kept as `previous_checkpoint`.
+    The one that is replaced is kept as `previous_checkpoint`.
     """
 
     @override
@@ -51,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            OSError: It cannot be written; what was there before still is.
+            OSError: It cannot be written; the last checkpoint and its backup are unchanged.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,24 +63,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise OSError(f"cannot write {target}: what was written is {reason}")
 
 
-def with_atomic_io(plugins: Any) -> list[Any]:
-    """Add `AtomicCheckpointIO` to plugins of Lightning's Trainer that write no checkpoints.
+def add_atomic_io(plugins: Any) -> list[Any]:
+    """Add `AtomicCheckpointIO` to Lightning's plugins, unless one of them writes checkpoints.
 
     Args:
         plugins: One, a list, or None.
     """
-    found = plugins if isinstance(plugins, list) else [plugins] if plugins else []
-    writes = any(isinstance(plugin, CheckpointIO) for plugin in found)
-    return found if writes else [*found, AtomicCheckpointIO()]
+    given = plugins if isinstance(plugins, list) else [plugins] if plugins else []
+    has_io = any(isinstance(plugin, CheckpointIO) for plugin in given)
+    return given if has_io else [*given, AtomicCheckpointIO()]
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     try:
-        # A file of Python's: one that torch opens by its name does not say what went wrong.
+        # Opened here, because torch hides the errno of a file that it opens itself.
         with path.open("wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        # After a failure torch ends its archive all the same, in vain.
+        # torch then fails to close its archive, and its RuntimeError hides the OSError.
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(reason, OSError):
             raise OSError(reason.errno, reason.strerror, str(path)) from error

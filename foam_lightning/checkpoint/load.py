@@ -1,4 +1,4 @@
-"""Read a checkpoint back into a model, without the configuration that made it."""
+"""Read checkpoints, recover from damaged ones, and load a model without its configuration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 _KEYS = {"fold_plan", "state_dict", "hyper_parameters"}
 _EMBEDDING = "model.model.embed_tokens.weight"
-_ADVICE = "; use an older one"
+_ADVICE = "; use an older checkpoint"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load the content of a checkpoint, tensors on the CPU.
+    """Load the content of a checkpoint, with tensors on the CPU.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, or it is something else.
+        CheckpointError: The file is missing, damaged, or not a checkpoint of this tool.
     """
-    _find(path)
+    _check_exists(path)
     try:
         reason = find_damage(path, thorough=True)
     except OSError as error:
@@ -39,42 +39,42 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch raises anything from EOFError to UnpicklingError on a damaged file.
+        # On a damaged file torch raises anything from EOFError to UnpicklingError.
         raise CheckpointError(
-            f"cannot read the checkpoint {path}: it is truncated or no checkpoint "
+            f"cannot read the checkpoint {path}: it is truncated or not a checkpoint "
             f"({type(error).__name__}){_ADVICE}"
         ) from error
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise CheckpointError(f"{path} holds no fold plan: it is not a checkpoint of this tool")
-    _check_kinds(path, content)
+    _check_types(path, content)
     return content
 
 
 class IntactCheckpoint(NamedTuple):
-    """A checkpoint that could be read.
+    """A checkpoint that was read.
 
     Attributes:
         path: Its file.
-        content: What is in it, tensors on the CPU.
-        complaint: What is wrong with the newer one, in whose place it was read; None if nothing is.
+        content: Its content, with tensors on the CPU.
+        damage: Why the last checkpoint could not be read, if this is the previous one.
     """
 
     path: Path
     content: dict[str, Any]
-    complaint: str | None = None
+    damage: str | None = None
 
 
 def find_intact_checkpoint(last: Path) -> IntactCheckpoint | None:
-    """Read the checkpoint to go on from: the last one, or if that is damaged the one before.
+    """Read the last checkpoint of a run, or the previous one if the last is damaged or missing.
 
     Args:
-        last: The last checkpoint of a run.
+        last: The path of the last checkpoint.
 
     Returns:
-        None where the run has none.
+        None if the run has no checkpoint.
 
     Raises:
-        CheckpointError: None of those that there are can be read.
+        CheckpointError: No checkpoint of the run can be read.
     """
     before = previous_checkpoint(last)
     if not exists(last):
@@ -87,70 +87,75 @@ def find_intact_checkpoint(last: Path) -> IntactCheckpoint | None:
         return IntactCheckpoint(before, read_checkpoint(before), str(error).removesuffix(_ADVICE))
 
 
-def resume_point(last: Path) -> IntactCheckpoint | None:
-    """Do the same, say what is wrong, and put a damaged checkpoint out of the way of the next.
+def recover_checkpoint(last: Path) -> IntactCheckpoint | None:
+    """Find the checkpoint to resume from; rename a damaged last one, and print a line about it.
 
     Args:
-        last: The last checkpoint of a run, which no other process trains.
+        last: The path of the last checkpoint; the caller holds the lock of its run.
+
+    Returns:
+        None if the run has no checkpoint.
 
     Raises:
-        CheckpointError: None of those that there are can be read.
+        CheckpointError: No checkpoint of the run can be read.
     """
     found = find_intact_checkpoint(last)
-    if found is None or found.complaint is None:
+    if found is None or found.damage is None:
         return found
     aside = last.with_name(f"damaged{last.suffix}")
-    if is_first_process():  # none of the others needs it: they see that it is damaged, or gone
+    if is_first_process():  # the other ranks find it damaged or gone, and do the same otherwise
         last.replace(aside)
     Console(soft_wrap=True).print(
-        f"{found.complaint}; it is {aside.name} now, and the run goes on from the one before, "
-        f"of step {found.content['global_step']}",
+        f"{found.damage}; renamed it to {aside.name}; resuming from the previous checkpoint, of "
+        f"step {found.content['global_step']}",
         highlight=False,
         markup=False,
     )
     return found
 
 
-def check_plan(path: Path, content: Mapping[str, Any], plan: FoldPlan, optimizer: str) -> None:
-    """Refuse a checkpoint that would go on by a plan of its own, or that another one wrote.
+def check_same_plan(path: Path, content: Mapping[str, Any], plan: FoldPlan, optimizer: str) -> None:
+    """Check that a checkpoint was trained by the plan and optimizer that are to resume it.
 
     Args:
-        path: Its file.
-        content: What is in it.
-        plan: The plan to go on by.
-        optimizer: The optimizer to go on with.
+        path: The file, for the error.
+        content: Its content.
+        plan: The plan to resume with.
+        optimizer: The optimizer to resume with.
 
     Raises:
-        CheckpointError: It would.
+        CheckpointError: It was trained by another plan or optimizer.
     """
-    wrote = content["hyper_parameters"].get("optimizer", "foam")
-    if wrote != optimizer:
+    saved_optimizer = content["hyper_parameters"].get("optimizer", "foam")
+    if saved_optimizer != optimizer:
         raise CheckpointError(
-            f"the checkpoint {path} holds the state of {wrote}, not of {optimizer}; go on with "
-            f"--model.optimizer {wrote}, or start from its exported model (model.pretrained)"
+            f"the checkpoint {path} holds the state of {saved_optimizer}, not of {optimizer}; "
+            f"resume with --model.optimizer {saved_optimizer}, or start a new run from its "
+            "exported model (model.pretrained)"
         )
     saved = FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}")
     for key in ("model", "levels", "scales", "lr"):
         if getattr(saved, key) != getattr(plan, key):
             raise CheckpointError(
-                f"the checkpoint {path} was trained by another plan: its {key} differ; pass its "
-                "own fold_plan.json or start a new run"
+                f"the checkpoint {path} was trained by another plan: {key} differ; pass the "
+                "fold_plan.json of its run, or start a new run"
             )
 
 
 def load_module(path: Path) -> LlamaFoam:
-    """Build the model that a checkpoint holds, in its weights' own dtype.
+    """Build the model of a checkpoint, in the dtype of its weights.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or does not hold the model it names.
+        CheckpointError: The checkpoint cannot be read, or its weights do not fit its model.
     """
     content = read_checkpoint(path)
     try:
         module = LlamaFoam(**content["hyper_parameters"])
         module.follow(FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}"))
-    except (TypeError, ValueError, AttributeError) as error:  # what comes of settings of any kind
+    except (TypeError, ValueError, AttributeError) as error:  # from settings of any content
         raise CheckpointError(
-            f"the hyper_parameters in {path} make no model: {first_line(error)}; use another one"
+            f"cannot build a model from the hyper_parameters in {path}: {first_line(error)}; use "
+            "another checkpoint"
         ) from error
     weights = content["state_dict"]
     before = torch.get_default_dtype()
@@ -167,48 +172,50 @@ def load_module(path: Path) -> LlamaFoam:
     return module
 
 
-def _find(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     if not is_file(path):
-        raise CheckpointError(f"there is no checkpoint {path}; runs keep theirs in checkpoints/")
+        raise CheckpointError(f"there is no checkpoint {path}; runs write theirs to checkpoints/")
 
 
-def _check_kinds(path: Path, content: dict[str, Any]) -> None:
-    """Refuse what other programs have left under the names that are looked for.
+def _check_types(path: Path, content: dict[str, Any]) -> None:
+    """Check the types of what is read from a checkpoint, which another program may have written.
 
     Raises:
-        CheckpointError: There is no text of a plan, no mapping of settings, or no weights.
+        CheckpointError: The plan, the settings or the weights are of another type.
     """
     settings, weights = content["hyper_parameters"], content["state_dict"]
     if not isinstance(content["fold_plan"], str):
-        raise CheckpointError(f"the fold plan in {path} is no text; use another checkpoint")
+        raise CheckpointError(f"the fold plan in {path} is not a string; use another checkpoint")
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise CheckpointError(f"the hyper_parameters in {path} are no settings; use another one")
+        raise CheckpointError(
+            f"the hyper_parameters in {path} are not a mapping; use another checkpoint"
+        )
     first = weights.get(_EMBEDDING) if isinstance(weights, dict) else None
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         raise CheckpointError(
-            f"the weights in {path} are not those of a model: there is no {_EMBEDDING} of floats"
+            f"the weights in {path} have no floating-point {_EMBEDDING}; use another checkpoint"
         )
 
 
-def folder_of(path: Path) -> RunFolder:
-    """Find the run folder that a checkpoint lies in: the parent of `checkpoints/`."""
+def run_folder_of(path: Path) -> RunFolder:
+    """Return the run folder of a checkpoint: the parent of `checkpoints/`."""
     return RunFolder(path.resolve().parent.parent)
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that was kept beside a checkpoint.
+    """Load the tokenizer from the run folder of a checkpoint.
 
     Raises:
-        CheckpointError: There is no checkpoint, or its run folder holds no tokenizer, a broken one,
-            or one with code of its own.
+        CheckpointError: The checkpoint or the tokenizer is missing, or the tokenizer is damaged or
+            needs code of its own.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    _find(path)
-    folder = folder_of(path).tokenizer
+    _check_exists(path)
+    folder = run_folder_of(path).tokenizer
     if not folder.is_dir():
         raise CheckpointError(
-            f"there is no tokenizer in {folder}; leave the checkpoint in its run folder"
+            f"no tokenizer in {folder}; leave the checkpoint in the checkpoints/ of its run folder"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -219,5 +226,5 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
             f"cannot load the tokenizer in {folder}: {first_line(error)}; use another checkpoint"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise CheckpointError(f"{folder} does not hold a tokenizer")
+        raise CheckpointError(f"{folder} contains no tokenizer")
     return tokenizer

@@ -46,6 +46,6 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, prec
         register_fsdp_forward_method(module, method)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Give the rows of a divided tensor that this process has, any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

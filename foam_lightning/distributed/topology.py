@@ -24,7 +24,7 @@ class Devices:
     shards: bool = False
 
     @classmethod
-    def of(cls, trainer: Mapping[str, Any]) -> Self:
+    def from_trainer(cls, trainer: Mapping[str, Any]) -> Self:
         """Read `devices`, `num_nodes` and `strategy` of Lightning's Trainer.
 
         A plan is made without the devices, so their number must be said: "auto" is one, whatever
@@ -43,7 +43,7 @@ class Devices:
         count = _count(trainer.get("devices")) * int(trainer.get("num_nodes") or 1)
         return cls(count, shards=strategy == "fsdp2" and count > 1)
 
-    def share(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def shard_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Give the shape of what the first device keeps of a parameter, from its whole shape.
 
         FSDP2 cuts rows (dimension 0) into as many chunks as there are devices, and pads those that
@@ -71,7 +71,7 @@ def is_first_process() -> bool:
     return said.get("SLURM_PROCID", "0") == "0"
 
 
-def launched_processes() -> int | None:
+def count_launched() -> int | None:
     """Count the processes that a launcher has started, this one among them; None without one.
 
     torchrun says WORLD_SIZE, and so does Lightning to the processes that it starts. srun says
@@ -97,7 +97,7 @@ def check_launched(command: str, devices: Devices) -> None:
     Raises:
         ConfigError: There are too many, or too few.
     """
-    count = launched_processes()
+    count = count_launched()
     if count is None:
         return
     if count > 1 and command != "fit":

@@ -118,7 +118,7 @@ class Accountant:
         self._trainee = trainee
         self._costs = costs or DeviceCosts()
         self._devices = devices
-        self._shapes = {name: devices.share(shape) for name, shape in trainee.shapes.items()}
+        self._shapes = {name: devices.shard_shape(shape) for name, shape in trainee.shapes.items()}
         self._num_layers = num_layers
         self._width = num_layers * int(trainee.llama_config().hidden_size)
         self._sequence_length = sequence_length

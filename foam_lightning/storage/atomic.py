@@ -114,7 +114,7 @@ def _locked(folder: Path) -> Iterator[None]:
         BusyError: Another process is writing it.
     """
     path = folder.with_name(f".{folder.name}.lock")
-    # Without flock(2) the lock would be the existence of a file, which outlives a killed process.
+    # Without flock(2) the lock would be a file that exists, which outlives a killed process.
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)

@@ -1,25 +1,25 @@
-"""Paths: checks that return False instead of raising, and the folder of caches."""
+"""Path checks that return False for invalid paths instead of raising, and the cache folder."""
 
 import os
 from pathlib import Path
 
 
 def exists(path: Path) -> bool:
-    """Tell whether anything is there."""
-    # Unlike pathlib, os.path answers where a name is too long or holds NUL.
+    """Return whether the path exists."""
+    # Unlike pathlib, os.path does not raise if a name is too long or contains NUL.
     return os.path.exists(path)  # noqa: PTH110
 
 
 def is_file(path: Path) -> bool:
-    """Tell whether an ordinary file is there."""
+    """Return whether the path is a regular file."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def is_folder(path: Path) -> bool:
-    """Tell whether a folder is there."""
+    """Return whether the path is a folder."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def cache_home() -> Path:
-    """Name the folder: foam-lightning below $XDG_CACHE_HOME or ~/.cache. It may not exist yet."""
+    """Return foam-lightning below $XDG_CACHE_HOME or ~/.cache, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "foam-lightning")

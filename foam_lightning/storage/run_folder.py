@@ -1,4 +1,4 @@
-"""The folder of one run, `runs/<name>/version_<n>/`, and whether to continue it."""
+"""The folder of one run, `runs/<name>/version_<n>/`, and whether to resume it."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import BusyError, ConfigError
 from foam_lightning.storage.atomic import atomic_path, write_json, write_text
 
-# How long a process waits for the first one to open the folder, and how often it looks.
-_PATIENCE_SECONDS = 600.0
-_GLANCE_SECONDS = 0.2
-# Who only looks whether a folder is free holds its lock for less than this.
-_LOOK_SECONDS = 1.0
+# How long a rank waits until the first one has created the folder, and how often it checks.
+_TIMEOUT_SECONDS = 600.0
+_POLL_SECONDS = 0.2
+# A process that only checks whether a folder is free holds its lock for less than this.
+_LOCK_TIMEOUT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps everything it writes.
+    """The paths of everything that a run writes.
 
     A run is finished when its `summary.json` exists, which is written last.
 
@@ -36,41 +36,42 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: Path, name: str, settings: str) -> Self:
-        """Continue the newest version if it is unfinished and has the same settings.
+        """Resume the newest version if it is unfinished and has the same settings.
 
-        Otherwise start the next version. Of several processes that train together the first starts
-        it, and the others wait for it.
+        Otherwise create the next version. Of several ranks the first creates it, and the others
+        wait.
 
         Args:
             root: The folder of all runs.
             name: The name of this run.
-            settings: The resolved configuration as text; the same text is the same run.
+            settings: The resolved configuration as text, which identifies the run.
 
         Raises:
-            ConfigError: The folder cannot be written.
+            ConfigError: The folder cannot be written, or the first rank has not created it in 10
+                minutes.
         """
-        found = cls.unfinished(root, name, settings)
+        found = cls.find_unfinished(root, name, settings)
         if not is_first_process():
-            until = time.monotonic() + _PATIENCE_SECONDS
+            until = time.monotonic() + _TIMEOUT_SECONDS
             while found is None and time.monotonic() < until:
-                time.sleep(_GLANCE_SECONDS)
-                found = cls.unfinished(root, name, settings)
+                time.sleep(_POLL_SECONDS)
+                found = cls.find_unfinished(root, name, settings)
             if found is None:
                 raise ConfigError(
-                    f"the first process has opened no run folder in {root / name}; look at what it "
-                    "says, and let all processes see the same --runs"
+                    f"rank 0 has created no run folder in {root / name} within "
+                    f"{_TIMEOUT_SECONDS:.0f} s; read its output, and give all ranks the same --runs"
                 )
         while found is None:
-            found = cls._start(root, name, settings) or cls.unfinished(root, name, settings)
+            found = cls._start(root, name, settings) or cls.find_unfinished(root, name, settings)
         return found
 
     @classmethod
     def _start(cls, root: Path, name: str, settings: str) -> Self | None:
-        """Start the next version; None if another process has just started it."""
+        """Create the next version; None if another process has just created it."""
         fresh = cls(root / name / f"version_{_newest(root / name) + 1}")
         try:
             (root / name).mkdir(parents=True, exist_ok=True)
-            # It appears with its settings: the same command, started twice at once, is one run.
+            # It appears with its settings, so that the same command started twice is one run.
             with atomic_path(fresh.path, overwrite=False) as temporary:
                 temporary.mkdir()
                 write_json(cls(temporary)._settings, {"settings_sha256": _digest(settings)})
@@ -84,38 +85,38 @@ class RunFolder:
         return fresh
 
     @classmethod
-    def unfinished(cls, root: Path, name: str, settings: str) -> Self | None:
-        """Find the folder that `open` would continue; None if it would start another."""
+    def find_unfinished(cls, root: Path, name: str, settings: str) -> Self | None:
+        """Find the folder that `open` would resume; None if it would create another."""
         found = cls(root / name / f"version_{_newest(root / name)}")
         is_open = not found.summary.exists() and found._digest() == _digest(settings)
         return found if is_open else None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep every other process from training here, until this context or the process ends.
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training here until this context or the process ends.
 
-        Of several processes that train together the first one holds the folder for all.
+        Of several ranks the first one holds the lock for all.
 
         Raises:
-            BusyError: Another process holds it.
+            BusyError: Another process holds the lock.
             ConfigError: The file system has no locks.
         """
         if not is_first_process():
             yield
             return
-        # Where there is no flock, a mere file in its place would outlive a process that was killed.
+        # Without flock(2) the lock would be a file that exists, which outlives a killed process.
         lock = FileLock(self.path / ".training.lock", fallback_to_soft=False)
         try:
-            lock.acquire(timeout=_LOOK_SECONDS, poll_interval=_GLANCE_SECONDS)
+            lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS, poll_interval=_POLL_SECONDS)
         except Timeout as error:
             raise BusyError(
-                f"another process trains in {self.path}; wait for its end, or start a run of its "
-                "own with --name"
+                f"another process trains in {self.path}; wait until it ends, or start a separate "
+                "run with --name"
             ) from error
         except OSError as error:
             raise ConfigError(
-                f"cannot lock a file in {self.path}: {error.strerror}; choose another place with "
-                "--runs"
+                f"cannot lock a file in {self.path}: {error.strerror}; choose a folder on another "
+                "file system with --runs"
             ) from error
         try:
             yield
@@ -129,7 +130,7 @@ class RunFolder:
             BusyError: Another process trains here.
             ConfigError: The file system has no locks.
         """
-        with self.held():
+        with self.lock():
             pass
 
     @property
@@ -144,12 +145,12 @@ class RunFolder:
 
     @property
     def fallback(self) -> Path:
-        """What the run goes on with since memory ran out; absent if it never did."""
+        """The memory options in use since memory ran out; absent if it never did."""
         return self.path / "fallback.json"
 
     @property
     def tuning(self) -> Path:
-        """The study, its report and its plots."""
+        """The Optuna study, its report and its plots."""
         return self.path / "tuning"
 
     @property
@@ -159,33 +160,33 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint to continue from, if it exists."""
+        """The checkpoint to resume from, if it exists."""
         return self.checkpoints / "last.ckpt"
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer, so that a checkpoint can be used without its data."""
+        """The tokenizer, so that a checkpoint can be used without its training text."""
         return self.path / "tokenizer"
 
     @property
     def hf(self) -> Path:
-        """The Hugging Face folder."""
+        """The exported Hugging Face folder."""
         return self.path / "hf"
 
     @property
     def summary(self) -> Path:
-        """The figures of the finished run."""
+        """The results; the run is finished when it exists."""
         return self.path / "summary.json"
 
-    def others(self, name: str) -> list[Path]:
-        """List the files of this name in the other versions of the run, oldest first."""
-        # By the number of the version: a clock may have gone backwards.
+    def other_versions(self, name: str) -> list[Path]:
+        """List the files of this name in the other versions of the run, oldest version first."""
+        # Not by time: a clock may have been set back.
         numbers = sorted(_numbers(self.path.parent))
         found = (self.path.parent / f"version_{number}" / name for number in numbers)
         return [path for path in found if path.exists() and self.path not in path.parents]
 
-    def name_plan(self, settings: str) -> None:
-        """Put the plan into the configuration of the run, so that it alone repeats the run.
+    def write_config(self, settings: str) -> None:
+        """Write the configuration with the path of the plan, so that it alone repeats the run.
 
         Args:
             settings: The resolved configuration as text.
@@ -206,7 +207,7 @@ class RunFolder:
 
 
 def _newest(runs: Path) -> int:
-    """Find the number of the newest version; -1 if there is none."""
+    """Return the number of the newest version; -1 if there is none."""
     return max(_numbers(runs), default=-1)
 
 

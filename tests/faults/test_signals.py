@@ -16,7 +16,7 @@ from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.job import Job
 from foam_lightning.signals import Interrupted, handle_signals
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.training import Trained, train
+from foam_lightning.training import TrainingResult, train
 from tests.runs import STEPS, Finished, NewJob, open_folder, small
 from tests.tiny import write_settings
 from tuner.trials.runner import TrialRunner
@@ -58,14 +58,14 @@ def _children() -> list[int]:
     return [pid for pid in found if pid is not None]
 
 
-Run = Callable[..., Trained]
+Run = Callable[..., TrainingResult]
 
 
 @pytest.fixture
 def run(finished: Finished) -> Iterator[Run]:
     """Give `run(folder, job)`: train by the plan of the finished run, and listen for signals."""
 
-    def run(folder: RunFolder, job: Job) -> Trained:
+    def run(folder: RunFolder, job: Job) -> TrainingResult:
         with handle_signals():
             return train(job, finished.plan, folder)
 
@@ -74,7 +74,7 @@ def run(finished: Finished) -> Iterator[Run]:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def ends_alike(folder: RunFolder, trained: Trained, finished: Finished) -> bool:
+def ends_alike(folder: RunFolder, trained: TrainingResult, finished: Finished) -> bool:
     expected = read_checkpoint(finished.folder.last_checkpoint)["state_dict"]
     found = read_checkpoint(folder.last_checkpoint)["state_dict"]
     return (

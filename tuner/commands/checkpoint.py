@@ -5,12 +5,11 @@ from pathlib import Path
 from foam_lightning.checkpoint.load import load_module, load_tokenizer
 from foam_lightning.data.chat import end_of_turn
 from foam_lightning.errors import CheckpointError
-from foam_lightning.evaluate import format_perplexity
-from foam_lightning.generate import write
+from foam_lightning.evaluate import format_perplexity, validate
+from foam_lightning.generate import generate_text
 from foam_lightning.model.llama import save
-from foam_lightning.resume import with_checkpoint_model
+from foam_lightning.resume import use_checkpoint_model
 from foam_lightning.storage.paths import exists
-from foam_lightning.training import validate
 from tuner.config.parser import Settings
 
 
@@ -19,7 +18,7 @@ def run_validate(settings: Settings) -> None:
     path = Path(settings.ckpt_path)
     module = load_module(path)
     job = settings.job().on_one_device()
-    job = with_checkpoint_model(job, path, module.architecture)
+    job = use_checkpoint_model(job, path, module.architecture)
     plan = module.plan
     assert plan is not None
     data = job.new_data(plan.memory_options)
@@ -31,7 +30,7 @@ def run_validate(settings: Settings) -> None:
 
 def run_generate(settings: Settings) -> None:
     """Print text that a checkpoint generates."""
-    write(
+    generate_text(
         Path(settings.ckpt_path),
         settings.prompt,
         is_chat=settings.data.chat,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.device import calibrate
-from foam_lightning.resume import load_given_plan, without_pretrained_folder
+from foam_lightning.resume import load_given_plan, replace_missing_pretrained
 from tuner.config.parser import Settings
 from tuner.console import say
 from tuner.oom_fallback import fall_back_when_out_of_memory
@@ -23,7 +23,7 @@ def run_fit(settings: Settings) -> None:
     unfinished = find_unfinished_run(settings)
     start = None if settings.ckpt_path is None else Path(settings.ckpt_path)
     starts = [unfinished.last_checkpoint if unfinished else None, start]
-    job = without_pretrained_folder(settings.job(), [path for path in starts if path])
+    job = replace_missing_pretrained(settings.job(), [path for path in starts if path])
     if job.gpu is not None:
         calibrate(job.gpu)
     planner = BudgetPlanner(job, settings.memory_budget or sys.maxsize)

@@ -43,7 +43,7 @@ def run_tune(settings: Settings) -> None:
         tuned = tune(context)
         if tuned is None:  # another worker goes on
             return
-        folder.name_plan(settings.text)
+        folder.write_config(settings.text)
     say(f"plan    {folder.plan}")
     if tuned.search_result:
         say(f"report  {folder.tuning / 'report.md'}")

@@ -69,7 +69,7 @@ class BudgetPlanner:
     @cached_property
     def _foldable(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what one device keeps of the matrices that fold."""
-        share = self.job.devices.share
+        share = self.job.devices.shard_shape
         return {name: share(shape) for name, shape in self.module.foldable.items()}
 
     def with_budget(self, budget_bytes: int) -> "BudgetPlanner":

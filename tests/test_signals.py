@@ -1,4 +1,4 @@
-"""Signals: at once, or heard and waited for; and those who read data for a run."""
+"""SIGINT and SIGTERM end a command at once, or are deferred; data workers outlive them."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from foam_lightning import signals as interruption
+from foam_lightning import signals
 from foam_lightning.signals import (
     Interrupted,
     defer_signals,
@@ -36,39 +36,30 @@ def test_a_signal_ends_a_command_at_once(number: signal.Signals, code: int) -> N
 
 
 @BOTH
-def test_who_waits_hears_the_first_and_is_ended_by_the_second(
+def test_the_first_of_deferred_signals_is_recorded_and_the_second_ends_the_command(
     number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with handle_signals():
+        # As Lightning sets its own.
+        signal.signal(number, lambda *_: pytest.fail("the handler of another"))
         defer_signals()
         assert pending_signal() is None
         send(number)
         assert pending_signal() == number
-        assert capfd.readouterr().err == (
-            f"\n{number.name}: saving after this step; once more ends at once\n"
-        )
+        told = capfd.readouterr().err
+        assert number.name in told
+        assert "Saving a checkpoint" in told
         with pytest.raises(Interrupted) as caught:
             send(number)
         assert caught.value.exit_code == code
 
 
-def test_after_the_waiting_a_signal_ends_at_once_again() -> None:
+def test_signals_are_no_longer_deferred_after_training_and_in_the_next_command() -> None:
     with handle_signals():
         defer_signals()
         stop_deferring_signals()
         with pytest.raises(Interrupted):
             send(signal.SIGTERM)
-
-
-def test_waiting_takes_the_place_of_what_lightning_has_set() -> None:
-    with handle_signals():
-        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the handler of another"))
-        defer_signals()
-        send(signal.SIGTERM)
-        assert pending_signal() == signal.SIGTERM
-
-
-def test_what_was_heard_is_forgotten_by_the_next_command() -> None:
     with handle_signals():
         defer_signals()
         send(signal.SIGTERM)
@@ -78,14 +69,10 @@ def test_what_was_heard_is_forgotten_by_the_next_command() -> None:
             send(signal.SIGTERM)
 
 
-def test_where_nobody_listens_waiting_changes_nothing() -> None:
+def test_handlers_are_set_only_by_a_command_and_only_in_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGTERM)
     defer_signals()
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_another_thread_cannot_listen_and_goes_on() -> None:
-    before = signal.getsignal(signal.SIGTERM)
     seen: list[object] = []
 
     def run() -> None:
@@ -98,23 +85,22 @@ def test_another_thread_cannot_listen_and_goes_on() -> None:
     assert seen == [before]
 
 
-def test_it_is_no_error_that_somebody_mends() -> None:
-    assert not issubclass(Interrupted, Exception)
-    assert not issubclass(Interrupted, KeyboardInterrupt)
+def test_an_interruption_is_caught_by_no_handler_of_errors() -> None:
+    assert not issubclass(Interrupted, Exception | KeyboardInterrupt)
     assert str(Interrupted(15, "saved step 3")) == "ended by SIGTERM, saved step 3"
 
 
-def forked(life_seconds: int, *, reads_data: bool) -> int:
-    """Fork a process that gets both signals, and give the status that it ends with."""
+def exit_code_of_fork(grace_seconds: int, *, is_worker: bool, work_seconds: float = 0.5) -> int:
+    """Fork a process, send it both signals, and return its exit code: 7 if it outlives them."""
     ready, told = os.pipe()
     child = os.fork()
     if not child:
         try:
-            if reads_data:
-                interruption._LIFE_AFTER_SECONDS = life_seconds
+            if is_worker:
+                signals._WORKER_GRACE_SECONDS = grace_seconds
                 survive_signals(0)
             os.write(told, b"x")
-            until = time.monotonic() + 0.5
+            until = time.monotonic() + work_seconds
             while time.monotonic() < until:
                 time.sleep(0.05)
         finally:
@@ -124,24 +110,13 @@ def forked(life_seconds: int, *, reads_data: bool) -> int:
     os.kill(child, signal.SIGTERM)
     os.close(ready)
     os.close(told)
-    return os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_process_that_reads_data_outlives_a_signal_to_all() -> None:
+def test_data_workers_outlive_a_signal_for_a_while_and_other_forks_do_not() -> None:
     with handle_signals():
         defer_signals()
-        assert os.waitstatus_to_exitcode(forked(60, reads_data=True)) == 7
-        assert pending_signal() is None  # it was not for this one
-
-
-def test_a_process_that_reads_data_does_not_outlive_it_for_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(time, "monotonic", lambda: 0.0)  # it never ends by itself
-    assert os.waitstatus_to_exitcode(forked(1, reads_data=True)) == -signal.SIGALRM
-
-
-def test_any_other_fork_is_ended_by_it() -> None:
-    with handle_signals():
-        defer_signals()
-        assert os.waitstatus_to_exitcode(forked(60, reads_data=False)) == -signal.SIGTERM
+        assert exit_code_of_fork(60, is_worker=True) == 7
+        assert exit_code_of_fork(1, is_worker=True, work_seconds=60) == -signal.SIGALRM
+        assert exit_code_of_fork(60, is_worker=False) == -signal.SIGTERM
+        assert pending_signal() is None  # none of them was for this process
