@@ -112,7 +112,7 @@ def fit(context: RunContext, plan: FoldPlan | None = None) -> dict[str, Any] | N
         with folder.lock():
             plan.save(folder.plan)
             return _train(context, plan, None)
-    folder.check_not_held()  # say so now, not after the search
+    folder.check_unlocked()  # say so now, not after the search
     tuned = tune(context)
     if tuned is None:
         return None

@@ -123,7 +123,7 @@ class RunFolder:
         finally:
             lock.release()
 
-    def check_not_held(self) -> None:
+    def check_unlocked(self) -> None:
         """Refuse a folder in which another process trains; see `held`.
 
         Raises:
