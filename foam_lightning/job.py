@@ -20,7 +20,7 @@ from foam_lightning.memory.device import Gpu, find_gpu, load_costs
 from foam_lightning.memory.trace import weight_dtype
 from foam_lightning.model.pretrained import check_weights
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim.baselines import check as check_baseline
+from foam_lightning.optim.baselines import check_installed
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.settings import DataSettings, ModelSettings, Precision, TrainerSettings
 from foam_lightning.validation import SEED, check_ranges
@@ -302,7 +302,7 @@ class Job:
         return self.plan_at(self.model.level if self.is_foam else 0)
 
     def _check_optimizer(self) -> None:
-        check_baseline(self.optimizer)
+        check_installed(self.optimizer)
         if self.devices.shards and not self.is_foam:
             raise ConfigError(
                 f"model.optimizer {self.optimizer} does not know shares of a matrix, and "

@@ -22,8 +22,8 @@ from foam_lightning.model import llama
 from foam_lightning.model.activation_checkpointing import checkpoint_layers
 from foam_lightning.model.loss import StepMean, token_loss
 from foam_lightning.model.pretrained import architecture_to_json, create_model, model_config
-from foam_lightning.optim.factory import new_optimizer
-from foam_lightning.optim.gradient_release import Gate, release_gradients
+from foam_lightning.optim.factory import create_optimizer
+from foam_lightning.optim.gradient_release import BackwardGuard, release_gradients
 from foam_lightning.optim.groups import is_foldable
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.settings import ModelSettings
@@ -89,7 +89,7 @@ class LlamaFoam(LightningModule):
         self.plan: FoldPlan | None = None
         self._scored = (0.0, 0)  # nats and tokens of the validation pass so far
         self.step_mean = StepMean()
-        self.gate: Gate | None = None
+        self.backward_guard: BackwardGuard | None = None
         self._config: LlamaConfig | None = None
 
     # ---- what is trained, before a single weight exists
@@ -164,7 +164,7 @@ class LlamaFoam(LightningModule):
         """Make the optimizer of the settings; FOAM takes the plan's levels."""
         config = self.llama_config()
         sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_attention_heads}
-        return new_optimizer(named_parameters, plan, self.settings, **sizes)
+        return create_optimizer(named_parameters, plan, self.settings, **sizes)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -207,7 +207,8 @@ class LlamaFoam(LightningModule):
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.gate is None or not self.releases or self.gate.opens(loss):
+        guard = self.backward_guard if self.releases else None
+        if guard is None or guard.allows_backward(loss):
             super().backward(loss, *args, **kwargs)
 
     @override
@@ -223,8 +224,9 @@ class LlamaFoam(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         # For one step at a time: what a checkpoint or an error replaces or leaves is never hooked.
-        mend_ = () if self.gate is None else (self.gate.mend_,)
-        with release_gradients(optimizer.optimizer, *mend_) if self.releases else nullcontext():
+        guard = self.backward_guard
+        hook = () if guard is None else (guard.make_finite_,)
+        with release_gradients(optimizer.optimizer, *hook) if self.releases else nullcontext():
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Lightning frees gradients after the next forward pass, whose peak would then hold them.
         optimizer.zero_grad(set_to_none=True)

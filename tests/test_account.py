@@ -20,7 +20,7 @@ from foam_lightning.memory.trace import (
     weight_dtype,
 )
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim.groups import foldable, param_groups
+from foam_lightning.optim.groups import foldable_shapes, param_groups
 from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
 from tests.test_model import SIZES
 
@@ -279,7 +279,7 @@ def test_predicted_state_is_allocated_state(
     level: int, param_dtype: torch.dtype, dtype: StateDtype
 ) -> None:
     named = [(n, nn.Parameter(torch.randn(s, dtype=param_dtype))) for n, s in SHAPES.items()]
-    levels = dict.fromkeys(foldable(named), level)
+    levels = dict.fromkeys(foldable_shapes(named), level)
     groups = param_groups(named, levels, dict.fromkeys(levels, 0.1), 0.0)
     optimizer = FOAM(groups, state_dtype=getattr(torch, dtype))
     for _, parameter in named:

@@ -9,29 +9,27 @@ from torch import nn
 
 from foam_lightning import FOAM
 from foam_lightning.optim.fold import folded_shape
-from tests.training import all_equal, parameters, train
+from tests.training import all_equal, moments, parameters, train
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"weight_decay": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3}],
-    ids=["plain", "decay", "betas-eps"],
+    "options", [{}, {"weight_decay": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3}], ids=str
 )
 @pytest.mark.parametrize("second_moment", ["mean_square", "square_mean"])
 def test_level_0_with_scale_1_is_adamw_to_the_last_bit(options, second_moment):
     ours, theirs = parameters(), parameters()
     options = {"weight_decay": 0.0, "lr": 1e-2, **options}
-    options["second_moment"] = second_moment
-    train(FOAM(ours, level=0, scale=1, fused=False, **options), range(6))
-    del options["second_moment"]
+    train(
+        FOAM(ours, level=0, scale=1, fused=False, second_moment=second_moment, **options), range(6)
+    )
     train(torch.optim.AdamW(theirs, foreach=False, **options), range(6))
     assert all_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("level", [0, 1, 3, 12])
-def test_fused_is_the_plain_update_but_for_the_last_bits(level):
+def test_fused_equals_plain_up_to_the_last_bits(level):
     fused, plain = parameters(), parameters()
     train(FOAM(fused, level=level, weight_decay=0.1), range(6))
     train(FOAM(plain, level=level, weight_decay=0.1, fused=False), range(6))
@@ -40,21 +38,14 @@ def test_fused_is_the_plain_update_but_for_the_last_bits(level):
 
 
 @given(st.integers(1, 6), st.integers(1, 70), st.integers(0, 12), st.sampled_from([F32, BF16]))
-def test_state_has_the_folded_shape_and_its_bytes_never_grow_with_the_level(
-    rows, columns, level, dtype
-):
-    def state_bytes(level):
-        optimizer = FOAM(parameters([(rows, columns)]), level=level, state_dtype=dtype)
-        train(optimizer, [0])
-        (state,) = optimizer.state.values()
-        assert state["step"] == 1
-        assert type(state["step"]) is int
-        assert state["exp_avg"].shape == folded_shape((rows, columns), level)
-        return sum(state[key].nbytes for key in ("exp_avg", "exp_avg_sq"))
-
-    size = state_bytes(level)
+def test_state_has_the_folded_shape_and_its_bytes_halve_with_the_level(rows, columns, level, dtype):
+    optimizer = FOAM(parameters([(rows, columns)]), level=level, state_dtype=dtype)
+    train(optimizer, [0])
+    (state,) = optimizer.state.values()
+    assert (state["step"], type(state["step"])) == (1, int)
+    assert state["exp_avg"].shape == folded_shape((rows, columns), level)
+    size = sum(moment.nbytes for moment in moments(optimizer))
     assert size == 2 * rows * math.ceil(columns / 2**level) * dtype.itemsize
-    assert state_bytes(level + 1) <= size
 
 
 @pytest.mark.parametrize("shape", [(), (7,)], ids=["scalar", "vector"])
@@ -84,24 +75,17 @@ def test_groups_may_override_every_option():
     assert all_equal(together, alone)
 
 
-def test_runs_repeat_bitwise():
-    first, second = parameters(), parameters()
-    train(FOAM(first), range(5))
-    train(FOAM(second), range(5))
-    assert all_equal(first, second)
-
-
-def test_parameters_without_a_gradient_stay_and_take_no_state():
+def test_parameters_without_a_gradient_do_not_change_and_have_no_state():
     still, moved = parameters([(3, 8), (3, 8)])
-    kept = still.detach().clone()
+    before = still.detach().clone()
     optimizer = FOAM([still, moved], weight_decay=0.1)
     moved.grad = torch.ones_like(moved)
     optimizer.step()
-    assert torch.equal(still, kept)
+    assert torch.equal(still, before)
     assert list(optimizer.state) == [moved]
 
 
-def test_closure_runs_with_gradients_and_its_loss_comes_back():
+def test_closure_runs_with_gradients_and_its_loss_is_returned():
     (param,) = parameters([(3, 8)])
     optimizer = FOAM([param])
 
@@ -114,20 +98,22 @@ def test_closure_runs_with_gradients_and_its_loss_comes_back():
     assert optimizer.step(closure) > optimizer.step(closure)
 
 
-def test_a_deep_copy_trains_on_its_own():
-    original = FOAM(parameters())
+@pytest.mark.parametrize("state_offload", [False, True])
+def test_a_deep_copy_has_its_own_state(state_offload):
+    original = FOAM(parameters(), state_offload=state_offload)
     train(original, range(2))
     duplicate = copy.deepcopy(original)
-    train(duplicate, range(2, 4))
-    train(original, range(2, 4))
-    for a, b in zip(original.state.values(), duplicate.state.values(), strict=True):
-        assert a["step"] == b["step"] == 4
-        assert torch.equal(a["exp_avg"], b["exp_avg"])
+    assert {type(s) for s in duplicate.state.values()} == {type(s) for s in original.state.values()}
+    train(duplicate, [2])
+    assert {state["step"] for state in original.state.values()} == {2}
+    assert not all_equal(moments(original), moments(duplicate))
+    train(original, [2])
+    assert all_equal(moments(original), moments(duplicate))
 
 
-@pytest.mark.parametrize("state_dtype", [F32, BF16, torch.int8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize("state_dtype", [F32, BF16, INT8], ids=["f32", "bf16", "int8"])
 @pytest.mark.parametrize("level", [0, 2])
-def test_rounding_at_random_repeats_and_leaves_the_generator_alone(state_dtype, level):
+def test_stochastic_rounding_repeats_and_does_not_use_the_global_generator(state_dtype, level):
     first, second = parameters(dtype=BF16), parameters(dtype=BF16)
     before = torch.get_rng_state()
     train(FOAM(first, level=level, state_dtype=state_dtype), range(5))
@@ -136,7 +122,7 @@ def test_rounding_at_random_repeats_and_leaves_the_generator_alone(state_dtype, 
     assert all_equal(first, second)
 
 
-def test_small_updates_of_bfloat16_weights_add_up_only_if_rounded_at_random():
+def test_small_updates_of_bfloat16_weights_add_up_only_if_rounded_stochastically():
     def mean_after(**options):
         (param,) = parameters([(64, 64)], BF16)
         param.data.fill_(1.0)
@@ -169,38 +155,24 @@ def test_what_is_not_finite_stays_in_its_block(level, value, fused):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("level", [0, 1, 3])
-def test_any_strides_give_the_same(level, fused):
-    plain, strided = parameters([(6, 20)]), parameters([(20, 6)])
+def test_strides_do_not_matter(level, fused):
+    plain = parameters([(6, 20)])
     strided = [nn.Parameter(plain[0].detach().t().contiguous().t())]
     assert not strided[0].is_contiguous()
     for params in (plain, strided):
         params[0].grad = torch.arange(120.0).view(20, 6).t().sin()
-    optimizers = [FOAM(params, level=level, fused=fused) for params in (plain, strided)]
-    for _ in range(3):
-        for optimizer in optimizers:
+        optimizer = FOAM(params, level=level, fused=fused)
+        for _ in range(3):
             optimizer.step()
     torch.testing.assert_close(plain[0], strided[0])
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0)])
-def test_a_parameter_without_elements_is_left_alone(shape):
+def test_an_empty_parameter_is_skipped(shape):
     param = nn.Parameter(torch.zeros(shape))
     param.grad = torch.zeros(shape)
     FOAM([param], level=2).step()
     assert param.shape == shape
-
-
-def test_a_complex_gradient_is_refused():
-    param = nn.Parameter(torch.zeros(2, 4, dtype=torch.complex64))
-    param.grad = torch.zeros_like(param)
-    with pytest.raises(RuntimeError, match=r"a complex one for a parameter of shape \(2, 4\)"):
-        FOAM([param]).step()
-
-
-def test_groups_that_overlap_are_refused():
-    params = parameters([(3, 8)])
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        FOAM([{"params": params}, {"params": params, "level": 1}])
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e3])
@@ -218,34 +190,36 @@ def test_each_gradient_is_clipped_by_its_own_norm(clip_norm):
         torch.testing.assert_close(a, b)
 
 
-def test_a_sparse_gradient_is_refused():
+def test_complex_and_sparse_gradients_are_refused():
+    param = nn.Parameter(torch.zeros(2, 4, dtype=torch.complex64))
+    param.grad = torch.zeros_like(param)
+    with pytest.raises(RuntimeError, match=r"complex .* \(2, 4\)"):
+        FOAM([param]).step()
     embedding = nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"a sparse one for a parameter of shape \(10, 4\)"):
+    with pytest.raises(RuntimeError, match=r"sparse .* \(10, 4\)"):
         FOAM(embedding.parameters()).step()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "value"),
     [
-        ({"lr": -1.0}, "lr must be a number of 0 or more, got -1.0"),
-        ({"lr": math.nan}, "lr must be a number of 0 or more, got nan"),
-        ({"eps": -1e-8}, "eps must be a number of 0 or more"),
-        ({"weight_decay": -0.1}, "weight_decay must be a number of 0 or more"),
-        ({"scale": -0.25}, "scale must be a number of 0 or more"),
-        ({"residual_scale": math.inf}, "residual_scale must be a number of 0 or more, got inf"),
-        ({"betas": (0.9, 1.0)}, r"betas must be two numbers .* got \(0.9, 1.0\)"),
-        ({"level": -1}, "fold level must be an integer from 0 to 62, got -1"),
-        ({"level": 1.5}, "fold level must be an integer from 0 to 62, got 1.5"),
-        ({"level": 10**9}, "fold level must be an integer from 0 to 62, got 1000000000"),
-        ({"second_moment": "max"}, "one of mean_square, square_mean, row, none, got 'max'"),
-        ({"state_dtype": torch.float16}, "torch.bfloat16, torch.int8, got torch.float16"),
-        ({"clip_norm": 0.0}, "clip_norm must be a number above 0 or None, got 0.0"),
+        *[("lr", -1.0), ("lr", math.nan), ("eps", -1e-8), ("weight_decay", -0.1)],
+        *[
+            ("scale", -0.25),
+            ("residual_scale", math.inf),
+            ("betas", (0.9, 1.0)),
+            ("clip_norm", 0.0),
+        ],
+        *[("level", -1), ("level", 1.5), ("level", 10**9), ("level", True)],
+        *[("second_moment", "max"), ("second_moment", "row"), ("state_dtype", torch.float16)],
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        FOAM(parameters(), **options)
-    with pytest.raises(ValueError, match=message):
-        FOAM([{"params": parameters(), **options}])
+def test_options_out_of_range_are_refused_by_name_and_value(name, value):
+    for groups, options in (
+        (parameters(), {name: value}),
+        ([{"params": parameters(), name: value}], {}),
+    ):
+        with pytest.raises(ValueError, match=name) as caught:
+            FOAM(groups, **options)
+        assert str(value) in str(caught.value)

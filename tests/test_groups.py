@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from foam_lightning import FOAM
-from foam_lightning.optim.groups import foldable, is_foldable, param_groups
+from foam_lightning.optim.groups import foldable_shapes, is_foldable, param_groups
 
 
 class Tiny(nn.Module):
@@ -28,37 +28,30 @@ def names(groups):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "expected"),
+    ("name", "shape", "exclude", "expected"),
     [
-        ("model.layers.0.self_attn.q_proj.weight", (4, 4), True),
-        ("model.layers.0.mlp.experts", (2, 4, 4), True),
-        ("model.layers.0.input_layernorm.weight", (4,), False),
-        ("model.embed_tokens.weight", (10, 4), False),
-        ("lm_head.weight", (10, 4), False),
+        ("model.layers.0.self_attn.q_proj.weight", (4, 4), (), True),
+        ("model.layers.0.mlp.experts", (2, 4, 4), (), True),
+        ("model.layers.0.input_layernorm.weight", (4,), (), False),
+        ("model.embed_tokens.weight", (10, 4), (), False),
+        ("lm_head.weight", (10, 4), (), False),
+        ("model.layers.0.mlp.down_proj.weight", (4, 4), (r"layers\.0\.",), False),
+        ("lm_head.weight", (4, 4), ("embed",), True),
     ],
 )
-def test_matrices_fold_unless_excluded(name, shape, expected):
-    assert is_foldable(name, shape) is expected
-
-
-def test_exclude_is_a_regular_expression_on_the_qualified_name():
-    assert not is_foldable("model.layers.0.mlp.down_proj.weight", (4, 4), r"layers\.0\.")
-    assert is_foldable("lm_head.weight", (4, 4), "embed")
-
-
-def test_foldable_maps_names_to_shapes(model):
-    assert foldable(model.named_parameters()) == {
-        "q_proj.weight": (6, 4),
-        "k_proj.weight": (6, 4),
-    }
+def test_matrices_fold_unless_their_name_is_excluded(name, shape, exclude, expected):
+    assert is_foldable(name, shape, *exclude) is expected
 
 
 def test_frozen_parameters_are_left_out(model):
+    assert foldable_shapes(model.named_parameters()) == {
+        "q_proj.weight": (6, 4),
+        "k_proj.weight": (6, 4),
+    }
     model.k_proj.weight.requires_grad_(False)
-    assert list(foldable(model.named_parameters())) == ["q_proj.weight"]
+    assert list(foldable_shapes(model.named_parameters())) == ["q_proj.weight"]
     levels = {"q_proj.weight": 1, "k_proj.weight": 2}
-    scales = dict.fromkeys(levels, 0.25)
-    groups = param_groups(model.named_parameters(), levels, scales, 0.1)
+    groups = param_groups(model.named_parameters(), levels, dict.fromkeys(levels, 0.25), 0.1)
     assert [group["level"] for group in groups] == [1, 0]
     assert all("k_proj.weight" not in group for group in names(groups))
 
@@ -82,7 +75,7 @@ def test_no_group_is_empty(model):
     assert len(param_groups(model.named_parameters(), {}, {}, 0)) == 1
 
 
-def test_the_optimizer_takes_the_groups_and_their_names(model):
+def test_the_optimizer_uses_the_groups_and_their_names(model):
     levels, scales = {"q_proj.weight": 1}, {"q_proj.weight": 0.25}
     optimizer = FOAM(param_groups(model.named_parameters(), levels, scales, 0.1))
     assert optimizer.param_groups[0]["param_names"] == ["q_proj.weight"]
@@ -93,15 +86,16 @@ def test_the_optimizer_takes_the_groups_and_their_names(model):
     assert optimizer.state[model.embed_tokens.weight]["exp_avg"].shape == (10, 4)
 
 
-def test_a_level_without_a_scale_is_refused(model):
-    levels = {"k_proj.weight": 1, "q_proj.weight": 3}
-    with pytest.raises(ValueError, match=r"1 parameters .* no scale, first q_proj\.weight"):
-        param_groups(model.named_parameters(), levels, {"k_proj.weight": 0.25}, 0.1)
-
-
-def test_levels_of_another_model_are_refused(model):
-    with pytest.raises(ValueError, match=r"does not have, first model\.x"):
-        param_groups(model.named_parameters(), {"model.x": 3}, {"model.x": 1.0}, 0.1)
+@pytest.mark.parametrize(
+    ("levels", "scales", "message"),
+    [
+        ({"k_proj.weight": 1, "q_proj.weight": 3}, {"k_proj.weight": 1.0}, r"scale.* q_proj\.w"),
+        ({"model.x": 3}, {"model.x": 1.0}, r"1 parameters .* model\.x"),
+    ],
+)
+def test_unknown_names_and_missing_scales_are_refused(model, levels, scales, message):
+    with pytest.raises(ValueError, match=message):
+        param_groups(model.named_parameters(), levels, scales, 0.1)
 
 
 NAMES = [f"layers.{i}.q_proj.weight" for i in range(6)]
@@ -113,7 +107,7 @@ WEIGHTS = {name: nn.Parameter(torch.zeros(2, 2)) for name in (*NAMES, "norm.weig
         st.sampled_from(NAMES), st.tuples(st.integers(0, 3), st.sampled_from([0.1, 0.25, 0.5]))
     )
 )
-def test_groups_part_the_parameters_by_level_and_scale(settings):
+def test_groups_partition_the_parameters_by_level_and_scale(settings):
     levels = {name: level for name, (level, _) in settings.items()}
     scales = {name: scale for name, (_, scale) in settings.items()}
     *folded, rest = param_groups(WEIGHTS.items(), levels, scales, 0.1)
@@ -124,11 +118,3 @@ def test_groups_part_the_parameters_by_level_and_scale(settings):
     for group in (*names(folded), *names([rest])):
         assert group == sorted(group, key=list(WEIGHTS).index)
     assert {*found, *names([rest])[0]} == set(WEIGHTS)
-
-
-@given(st.dictionaries(st.sampled_from(NAMES), st.integers(0, 3)))
-def test_scales_by_level_make_one_group_per_level(levels):
-    # As plans had them: checkpoints of such a run keep their groups.
-    scales = {name: 0.25 if level else 0.1 for name, level in levels.items()}
-    *folded, _ = param_groups(WEIGHTS.items(), levels, scales, 0.1)
-    assert [group["level"] for group in folded] == sorted(set(levels.values()))

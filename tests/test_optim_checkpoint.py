@@ -1,5 +1,4 @@
 import copy
-import io
 
 import pytest
 import torch
@@ -7,16 +6,9 @@ import torch
 from foam_lightning import FOAM
 from foam_lightning.errors import CheckpointError
 from foam_lightning.optim.groups import param_groups
-from tests.training import all_equal, parameters, train
+from tests.training import all_equal, moments, parameters, through_a_file, train
 
 BF16, F32 = torch.bfloat16, torch.float32
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def named(level, *, q_level=None, **options):
@@ -29,25 +21,26 @@ def named(level, *, q_level=None, **options):
 
 @pytest.mark.parametrize("state_dtype", [F32, BF16], ids=["state-f32", "state-bf16"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_state_dtype_is_what_was_asked_also_after_loading(dtype, state_dtype):
+def test_a_state_loads_unchanged_in_its_dtype(dtype, state_dtype):
     optimizer = FOAM(parameters(dtype=dtype), state_dtype=state_dtype)
     train(optimizer, range(2))
     loaded = FOAM(parameters(dtype=dtype), state_dtype=state_dtype)
     loaded.load_state_dict(through_a_file(optimizer.state_dict()))
-    for before, after in zip(optimizer.state.values(), loaded.state.values(), strict=True):
-        assert type(after["step"]) is int
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert after[key].dtype == state_dtype
-            assert torch.equal(before[key], after[key])
+    assert all_equal(moments(optimizer), moments(loaded))
+    assert {moment.dtype for moment in moments(loaded)} == {state_dtype}
+    assert {type(state["step"]) for state in loaded.state.values()} == {int}
 
 
-def test_the_run_decides_the_state_dtype():
+def test_the_run_decides_how_the_state_is_stored():
     saved = FOAM(parameters(), state_dtype=F32)
     train(saved, range(2))
-    run = FOAM(parameters(), state_dtype=BF16)
-    run.load_state_dict(saved.state_dict())
+    state_dict = saved.state_dict()
+    state_dict["param_groups"][0] |= {"state_offload": False, "state_dtype": F32}
+    run = FOAM(parameters(), state_dtype=BF16, state_offload=True)
+    run.load_state_dict(state_dict)
     assert run.param_groups[0]["state_dtype"] == BF16
-    assert {state["exp_avg"].dtype for state in run.state.values()} == {BF16}
+    assert run.param_groups[0]["state_offload"] is True
+    assert {moment.dtype for moment in moments(run)} == {BF16}
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
@@ -66,13 +59,10 @@ def test_save_and_load_continues_as_if_uninterrupted(level, dtype):
 def test_loaded_state_is_a_copy():
     saved, run = FOAM(parameters()), FOAM(parameters())
     train(saved, range(2))
-    kept = copy.deepcopy(saved.state_dict())
+    before = copy.deepcopy(moments(saved))
     run.load_state_dict(saved.state_dict())
     train(run, range(3))
-    assert all_equal(
-        [state["exp_avg"] for state in kept["state"].values()],
-        [state["exp_avg"] for state in saved.state.values()],
-    )
+    assert all_equal(before, moments(saved))
 
 
 def test_a_step_saved_as_a_tensor_becomes_an_int():
@@ -85,7 +75,7 @@ def test_a_step_saved_as_a_tensor_becomes_an_int():
     assert [(state["step"], type(state["step"])) for state in run.state.values()] == [(2, int)] * 5
 
 
-def test_a_fresh_checkpoint_loads():
+def test_a_checkpoint_from_before_the_first_step_loads():
     run = FOAM(parameters())
     run.load_state_dict(FOAM(parameters(), lr=0.5).state_dict())
     assert run.param_groups[0]["lr"] == 0.5
@@ -93,29 +83,21 @@ def test_a_fresh_checkpoint_loads():
 
 
 @pytest.mark.parametrize("num_steps", [0, 2], ids=["fresh", "trained"])
-def test_another_level_is_refused_by_name_whatever_the_groups(num_steps):
-    saved = named(1)
+@pytest.mark.parametrize(
+    ("levels", "name", "level"),
+    [
+        ({"level": 2}, "q.weight", 2),
+        ({"level": 1, "q_level": 3}, "q.weight", 3),
+        ({"level": 4, "q_level": 1}, "k.weight", 4),
+    ],
+    ids=["same groups", "a group more", "another group"],
+)
+def test_another_level_is_refused_by_name(num_steps, levels, name, level):
+    saved, run = named(1), named(**levels)
     train(saved, range(num_steps))
-    message = (
-        "the checkpoint has fold level 1 for {}, this run asks for {}; "
-        "pass the checkpoint's fold plan or start a new run"
-    )
-    # The same groups, and one group more.
-    for run, name, level in (
-        (named(2), "q.weight", 2),
-        (named(1, q_level=3), "q.weight", 3),
-        (named(4, q_level=1), "k.weight", 4),
-    ):
-        with pytest.raises(CheckpointError) as caught:
-            run.load_state_dict(saved.state_dict())
-        assert str(caught.value) == message.format(name, level)
-        assert not run.state
-
-
-def test_another_level_is_refused_by_number_without_names():
-    run = FOAM(parameters([(7,), (3, 8)]), level=2)
-    with pytest.raises(CheckpointError, match="fold level 1 for parameter 1, this run asks for 2"):
-        run.load_state_dict(FOAM(parameters([(7,), (3, 8)]), level=1).state_dict())
+    with pytest.raises(CheckpointError, match=rf"fold level 1 for {name}.* level {level}; .*plan"):
+        run.load_state_dict(saved.state_dict())
+    assert not run.state
 
 
 def test_the_level_of_what_never_folds_does_not_matter():
@@ -123,32 +105,36 @@ def test_the_level_of_what_never_folds_does_not_matter():
     run.load_state_dict(FOAM(parameters([(7,)]), level=1).state_dict())
 
 
-def test_another_second_moment_is_refused():
-    saved = named(1, second_moment="square_mean").state_dict()
-    with pytest.raises(CheckpointError, match=r"second moment square_mean for q\.weight, this run"):
-        named(1).load_state_dict(saved)
+A, B = [(3, 8)], [(3, 8), (3, 8)]
 
 
-def test_a_checkpoint_of_another_model_is_refused():
-    saved = FOAM(parameters([(3, 8)]))
-    train(saved, [0])
-    with pytest.raises(CheckpointError, match=r"exp_avg of shape \(3, 2\) for parameter 0, this"):
-        FOAM(parameters([(3, 12)])).load_state_dict(saved.state_dict())
-    with pytest.raises(CheckpointError, match="no optimizer state for parameter 1"):
-        FOAM(parameters([(3, 8), (3, 8)])).load_state_dict(saved.state_dict())
-    with pytest.raises(CheckpointError, match="has parameter 1, which this run does not train"):
-        FOAM(parameters([(3, 8)])).load_state_dict(FOAM(parameters([(3, 8)] * 2)).state_dict())
+@pytest.mark.parametrize(
+    ("saved", "run", "message"),
+    [
+        (lambda: FOAM(parameters(B), level=1), lambda: FOAM(parameters(B), level=2), "parameter 0"),
+        (lambda: named(1, second_moment="square_mean"), lambda: named(1), "square_mean .*mean_sq"),
+        (lambda: FOAM(parameters(A)), lambda: FOAM(parameters(B)), "no .*state for parameter 1"),
+        (lambda: FOAM(parameters(B)), lambda: FOAM(parameters(A)), "parameter 1, .*not train"),
+        (lambda: FOAM(parameters(A)), lambda: FOAM(parameters([(3, 12)])), r"\(3, 2\).*\(3, 3\)"),
+        (
+            lambda: torch.optim.AdamW(parameters(A)),
+            lambda: FOAM(parameters(A)),
+            "optimizer is not FOAM",
+        ),
+    ],
+    ids=["level", "second_moment", "missing", "too many", "shape", "adamw"],
+)
+def test_another_state_is_refused(saved, run, message):
+    optimizer = saved()
+    train(optimizer, [0])
+    with pytest.raises(CheckpointError, match=message):
+        run().load_state_dict(optimizer.state_dict())
 
 
 def test_another_grouping_is_refused():
     pairs = list(zip("ab", parameters([(3, 8), (3, 8)]), strict=True))
-    saved = FOAM([{"params": pairs[:1]}, {"params": pairs[1:]}]).state_dict()
-    with pytest.raises(CheckpointError, match="groups the parameters differently, first b"):
-        FOAM([{"params": pairs}]).load_state_dict(saved)
-    with pytest.raises(CheckpointError, match="groups the parameters differently, first b"):
-        FOAM([{"params": pairs[::-1]}]).load_state_dict(FOAM([{"params": pairs}]).state_dict())
-
-
-def test_a_checkpoint_of_adamw_is_refused():
-    with pytest.raises(CheckpointError, match="another optimizer than FOAM"):
-        FOAM(parameters()).load_state_dict(torch.optim.AdamW(parameters()).state_dict())
+    together, swapped = [{"params": pairs}], [{"params": pairs[::-1]}]
+    apart = [{"params": pairs[:1]}, {"params": pairs[1:]}]
+    for saved, run in ((apart, together), (together, swapped)):
+        with pytest.raises(CheckpointError, match=r"groups .* differently.* b;"):
+            FOAM(run).load_state_dict(FOAM(saved).state_dict())

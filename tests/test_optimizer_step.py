@@ -77,17 +77,14 @@ def test_each_row_steps_and_leaves_the_gradients_alone(row: Row, weights: Weight
         ("FOAM level 2", 8 * (ELEMENTS - 64 * 64) // 4 + 8 * 64 * 64),
         # Codes of a byte and a scale for each row; the embedding likewise.
         ("FOAM level 2, int8", 2 * (COUNT - 1) * 64 * (16 + 4) + 2 * 64 * (64 + 4)),
-        # One second moment for each row, or none; Adam's for the embedding.
-        ("FOAM level 2, Adam-mini", 4 * (COUNT - 1) * 64 * (16 + 1) + 8 * 64 * 64),
-        ("FOAM level 2, Muon", 4 * (COUNT - 1) * 64 * 16 + 8 * 64 * 64),
         ("FOAM row fold", 8 * (COUNT - 1) * 64 + 8 * 64 * 64),
     ],
 )
-def test_state_bytes_are_those_of_the_formula(name: str, expected: int, weights: Weights) -> None:
+def test_state_bytes_match_the_formula(name: str, expected: int, weights: Weights) -> None:
     assert stepped(name, weights).state_bytes == expected
 
 
-def test_temporaries_are_the_tensors_that_a_step_makes(weights: Weights) -> None:
+def test_temporaries_are_the_tensors_that_a_step_creates(weights: Weights) -> None:
     matrix_bytes = 4 * 64 * 64
 
     assert stepped("torch AdamW, fused", weights).temporary_bytes == 0
@@ -98,7 +95,7 @@ def test_temporaries_are_the_tensors_that_a_step_makes(weights: Weights) -> None
     assert matrix_bytes <= loop < COUNT * matrix_bytes
 
 
-def test_a_row_that_fails_says_why_and_the_others_go_on(weights: Weights) -> None:
+def test_a_row_that_fails_says_why_and_the_others_continue(weights: Weights) -> None:
     def refuse(_: Weights) -> list[torch.optim.Optimizer]:
         raise RuntimeError("no such | device\nand more")
 
@@ -113,7 +110,7 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(weights: Weights) -> Non
     assert lines[3].startswith("| torch AdamW, fused | ")
 
 
-def test_a_rival_that_changes_the_gradients_is_found_out(weights: Weights) -> None:
+def test_a_row_that_changes_the_gradients_fails(weights: Weights) -> None:
     def halve(*_: object) -> None:
         for grad in weights.gradients:
             grad.mul_(0.5)
@@ -123,18 +120,16 @@ def test_a_rival_that_changes_the_gradients_is_found_out(weights: Weights) -> No
         optimizer.register_step_pre_hook(halve)
         return [optimizer]
 
-    found = first_steps(Row("greedy", greedy), weights)
-
-    assert found.failure == "failed: RuntimeError: it changes the gradients, which all rows share"
+    assert "changes the gradients" in str(first_steps(Row("greedy", greedy), weights).failure)
 
 
-def test_rows_that_would_begin_too_late_say_so(weights: Weights) -> None:
+def test_rows_that_would_begin_too_late_are_skipped(weights: Weights) -> None:
     found, _ = step_all(EAGER[:2], weights, rounds=1, copy_bytes=2**12, begin_seconds=-1.0)
 
-    assert [row.failure for row in found] == ["not begun: the time was up"] * 2
+    assert [row.failure for row in found] == ["skipped: out of time"] * 2
 
 
-def test_ratios_and_the_floor_are_those_of_the_numbers(weights: Weights) -> None:
+def test_ratios_and_the_floor_follow_from_the_measurements(weights: Weights) -> None:
     found = [
         Stepped(contenders.FUSED, seconds=[0.002, 0.004, 0.003], state_bytes=8 * ELEMENTS),
         Stepped("other", seconds=[0.006], temporary_bytes=1000, state_bytes=0, first_seconds=1.5),
@@ -144,11 +139,11 @@ def test_ratios_and_the_floor_are_those_of_the_numbers(weights: Weights) -> None
 
     lines = optimizer_step.table(found, weights, bandwidth)
 
-    assert lines[2] == f"| {contenders.FUSED} | 3 | 1.00 | 3.00 | not seen | 0.1638 | 0 |"
+    assert lines[2] == f"| {contenders.FUSED} | 3 | 1.00 | 3.00 | not measured | 0.1638 | 0 |"
     assert lines[3] == "| other | 6 | 2.00 | 14.00 | 0.001 | 0 | 1.5 |"
 
 
-def test_a_model_is_cut_to_the_layers_that_there_is_room_for() -> None:
+def test_a_model_is_cut_to_the_layers_that_fit() -> None:
     shapes = {f"model.layers.{i}.w": (10, 10) for i in range(12)} | {"lm_head.weight": (5, 10)}
 
     kept, words = optimizer_step.cut(shapes, 1000)
@@ -158,25 +153,25 @@ def test_a_model_is_cut_to_the_layers_that_there_is_room_for() -> None:
     assert "lm_head.weight" in kept
     assert words == "9 of its 12 layers"
     assert whole == shapes
-    with pytest.raises(SystemExit, match="room"):
+    with pytest.raises(SystemExit, match="limit of 100 elements"):
         optimizer_step.cut(shapes, 100)
 
 
 def test_rows_that_do_not_exist_are_named() -> None:
-    with pytest.raises(SystemExit, match="--only FROM is in no row's name; the rows are: torch"):
+    with pytest.raises(SystemExit, match=r"FROM .*torch AdamW"):
         optimizer_step.chosen(["FROM"], ROWS)
 
 
-def test_rows_that_take_minutes_on_a_cpu_run_where_they_are_named() -> None:
+def test_rows_that_take_minutes_on_a_cpu_run_only_if_named() -> None:
     default = optimizer_step.choose_work("cpu", None, small=False).rows
 
-    assert [row.name for row in ROWS if row not in default] == ["torch Muon", "FOAM level 2, Muon"]
+    assert [row.name for row in ROWS if row not in default] == ["torch Muon"]
     assert optimizer_step.choose_work("cpu", None, small=True).rows == ROWS
     assert [row.name for row in optimizer_step.chosen(["torch muon"], ROWS)] == ["torch Muon"]
 
 
 @pytest.mark.usefixtures("_threads")
-def test_the_file_holds_the_machine_the_command_and_the_table(
+def test_the_file_contains_the_command_and_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--small", "--only", "fused", "foam level 2", "--output", str(tmp_path / "table.md")]
@@ -196,10 +191,10 @@ def test_the_file_holds_the_machine_the_command_and_the_table(
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    find_spec("torchao") is None, reason="torchao is not there: pip install -e '.[baselines]'"
+    find_spec("torchao") is None, reason="torchao is not installed: pip install -e '.[baselines]'"
 )
 @pytest.mark.usefixtures("_threads")
-def test_compiled_rows_step_and_their_state_is_counted_inside_their_tensors(
+def test_compiled_rows_step_and_their_state_is_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     optimizer_step.main(["--small", "--only", *(row.name for row in COMPILED)])
@@ -210,7 +205,7 @@ def test_compiled_rows_step_and_their_state_is_counted_inside_their_tensors(
     # Codes of a byte, a scale for 256 of them, a table of 256 values; and the step number.
     each = 2 * (64 * 64 + 4 * 64 * 64 // 256 + 4 * 256) + 4
     assert torchao[4] == f"{COUNT * each / 1e6:.4g}"
-    assert torchao[3] == "not seen"
+    assert torchao[3] == "not measured"
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.optim.rounding import noise, to_bfloat16, to_integer
+from foam_lightning.optim.rounding import random_bits, to_bfloat16, to_integer
 
 SEEDS = st.integers(-(2**31), 2**31 - 1)
 
@@ -31,22 +31,22 @@ def test_the_mean_of_rounded_numbers_is_the_number(value, seed):
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.0, -0.0, 1.5])
-def test_what_needs_no_rounding_stays(value):
+def test_exact_values_do_not_change(value):
     x = torch.full((1000,), value)
     assert torch.equal(to_bfloat16(x, 3).float().nan_to_num(7.0), x.nan_to_num(7.0))
 
 
-def test_noise_repeats_and_depends_on_the_seed_and_the_place():
+def test_random_bits_repeat_and_depend_on_seed_and_position():
     like = torch.zeros(50, 40)
-    assert torch.equal(noise(like, 5), noise(like, torch.tensor(5, dtype=torch.int32)))
-    assert (noise(like, 5) == noise(like, 6)).float().mean() < 0.01
-    assert noise(like, 5).unique().numel() == 2000
+    assert torch.equal(random_bits(like, 5), random_bits(like, torch.tensor(5, dtype=torch.int32)))
+    assert (random_bits(like, 5) == random_bits(like, 6)).float().mean() < 0.01
+    assert random_bits(like, 5).unique().numel() == 2000
 
 
 @pytest.mark.parametrize("bit", range(32))
-def test_every_bit_of_the_noise_is_a_fair_coin(bit):
-    bits = torch.stack([noise(torch.zeros(2**12), seed) >> bit & 1 for seed in range(16)])
+def test_every_random_bit_is_a_fair_coin(bit):
+    bits = torch.stack([random_bits(torch.zeros(2**12), seed) >> bit & 1 for seed in range(16)])
     assert bits.float().mean().item() == pytest.approx(0.5, abs=0.01)
-    # From one place to the next, and from one seed to the next.
+    # Also between neighbouring positions, and between neighbouring seeds.
     for a, b in ((bits[:, 1:], bits[:, :-1]), (bits[1:], bits[:-1])):
         assert (a == b).float().mean().item() == pytest.approx(0.5, abs=0.01)

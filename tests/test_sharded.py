@@ -74,9 +74,7 @@ def one_of_two(rank: int, port: int, folder: Path, options: dict[str, object]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{}, {"fused": False}, {"second_moment": "row"}], ids=["fused", "plain", "row"]
-)
+@pytest.mark.parametrize("options", [{}, {"fused": False}], ids=["fused", "plain"])
 def test_two_processes_equal_one_and_step_does_not_communicate(
     options: dict[str, object], tmp_path: Path
 ) -> None:
@@ -104,7 +102,7 @@ def test_sharded_columns_do_not_fold() -> None:
         mesh = init_device_mesh("cpu", (1,))
         param = nn.Parameter(distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)]))
         param.grad = distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)])
-        with pytest.raises(RuntimeError, match=r"columns of a parameter of shape \(4, 8\)"):
+        with pytest.raises(RuntimeError, match=r"\(4, 8\) .*sharded columns"):
             FOAM([param], level=1).step()
         FOAM([param], level=0).step()
         assert (param.full_tensor() < 1).all()

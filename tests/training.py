@@ -1,5 +1,7 @@
 """Small parameters and gradients that repeat, for the tests of the optimizer."""
 
+import io
+
 import torch
 from torch import nn
 
@@ -17,9 +19,25 @@ def train(optimizer, steps):
         random = torch.Generator().manual_seed(step)
         for group in optimizer.param_groups:
             for param in group["params"]:
-                param.grad = torch.randn(param.shape, generator=random).to(param.dtype)
+                grad = torch.randn(param.shape, generator=random).to(param.dtype)
+                param.grad = grad.to(param.device)
         optimizer.step()
+        optimizer.zero_grad()
+
+
+def moments(optimizer):
+    """List the tensors of the state."""
+    states = optimizer.state.values()
+    return [value for state in states for key, value in state.items() if key != "step"]
 
 
 def all_equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def through_a_file(content):
+    """Save and load as a checkpoint file does."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from foam_lightning.errors import CheckpointError
 from foam_lightning.module import LlamaFoam
-from foam_lightning.optim.checkpoint import renumbered
+from foam_lightning.optim.checkpoint import renumber_by_model_order
 from foam_lightning.plan import FoldPlan, MemoryOptions
 
 # What every rank has of its own, in a list by rank: the place in its data, and random numbers.
@@ -42,7 +42,7 @@ class ExactResume(Callback):
         if not isinstance(trainer.strategy, ModelParallelStrategy):  # which numbers them like that
             order = list(pl_module.parameters())
             checkpoint["optimizer_states"] = [
-                renumbered(state, optimizer.param_groups, order)
+                renumber_by_model_order(state, optimizer.param_groups, order)
                 for state, optimizer in zip(
                     checkpoint["optimizer_states"], trainer.optimizers, strict=True
                 )

@@ -148,22 +148,22 @@ class SpikeGuard(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LlamaFoam)
-        pl_module.gate = self
+        pl_module.backward_guard = self
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LlamaFoam)
-        pl_module.gate = None
+        pl_module.backward_guard = None
 
-    # ---- a gate for released gradients
+    # ---- checks before gradients are released
 
-    def opens(self, loss: Tensor) -> bool:
+    def allows_backward(self, loss: Tensor) -> bool:
         """Tell whether a loss may go backward, each parameter stepping as it gets its gradient."""
         self._loss = float(loss.detach())
         self._worst = None
         return self.judge.accepts(self._loss)
 
-    def mend_(self, grad: Tensor) -> None:
+    def make_finite_(self, grad: Tensor) -> None:
         """Make a gradient finite that is spent at once, and remember whether it was."""
         worst = _norm([grad])
         self._worst = worst if self._worst is None else torch.maximum(self._worst, worst)

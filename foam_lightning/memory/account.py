@@ -25,7 +25,7 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
-from foam_lightning.optim.state import layouts
+from foam_lightning.optim.state import state_layout
 from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
 from foam_lightning.settings import Precision
 
@@ -342,4 +342,4 @@ def optimizer_state_bytes(
 @cache
 def _kept_bytes(shape: tuple[int, ...], level: int, dtype: StateDtype) -> tuple[int, ...]:
     """Count the bytes of every tensor of the state of one parameter."""
-    return tuple(kept.nbytes for kept in layouts(shape, level, getattr(torch, dtype)).values())
+    return tuple(kept.nbytes for kept in state_layout(shape, level, getattr(torch, dtype)).values())

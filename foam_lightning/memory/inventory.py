@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from foam_lightning.memory.timeline import TERMS, Moment, Origin, Term, Timeline
-from foam_lightning.optim.state import layouts
+from foam_lightning.optim.state import state_layout
 from foam_lightning.plan import FoldPlan
 
 # Weights and state are there from the first step to the last.
@@ -118,7 +118,7 @@ def _of_state(
 ) -> Iterator[Holding]:
     dtype = getattr(torch, plan.memory_options.state_dtype)
     for name, shape in shapes.items():
-        for key, kept in layouts(shape, plan.levels.get(name, 0), dtype).items():
+        for key, kept in state_layout(shape, plan.levels.get(name, 0), dtype).items():
             origin = Origin(f"{name} {key}", phase, tuple(kept.shape), kept.dtype)
             yield Holding(kept.nbytes, 1, term, origin)
 

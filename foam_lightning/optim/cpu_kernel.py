@@ -1,8 +1,8 @@
-"""The step of a float32 matrix on the CPU in one pass over memory, compiled from `cpu_kernel.cpp`.
+"""The fused update on a CPU in float32: `cpu_kernel.cpp`, compiled once and cached.
 
-torch.compile cannot do it: the code it makes for the CPU has no instruction that takes blocks of
-2 to 16 columns apart inside a vector register, and was 1.2 to 4 times slower than torch's fused
-AdamW (docs/log.md). `foam_step_` defines the arithmetic; this is tested against it.
+torch.compile is too slow here: its code does not vectorise over blocks of 2 to 16 columns, and was
+1.2 to 4 times slower than torch's fused AdamW (docs/log.md). `foam_step_` defines the arithmetic;
+the kernel is tested against it.
 """
 
 import ctypes
@@ -25,14 +25,14 @@ from foam_lightning.storage.atomic import atomic_path
 from foam_lightning.storage.paths import cache_home
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# Reassociation lets the sums over a block run in vector lanes; the rest of -ffast-math, which
-# would change what infinities and NaN do, stays off.
+# Reassociation vectorises the sums over a block. The rest of -ffast-math stays off: it would change
+# how infinities and NaN propagate.
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
-# A tensor smaller than this is done before a second thread has woken up.
-_THREADED_ELEMENTS = 2**16
+# A smaller tensor is finished before a second thread has started.
+_MIN_ELEMENTS_FOR_THREADS = 2**16
 
 _log = logging.getLogger(__name__)
 _Kernel = Callable[..., None]
@@ -42,26 +42,24 @@ class _Factors(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_float)
         for name in (
-            *("gain1", "beta2", "gain2", "eps", "shrink", "size"),
-            *("residual_mean", "residual_square", "inverse_root"),
+            *("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "step_size"),
+            *("residual", "residual_square", "inverse_sqrt_bc2"),
         )
     ]
 
 
-def takes(second_moment: SecondMoment, *tensors: Tensor) -> bool:
-    """Tell whether the kernel can do this update on this machine.
+def is_supported(*tensors: Tensor) -> bool:
+    """Return whether the kernel can update these tensors on this machine.
 
     Args:
-        second_moment: The kernel knows "mean_square" and "square_mean".
-        tensors: The parameter, its gradient and both moments: all float32, on the CPU, dense.
+        tensors: Parameter, gradient and both moments: all float32, on the CPU, contiguous.
     """
     return (
-        second_moment in ("mean_square", "square_mean")
-        and all(
+        all(
             t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
             for t in tensors
         )
-        and _kernel() is not None
+        and _load_kernel() is not None
     )
 
 
@@ -79,51 +77,51 @@ def cpu_kernel_step_(
     level: int,
     second_moment: SecondMoment,
 ) -> None:
-    """Do what `foam_step_` does, to the last bits of float32, without a temporary.
+    """Run `foam_step_` without temporaries, equal up to the last bits of float32.
 
     Args:
-        param: The weights, shape (..., C), changed; `takes` must hold for all four.
-        grad: Their gradient, shape (..., C).
+        param: Weights, shape (..., C), changed; `is_supported` must hold for all four tensors.
+        grad: Gradient, shape (..., C).
         exp_avg: m, shape (..., K), changed.
         exp_avg_sq: v, shape (..., K), changed.
-        factors: What changes from step to step, as numbers.
+        factors: The factors of this step, as floats.
         beta1: Decay of m.
         beta2: Decay of v.
         eps: Added to the root of the bias-corrected V.
-        level: Fold level. Tensors of fewer than two dimensions are taken as a column.
+        level: Fold level. Tensors with fewer than two dimensions are treated as one column.
         second_moment: "mean_square" or "square_mean".
     """
-    kernel = _kernel()
+    kernel = _load_kernel()
     assert kernel is not None
     columns = param.shape[-1] if param.ndim >= 2 else 1
-    # One or all, because OpenMP stops and starts threads where their number changes.
-    threads = torch.get_num_threads() if param.numel() >= _THREADED_ELEMENTS else 1
+    # One or all: OpenMP stops and restarts its threads whenever their number changes.
+    threads = torch.get_num_threads() if param.numel() >= _MIN_ELEMENTS_FOR_THREADS else 1
     kernel(
         *(param.numel() // columns, columns, min(2**level, columns), threads),
         second_moment == "mean_square",
         *(tensor.data_ptr() for tensor in (param, grad, exp_avg, exp_avg_sq)),
         ctypes.byref(
             _Factors(
-                *(1 - beta1, beta2, 1 - beta2, eps, factors.shrink),
-                factors.size / factors.bias_correction1,
-                *(factors.residual_mean, factors.residual_square),
-                1 / factors.root_bias_correction2,
+                *(1 - beta1, beta2, 1 - beta2, eps, factors.decay),
+                factors.step_size / factors.bias_correction1,
+                *(factors.residual, factors.residual_square),
+                1 / factors.sqrt_bias_correction2,
             )
         ),
     )
-    # Tells autograd that they changed, as an in-place operator would.
+    # As an in-place operator does, so that autograd notices the change.
     torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
 
 
 @cache
-def _kernel() -> _Kernel | None:
+def _load_kernel() -> _Kernel | None:
     try:
-        kernel: _Kernel = ctypes.CDLL(str(_compiled())).foam_step
+        kernel: _Kernel = ctypes.CDLL(str(_build_library())).foam_step
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         _log.warning(
-            "no kernel for this CPU, so the optimizer takes its slower path; a C++ compiler with "
-            "OpenMP, named by CXX, would be needed (%s)",
+            "cannot compile the CPU kernel, so the optimizer uses the slower update; install a C++ "
+            "compiler with OpenMP, or name one in CXX (%s)",
             " ".join(str(reason).split())[:200],
         )
         return None
@@ -137,12 +135,12 @@ def _kernel() -> _Kernel | None:
     return kernel
 
 
-def _compiled() -> Path:
-    """Give the shared library for this machine, compiled if it is not in the cache."""
+def _build_library() -> Path:
+    """Return the shared library for this machine, compiled unless it is in the cache."""
     command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS]
-    # -march=native means another thing on another processor.
-    facts = (_SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _processor())
-    name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+    # -march=native compiles differently on another processor.
+    cache_key = (_SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _cpu_features())
+    name = hashlib.sha256("\n".join(cache_key).encode()).hexdigest()[:32]
     library = cache_home() / f"step-{name}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -157,8 +155,8 @@ def _compiled() -> Path:
     return library
 
 
-def _processor() -> str:
-    """Name what the processor can do, as far as the system tells."""
+def _cpu_features() -> str:
+    """Read the instruction sets of the processor, as far as the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

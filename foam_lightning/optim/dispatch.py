@@ -1,4 +1,4 @@
-"""The update of one tensor by the fastest way its device has, in parts that bound the memory."""
+"""Choose the fastest implementation of the update of a tensor, and bound its temporary memory."""
 
 from collections.abc import Mapping
 from types import EllipsisType
@@ -6,19 +6,18 @@ from types import EllipsisType
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from foam_lightning.optim import cpu_kernel as native
-from foam_lightning.optim import gpu_kernel as compiled
+from foam_lightning.optim import cpu_kernel, gpu_kernel
 from foam_lightning.optim.functional import StepFactors, foam_step_
 from foam_lightning.optim.state import SecondMoment
 
-# A matrix larger than this is updated some rows at a time, so that all temporaries together stay
-# below 64 MB, where the embedding of a 7B model would take 0.5 GB for each. A fused update has no
-# temporary of the size of the matrix, and pays for each call: its parts are larger.
+# A larger matrix is updated some rows at a time, so that all temporaries together stay below 64 MB;
+# the embedding of a 7B model would take 0.5 GB for each. A fused update has no temporary of the
+# size of the matrix and a cost per call, so its parts are larger.
 _PART_ELEMENTS = 2**20
 _FUSED_PART_ELEMENTS = 2**23
 
 
-def update_(
+def update_tensor_(
     param: Tensor,
     grad: Tensor,
     state: Mapping[str, Tensor],
@@ -32,25 +31,25 @@ def update_(
     level: int,
     second_moment: SecondMoment,
 ) -> None:
-    """Update one tensor and its moments in place.
+    """Update one tensor and its moments in place: `foam_step_`, or a fused version of it.
 
     Args:
-        param: The weights, shape (..., C), changed.
-        grad: Their gradient, shape (..., C), left as it is.
-        state: The tensors that `state.layouts` describes, changed.
-        factors: What changes from step to step, as numbers.
-        seed: For rounding at random, another one every step; None rounds to the nearest.
-        fused: Take one pass over memory where there is a way.
+        param: Weights, shape (..., C), changed.
+        grad: Gradient, shape (..., C), unchanged.
+        state: The tensors that `state.state_layout` describes, changed.
+        factors: The factors of this step, as floats.
+        seed: Of stochastic rounding, another one every step; None rounds to nearest.
+        fused: Update in one pass over memory where a kernel supports it.
         beta1: Decay of m, in [0, 1).
         beta2: Decay of v, in [0, 1).
         eps: Added to the root of the bias-corrected V.
         level: Fold level; for a tensor that must not fold, 0.
-        second_moment: See `step`.
+        second_moment: See `functional`.
     """
-    if fused and native.takes(second_moment, param, grad, *state.values()):
-        # Nothing to compute on fake tensors, and no temporary that an account would have to see.
+    if fused and cpu_kernel.is_supported(param, grad, *state.values()):
+        # Fake tensors have no data to update, and the kernel has no temporaries to account for.
         if not isinstance(param, FakeTensor):
-            native.cpu_kernel_step_(
+            cpu_kernel.cpu_kernel_step_(
                 param,
                 grad,
                 **state,
@@ -62,14 +61,11 @@ def update_(
                 second_moment=second_moment,
             )
         return
-    compiles = fused and param.is_cuda and compiled.available()
-    step_ = compiled.gpu_kernel_step_ if compiles else foam_step_
-    limit = _FUSED_PART_ELEMENTS if compiles else _PART_ELEMENTS
-    # What makes a matrix orthogonal needs all of it.
-    parts = [...] if second_moment == "none" else _row_parts(param, limit)
+    is_compiled = fused and param.is_cuda and gpu_kernel.is_available()
+    step_ = gpu_kernel.gpu_kernel_step_ if is_compiled else foam_step_
+    parts = _row_parts(param, _FUSED_PART_ELEMENTS if is_compiled else _PART_ELEMENTS)
     if isinstance(param, FakeTensor) or param.is_meta:
-        # Only its memory is looked at. Parts come one after the other and leave nothing behind, and
-        # none is larger than the first.
+        # Without data only the peak of memory matters, and the first part is the largest.
         parts = parts[:1]
     for number, rows in enumerate(parts):
         step_(
@@ -82,18 +78,18 @@ def update_(
             eps=eps,
             level=level,
             second_moment=second_moment,
-            seed=None if seed is None else _mixed(seed, number),
+            seed=None if seed is None else _part_seed(seed, number),
         )
 
 
-def _row_parts(param: Tensor, limit: int) -> list[slice | EllipsisType]:
-    """List indices of rows, `limit` elements at most, that together are all of them."""
-    if param.ndim < 2 or param.numel() <= limit:
+def _row_parts(param: Tensor, max_elements: int) -> list[slice | EllipsisType]:
+    """Split the rows into slices of at most `max_elements` elements each."""
+    if param.ndim < 2 or param.numel() <= max_elements:
         return [...]
-    rows = max(1, limit // (param.numel() // len(param)))
+    rows = max(1, max_elements // (param.numel() // len(param)))
     return [slice(start, start + rows) for start in range(0, len(param), rows)]
 
 
-def _mixed(seed: int, part: int) -> int:
-    """Spread both over 32 bits with a sign, a few at the end kept free to count up from it."""
+def _part_seed(seed: int, part: int) -> int:
+    """Hash seed and part to a signed 32-bit integer; `foam_step_` adds up to 2 to it."""
     return (seed * 0x9E3779B1 + part * 0x85EBCA77) % (2**32 - 8) - 2**31

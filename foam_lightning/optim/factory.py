@@ -1,4 +1,4 @@
-"""The optimizer of a run, as its settings and its plan ask for it."""
+"""Create the optimizer that settings and fold plan ask for."""
 
 from collections.abc import Iterable
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from foam_lightning.optim.baselines import Settings, new_baseline
+from foam_lightning.optim.baselines import BaselineSettings, create_baseline
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import param_groups
 from foam_lightning.plan import FoldPlan
 from foam_lightning.settings import ModelSettings
 
 
-def new_optimizer(
+def create_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]],
     plan: FoldPlan,
     model: ModelSettings,
@@ -21,7 +21,7 @@ def new_optimizer(
     hidden_size: int,
     num_heads: int,
 ) -> Optimizer:
-    """Make FOAM for a plan's levels, or a baseline, which takes the plan's learning rate alone.
+    """Create FOAM with a plan's levels, or a baseline, which uses only the plan's learning rate.
 
     Args:
         named_parameters: As from `model.named_parameters()`; frozen ones are left out.
@@ -34,7 +34,7 @@ def new_optimizer(
         ConfigError: The optimizer is unknown, or its package is missing.
     """
     if model.optimizer != "foam":
-        settings = Settings(
+        settings = BaselineSettings(
             lr=plan.lr,
             betas=model.betas,
             eps=model.eps,
@@ -44,7 +44,7 @@ def new_optimizer(
             hidden_size=hidden_size,
             num_heads=num_heads,
         )
-        return new_baseline(model.optimizer, named_parameters, settings)
+        return create_baseline(model.optimizer, named_parameters, settings)
     return FOAM(
         param_groups(named_parameters, plan.levels, plan.scales, model.weight_decay),
         lr=plan.lr,

@@ -9,67 +9,66 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from foam_lightning.optim.checkpoint import check_fit, restore_
-from foam_lightning.optim.dispatch import update_
+from foam_lightning.optim.checkpoint import check_compatible, load_state_
+from foam_lightning.optim.dispatch import update_tensor_
 from foam_lightning.optim.fold import check_level
 from foam_lightning.optim.functional import StepFactors
-from foam_lightning.optim.offload import HostState, pinned_memory, state_on_device
-from foam_lightning.optim.state import STATE_DTYPES, SecondMoment, layouts
+from foam_lightning.optim.offload import HostState, host_memory_options, state_on_device
+from foam_lightning.optim.state import STATE_DTYPES, SecondMoment, state_layout
 
-# Options that say how the state is kept and computed: never taken from a checkpoint.
-_OF_THE_RUN = ("state_dtype", "state_offload", "fused")
+# Options of how the state is stored and computed: each run sets its own, no checkpoint does.
+_NEVER_SAVED = ("state_dtype", "state_offload", "fused")
 
 
 class FOAM(torch.optim.Optimizer):
-    """AdamW that keeps the mean of each block of 2**level columns instead of every moment.
+    """AdamW that stores one moment per block of 2**level columns: the mean over the block.
 
-    What a block mean loses of the gradient, the residual, re-enters the update of the same step and
-    is never stored. Source: FOAM (Wen et al. 2025, arXiv:2512.07112). Where sources disagree:
+    The residual, the gradient minus its block means, enters the update of the same step and is
+    never stored. Source: FOAM (Wen et al. 2025, arXiv:2512.07112). Where paper and released code
+    disagree:
 
-    - The second moment is the mean of squares, as in the released code; the square of the mean, as
-      in the paper, is `second_moment="square_mean"`.
+    - The second moment is the mean of squares, as in the released code;
+      `second_moment="square_mean"` is the square of the mean, as in the paper.
     - A ragged last block is the mean over the columns that exist.
-    - A block wider than the matrix is the whole row, the limit of every level.
-    - eps is added after bias correction, weight decay acts before the update, as in
+    - A block wider than the matrix is the whole row ("row fold").
+    - eps is added after bias correction and weight decay acts before the update, as in
       torch.optim.AdamW. Level 0 with scale 1 is torch.optim.AdamW, in float32 to the last bit.
-    - The bias correction is of the whole step, residual included; `bias_correct_moments_only`
-      leaves the residual out.
-    - Tensors with fewer than two dimensions are never folded and take scale 1. Which matrices fold
-      is for the parameter groups to say: see `foam_lightning.optim.groups`.
-    - The moments have the dtype that `state_dtype` says, whatever the dtype of the gradient.
+    - The whole update is bias-corrected, residual included; `bias_correct_moments_only` leaves the
+      residual out.
+    - Tensors with fewer than two dimensions are never folded and have scale 1. Parameter groups
+      decide which matrices fold: see `foam_lightning.optim.groups`.
+    - The moments have dtype `state_dtype`, whatever the dtype of the gradient.
 
     State of each parameter: `step` (int), `exp_avg` and `exp_avg_sq`, both of shape
     `folded_shape(parameter.shape, level)`, and with int8 their scales; see
-    `foam_lightning.optim.state`. Any argument but `params` may be set by group.
+    `foam_lightning.optim.state`. Every argument except `params` may be set per group.
 
-    A gradient that is not finite makes its block of weights and moments not finite, and no other,
-    as in torch.optim.AdamW. A sharded parameter (a DTensor) is updated shard by shard, without
-    communication: rows may be sharded, folded columns may not.
+    A gradient that is not finite makes only its own block of weights and moments not finite. A
+    sharded parameter (a DTensor) is updated shard by shard, without communication: rows may be
+    sharded, folded columns may not.
 
     Args:
-        params: Parameters, (name, parameter) pairs, or groups of either. With names, messages
+        params: Parameters, (name, parameter) pairs, or groups of either. With names, errors
             about checkpoints name the parameter.
         lr: Learning rate, 0 or more.
         betas: Decay of the first and of the second moment, each in [0, 1).
         eps: Added to the root of the second moment, 0 or more.
-        weight_decay: Decoupled weight decay, 0 or more. `scale` does not act on it.
-        level: Fold level, 0 or more: 2**level columns share one moment.
-        scale: Factor of lr in the update of matrices, 0 or more. Its best value depends on level.
+        weight_decay: Decoupled weight decay, 0 or more, not multiplied by `scale`.
+        level: Fold level, 0 to 62: 2**level adjacent columns share one moment.
+        scale: Factor of lr in the update of matrices, 0 or more. The best value depends on `level`.
         residual_scale: Weight of the residual, 0 or more.
-        second_moment: "mean_square" or "square_mean"; "row" is a folded Adam-mini, one second
-            moment for each row; "none" is Muon with a folded momentum. Tensors with fewer than
-            two dimensions always have Adam's.
-        state_dtype: torch.float32, torch.bfloat16 or torch.int8 (with scales, 1.02 bytes a value).
+        second_moment: What the second moment averages, "mean_square" or "square_mean".
+        state_dtype: torch.float32, torch.bfloat16 or torch.int8 (1.02 bytes a value with scales).
         bias_correct_moments_only: Leave the residual out of the bias correction.
-        clip_norm: If set, each gradient is scaled down to at most this L2 norm, by itself.
-        stochastic_rounding: Round bfloat16 weights, and moments in bfloat16 or int8, at random
-            with the right mean. To the nearest, updates below 1/512 of a weight are lost.
-        fused: Update in one pass over memory where there is a way: in float32 on the CPU by a
-            kernel that is compiled once (a C++ compiler must be there), on a GPU by
-            torch.compile. It differs from the plain update in the last bits.
-        state_offload: Keep the moments in host memory, pinned beside CUDA; those of one parameter
-            at a time visit the device for its update. Costs 2 x the state's bytes over the bus a
-            step, and changes no bit; see `host`. On the CPU there is nothing to move.
+        clip_norm: If set, the L2 norm to which each parameter's gradient is clipped by itself.
+        stochastic_rounding: Round bfloat16 weights, and moments in bfloat16 or int8,
+            stochastically. Rounding to nearest loses updates below 1/512 of a weight.
+        fused: Update in one pass over memory where possible: in float32 on the CPU by a kernel that
+            is compiled once (needs a C++ compiler), on a GPU by torch.compile. Differs from the
+            plain update in the last bits.
+        state_offload: Keep the moments in host memory (pinned, for CUDA) and copy those of one
+            parameter at a time to the device for its update. Costs 2 x the state's bytes over the
+            bus a step and changes no result; see `offload`. No effect on the CPU.
 
     Raises:
         ValueError: An argument, or an entry of a group, is out of range.
@@ -113,7 +112,7 @@ class FOAM(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with the defaults for what it does not set.
+        """Add a group; options that it does not set get the defaults.
 
         Raises:
             ValueError: An entry is out of range.
@@ -129,13 +128,13 @@ class FOAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient, one at a time.
+        """Update every parameter that has a gradient, one after the other.
 
         Args:
-            closure: Computes the loss and the gradients; run with gradients enabled.
+            closure: Computes loss and gradients; runs with gradients enabled.
 
         Returns:
-            What `closure` returned, or None.
+            The result of `closure`, or None without one.
 
         Raises:
             RuntimeError: A gradient is sparse or complex.
@@ -151,79 +150,78 @@ class FOAM(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as every torch optimizer does, wherever the moments live.
+        """Return the state in the format of every torch optimizer, wherever the moments are stored.
 
-        How they are kept and computed is not in it: that is for each run to say.
+        Leaves out `state_dtype`, `state_offload` and `fused`, which each run sets for itself.
         """
-        found = super().state_dict()
-        # Plain, because a file that holds a class of ours does not load with `weights_only`, and
-        # ranks that share a state put nothing but numbers, texts and tensors together.
+        full = super().state_dict()
+        # Plain dicts, because files with `HostState` would not load with `weights_only`, and FSDP2
+        # gathers only numbers, strings and tensors.
         return {
-            "state": {key: dict(state) for key, state in found["state"].items()},
+            "state": {key: dict(state) for key, state in full["state"].items()},
             "param_groups": [
-                {key: value for key, value in group.items() if key not in _OF_THE_RUN}
-                for group in found["param_groups"]
+                {key: value for key, value in group.items() if key not in _NEVER_SAVED}
+                for group in full["param_groups"]
             ],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, in the `state_dtype` of this optimizer's groups and where they keep it.
+        """Load a state; dtype and device of the moments are those that this optimizer's groups set.
 
         Options that may change during a run (lr, scale, ...) come from `state_dict`, as in every
-        torch optimizer. The fold levels and `second_moment` give the state its meaning, so they
-        must be equal.
+        torch optimizer. Fold levels and `second_moment` must be equal, as the state depends on
+        them.
 
         Args:
             state_dict: From `state_dict()` of a FOAM with the same parameters in the same groups.
 
         Raises:
-            CheckpointError: The state does not fit; the message names the first parameter that
-                differs, or gives its number where names are not known.
+            CheckpointError: The state is of other parameters, levels or shapes; the message names
+                the first parameter that differs, or its number if names are unknown.
         """
-        check_fit(self.param_groups, state_dict)
-        # How the state is kept and computed is for the run to say; what an older version did not
-        # save takes the run's value too.
+        check_compatible(self.param_groups, state_dict)
+        # Options that an older version did not save also get this run's value.
         saved_groups = [
-            {**group, **saved, **{key: group[key] for key in _OF_THE_RUN}}
+            {**group, **saved, **{key: group[key] for key in _NEVER_SAVED}}
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
-        # torch would cast the moments to the dtype of the parameter, so it is not given them.
+        # Without the moments, which torch would cast to the dtype of the parameter.
         super().load_state_dict({**state_dict, "param_groups": saved_groups, "state": {}})
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for param, key in zip(group["params"], saved["params"], strict=True):
                 if key in state_dict["state"]:
-                    self.state[param] = _fresh_state(param, group)
-                    restore_(self.state[param], state_dict["state"][key])
+                    self.state[param] = _create_state(param, group)
+                    load_state_(self.state[param], state_dict["state"][key])
 
     def update(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter from its gradient; what `step` does for each, one after the other.
+        """Update one parameter from its gradient; `step` does so for each.
 
         Args:
             param: A parameter of `group` that has a gradient.
             group: The entry of `param_groups` that holds it.
 
         Raises:
-            RuntimeError: There is no gradient, or it is sparse or complex.
+            RuntimeError: The gradient is missing, sparse or complex.
         """
         grad = param.grad
         if grad is None or grad.layout != torch.strided or grad.is_complex():
             kind = "no" if grad is None else "a complex" if grad.is_complex() else "a sparse"
             raise RuntimeError(
-                f"FOAM needs a dense real gradient, got {kind} one for a parameter of shape "
+                f"FOAM needs a dense, real gradient, got {kind} gradient for a parameter of shape "
                 f"{tuple(param.shape)}"
             )
         if param.numel() == 0:
             return
         is_matrix = param.ndim >= 2
         if not self.state[param]:
-            self.state[param] = _fresh_state(param, group)
+            self.state[param] = _create_state(param, group)
         state = self.state[param]
         state["step"] += 1
         if group["clip_norm"] is not None:
-            norm = _whole(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            norm = _full_tensor(torch.linalg.vector_norm(grad, dtype=torch.float32))
             grad = grad * (group["clip_norm"] / norm.clamp_min(group["clip_norm"])).to(grad.dtype)
         beta1, beta2 = group["betas"]
-        factors = StepFactors.at(
+        factors = StepFactors.at_step(
             state["step"],
             beta1=beta1,
             beta2=beta2,
@@ -233,13 +231,13 @@ class FOAM(torch.optim.Optimizer):
             residual_scale=group["residual_scale"],
             bias_correct_moments_only=group["bias_correct_moments_only"],
         )
-        moments = {key: _local(value) for key, value in state.items() if key != "step"}
+        local = {key: _local_shard(value) for key, value in state.items() if key != "step"}
         offload = group["state_offload"]
-        with state_on_device(moments, param.device) if offload else nullcontext(moments) as lent:
-            update_(
-                _local(param.detach()),
-                _local(grad),
-                lent,
+        with state_on_device(local, param.device) if offload else nullcontext(local) as moments:
+            update_tensor_(
+                _local_shard(param.detach()),
+                _local_shard(grad),
+                moments,
                 factors,
                 seed=state["step"] if group["stochastic_rounding"] else None,
                 fused=group["fused"],
@@ -251,14 +249,14 @@ class FOAM(torch.optim.Optimizer):
             )
 
 
-def _fresh_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the state of a parameter before its first step, where its group keeps it."""
-    state = {"step": 0, **_zeros(param, group)}
+def _create_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Create the state of a parameter before its first step."""
+    state = {"step": 0, **_zero_moments(param, group)}
     return HostState(state) if group["state_offload"] else state
 
 
-def _zeros(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Allocate the moments of a parameter, sharded as it is."""
+def _zero_moments(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Allocate the moments of a parameter, sharded like the parameter."""
     level = group["level"]
     if (
         level > 0
@@ -266,43 +264,42 @@ def _zeros(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         and any(p.is_shard(param.ndim - 1) for p in getattr(param, "placements", ()))
     ):
         raise RuntimeError(
-            f"the columns of a parameter of shape {tuple(param.shape)} are sharded, so they cannot "
-            "fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
+            f"a parameter of shape {tuple(param.shape)} at fold level {level} has sharded columns, "
+            "which cannot fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
         )
-    found = layouts(param.shape, level, group["state_dtype"], group["second_moment"])
-    where = pinned_memory(param) if group["state_offload"] else {}
+    memory_options = host_memory_options(param) if group["state_offload"] else {}
     return {
-        # Like a slice of the parameter, because a shape alone would not be sharded.
+        # Like a slice of the parameter, because `torch.zeros` of a shape would not be sharded.
         key: torch.zeros_like(
             param.detach() if param.shape == shape else param.detach().narrow(-1, 0, shape[-1]),
             dtype=dtype,
-            **where,
+            **memory_options,
         )
-        for key, (shape, dtype) in found.items()
+        for key, (shape, dtype) in state_layout(param.shape, level, group["state_dtype"]).items()
     }
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Give the shard of a DTensor that this process has, any other tensor as it is."""
+def _local_shard(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a DTensor, and any other tensor as it is."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """Gather a DTensor, give any other tensor as it is."""
+def _full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a DTensor, and return any other tensor as it is."""
     return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def _check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay", "scale", "residual_scale"):
         if not 0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be a number of 0 or more, got {options[name]}")
+            raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
     betas = options["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers of 0 or more and below 1, got {betas}")
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     check_level(options["level"])
     clip_norm = options["clip_norm"]
     if clip_norm is not None and not 0 < clip_norm < math.inf:
-        raise ValueError(f"clip_norm must be a number above 0 or None, got {clip_norm}")
+        raise ValueError(f"clip_norm must be finite and above 0, or None, got {clip_norm}")
     if options["second_moment"] not in get_args(SecondMoment):
         raise ValueError(
             f"second_moment must be one of {', '.join(get_args(SecondMoment))}, "

@@ -1,4 +1,4 @@
-"""Folding: the mean over blocks of adjacent columns, and its inverse in shape.
+"""Folding: the mean over blocks of adjacent columns, and unfolding back to the full shape.
 
 Shapes: R rows (any leading dimensions), C columns, K = ceil(C / 2**level) blocks in a row.
 
@@ -13,11 +13,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-# Up to this width, adding strided columns is up to 5 times faster on CPU than reducing over an
-# axis that short.
-_SHORT_BLOCK = 4
-# A block of 2**62 columns is the widest that 64 bits can count.
-_HIGHEST_LEVEL = 62
+# Up to this width, adding strided columns is up to 5 times faster on CPU than a mean over so short
+# an axis.
+_MAX_STRIDED_WIDTH = 4
+_MAX_LEVEL = 62  # 2**63 does not fit a signed 64-bit integer
 
 
 def num_blocks(columns: int, level: int) -> int:
@@ -32,12 +31,12 @@ def num_blocks(columns: int, level: int) -> int:
     """
     check_level(level)
     if columns < 1:
-        raise ValueError(f"only rows with at least one column fold, got {columns} columns")
+        raise ValueError(f"folding needs at least one column, got {columns} columns")
     return -(-columns // (1 << level))
 
 
 def folded_shape(shape: Sequence[int], level: int) -> tuple[int, ...]:
-    """Give the shape of one moment of a parameter.
+    """Compute the shape of one moment of a parameter.
 
     The optimizer allocates by it and the memory account counts by it.
 
@@ -65,8 +64,8 @@ def fold(x_RC: Tensor, level: int) -> Tensor:
         level: Fold level, 0 or more.
 
     Returns:
-        Shape (..., K), in float32 or the dtype of `x_RC`, whichever is more precise. At level 0
-        and with nothing to convert, it is `x_RC` itself.
+        Shape (..., K), in float32 or the dtype of `x_RC`, whichever is more precise; `x_RC` itself
+        at level 0 if its dtype stays.
 
     Raises:
         ValueError: `level` is out of range, or there are no columns.
@@ -75,7 +74,7 @@ def fold(x_RC: Tensor, level: int) -> Tensor:
     x_RC = x_RC.to(torch.promote_types(x_RC.dtype, torch.float32))
     if level == 0:
         return x_RC
-    means = [_mean_of_last(block) for block in _blocks(x_RC, level)]
+    means = [_mean_over_last_dim(block) for block in _blocks(x_RC, level)]
     return means[0] if len(means) == 1 else torch.cat(means, dim=-1)
 
 
@@ -88,7 +87,7 @@ def unfold(s_RK: Tensor, level: int, columns: int) -> Tensor:
         columns: C, the number of columns of the result.
 
     Returns:
-        Shape (..., C), the dtype of `s_RK`. At level 0 it is `s_RK` itself.
+        Shape (..., C), the dtype of `s_RK`; `s_RK` itself at level 0.
 
     Raises:
         ValueError: `level` is out of range, or `s_RK` does not have K values in a row.
@@ -124,20 +123,20 @@ def add_unfolded_(x_RC: Tensor, s_RK: Tensor, level: int, *, alpha: float = 1.0)
 
 
 def check_level(level: int) -> None:
-    """Refuse what is not a fold level.
+    """Check that a value is a fold level.
 
     Raises:
         ValueError: `level` is not an integer from 0 to 62.
     """
-    if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level <= _HIGHEST_LEVEL:
+    if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level <= _MAX_LEVEL:
         raise ValueError(
-            f"a fold level must be an integer from 0 to {_HIGHEST_LEVEL}, got {level!r}; "
-            "a block wider than the row, from level 20 or so, is the whole row"
+            f"a fold level must be an integer from 0 to {_MAX_LEVEL}, got {level!r}; "
+            "20 or more folds each row to one value"
         )
 
 
 def _blocks(x_RC: Tensor, level: int) -> list[Tensor]:
-    """View the full blocks as (..., C // width, width) and a ragged last one as (..., 1, rest)."""
+    """View full blocks as (..., C // width, width), a ragged last one as (..., 1, remainder)."""
     *rows, columns = x_RC.shape
     count = num_blocks(columns, level)
     width = min(2**level, columns)
@@ -147,8 +146,8 @@ def _blocks(x_RC: Tensor, level: int) -> list[Tensor]:
     return [x_RC[..., :edge].view(*rows, count - 1, width), x_RC[..., edge:].unsqueeze(-2)]
 
 
-def _mean_of_last(x: Tensor) -> Tensor:
+def _mean_over_last_dim(x: Tensor) -> Tensor:
     width = x.shape[-1]
-    if width > _SHORT_BLOCK:
+    if width > _MAX_STRIDED_WIDTH:
         return x.mean(dim=-1)
     return reduce(torch.add, x.unbind(dim=-1)) / width

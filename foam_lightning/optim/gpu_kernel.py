@@ -1,4 +1,9 @@
-"""The update of a tensor compiled by torch.compile, from the same source as the eager one."""
+"""The fused update on a GPU: `foam_step_` compiled by torch.compile.
+
+Uses private parts of torch, checked on torch 2.13: `torch._dynamo.maybe_mark_dynamic`,
+`torch._dynamo.exc.TorchDynamoException`, `torch.utils._triton.has_triton` and the option
+`isolate_recompiles`, which torch's stubs lack. tests/test_kernels.py fails when one changes.
+"""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
@@ -12,6 +17,10 @@ from torch.utils._triton import has_triton
 from foam_lightning.optim.functional import StepFactors, foam_step_
 
 _log = logging.getLogger(__name__)
+_failures: list[Exception] = []
+_has_triton = cache(has_triton)
+# Typed here because torch's stub does not know `isolate_recompiles`.
+_compile: Callable[..., Callable[..., None]] = torch.compile
 
 
 def gpu_kernel_step_(
@@ -23,16 +32,16 @@ def gpu_kernel_step_(
     seed: int | None,
     **constants: Any,
 ) -> None:
-    """Do what `foam_step_` does, fused; takes what it takes.
+    """Run `foam_step_` compiled; if compilation fails, run it as it is and warn once.
 
-    One program serves every number of rows, every step and every learning rate. It is compiled
-    anew only for another number of columns, dtype, level or other constant.
+    One compiled program serves every number of rows, every step and every learning rate. Another
+    number of columns, dtype, level or other constant compiles another one.
 
     Args:
-        param: The weights, changed.
-        grad: Their gradient.
-        state: The tensors that `state.layouts` describes, changed.
-        factors: What changes from step to step, as numbers.
+        param: Weights, changed.
+        grad: Gradient.
+        state: The tensors that `state.state_layout` describes, changed.
+        factors: The factors of this step, as floats.
         seed: See `foam_step_`.
         constants: The other arguments of `foam_step_`.
     """
@@ -52,30 +61,23 @@ def gpu_kernel_step_(
     except torch._dynamo.exc.TorchDynamoException as error:
         # Raised before anything has run, so nothing has changed.
         _log.warning(
-            "torch.compile failed, so the optimizer takes its slower path: %s",
+            "torch.compile failed; the optimizer uses the slower update: %s",
             " ".join(str(error).split())[:200],
         )
         _failures.append(error)
         foam_step_(param, grad, state, factors, seed=seed, **constants)
 
 
-# Typed here because torch's stub does not know `isolate_recompiles`.
-_compile: Callable[..., Callable[..., None]] = torch.compile
+def is_available() -> bool:
+    """Return whether torch can compile for the GPU, as far as is known.
 
-
-def available() -> bool:
-    """Tell whether torch can compile for the GPU, as far as is known.
-
-    That takes Triton, which not every system has, and what Triton takes, such as a C compiler.
+    It needs Triton, which not every system has, and Triton needs a C compiler: a compilation that
+    failed turns this to False.
     """
     return _has_triton() and not _failures
 
 
-_has_triton = cache(has_triton)
-_failures: list[Exception] = []
-
-
 @cache
 def _program(*key: Hashable) -> Callable[..., None]:
-    """Give each key a program of its own: programs in one would count as recompilations of it."""
+    """Compile one program per key: a shared one would hit torch's limit of recompilations."""
     return _compile(foam_step_, fullgraph=True, isolate_recompiles=True)

@@ -1,4 +1,4 @@
-"""Gradient release: each parameter is updated inside backward, and its gradient freed."""
+"""Gradient release: update each parameter inside backward, then free its gradient."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,48 +11,47 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.optim.foam import FOAM
 
 
-class Gate(Protocol):
-    """What gradients that are released pass: once they are spent, no step can be taken back."""
+class BackwardGuard(Protocol):
+    """Checks that run before gradients are released: an update inside backward cannot be undone."""
 
-    def opens(self, loss: Tensor) -> bool:
-        """Tell whether a loss may go backward."""
+    def allows_backward(self, loss: Tensor) -> bool:
+        """Return whether backward may run from this loss."""
 
-    def mend_(self, grad: Tensor) -> None:
+    def make_finite_(self, grad: Tensor) -> None:
         """Make a gradient finite, in place."""
 
 
 @contextmanager
 def release_gradients(
-    optimizer: FOAM, mend_: Callable[[Tensor], None] = lambda _: None
+    optimizer: FOAM, before_update: Callable[[Tensor], None] = lambda _: None
 ) -> Iterator[None]:
     """Update every parameter as soon as backward has its gradient, and free the gradient.
 
-    Within this context gradients never pile up: only those of which a part is still to come are
-    alive at once. The update is the one that `optimizer.step()` would make, with the options that
-    the parameter's group has at that moment, so the weights are the same, in float32 to the last
-    bit. `step()` is still called after every backward: it finds nothing left to update, and what
-    counts steps, such as a learning-rate schedule, goes on as ever. A parameter that is used more
-    than once is updated once, after the last part of its gradient; one that a backward does not
-    reach is left as it is.
+    Within this context only gradients that backward is still summing up are alive. The update is
+    the one that `optimizer.step()` would make with the options that the parameter's group has at
+    that moment, so the weights are equal, in float32 to the last bit. `step()` is still called
+    after every backward: it finds no gradients, and hooks on it, such as learning-rate schedules,
+    run as usual. A parameter that is used more than once is updated once, after the last part of
+    its gradient; one that backward does not reach is not updated.
 
-    What needs the gradients of all parameters at once finds none: clipping by their common norm
-    (`clip_norm` of FOAM clips each by its own), a gradient scaler, and copies of the model that
-    average their gradients after backward, as in data parallel training.
+    Does not combine with what needs all gradients at once: clipping by their global norm
+    (`clip_norm` of FOAM clips each by its own), a gradient scaler, and data parallel training that
+    averages gradients after backward.
 
-    Source: LOMO (Lv et al. 2023, arXiv:2306.09782), section 3.1, with FOAM for its SGD.
+    Source: LOMO (Lv et al. 2023, arXiv:2306.09782), section 3.1, with FOAM instead of SGD.
 
     Args:
-        optimizer: Its parameters are the ones that are updated.
-        mend_: Called with every gradient before it is spent; may change it in place.
+        optimizer: Updates its own parameters.
+        before_update: Called with every gradient before its update; may change it in place.
 
     Raises:
-        ConfigError: Inside backward, if a parameter gets a gradient again before
-            `optimizer.step()`: its first gradient is gone, so nothing can be accumulated.
+        ConfigError: Inside backward, if a parameter gets a second gradient before
+            `optimizer.step()`: the first is gone, so gradients cannot accumulate.
     """
-    # By number, because loading a state replaces the groups.
-    group_numbers = {
-        param: number
-        for number, group in enumerate(optimizer.param_groups)
+    # By index, because loading a state replaces the groups.
+    group_indices = {
+        param: index
+        for index, group in enumerate(optimizer.param_groups)
         for param in group["params"]
         if param.requires_grad
     }
@@ -63,17 +62,17 @@ def release_gradients(
         if param in updated:
             raise ConfigError(
                 f"a parameter of shape {tuple(param.shape)} got a second gradient before "
-                "optimizer.step(), and gradient release has spent the first; step after every "
-                "backward: accumulate_grad_batches 1"
+                "optimizer.step(), but gradient release already used and freed the first; call "
+                "step() after every backward (accumulate_grad_batches 1)"
             )
         updated.add(param)
         assert param.grad is not None
-        mend_(param.grad)
-        optimizer.update(param, optimizer.param_groups[group_numbers[param]])
+        before_update(param.grad)
+        optimizer.update(param, optimizer.param_groups[group_indices[param]])
         param.grad = None
 
     with ExitStack() as hooks:
         hooks.enter_context(optimizer.register_step_post_hook(lambda *_: updated.clear()))
-        for param in group_numbers:
+        for param in group_indices:
             hooks.enter_context(param.register_post_accumulate_grad_hook(update))
         yield

@@ -1,4 +1,4 @@
-"""Which parameters fold, and the parameter groups that carry their levels to the optimizer."""
+"""Which parameters fold, and parameter groups with their fold levels for the optimizer."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,24 +10,24 @@ from foam_lightning.settings import DEFAULT_EXCLUDE
 
 
 def is_foldable(name: str, shape: Sequence[int], exclude: str = DEFAULT_EXCLUDE) -> bool:
-    """Tell whether the moments of a parameter may be folded.
+    """Return whether the moments of a parameter may be folded.
 
     Args:
         name: Qualified name, such as "model.layers.0.self_attn.q_proj.weight".
         shape: Shape of the parameter; with fewer than two dimensions it never folds.
-        exclude: Regular expression; a name in which it is found does not fold.
+        exclude: Regular expression; names that contain a match do not fold.
     """
     return len(shape) >= 2 and re.search(exclude, name) is None
 
 
-def foldable(
+def foldable_shapes(
     named_parameters: Iterable[tuple[str, Tensor]], exclude: str = DEFAULT_EXCLUDE
 ) -> dict[str, tuple[int, ...]]:
-    """Map each parameter that folds to its shape, in the given order.
+    """Map the name of each parameter that folds to its shape, in the given order.
 
     Args:
-        named_parameters: As from `model.named_parameters()`. Frozen ones have no state: left out.
-        exclude: Regular expression; a name in which it is found does not fold.
+        named_parameters: As from `model.named_parameters()`; frozen ones are left out.
+        exclude: Regular expression; names that contain a match do not fold.
     """
     return {
         name: tuple(parameter.shape)
@@ -42,10 +42,10 @@ def param_groups(
     scales: Mapping[str, float],
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """Group the parameters for `FOAM`: one group per level and scale, and one for what never folds.
+    """Group the parameters for `FOAM`: one group per level and scale, and one for all others.
 
-    A parameter named in `levels` takes that level, its scale and the weight decay. The rest (norms,
-    embeddings, head) takes level 0, scale 1 and no weight decay. Frozen parameters are left out.
+    A parameter named in `levels` gets its level, its scale and the weight decay. All others (norms,
+    embeddings, head) get level 0, scale 1 and no weight decay. Frozen parameters are left out.
 
     Args:
         named_parameters: As from `model.named_parameters()`.
@@ -54,22 +54,25 @@ def param_groups(
         weight_decay: Decoupled weight decay, 0 or more.
 
     Returns:
-        The groups, by level and then by scale, lowest first, and the rest last; none is empty.
-        They hold (name, parameter) pairs in the given order, so that the optimizer knows the names.
+        The groups, sorted by level and scale, and the others last; none is empty. They hold
+        (name, parameter) pairs in the given order, so that the optimizer knows the names.
 
     Raises:
-        ValueError: `levels` names an unknown parameter, or one that has no scale.
+        ValueError: `levels` names an unknown parameter, or one without a scale.
     """
     parameters = dict(named_parameters)
     unknown = [name for name in levels if name not in parameters]
     if unknown:
         raise ValueError(
-            f"levels are given for {len(unknown)} parameters the model does not have, "
-            f"first {unknown[0]}"
+            f"levels name {len(unknown)} parameters that the model does not have, the first is "
+            f"{unknown[0]}; pass levels for this model"
         )
     missing = [name for name in levels if name not in scales]
     if missing:
-        raise ValueError(f"{len(missing)} parameters have a level and no scale, first {missing[0]}")
+        raise ValueError(
+            f"{len(missing)} parameters have a level but no scale, the first is {missing[0]}; "
+            "pass a scale for each"
+        )
     folded: dict[tuple[int, float], list[tuple[str, Tensor]]] = {}
     rest = []
     for name, parameter in parameters.items():

@@ -1,17 +1,17 @@
-"""Optimizer state that lives in host memory and visits the device for the update of its parameter.
+"""Optimizer state in host memory, copied to the device for the update of its parameter.
 
-A visit takes the moments over the bus there and back: 2 x the state's bytes a step, and the device
-holds the state of one parameter at a time. The update is the one that the device makes anyway, so
-the weights are the same to the last bit.
+An update copies the moments to the device and back, 2 x the state's bytes a step over the bus, and
+the device holds the state of one parameter at a time. The update is the one that the device makes
+without offload, so the weights are equal to the last bit.
 
 A departure from torchao's CPUOffloadOptimizer (torchao/optim/cpu_offload.py), which updates on the
 CPU: gradients go down and weights come up, 2 x the weights' bytes a step, and host memory holds a
-copy of every weight and of every gradient beside the state. In the dtype of the weights, FOAM's
-state moves twice that at level 0, the same at level 1 and half at level 2, and the device is the
-faster one at the update. torchao's also has hooks and an inner optimizer of its own for every
-parameter, and so cannot step inside backward (see `release`), which this can.
+copy of every weight and every gradient besides the state. In the dtype of the weights, FOAM's state
+moves twice that at level 0, the same at level 1 and half at level 2, and the device updates faster
+than the CPU. torchao's also has a hook and an inner optimizer per parameter, and so cannot step
+inside backward (see `gradient_release`); this can.
 
-The price of simplicity: the host waits for each update, and nothing is fetched ahead.
+The cost of this simplicity: the host waits for each update, and nothing is prefetched.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,32 +23,29 @@ from torch import Tensor
 
 
 class HostState(dict[str, Any]):
-    """The state of one parameter, whose tensors stay where they are.
+    """The state of one parameter, whose tensors stay in host memory.
 
-    A tensor that is assigned to a key that holds one is copied into it. Lightning moves the state
-    of every optimizer to the device after it has loaded a checkpoint, by such assignments; so the
-    values go there and come back, one tensor at a time, and nothing of them stays.
+    Assigning a tensor to a key that already holds one copies the values into the existing tensor.
+    After loading a checkpoint, Lightning moves the state of every optimizer to the device by such
+    assignments: so each tensor goes there and comes back, and none stays.
     """
 
     def __setitem__(self, key: str, value: object) -> None:
-        held = self.get(key)
-        if not isinstance(held, Tensor) or not isinstance(value, Tensor):
+        existing = self.get(key)
+        if not isinstance(existing, Tensor) or not isinstance(value, Tensor):
             super().__setitem__(key, value)
-        elif held is not value:
-            held.copy_(value)
+        elif existing is not value:
+            existing.copy_(value)
 
 
-def pinned_memory(param: Tensor) -> dict[str, Any]:
-    """Say to a function that makes tensors where the state of a parameter goes.
+def host_memory_options(param: Tensor) -> dict[str, Any]:
+    """Return the keyword arguments that make a function such as `torch.zeros_like` use host memory.
 
-    Beside CUDA host memory is pinned: the bus then reads it directly and at full speed. The system
-    cannot swap it out, and torch may round each tensor up to a power of two.
+    For a CUDA parameter host memory is pinned: the bus then transfers directly and at full speed.
+    The system cannot swap pinned memory out, and torch may round each tensor up to a power of two.
 
     Args:
-        param: On any device.
-
-    Returns:
-        Keyword arguments, such as for `torch.zeros_like`.
+        param: The parameter that the state belongs to, on any device.
     """
     return {"device": torch.device("cpu"), "pin_memory": param.is_cuda}
 
@@ -57,22 +54,21 @@ def pinned_memory(param: Tensor) -> dict[str, Any]:
 def state_on_device(
     tensors: Mapping[str, Tensor], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Lend tensors to a device, and take back what they have become.
+    """Copy tensors to a device, and copy them back on leaving the context.
 
     Args:
-        tensors: By name. Those that live on the device are lent as they are; of the others copies
-            are lent, and copied back at the end, unless an error ends the visit.
-        device: Where to go.
+        tensors: By name. Those already on the device are used as they are. If an error leaves the
+            context, nothing is copied back.
+        device: Where to copy them.
 
     Yields:
         The tensors on the device, by the same names, to be changed in place.
     """
-    # The device does first what it was asked first, so the update finds these copies complete.
-    guests = {name: home.to(device, non_blocking=True) for name, home in tensors.items()}
-    yield guests
-    for name, home in tensors.items():
-        if guests[name] is not home:
-            # Waits, unlike the copy above: nobody who reads the host's tensor next, to save it or
-            # to send it again, would know that the device is still writing to it. With this copy
-            # the one above has ended too, so that the host's tensor may be written to again.
-            home.copy_(guests[name])
+    # The device runs copies and kernels in order, so the update sees these copies complete.
+    copies = {name: original.to(device, non_blocking=True) for name, original in tensors.items()}
+    yield copies
+    for name, original in tensors.items():
+        if copies[name] is not original:
+            # Blocking, unlike the copy above: code that next reads the host's tensor, to save it or
+            # to copy it again, would not know that the device is still writing to it.
+            original.copy_(copies[name])

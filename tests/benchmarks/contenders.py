@@ -1,4 +1,4 @@
-"""Who steps in `optimizer_step`: one line a row, all at the same settings on the same weights."""
+"""The optimizers that `optimizer_step` times, one a row, all with the same settings and weights."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from foam_lightning.optim.baselines import Settings, new_baseline
+from foam_lightning.optim.baselines import BaselineSettings, create_baseline
 from foam_lightning.optim.foam import FOAM
-from foam_lightning.optim.groups import foldable, param_groups
-from foam_lightning.optim.state import SecondMoment
+from foam_lightning.optim.groups import foldable_shapes, param_groups
 
 FUSED = "torch AdamW, fused"  # what every row is compared with
 LR = 1e-4
@@ -22,7 +21,7 @@ SCALE = 0.25
 
 @dataclass(frozen=True)
 class Weights:
-    """What all rows train: weights with gradients, by qualified name."""
+    """The weights that all rows update: parameters with gradients, by qualified name."""
 
     named: Mapping[str, torch.nn.Parameter]
     num_heads: int
@@ -50,8 +49,8 @@ class Weights:
 
     @cached_property
     def matrices(self) -> dict[str, torch.nn.Parameter]:
-        """Those that fold, and that low-rank baselines project."""
-        return {name: self.named[name] for name in foldable(self.named.items())}
+        """Those that FOAM folds and that low-rank baselines project."""
+        return {name: self.named[name] for name in foldable_shapes(self.named.items())}
 
     @property
     def rest(self) -> list[torch.nn.Parameter]:
@@ -84,11 +83,11 @@ class Row:
 
     Attributes:
         name: As in the table.
-        make: Makes what steps: one optimizer, or two that share the weights out.
-        compiled_on: Devices on which it goes through torch.compile.
-        package: What it comes from, besides torch and this project. It is imported before the
-            time begins, so that one that is missing or broken fails in its own row.
-        is_slow_on_cpu: A step of large matrices takes a CPU a minute or more.
+        make: Creates the optimizers.
+        compiled_on: Devices on which it uses torch.compile.
+        package: Package it needs besides torch. Imported before timing begins, so that a missing
+            or broken one fails in its own row.
+        is_slow_on_cpu: A step of large matrices takes a minute or more on a CPU.
     """
 
     name: str
@@ -102,15 +101,15 @@ def _adamw(weights: Weights, *, fused: bool = False, foreach: bool = False) -> l
     return [AdamW(weights.named.values(), LR, weight_decay=0.0, fused=fused, foreach=foreach)]
 
 
-def _rival(weights: Weights, name: str) -> list[Optimizer]:
-    settings = Settings(lr=LR, hidden_size=weights.width, num_heads=weights.num_heads)
-    return [new_baseline(name, weights.named.items(), settings)]
+def _baseline(weights: Weights, name: str) -> list[Optimizer]:
+    settings = BaselineSettings(lr=LR, hidden_size=weights.width, num_heads=weights.num_heads)
+    return [create_baseline(name, weights.named.items(), settings)]
 
 
 def _galore(weights: Weights) -> list[Optimizer]:
-    (optimizer,) = _rival(weights, "galore")
-    # The first matrix finds its basis by SVD in the first step. The others are given one at
-    # random: a step costs the same on it, and hundreds of SVDs would take longer than the table.
+    (optimizer,) = _baseline(weights, "galore")
+    # The first matrix computes its basis by SVD in the first step. The others get a random one: a
+    # step costs the same, and hundreds of SVDs would take longer than everything else.
     for matrix in list(weights.matrices.values())[1:]:
         projector = optimizer.state[matrix]["projector"]
         projector.update_ortho_matrix(matrix.detach(), from_random_matrix=True)
@@ -121,25 +120,18 @@ def _foam(weights: Weights, level: int, **options: Any) -> list[Optimizer]:
     return foam_at(weights, dict.fromkeys(weights.matrices, level), **options)
 
 
-def foam_at(
-    weights: Weights,
-    levels: Mapping[str, int],
-    *,
-    second_moment: SecondMoment = "mean_square",
-    **options: Any,
-) -> list[Optimizer]:
-    """Make FOAM at these levels; what they do not name is left to Adam, as baselines leave it."""
+def foam_at(weights: Weights, levels: Mapping[str, int], **options: Any) -> list[Optimizer]:
+    """Create FOAM at these levels, and level 0 for parameters that they do not name."""
     scales = dict.fromkeys(levels, SCALE)
     groups = param_groups(weights.named.items(), levels, scales, weight_decay=0.0)
-    for group in groups:
-        if group["params"][0][0] in levels:
-            group["second_moment"] = second_moment
-    options = {"state_dtype": weights.dtype, **options}
-    return [FOAM(groups, LR, **options)]
+    return [FOAM(groups, LR, **{"state_dtype": weights.dtype, **options})]
 
 
 _TORCHAO_8BIT = Row(
-    "torchao AdamW8bit", partial(_rival, name="adamw8bit"), ("cpu", "cuda"), package="torchao.optim"
+    "torchao AdamW8bit",
+    partial(_baseline, name="adamw8bit"),
+    ("cpu", "cuda"),
+    package="torchao.optim",
 )
 
 ROWS = (
@@ -148,9 +140,9 @@ ROWS = (
     Row("torch AdamW, loop", _adamw),
     _TORCHAO_8BIT,
     Row("GaLore", _galore, package="pytorch_optimizer"),
-    Row("APOLLO", partial(_rival, name="apollo"), package="pytorch_optimizer"),
-    Row("Adam-mini", partial(_rival, name="adam_mini"), package="pytorch_optimizer"),
-    Row("torch Muon", partial(_rival, name="muon"), is_slow_on_cpu=True),
+    Row("APOLLO", partial(_baseline, name="apollo"), package="pytorch_optimizer"),
+    Row("Adam-mini", partial(_baseline, name="adam_mini"), package="pytorch_optimizer"),
+    Row("torch Muon", partial(_baseline, name="muon"), is_slow_on_cpu=True),
     *(
         Row(f"FOAM level {level}", partial(_foam, level=level), ("cuda",))
         for level in (0, 1, 2, 3, 4, 8)
@@ -158,18 +150,11 @@ ROWS = (
     Row("FOAM row fold", partial(_foam, level=20), ("cuda",)),
     Row("FOAM level 2, eager", partial(_foam, level=2, fused=False)),
     Row("FOAM level 2, int8", partial(_foam, level=2, state_dtype=torch.int8), ("cuda",)),
-    Row("FOAM level 2, Adam-mini", partial(_foam, level=2, second_moment="row"), ("cuda",)),
-    Row(
-        "FOAM level 2, Muon",
-        partial(_foam, level=2, second_moment="none"),
-        ("cuda",),
-        is_slow_on_cpu=True,
-    ),
 )
 
 
 def first_step_rows(levels: Mapping[str, int]) -> list[Row]:
-    """List who is timed on its first step alone, FOAM with these levels."""
+    """List the rows of which only the first step is timed, FOAM with these levels."""
     return [
         Row("FOAM", partial(foam_at, levels=levels), ("cuda",)),
         _TORCHAO_8BIT,

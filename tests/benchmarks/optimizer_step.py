@@ -1,11 +1,11 @@
-"""The optimizer step of FOAM beside its baselines': time, floor and memory, all in one run.
+"""The optimizer step of FOAM and of the baselines: time, lower bound and memory, in one run.
 
     python -m tests.benchmarks.optimizer_step [--output FILE]
     python -m tests.benchmarks.optimizer_step --device cuda --model llama_7b [--output FILE]
     python -m tests.benchmarks.optimizer_step --first-step [--device cuda]
 
-Every row steps on the same weights and gradients, one step of each row in turn, so that whatever
-else the machine does falls on all of them. On a CPU: float32, 12 matrices of 2048 x 2048, or the
+All rows update the same weights with the same gradients, one step of each row in turn, so that
+other load on the machine affects all of them. On a CPU: float32, 12 matrices of 2048 x 2048, or the
 matrices of a model. On a GPU: bfloat16, the matrices of a model, llama_1b if none is named.
 """
 
@@ -30,10 +30,10 @@ from tests.benchmarks.stepping import Stepped, cold_caches, first_steps, start_c
 SEED = 0
 THREADS = 2
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-# Bytes per parameter that are alive at once: weights, gradients and the states of all rows. Where
-# they would take more than the room, a model is cut to its first layers.
-STANDING_BYTES = {"cpu": 80, "cuda": 40}
-ROOM_BYTES = {"cpu": 12 * 10**9, "cuda": 90 * 10**9}
+# Bytes per parameter alive at once: weights, gradients and the states of all rows. A model that
+# would exceed the limit is cut to its first layers.
+BYTES_PER_PARAMETER = {"cpu": 80, "cuda": 40}
+MAX_BYTES = {"cpu": 12 * 10**9, "cuda": 90 * 10**9}
 FIRST_STEP_MODEL, FIRST_STEP_LEVELS = "llama_7b", (1, 2, 3)
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,7 +41,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Work:
-    """What is stepped, how often and by whom; see `stepping.step_all`."""
+    """Weights, rounds and rows of a table; see `stepping.step_all`."""
 
     label: str
     shapes: Shapes
@@ -56,18 +56,18 @@ def choose_work(device: str, model: str | None, *, small: bool) -> Work:
     if small:
         shapes = square_matrices(1, 64) | {"model.embed_tokens.weight": (64, 64)}
         return Work("5 matrices of 64 x 64", shapes, 4, rounds=2, copy_bytes=2**20)
-    bearable = [row for row in ROWS if not row.is_slow_on_cpu]
+    fast_rows = [row for row in ROWS if not row.is_slow_on_cpu]
     if model is None and device == "cpu":
         shapes = square_matrices(3, 2048)
         return Work(
-            "12 matrices of 2048 x 2048", shapes, 32, rounds=7, copy_bytes=2**28, rows=bearable
+            "12 matrices of 2048 x 2048", shapes, 32, rounds=7, copy_bytes=2**28, rows=fast_rows
         )
     name = model or "llama_1b"
     whole, num_heads = llama_shapes(name)
-    kept, layers = cut(whole, ROOM_BYTES[device] // STANDING_BYTES[device])
+    kept, layers = cut(whole, MAX_BYTES[device] // BYTES_PER_PARAMETER[device])
     label = f"the {len(kept)} matrices of {name}, {layers}"
     if device == "cpu":
-        return Work(label, kept, num_heads, rounds=3, copy_bytes=2**28, rows=bearable)
+        return Work(label, kept, num_heads, rounds=3, copy_bytes=2**28, rows=fast_rows)
     return Work(label, kept, num_heads, rounds=10, copy_bytes=2**30, begin_seconds=400)
 
 
@@ -85,22 +85,22 @@ def llama_shapes(model: str) -> tuple[Shapes, int]:
 
     path = ROOT / "configs" / f"{model}.yaml"
     if not path.exists():
-        raise SystemExit(f"--model {model} is no file of configs/, such as llama_7b")
+        raise SystemExit(f"--model {model}: configs/{model}.yaml does not exist; try llama_7b")
     module = LlamaFoam(**yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
     shapes = {name: shape for name, shape in module.shapes.items() if len(shape) == 2}
     return shapes, module.llama_config().num_attention_heads
 
 
 def cut(shapes: Shapes, num_elements: int) -> tuple[Shapes, str]:
-    """Keep the first layers that fit, and what belongs to no layer; say how many of how many."""
+    """Keep the first layers that fit, and all that is outside layers; also describe the cut."""
     found = {name: re.search(r"layers\.(\d+)\.", name) for name in shapes}
     layers = {name: int(match[1]) for name, match in found.items() if match}
     num_layers = 1 + max(layers.values())
     for kept in range(num_layers, 0, -1):
-        planner = {name: shape for name, shape in shapes.items() if layers.get(name, 0) < kept}
-        if sum(map(math.prod, planner.values())) <= num_elements:
-            return planner, f"{kept} of its {num_layers} layers"
-    raise SystemExit(f"one layer has more than the {num_elements} elements that there is room for")
+        fitting = {name: shape for name, shape in shapes.items() if layers.get(name, 0) < kept}
+        if sum(map(math.prod, fitting.values())) <= num_elements:
+            return fitting, f"{kept} of its {num_layers} layers"
+    raise SystemExit(f"one layer has more than the limit of {num_elements} elements")
 
 
 # ---- the tables
@@ -119,27 +119,27 @@ def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
         begin_seconds=work.begin_seconds,
     )
     watched = (
-        "allocated in a step at most, beyond what was there before it"
+        "peak memory allocated in a step, minus the memory before it"
         if device == "cuda"
-        else "tensors alive in a step at most that were not before it; what compiled code or a "
-        "kernel takes inside itself is not seen"
+        else "peak bytes of tensors created in a step; memory inside compiled code and kernels is not "
+        "measured"
     )
     left_out = [] if names else [row.name for row in ROWS if row not in rows]
     return [
         f"- {work.label}, {weights.num_elements / 1e6:.4g} million weights in "
         f"{str(weights.dtype).removeprefix('torch.')}; learning rate {LR:g}, no weight decay, "
-        "all else at its default",
+        "otherwise default settings",
         "",
-        f"Time: median of {work.rounds} steps, one of each row in turn, after three to warm up. "
-        "Floor: reading and writing weights and state and reading gradients at the higher of the "
-        f"speeds of a copy, {bandwidth.copy / 1e9:.4g} GB/s, and of a multiplication in place, "
+        f"Time: median of {work.rounds} steps, one of each row in turn, after three warm-up steps. "
+        "Floor: the time to read and write weights and state and to read gradients, at the faster "
+        f"of a copy, {bandwidth.copy / 1e9:.4g} GB/s, and a multiplication in place, "
         f"{bandwidth.in_place / 1e9:.4g} GB/s, measured between the steps. "
-        f"Temporaries: {watched}. First step: from making the optimizer to the end of its first "
-        "step; nothing was compiled before but what a row above uses too.",
+        f"Temporaries: {watched}. First step: from creating the optimizer to the end of its first "
+        "step; only code that an earlier row also uses was compiled before.",
         "",
-        "GaLore and APOLLO keep a quarter of the smaller side. GaLore takes one SVD, of its first "
-        "matrix, in its first step; the other matrices begin on a random basis, on which a step "
-        "costs the same. No timed step holds an SVD."
+        "GaLore and APOLLO have rank a quarter of the smaller side. GaLore computes one SVD, of its "
+        "first matrix, in its first step; the other matrices begin with a random basis, with which "
+        "a step costs the same. No timed step contains an SVD."
         + (f" Too slow for a CPU: {', '.join(left_out)}." if left_out else ""),
         "",
         *table(found, weights, max(bandwidth)),
@@ -164,16 +164,16 @@ def table(found: Sequence[Stepped], weights: Weights, bandwidth: float) -> list[
             f"| {row.name} | {row.median_seconds * 1e3:.4g} | "
             f"{f'{row.median_seconds / fused[0]:.2f}' if fused else '-'} | "
             f"{row.median_seconds / floor:.2f} | "
-            f"{'not seen' if seen is None else f'{seen / 1e6:.4g}'} | "
+            f"{'not measured' if seen is None else f'{seen / 1e6:.4g}'} | "
             f"{row.state_bytes / 1e6:.4g} | {row.first_seconds:.3g} |"
         )
     return lines
 
 
 def first_step_table(names: Sequence[str], device: str, *, small: bool) -> list[str]:
-    """Time the first step over every distinct shape of a 7B model, each at levels 1, 2 and 3."""
+    """Time the first step for all distinct shapes of a 7B model, each at levels 1, 2 and 3."""
     shapes, num_heads = llama_shapes(FIRST_STEP_MODEL)
-    # Whole ones are large for a CPU; fewer rows leave as many distinct shapes.
+    # Fewer rows for a CPU; the number of distinct shapes stays.
     share = 256 if small else 16 if device == "cpu" else 1
     distinct: dict[tuple[int, int, int], str] = {}
     for name, (height, width) in shapes.items():
@@ -196,7 +196,7 @@ def first_step_table(names: Sequence[str], device: str, *, small: bool) -> list[
         f"{str(weights.dtype).removeprefix('torch.')}"
         + (f", with 1/{share} of their rows" if share > 1 else ""),
         "",
-        "From making the optimizer to the end of its first step, with nothing compiled before.",
+        "From creating the optimizer to the end of its first step, with empty compilation caches.",
         "",
         "| optimizer | first step, s |",
         "|---|---|",
@@ -223,11 +223,11 @@ def heading(words: Sequence[str], device: str) -> list[str]:
 
 
 def chosen(names: Sequence[str], rows: Sequence[Row]) -> list[Row]:
-    """Pick the rows in whose name one of these is found."""
+    """Select the rows whose name contains one of these."""
     for name in names:
         if not any(name.lower() in row.name.lower() for row in rows):
             known = ", ".join(row.name for row in rows)
-            raise SystemExit(f"--only {name} is in no row's name; the rows are: {known}")
+            raise SystemExit(f"--only {name} matches no row; the rows are: {known}")
     return [row for row in rows if any(name.lower() in row.name.lower() for name in names)]
 
 

@@ -1,4 +1,4 @@
-"""Take optimizer steps and measure them: time, temporaries, bytes of state."""
+"""Run optimizer steps and measure time, temporaries and bytes of state."""
 
 import math
 import os
@@ -18,16 +18,16 @@ import torch
 from torch.optim import Optimizer
 
 from foam_lightning.memory.tracker import StorageTracker
-from foam_lightning.optim.baselines import state_bytes, state_tensors
+from foam_lightning.optim.plain_state import measure_state_bytes, state_tensors
 from tests.benchmarks.contenders import Row, Weights
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
 
 
 class Bandwidth(NamedTuple):
-    """Bytes a second, read and written, of a copy and of a multiplication in place.
+    """Bytes per second, read and written, of a copy and of a multiplication in place.
 
-    On a CPU a copy is the slower one, because a cache line is read before it is written over.
+    On a CPU the copy is slower, because a cache line is read before it is overwritten.
     """
 
     copy: float
@@ -36,16 +36,16 @@ class Bandwidth(NamedTuple):
 
 @dataclass
 class Stepped:
-    """What was measured of one row.
+    """Measurements of one row.
 
     Attributes:
         name: Of the row.
-        optimizers: What steps.
-        first_seconds: To make the optimizers and to take the first step.
-        temporary_bytes: Alive in a step at most and not before it; None where that is not seen.
-        state_bytes: Of the state, after the first steps.
-        seconds: Of the timed steps.
-        failure: Why there is nothing of the above.
+        optimizers: The optimizers.
+        first_seconds: Time to create the optimizers and run the first step.
+        temporary_bytes: Peak of the tensors created in a step; None if it cannot be measured.
+        state_bytes: Bytes of the state after the first steps.
+        seconds: Time of each timed step.
+        failure: Why there are no measurements.
     """
 
     name: str
@@ -77,21 +77,21 @@ def step_all(
     """Measure the rows, one timed step of each in turn.
 
     Args:
-        rows: Who steps.
-        weights: What is stepped.
+        rows: The rows to measure.
+        weights: The weights that they update.
         rounds: Timed steps of each row.
-        copy_bytes: Size of what the bandwidth is measured on, once a round.
-        begin_seconds: No row begins later than this, so that the table ends in time.
+        copy_bytes: Size of the tensor on which bandwidth is measured, once a round.
+        begin_seconds: Rows that would begin later than this are skipped.
 
     Returns:
-        What was found, by row, and the bandwidth.
+        The measurements by row, and the bandwidth.
     """
     begin = time.monotonic()
     start_compiler(rows, weights.device)
     found = []
     for row in rows:
         if time.monotonic() - begin > begin_seconds:
-            found.append(Stepped(row.name, failure="not begun: the time was up"))
+            found.append(Stepped(row.name, failure="skipped: out of time"))
         else:
             found.append(first_steps(row, weights))
         say(f"{row.name}: {found[-1].failure or f'first step {found[-1].first_seconds:.2f} s'}")
@@ -115,7 +115,7 @@ def step_all(
 
 
 def first_steps(row: Row, weights: Weights) -> Stepped:
-    """Make the optimizers of a row and step three times: cold, watched, and warm."""
+    """Create the optimizers of a row and step three times: cold, measured, and warm."""
     stepped = Stepped(row.name)
     untouched = [grad._version for grad in weights.gradients]
 
@@ -132,16 +132,16 @@ def first_steps(row: Row, weights: Weights) -> Stepped:
         elif weights.device not in row.compiled_on:
             stepped.temporary_bytes = _temporaries_on_cpu(stepped, weights)
         stepping(stepped)()
-        stepped.state_bytes = sum(map(state_bytes, stepped.optimizers))
+        stepped.state_bytes = sum(map(measure_state_bytes, stepped.optimizers))
         if [grad._version for grad in weights.gradients] != untouched:
             raise RuntimeError("it changes the gradients, which all rows share")
-    except Exception as error:  # whatever a baseline raises belongs into its row
+    except Exception as error:  # reported in the row, whatever it is
         stepped.fail(error)
     return stepped
 
 
 def stepping(stepped: Stepped) -> Callable[[], None]:
-    """Give what takes one step of a row."""
+    """Return a function that runs one step of a row."""
 
     def step() -> None:
         for optimizer in stepped.optimizers:
@@ -162,14 +162,14 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 
 
 def start_compiler(rows: Sequence[Row], device: str) -> None:
-    """Pay what the first compilation of a process costs, so that no row is charged with it."""
+    """Compile something first, so that no row pays for the first compilation of a process."""
     if any(device in row.compiled_on for row in rows):
         torch.compile(torch.square)(torch.ones(8, device=device))
 
 
 @contextmanager
 def cold_caches() -> Iterator[None]:
-    """Hide what earlier processes compiled."""
+    """Use empty compilation caches."""
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         patch.dict(os.environ, {name: f"{folder}/{name.lower()}" for name in _CACHES}),

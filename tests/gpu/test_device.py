@@ -1,4 +1,4 @@
-"""The wall and the calibration on a real GPU; what tests/test_device.py pretends elsewhere."""
+"""The memory cap and the calibration on a real GPU; tests/test_device.py simulates one."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = [
 MB = 10**6
 
 
-def test_nothing_is_reserved_beyond_the_wall() -> None:
+def test_nothing_is_reserved_beyond_the_cap() -> None:
     gpu, costs = Gpu(), Gpu().measure()
     budget = costs.context + torch.cuda.memory_reserved() + 500 * MB
     kept: list[torch.Tensor] = []
@@ -27,7 +27,7 @@ def test_nothing_is_reserved_beyond_the_wall() -> None:
     kept.append(torch.empty(600 * MB, dtype=torch.int8, device="cuda"))
 
 
-def test_what_a_gpu_costs_is_of_the_known_order() -> None:
+def test_the_overhead_of_a_gpu_has_the_expected_size() -> None:
     costs = Gpu().measure()
     assert 100 * MB < costs.context < 2_000 * MB
     assert 0 <= costs.workspace <= 4 * 33.6 * MB

@@ -10,7 +10,12 @@ import torch
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
-from foam_lightning.optim.baselines import OPTIMIZERS, check, installed, library
+from foam_lightning.optim.baselines import (
+    OPTIMIZERS,
+    check_installed,
+    installed_optimizers,
+    package_version,
+)
 from foam_lightning.plan import FoldPlan
 from foam_lightning.settings import OptimizerName
 from tuner.comparison.profile import OptimizerProfile, measure
@@ -65,10 +70,10 @@ class Options:
         if steps < 1 or seeds < 1:
             raise ConfigError(f"--steps {steps} and --seeds {seeds} must be 1 or more")
         if names is None:
-            return cls(installed(), steps, seeds)
+            return cls(installed_optimizers(), steps, seeds)
         wanted = [name.strip() for name in names.split(",")]
         for name in wanted:
-            check(name)
+            check_installed(name)
         return cls([name for name in OPTIMIZERS if name in wanted], steps, seeds)
 
     @property
@@ -173,7 +178,7 @@ def compare(
     def run(name: str, lr: float, seed: int) -> TrialResult:
         bench, plan = benches[name][0], replace(benches[name][1], lr=lr)
         steps = options.steps
-        job_name = f"{job_key(bench.job)}, {library(name)}"
+        job_name = f"{job_key(bench.job)}, {package_version(name)}"
         key = trial_key(job_name, plan, num_steps=steps, seed=seed)
         found = kept.get(key)
         if found is None:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from foam_lightning.memory.tracker import StorageTracker
-from foam_lightning.optim.baselines import state_bytes, state_tensors
+from foam_lightning.optim.plain_state import measure_state_bytes, state_tensors
 from foam_lightning.plan import FoldPlan
 from tuner.trials.runner import StepClock, TrialRunner
 
@@ -133,7 +133,7 @@ class _Watch(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state_bytes = state_bytes(trainer.optimizers[0])
+        self.state_bytes = measure_state_bytes(trainer.optimizers[0])
         if pl_module.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(pl_module.device)
             return

@@ -42,9 +42,8 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-def take_step(param, grad, exp_avg, exp_avg_sq, step, settings, step_=foam_step_, **options):
-    second_moment = "mean_square" if settings.mean_square else "square_mean"
-    factors = StepFactors.at(
+def take_step(param, grad, exp_avg, exp_avg_sq, step, settings):
+    factors = StepFactors.at_step(
         step,
         beta1=settings.beta1,
         beta2=settings.beta2,
@@ -54,7 +53,7 @@ def take_step(param, grad, exp_avg, exp_avg_sq, step, settings, step_=foam_step_
         residual_scale=settings.rho,
         bias_correct_moments_only=settings.correct_moments_only,
     )
-    step_(
+    foam_step_(
         param,
         grad,
         {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
@@ -63,9 +62,13 @@ def take_step(param, grad, exp_avg, exp_avg_sq, step, settings, step_=foam_step_
         beta2=settings.beta2,
         eps=settings.eps,
         level=settings.level,
-        second_moment=second_moment,
-        **options,
+        second_moment="mean_square" if settings.mean_square else "square_mean",
     )
+
+
+def zeros(shape, level, dtype=F32):
+    """Make the two moments before the first step."""
+    return [torch.zeros(folded_shape(shape, level), dtype=dtype) for _ in range(2)]
 
 
 def rows_of(tensor):
@@ -79,8 +82,7 @@ def stored(rows, like):
 def assert_follows_the_paper(shape, settings, dtypes=(F32, F32), num_steps=3):
     param_dtype, state_dtype = dtypes
     param = torch.randn(shape).to(param_dtype)
-    exp_avg = torch.zeros(folded_shape(shape, settings.level), dtype=state_dtype)
-    exp_avg_sq = torch.zeros_like(exp_avg)
+    exp_avg, exp_avg_sq = zeros(shape, settings.level, state_dtype)
     expected, state = param.clone(), State()
     for step in range(1, num_steps + 1):
         grad = torch.randn(shape).to(param_dtype)
@@ -122,68 +124,48 @@ def test_every_setting_follows_the_paper(changed):
     assert_follows_the_paper((5, 14), replace(Settings(), **changed), num_steps=5)
 
 
-def test_scalars_and_vectors_take_the_step_of_level_0():
+def test_vectors_and_scalars_are_updated_at_level_0():
     for shape in ((), (7,)):
         param, grad = torch.ones(shape), torch.full(shape, 3.0)
-        state = torch.zeros(shape), torch.zeros(shape)
-        take_step(param, grad, *state, 1, Settings(level=0, scale=1.0, lr=0.1))
+        take_step(param, grad, *zeros(shape, 0), 1, Settings(level=0, scale=1.0, lr=0.1))
         torch.testing.assert_close(param, torch.full(shape, 0.9))
 
 
-def test_eps_acts_after_bias_correction():
-    # At step 1 the bias-corrected V is G * G. Before the correction, eps would weigh
-    # 1 / sqrt(1 - beta2) = 32 times as much.
-    param, grad = torch.zeros(1, 1), torch.ones(1, 1)
-    settings = Settings(level=0, lr=1.0, scale=1.0, eps=1.0)
-    take_step(param, grad, torch.zeros(1, 1), torch.zeros(1, 1), 1, settings)
-    torch.testing.assert_close(param, torch.full((1, 1), -0.5))
-
-
-def test_weight_decay_acts_before_the_update_and_without_scale():
-    param, grad = torch.ones(1, 1), torch.ones(1, 1)
-    settings = Settings(level=0, lr=0.5, scale=0.5, eps=0.0, weight_decay=0.5)
-    take_step(param, grad, torch.zeros(1, 1), torch.zeros(1, 1), 1, settings)
-    # (1 - 0.5 * 0.5) * 1 - 0.5 * 0.5 * 1; decay after the update would give 0.5625.
-    torch.testing.assert_close(param, torch.full((1, 1), 0.5))
-
-
-def test_second_moment_is_the_mean_of_squares_unless_asked():
-    grad = torch.tensor([[3.0, -1.0]])
-    for mean_square, expected in ((True, 5.0), (False, 1.0)):
-        exp_avg_sq = torch.zeros(1, 1)
-        settings = Settings(level=1, beta2=0.0, mean_square=mean_square)
-        take_step(torch.zeros(1, 2), grad, torch.zeros(1, 1), exp_avg_sq, 1, settings)
-        assert exp_avg_sq.item() == expected
-
-
-@pytest.mark.parametrize("moments_only", [False, True])
-def test_residual_is_damped_unless_moments_only_are_corrected(moments_only):
-    # One block whose mean is zero: only the residual acts.
-    param, grad = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
-    settings = Settings(
-        level=1,
-        lr=1.0,
-        scale=1.0,
-        eps=0.0,
-        beta1=0.9,
-        beta2=0.999,
-        correct_moments_only=moments_only,
-    )
-    take_step(param, grad, torch.zeros(1, 1), torch.zeros(1, 1), 1, settings)
-    # M = E / 0.1 over sqrt((0.001 + 1) / 0.001), against E over sqrt(1 + 1).
-    torch.testing.assert_close(param, -grad / 2**0.5 if moments_only else -grad * 10 / 1001**0.5)
+@pytest.mark.parametrize(
+    ("weight", "grad", "settings", "expected"),
+    [
+        # eps acts after bias correction: at step 1 the corrected V is G * G, and eps would
+        # otherwise weigh 1 / sqrt(1 - beta2) = 32 times as much.
+        ([[0.0]], [[1.0]], {"level": 0, "lr": 1.0, "eps": 1.0}, [[-0.5]]),
+        # Decay acts before the update and without scale: (1 - 0.5 * 0.5) - 0.5 * 0.5; after the
+        # update it would give 0.5625.
+        ([[1.0]], [[1.0]], {"level": 0, "lr": 0.5, "scale": 0.5, "weight_decay": 0.5}, [[0.5]]),
+        # A block with mean 0, so only the residual acts: damped, E / 0.1 over
+        # sqrt((0.001 + 1) / 0.001), unless only the moments are corrected, E over sqrt(1 + 1).
+        ([[0.0, 0.0]], [[1.0, -1.0]], {"level": 1, "lr": 1.0}, [[-0.31607, 0.31607]]),
+        (
+            [[0.0, 0.0]],
+            [[1.0, -1.0]],
+            {"level": 1, "lr": 1.0, "correct_moments_only": True},
+            [[-0.70711, 0.70711]],
+        ),
+    ],
+)
+def test_departures_from_the_released_code(weight, grad, settings, expected):
+    param, grad = torch.tensor(weight), torch.tensor(grad)
+    settings = Settings(**{"eps": 0.0, "scale": 1.0, **settings})
+    take_step(param, grad, *zeros(param.shape, settings.level), 1, settings)
+    torch.testing.assert_close(param, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 def test_moments_of_any_level_are_the_folded_moments_of_adam():
     grads = [torch.randn(5, 30) for _ in range(6)]
 
     def moments_at(level):
-        exp_avg = torch.zeros(folded_shape((5, 30), level))
-        exp_avg_sq = torch.zeros_like(exp_avg)
+        state = zeros((5, 30), level)
         for step, grad in enumerate(grads, start=1):
-            settings = Settings(level=level)
-            take_step(torch.zeros(5, 30), grad, exp_avg, exp_avg_sq, step, settings)
-        return exp_avg, exp_avg_sq
+            take_step(torch.zeros(5, 30), grad, *state, step, Settings(level=level))
+        return tuple(state)
 
     adam = moments_at(0)
     for level in range(1, 7):
@@ -192,26 +174,29 @@ def test_moments_of_any_level_are_the_folded_moments_of_adam():
 
 
 @given(st.permutations(range(6)), st.integers(0, 6))
-def test_rows_do_not_see_each_other(order, level):
+def test_rows_are_independent(order, level):
     param, grad = torch.randn(6, 11), torch.randn(6, 11)
-    shape = folded_shape((6, 11), level)
     permuted = param[order]
-    take_step(
-        permuted, grad[order], torch.zeros(shape), torch.zeros(shape), 1, Settings(level=level)
-    )
-    take_step(param, grad, torch.zeros(shape), torch.zeros(shape), 1, Settings(level=level))
+    take_step(permuted, grad[order], *zeros((6, 11), level), 1, Settings(level=level))
+    take_step(param, grad, *zeros((6, 11), level), 1, Settings(level=level))
     torch.testing.assert_close(permuted, param[order])
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("level", [0, 1, 3])
-def test_gradient_is_left_as_it_is(dtypes, level):
-    param = torch.randn(3, 11).to(dtypes[0])
-    grad = torch.randn_like(param)
-    kept = grad.clone()
-    state = [torch.zeros(folded_shape((3, 11), level), dtype=dtypes[1]) for _ in range(2)]
-    take_step(param, grad, *state, 1, Settings(level=level))
-    assert torch.equal(grad, kept)
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 8])
+def test_temporaries_are_few_and_the_gradient_does_not_change(dtypes, level):
+    param_dtype, state_dtype = dtypes
+    param = torch.zeros(8, 256, dtype=param_dtype)
+    grad = torch.randn(8, 256).to(param_dtype)
+    before = grad.clone()
+    state = zeros((8, 256), level, state_dtype)
+    with PeakBytes(param, grad, *state) as measured:
+        take_step(param, grad, *state, 1, Settings(level=level))
+    num_matrices = 2 if param_dtype == F32 else 3
+    num_moments = 1 if state_dtype == F32 else 3
+    allowed = num_matrices * param.numel() + num_moments * state[0].numel()
+    assert 0 < measured.peak <= allowed * F32.itemsize
+    assert torch.equal(grad, before)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -219,20 +204,5 @@ def test_gradient_is_left_as_it_is(dtypes, level):
 def test_step_traces_without_data(dtypes, level):
     with FakeTensorMode():
         param = torch.zeros(3, 11, dtype=dtypes[0])
-        state = [torch.zeros(folded_shape((3, 11), level), dtype=dtypes[1]) for _ in range(2)]
+        state = zeros((3, 11), level, dtypes[1])
         take_step(param, torch.zeros_like(param), *state, 1, Settings(level=level))
-
-
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 8])
-def test_temporaries_are_few(dtypes, level):
-    param_dtype, state_dtype = dtypes
-    param = torch.zeros(8, 256, dtype=param_dtype)
-    grad = torch.zeros_like(param)
-    state = [torch.zeros(folded_shape((8, 256), level), dtype=state_dtype) for _ in range(2)]
-    with PeakBytes(param, grad, *state) as measured:
-        take_step(param, grad, *state, 1, Settings(level=level))
-    num_matrices = 2 if param_dtype == F32 else 3
-    num_moments = 1 if state_dtype == F32 else 3
-    allowed = num_matrices * param.numel() + num_moments * state[0].numel()
-    assert 0 < measured.peak <= allowed * F32.itemsize

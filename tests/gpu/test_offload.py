@@ -1,4 +1,4 @@
-"""State in host memory beside a real GPU; what tests/test_host.py pretends elsewhere."""
+"""State in host memory with a real GPU; tests/test_offload.py simulates elsewhere."""
 
 from typing import Any
 
@@ -90,7 +90,7 @@ def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one() -> None:
         torch.cuda.reset_peak_memory_stats()
         train(net, optimizer, range(1, 3))
         peaks.append(torch.cuda.max_memory_allocated())
-        assert torch.cuda.memory_allocated() == before  # nothing of a visit stays
+        assert torch.cuda.memory_allocated() == before  # no copy of the state stays
         del net, optimizer
     of_one = 2 * 4 * SIZE * SIZE
     assert peaks[0] - peaks[1] == pytest.approx((COUNT - 1) * of_one, rel=0.01)
@@ -98,7 +98,7 @@ def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one() -> None:
 
 @pytest.mark.parametrize("saves", [False, True], ids=["from-device", "from-host"])
 @pytest.mark.parametrize("loads", [False, True], ids=["to-device", "to-host"])
-def test_a_state_loads_wherever_it_lived(saves: bool, loads: bool) -> None:
+def test_a_state_loads_with_and_without_offload(saves: bool, loads: bool) -> None:
     straight, stopped = network(torch.float32), network(torch.float32)
     train(straight, FOAM(straight.parameters()), range(4))
     first = FOAM(stopped.parameters(), state_offload=saves)

@@ -17,13 +17,13 @@ from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.training import train
 from tests.pretrained import save_tokenizer
 from tests.runs import STEPS, NewJob, open_folder, small
-from tests.test_release import assert_same
+from tests.test_gradient_release import assert_same
 from tests.test_training import StopAfter, StopError, final_weights
 from tuner.planning.planner import BudgetPlanner
 
 
 class Losses(Callback):
-    """Note losses, rates, and whether gradients are left by backward and by the step."""
+    """Record losses, learning rates, and whether gradients remain after backward."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -67,7 +67,7 @@ def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaF
         ("bf16-mixed", 3, None, {"chunked_loss": True}),
     ],
 )
-def test_a_run_is_the_same_with_and_without(
+def test_a_run_gives_the_same_weights_with_and_without_release(
     new_job: NewJob,
     precision: str,
     level: int,
@@ -114,7 +114,7 @@ def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
     assert_predicted(job, releasing(plan), memory)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(new_job: NewJob, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
     plan = releasing(small(new_job).plan_at(1), micro_batch_size=8, accumulate_grad_batches=1)
     kept = replace(plan, memory_options=replace(plan.memory_options, gradient_release=False))
     runs = {name: open_folder(tmp_path / name) for name in ("kept", "whole", "broken")}
@@ -136,7 +136,7 @@ def assert_predicted(job: Job, plan: FoldPlan, memory: MemoryMonitor) -> int:
     return memory.measured_bytes
 
 
-def test_a_run_takes_what_the_account_says_and_less_than_without(new_job: NewJob) -> None:
+def test_the_measured_peak_is_the_predicted_one_and_lower_with_release(new_job: NewJob) -> None:
     job = new_job(
         model={"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6},
         data={"sequence_length": 32, "batch_size": 1},
@@ -152,10 +152,10 @@ def test_a_run_takes_what_the_account_says_and_less_than_without(new_job: NewJob
     assert peaks[1] < peaks[0] - 0.5 * weights
 
 
-# ---- what is refused
+# ---- settings that are refused
 
 
-def test_the_settings_ask_for_it(new_job: NewJob) -> None:
+def test_a_setting_turns_release_on(new_job: NewJob) -> None:
     memory_options = new_job(model={"gradient_release": True}).memory_options
     assert (memory_options.gradient_release, memory_options.micro_batch_size) == (True, 8)
     assert not new_job().memory_options.gradient_release
@@ -163,7 +163,7 @@ def test_the_settings_ask_for_it(new_job: NewJob) -> None:
 
 def test_settings_that_accumulate_are_refused(new_job: NewJob) -> None:
     job = new_job(model={"gradient_release": True}, data={"micro_batch_size": 4})
-    with pytest.raises(ConfigError, match=r"cannot accumulate micro-batches of 4 to data\.batch"):
+    with pytest.raises(ConfigError, match="accumulate micro-batches of 4"):
         _ = job.memory_options
 
 
@@ -172,7 +172,7 @@ def clipping(new_job: NewJob) -> Callable[..., Job]:
     return lambda **model: new_job(model=model, trainer={"gradient_clip_val": 1.0})
 
 
-MESSAGE = r"trainer\.gradient_clip_val 1\.0 needs all gradients at once.* set model\.clip_norm"
+MESSAGE = r"trainer\.gradient_clip_val 1\.0 .*model\.clip_norm"
 
 
 def test_settings_that_clip_all_gradients_are_refused(clipping: Callable[..., Job]) -> None:
@@ -181,7 +181,7 @@ def test_settings_that_clip_all_gradients_are_refused(clipping: Callable[..., Jo
     assert clipping().memory_options.batch_size == 8
 
 
-def test_a_plan_or_a_budget_that_releases_what_is_to_be_clipped_is_refused(
+def test_a_plan_or_a_budget_that_needs_release_is_refused_when_clipping(
     clipping: Callable[..., Job],
 ) -> None:
     # Two short rows, so that gradients are most of the peak.
@@ -216,13 +216,11 @@ def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got
     module.follow(plan)
     module.on_train_start()
     module.follow(releasing(plan))
-    with pytest.raises(ConfigError, match="gradient release needs one device") as caught:
+    with pytest.raises(ConfigError, match=rf"model\.clip_norm.*{got}"):
         module.on_train_start()
-    assert str(caught.value).endswith(f"got {got}")
-    assert "model.clip_norm" in str(caught.value)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_norm_that_cannot_clip_is_refused(clip_norm: float) -> None:
-    with pytest.raises(ConfigError, match=r"model\.clip_norm must be a finite number above 0"):
+def test_a_clip_norm_out_of_range_is_refused(clip_norm: float) -> None:
+    with pytest.raises(ConfigError, match=r"model\.clip_norm .* above 0"):
         LlamaFoam(clip_norm=clip_norm)

@@ -20,7 +20,7 @@ STEPS_OF_A_NET = 4
 
 
 class Net(nn.Module):
-    """A net with what can go wrong: a tied head, a layer used twice, one not always used."""
+    """A net with the hard cases: a tied head, a layer used twice, a layer used in some steps."""
 
     def __init__(self, *, checkpointing: bool = False) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def assert_same(left: Any, right: Any) -> None:
     fused=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
-def test_releasing_changes_not_one_bit(
+def test_release_changes_no_bit(
     level: int,
     checkpointing: bool,
     clip_norm: float | None,
@@ -131,7 +131,7 @@ def test_a_clipped_parameter_is_as_if_its_gradient_had_been_clipped() -> None:
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
-def test_the_step_finds_nothing_left_to_do() -> None:
+def test_step_after_backward_changes_nothing() -> None:
     net = Net()
     optimizer = FOAM(net.parameters())
     with release_gradients(optimizer):
@@ -143,7 +143,7 @@ def test_the_step_finds_nothing_left_to_do() -> None:
     assert_same(before[1]["state"], optimizer.state_dict()["state"])
 
 
-def test_after_the_context_gradients_are_kept_again() -> None:
+def test_after_the_context_gradients_stay() -> None:
     net = Net()
     optimizer = FOAM(net.parameters())
     with pytest.raises(StopError), release_gradients(optimizer):
@@ -161,16 +161,12 @@ def test_a_second_backward_before_the_step_is_refused() -> None:
     with release_gradients(optimizer):
         net(torch.arange(11)).backward()
         before = copy.deepcopy(net.state_dict())
-        with pytest.raises(
-            ConfigError, match=r"second gradient before optimizer\.step\(\)"
-        ) as caught:
+        with pytest.raises(ConfigError, match=r"second gradient.*accumulate_grad_batches 1"):
             net(torch.arange(11)).backward()
-        assert "accumulate_grad_batches 1" in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 1
         assert_same(before, net.state_dict())
 
 
-def test_two_backwards_of_two_halves_are_one_step() -> None:
+def test_two_backwards_over_different_parameters_are_one_step() -> None:
     left, right = nn.Linear(3, 3), nn.Linear(3, 3)
     optimizer = FOAM([*left.parameters(), *right.parameters()])
     with release_gradients(optimizer):
@@ -180,7 +176,7 @@ def test_two_backwards_of_two_halves_are_one_step() -> None:
     assert {state["step"] for state in optimizer.state.values()} == {1}
 
 
-def test_options_are_those_of_the_groups_at_that_moment() -> None:
+def test_options_are_read_from_the_groups_at_each_update() -> None:
     """A state that is loaded replaces the groups, and a schedule changes them."""
     nets = [Net(), Net()]
     for net, releases in zip(nets, (False, True), strict=True):
@@ -204,27 +200,17 @@ def test_copies_are_not_hooked() -> None:
     net = Net()
     optimizer = FOAM(net.parameters())
     with release_gradients(optimizer):
-        proxy_model, twins_optimizer = copy.deepcopy((net, optimizer))
-        proxy_model(torch.arange(11)).backward()
-        assert proxy_model.norm.grad is not None
-        assert_same(proxy_model.state_dict(), net.state_dict())
-        twins_optimizer.step()
+        copied, its_optimizer = copy.deepcopy((net, optimizer))
+        copied(torch.arange(11)).backward()
+        assert copied.norm.grad is not None
+        assert_same(copied.state_dict(), net.state_dict())
+        its_optimizer.step()
         net(torch.arange(11)).backward()
-    assert_same(proxy_model.state_dict(), net.state_dict())
-
-
-def test_a_sparse_gradient_is_refused() -> None:
-    embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = FOAM(embedding.parameters())
-    with (
-        release_gradients(optimizer),
-        pytest.raises(RuntimeError, match="dense real gradient, got a sparse"),
-    ):
-        embedding(torch.tensor([1])).sum().backward()
+    assert_same(copied.state_dict(), net.state_dict())
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_weight_that_backward_still_needs_is_not_changed_unseen(fused: bool) -> None:
+def test_changing_a_weight_that_backward_still_needs_is_an_error(fused: bool) -> None:
     weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(4, requires_grad=True)
     optimizer = FOAM([weight], fused=fused)
     # The gradient of the weight comes first, and that of x still needs the old weight.
@@ -233,7 +219,7 @@ def test_a_weight_that_backward_still_needs_is_not_changed_unseen(fused: bool) -
         loss.backward()
 
 
-def test_the_peak_is_without_the_gradients_of_all_layers() -> None:
+def test_the_peak_excludes_the_gradients_of_other_layers() -> None:
     size, count = 64, 12
     matrix = 4 * size * size
 
@@ -250,6 +236,3 @@ def test_the_peak_is_without_the_gradients_of_all_layers() -> None:
     kept, released = peak(releases=False), peak(releases=True)
     assert kept >= count * matrix
     assert released <= kept - (count - 2) * matrix
-
-
-# ---- LLaMA under Lightning
