@@ -121,8 +121,8 @@ def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
     watched = (
         "peak memory allocated in a step, minus the memory before it"
         if device == "cuda"
-        else "peak bytes of tensors created in a step; memory inside compiled code and kernels is not "
-        "measured"
+        else "peak bytes of tensors created in a step; memory inside compiled code and kernels is "
+        "not measured"
     )
     left_out = [] if names else [row.name for row in ROWS if row not in rows]
     return [
@@ -137,7 +137,7 @@ def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
         f"Temporaries: {watched}. First step: from creating the optimizer to the end of its first "
         "step; only code that an earlier row also uses was compiled before.",
         "",
-        "GaLore and APOLLO have rank a quarter of the smaller side. GaLore computes one SVD, of its "
+        "GaLore and APOLLO have rank 1/4 of the smaller side. GaLore computes one SVD, of its "
         "first matrix, in its first step; the other matrices begin with a random basis, with which "
         "a step costs the same. No timed step contains an SVD."
         + (f" Too slow for a CPU: {', '.join(left_out)}." if left_out else ""),
