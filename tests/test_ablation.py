@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,79 +15,78 @@ from tests.search_results import (
     UNIFORM,
     outcome_of,
 )
-from tuner.report.ablation import Ablation, ablations, at_equal_bytes
+from tuner.report.ablation import Ablation, ablations, at_equal_bytes, paired_loss_curve
+from tuner.trials.results import SearchResult
+from tuner.trials.runner import SEED_DEVIATION, TrialResult
 
 SHORT, FINAL = 160, 320
+LOSSES = st.floats(min_value=0, max_value=20)
 
 
-def found(worths_: list[Ablation], steps: int) -> dict[str, Ablation]:
-    return {worth.knob: worth for worth in worths_ if worth.steps == steps}
+def found(search_result: SearchResult, steps: int) -> dict[str, Ablation]:
+    return {a.choice: a for a in ablations(search_result) if a.steps == steps}
 
 
-def test_short_runs_say_what_each_knob_was_worth() -> None:
-    short = found(ablations(TUNED), SHORT)
-    means = {knob: round(worth.difference.mean, 4) for knob, worth in short.items()}
-    assert means == {
-        "lr and scales, Adam": -0.015,
-        "lr and scales, level 2": -0.024,
+# ---- choices
+
+
+def test_short_runs_show_what_each_choice_changed() -> None:
+    short = found(TUNED, SHORT)
+    assert {choice: round(a.difference.mean, 4) for choice, a in short.items()} == {
+        "tuned lr and scales, Adam": -0.015,
+        "tuned lr and scales, level 2": -0.024,
         "level 1 instead of Adam": -0.045,
         "level 2 instead of Adam": -0.058,
         "level 3 instead of Adam": -0.018,
         "level 8 instead of Adam": 0.011,
-        "levels by matrix instead of level 2": -0.017,
+        "a level per matrix instead of level 2": -0.017,
     }
-    assert all(worth.num_seeds == 1 for worth in short.values())
+    assert all(ablation.num_seeds == 1 for ablation in short.values())
+    tuned, mixed = (
+        short["tuned lr and scales, level 2"],
+        short["a level per matrix instead of level 2"],
+    )
+    assert (tuned.num_tried, tuned.baseline) == (1, "uniform level 2, lr 0.02, scale 0.25")
+    assert (mixed.num_tried, mixed.chosen) == (3, "mixed 1")
 
 
 def test_finals_are_compared_on_the_seeds_that_both_ran_on() -> None:
-    finals = found(ablations(TUNED), FINAL)
-    means = {knob: round(worth.difference.mean, 4) for knob, worth in finals.items()}
-    assert means == {
-        "lr and scales, Adam": -0.02,  # 3.47 against 3.49 on the one seed of the latter
-        "level 2 instead of Adam": -0.06,
-        "level 3 instead of Adam": -0.0835,
-        "levels by matrix instead of level 2": -0.04,
+    finals = {
+        choice: (round(a.difference.mean, 4), a.num_seeds)
+        for choice, a in found(TUNED, FINAL).items()
     }
-    assert {knob: worth.num_seeds for knob, worth in finals.items()} == {
-        "lr and scales, Adam": 1,
-        "level 2 instead of Adam": 2,
-        "level 3 instead of Adam": 2,
-        "levels by matrix instead of level 2": 2,
+    assert finals == {
+        "tuned lr and scales, Adam": (-0.02, 1),  # 3.47 against 3.49 on the seed of the latter
+        "level 2 instead of Adam": (-0.06, 2),
+        "level 3 instead of Adam": (-0.0835, 2),
+        "a level per matrix instead of level 2": (-0.04, 2),
     }
-
-
-def test_it_says_of_how_many_runs_the_best_is_one() -> None:
-    short = found(ablations(TUNED), SHORT)
-    assert short["lr and scales, Adam"].num_tried == 2
-    assert short["levels by matrix instead of level 2"].num_tried == 3
-    assert short["levels by matrix instead of level 2"].setting == "mixed 1"
-    assert short["lr and scales, level 2"].num_tried == 1  # the other one diverged
-    assert short["lr and scales, level 2"].against == "uniform level 2, lr 0.02, scale 0.25"
 
 
 def test_without_adam_levels_are_compared_with_the_best_one() -> None:
-    short = found(ablations(NO_REFERENCE), SHORT)
+    short = found(NO_REFERENCE, SHORT)
     assert list(short) == ["level 3 instead of level 2", "level 8 instead of level 2"]
-    assert all(worth.difference.mean > 0 for worth in short.values())
+    assert all(ablation.difference.mean > 0 for ablation in short.values())
 
 
-def test_without_the_settings_themselves_nothing_says_what_turning_them_was_worth() -> None:
-    searched = [replace(run, is_configured=False) for run in SEARCHED]
+def test_without_the_configured_settings_nothing_is_compared_with_them() -> None:
+    trials = [replace(run, is_configured=False) for run in SEARCHED]
     finalists = [replace(c, is_configured=False) for c in TUNED.finalists]
-    found_ = ablations(replace(TUNED, trials=searched, finalists=finalists))
-    assert not any(worth.knob.startswith("lr and scales") for worth in found_)
+    choices = [a.choice for a in ablations(replace(TUNED, trials=trials, finalists=finalists))]
+    assert choices
+    assert not any("scales" in choice for choice in choices)
 
 
-def test_what_diverged_is_compared_with_nothing() -> None:
+def test_diverged_runs_are_not_compared() -> None:
     assert ablations(ALL_DIVERGED) == []
     assert ablations(ADAM_WINS) == []
 
 
-def test_mixed_plans_are_compared_at_equal_bytes_alone() -> None:
+def test_mixed_plans_are_compared_only_at_equal_bytes() -> None:
     half = replace(MIXED, state_bytes=2 * MIXED.state_bytes)
-    searched = [run for run in SEARCHED if run.level is not None]
-    knobs = [w.knob for w in ablations(outcome_of(half, UNIFORM, trials=searched))]
-    assert not any(knob.startswith("levels by matrix") for knob in knobs)
+    trials = [run for run in SEARCHED if run.level is not None]
+    choices = [a.choice for a in ablations(outcome_of(half, UNIFORM, trials=trials))]
+    assert not any("per matrix" in choice for choice in choices)
 
 
 @given(st.integers(1, 10**12), st.lists(st.integers(1, 10**12), max_size=9))
@@ -98,3 +98,43 @@ def test_equal_bytes_are_the_nearest_within_half_a_level(num_bytes: int, others:
         ratios = [max(size / num_bytes, num_bytes / size) for size in others]
         assert equal
         assert max(equal[0] / num_bytes, num_bytes / equal[0]) == pytest.approx(min(ratios))
+
+
+# ---- training curves
+
+
+def run(curve: list[float]) -> TrialResult:
+    return TrialResult([3.0], [1], curve)
+
+
+@given(st.lists(st.tuples(LOSSES, LOSSES), min_size=1, max_size=60), st.integers(1, 25))
+def test_windows_cover_the_run_and_average_the_differences(
+    pairs: list[tuple[float, float]], num_windows: int
+) -> None:
+    one, other = ([float(pair[i]) for pair in pairs] for i in (0, 1))
+    windows = paired_loss_curve([run(one)], [run(other)], num_windows)
+    assert len(windows) == min(num_windows, len(pairs))
+    steps = [step for w in windows for step in range(w.first, w.last + 1)]
+    assert steps == list(range(1, len(pairs) + 1))
+    lengths = {window.last - window.first + 1 for window in windows}
+    assert max(lengths) - min(lengths) <= 1
+    for window in windows:
+        within = [a - b for a, b in pairs[window.first - 1 : window.last]]
+        assert window.difference.mean == pytest.approx(sum(within) / len(within), abs=1e-9)
+        assert window.difference.half_width >= 1.95 * SEED_DEVIATION
+
+
+def test_a_batch_that_is_hard_for_both_adds_no_noise_and_a_second_seed_narrows_the_band() -> None:
+    hard = [3 + math.sin(7 * step) for step in range(200)]
+    easier = [loss - 0.1 for loss in hard]
+    for num_seeds in (1, 2):
+        for window in paired_loss_curve([run(easier)] * num_seeds, [run(hard)] * num_seeds):
+            half_width = 1.96 * SEED_DEVIATION / math.sqrt(num_seeds)
+            assert window.difference.mean == pytest.approx(-0.1)
+            assert window.difference.half_width == pytest.approx(half_width)
+
+
+def test_runs_without_curves_have_no_windows_and_unequal_curves_are_refused() -> None:
+    assert paired_loss_curve([run([])], [run([])]) == []
+    with pytest.raises(ValueError, match="do not pair"):
+        paired_loss_curve([run([3.0] * 3)], [run([3.0] * 2)])

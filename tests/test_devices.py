@@ -419,7 +419,7 @@ def test_a_plan_says_how_many_devices_it_is_for() -> None:
     assert "devices" not in json.loads(plan_json(plan, one, None, None))
     console = Console(width=100, record=True)
     console.print(plan_table(plan, several, None, None))
-    assert "on each of 2 devices" in console.export_text()
+    assert "each of 2 devices" in console.export_text()
 
 
 def test_the_account_leaves_no_process_group_behind() -> None:

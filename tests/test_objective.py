@@ -98,8 +98,26 @@ def test_runs_that_do_not_pair_are_refused(
         paired_difference(runs, others)
 
 
-def test_a_difference_reads_well() -> None:
-    assert str(Difference(mean=-0.0123, half_width=0.02)) == "-0.0123 +- 0.0200"
+@pytest.mark.parametrize(
+    ("mean", "half_width", "text"),
+    [
+        (-0.0123, 0.02, "-0.012 ± 0.020"),
+        (0.05223, 0.02574, "+0.052 ± 0.026"),
+        (-0.0123, 0.00314, "-0.0123 ± 0.0031"),
+        (0.1, 0.0996, "+0.10 ± 0.10"),
+        (31.4, 12.4, "+31 ± 12"),
+        (math.nan, math.nan, "+nan ± nan"),
+    ],
+)
+def test_a_difference_has_the_two_significant_digits_of_its_interval(
+    mean: float, half_width: float, text: str
+) -> None:
+    difference = Difference(mean, half_width)
+    assert str(difference) == text
+    assert difference.size == text[1:]
+
+
+def test_a_difference_is_decided_where_its_interval_excludes_zero() -> None:
     assert not Difference(mean=-0.0123, half_width=0.02).is_decided
     assert Difference(mean=-0.03, half_width=0.02).is_decided
 

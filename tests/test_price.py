@@ -27,8 +27,8 @@ def test_work_is_a_share_of_the_products_of_three_passes(
     # 45000 weights multiply in the decoder, 5000 in the head; forward once, backward twice.
     memory_options = replace(PLAIN, chunked_loss=True, activation_checkpointing=True)
     found = option_costs(memory_options, shapes, 1)
-    assert found["chunked_loss"].startswith("3.3% more work")
-    assert found["activation_checkpointing"].startswith("30% more work")
+    assert found["chunked_loss"].startswith("3.3% more compute")
+    assert found["activation_checkpointing"].startswith("30% more compute")
 
 
 def test_selective_checkpointing_makes_no_product_again() -> None:
@@ -45,7 +45,7 @@ def test_selective_checkpointing_pays_from_some_work_on() -> None:
 
 def test_state_in_host_memory_crosses_the_bus_there_and_back() -> None:
     found = option_costs(replace(PLAIN, state_offload=True), SHAPES, 7_500_000_000)
-    assert found == {"state_offload": "15 GB cross the bus in every step"}
+    assert found == {"state_offload": "15 GB cross the PCIe bus every step"}
 
 
 def test_every_lever_has_a_price() -> None:

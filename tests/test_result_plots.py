@@ -24,89 +24,93 @@ from tuner.trials.results import SearchResult
 from tuner.trials.runner import Difference
 
 
-def curves(search_result: SearchResult) -> Figure:
-    figure = draw_curves(search_result)
-    assert figure is not None
-    return figure
-
-
 def labels(figure: Figure) -> list[str]:
     return [t.get_text() for axes in figure.axes for t in axes.get_yticklabels()]
 
 
-def test_every_finalist_but_the_baseline_has_a_curve_against_it() -> None:
-    figure = curves(TUNED)
+# ---- training curves
+
+
+@pytest.mark.parametrize("search_result", [TUNED, NO_REFERENCE], ids=["Adam", "no Adam"])
+def test_every_finalist_but_the_baseline_has_a_curve(search_result: SearchResult) -> None:
+    baseline = search_result.baseline
+    assert baseline is (REFERENCE if search_result is TUNED else HIGHER)
+    figure = draw_curves(search_result)
+    assert figure is not None
     shown = [axes.get_title() for axes in figure.axes if axes.get_visible()]
-    assert shown == [c.label for c in TUNED.finalists if c is not REFERENCE]
+    assert shown == [c.label for c in search_result.finalists if c is not baseline]
     for axes in figure.axes:
-        assert [text.get_text() for text in axes.texts] == ["split-lr Adam"]  # at the zero line
+        assert [text.get_text() for text in axes.texts] == [baseline.label]
 
 
-def test_a_curve_is_the_gap_of_training_losses() -> None:
-    (axes,) = curves(outcome_of(MIXED, REFERENCE, trials=[])).axes
+def test_a_curve_is_the_difference_of_training_losses() -> None:
+    figure = draw_curves(outcome_of(MIXED, REFERENCE, trials=[]))
+    assert figure is not None
+    (axes,) = figure.axes
     (_, curve) = axes.get_lines()
-    steps, gaps = curve.get_data()
+    steps, differences = curve.get_data()
     assert len(steps) == 20
     assert steps[0] == 8.5  # of steps 1 to 16
-    assert gaps[-1] == pytest.approx(-0.1, abs=1e-3)
-
-
-def test_without_adam_curves_are_against_the_best_uniform_plan() -> None:
-    figure = curves(NO_REFERENCE)
-    assert [axes.get_title() for axes in figure.axes] == [UNIFORM.label]
-    assert HIGHER.label in {text.get_text() for text in figure.axes[0].texts}
+    assert differences[-1] == pytest.approx(-0.1, abs=1e-3)
 
 
 @pytest.mark.parametrize("search_result", [ONE_DIVERGED, ALL_DIVERGED, ADAM_WINS])
-def test_where_nothing_pairs_no_curve_is_drawn(search_result: SearchResult) -> None:
+def test_without_a_pair_no_curve_is_drawn(search_result: SearchResult) -> None:
     assert draw_curves(search_result) is None
 
 
-def test_every_knob_has_a_row_with_its_figures() -> None:
+# ---- effect of each choice
+
+
+def ablation(mean: float) -> Ablation:
+    return Ablation(f"choice {mean}", "one", "other", Difference(mean, 0.01), 1, 150, 1)
+
+
+def test_every_choice_has_a_row_with_its_difference() -> None:
     found = ablations(TUNED)
     figure = draw_ablation(found)
     assert figure is not None
-    assert [axes.get_title() for axes in figure.axes] == ["Runs of 160 steps", "Runs of 320 steps"]
-    assert labels(figure) == [f"{worth.knob}\n{worth.difference}" for worth in found]
+    assert len(figure.axes) == 2  # short runs and finals
+    for label, row in zip(labels(figure), found, strict=True):
+        assert row.choice in label
+        assert str(row.difference) in label
 
 
-def test_one_setting_that_nearly_diverged_does_not_flatten_the_others() -> None:
-    rows = [worth_of(mean) for mean in (0.01, -0.02, 0.015, 2.1)]
-    figure = draw_ablation(rows)
+def test_one_run_that_nearly_diverged_does_not_flatten_the_others() -> None:
+    figure = draw_ablation([ablation(mean) for mean in (0.01, -0.02, 0.015, 2.1)])
     assert figure is not None
     low, high = figure.axes[0].get_xlim()
     assert high - low < 0.2
     assert len(labels(figure)) == 4
 
 
-def test_no_knobs_give_no_picture() -> None:
+def test_without_choices_nothing_is_drawn() -> None:
     assert draw_ablation([]) is None
-    assert draw_ablation([worth_of(math.nan)]) is None
+    assert draw_ablation([ablation(math.nan)]) is None
 
 
-def worth_of(mean: float) -> Ablation:
-    return Ablation(f"knob {mean}", "one", "other", Difference(mean, 0.01), 1, 150, 1)
+# ---- loss against optimizer state
 
 
-def test_the_front_is_the_least_loss_of_all_that_need_no_more_bytes() -> None:
-    searched = [run for run in SEARCHED if run.loss is not None]
-    short, _ = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, HIGHER, trials=searched)).axes
+def test_the_line_is_the_lowest_loss_with_at_most_that_state() -> None:
+    trials = [run for run in SEARCHED if run.loss is not None]
+    short, _ = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, HIGHER, trials=trials)).axes
     (front,) = [line for line in short.get_lines() if line.get_drawstyle() == "steps-post"]
     for share, loss in list(zip(*front.get_data(), strict=True))[:-1]:
-        affordable = [r.loss for r in searched if r.state_bytes <= share * ADAM_STATE and r.loss]
+        affordable = [r.loss for r in trials if r.state_bytes <= share * ADAM_STATE and r.loss]
         assert loss == min(affordable)
-    assert front.get_ydata()[-1] == min(run.loss for run in searched if run.loss)
+    assert front.get_ydata()[-1] == min(run.loss for run in trials if run.loss)
 
 
-def test_adam_at_its_best_is_the_zero_of_the_finals() -> None:
+def test_the_best_adam_is_the_zero_of_the_finals() -> None:
     _, finals = draw_losses(TUNED).axes
     marks = {tuple(line.get_xydata()[0]) for line in finals.get_lines() if line.get_marker() == "*"}
     assert (1.0, 0.0) in marks
-    assert finals.get_ylabel().startswith("loss minus that of split-lr Adam")
+    assert REFERENCE.label in finals.get_ylabel()
 
 
-def test_finals_at_equal_bytes_stand_side_by_side() -> None:
-    proxy_model = replace(UNIFORM, label="another at level 2")
-    _, finals = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, proxy_model, trials=[])).axes
+def test_finals_with_equal_state_are_drawn_side_by_side() -> None:
+    other = replace(UNIFORM, label="another at level 2")
+    _, finals = draw_losses(outcome_of(MIXED, REFERENCE, UNIFORM, other, trials=[])).axes
     places = [line.get_xdata()[0] for line in finals.get_lines() if line.get_marker() in ("o", "D")]
     assert len({round(float(place), 6) for place in places}) == 3

@@ -241,20 +241,20 @@ def option_costs(
     step = _PASSES * (decoder + head)
     found = {}
     if memory_options.chunked_loss:
-        found["chunked_loss"] = f"{head / step:.1%} more work: the head's product is made again"
+        found["chunked_loss"] = f"{head / step:.1%} more compute: logits recomputed"
     if memory_options.accumulate_grad_batches > 1:
-        found["accumulate_grad_batches"] = "none while a micro-batch still fills the device"
+        found["accumulate_grad_batches"] = "no slowdown while each micro-batch keeps the GPU busy"
     if memory_options.selective_checkpointing:
-        found["selective_checkpointing"] = "no product is made again, only what lies between them"
+        found["selective_checkpointing"] = "reruns all but matrix products"
     elif memory_options.activation_checkpointing:
-        found["activation_checkpointing"] = f"{decoder / step:.0%} more work: forward is run again"
+        found["activation_checkpointing"] = f"{decoder / step:.0%} more compute: forward rerun"
     if memory_options.gradient_release:
-        found["gradient_release"] = "none; a step is one micro-batch"
+        found["gradient_release"] = "no slowdown; batch is not split"
     if memory_options.state_dtype == "int8":
-        found["state_dtype"] = "moments are rounded at random to codes of one byte"
+        found["state_dtype"] = "moments are rounded stochastically to one byte"
     if memory_options.state_offload:
         crossing = format_bytes(2 * state_bytes)
-        found["state_offload"] = f"{crossing} cross the bus in every step"
+        found["state_offload"] = f"{crossing} cross the PCIe bus every step"
     return found
 
 

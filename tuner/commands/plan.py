@@ -1,5 +1,6 @@
 """plan(): what fits a budget, without training and without a GPU."""
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,16 +101,29 @@ def _draw(planner: BudgetPlanner, found: FoldPlan, budget_bytes: int | None, pat
     from tuner.report.plan_plots import draw_plan
     from tuner.report.style import save
 
-    plans = {"plan": found}
+    num_weights = sum(math.prod(shape) for shape in planner.module.shapes.values())
+    title = (
+        f"Predicted peak memory: {_abbreviate(num_weights)} parameters, "
+        f"batch {found.memory_options.batch_size} x {planner.job.data.sequence_length} tokens"
+    )
+    plans = {"Adam (level 0)": found}
     if any(found.levels.values()):
         adam = replace(found, levels=dict.fromkeys(found.levels, 0))
-        plans = {"Adam, same memory options": adam, **plans}
+        plans = {"Adam, same\nmemory options": adam, "FOAM,\nthis plan": found}
     accounts = {name: planner.accountant.account(plan) for name, plan in plans.items()}
     grid, _ = level_grid(found.levels)
     try:
-        save(draw_plan(accounts, budget_bytes, grid), path)
+        save(draw_plan(accounts, budget_bytes, grid, title), path)
     except OSError as error:
         raise ConfigError(f"cannot write the picture {path}: {error.strerror or error}") from error
+
+
+def _abbreviate(count: int) -> str:
+    """Shorten a count: 6738415616 -> "6.7B"."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.2g}{name}" if count < 100 * unit else f"{count // unit}{name}"
+    return str(count)
 
 
 def run_plan(settings: Settings) -> None:

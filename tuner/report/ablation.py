@@ -1,4 +1,4 @@
-"""What each knob was worth: paired differences between the runs that a search made anyway."""
+"""What each choice of the search changed, from runs that it made anyway, compared in pairs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,18 +9,20 @@ from typing import Protocol, TypeVar
 from tuner.trials.results import Candidate, SearchResult
 from tuner.trials.runner import Difference, TrialResult, paired_difference
 
-# Of a run: enough to see who leads when, few enough for many steps in each.
+# Fine enough to show when a plan takes the lead, coarse enough to average over many steps.
 NUM_WINDOWS = 20
+# Plans count as equal in bytes within half a level, a factor of the square root of 2.
+_HALF_A_LEVEL = 0.5
 
 
 @dataclass(frozen=True)
 class CurveWindow:
-    """Some successive optimizer steps of two runs.
+    """A range of optimizer steps, over which two runs are compared.
 
     Attributes:
         first: The first step, counted from 1.
-        last: The last step.
-        difference: Of the mean training losses, in nats per token; below zero the first plan leads.
+        last: The last step, included.
+        difference: First plan minus second, mean training loss in nats per token.
     """
 
     first: int
@@ -31,23 +33,22 @@ class CurveWindow:
 def paired_loss_curve(
     runs: Sequence[TrialResult], others: Sequence[TrialResult], num_windows: int = NUM_WINDOWS
 ) -> list[CurveWindow]:
-    """Compare the training losses of two plans along the run.
+    """Compare the training losses of two plans over the course of the run.
 
-    At each step both saw the same batch, which is what an evaluation batch is to
-    `paired_difference`; so the interval has the same meaning as elsewhere: the spread over the
-    steps of the window, and that between seeds.
+    At each step both plans see the same batch, so a step pairs as an evaluation batch does in
+    `paired_difference`, and the interval has the same meaning.
 
     Args:
         runs: The first plan's runs, one per seed.
-        others: The other plan's, same seeds in the same order.
-        num_windows: How many windows to cut the run into, of equal length but for a step; of a run
-            of fewer steps every step is one.
+        others: The other plan's runs, same seeds in the same order.
+        num_windows: Windows to split the run into, of equal length within a step; a shorter run
+            has a window per step.
 
     Returns:
-        The windows, first to last; none where a curve was not kept.
+        The windows, first to last; none if the runs have no training curve.
 
     Raises:
-        ValueError: The runs do not pair.
+        ValueError: The runs have different lengths or seeds.
     """
     lengths = {len(run.curve) for run in (*runs, *others)}
     if len(lengths) > 1:
@@ -55,62 +56,57 @@ def paired_loss_curve(
     num_steps = lengths.pop() if lengths else 0
     count = min(num_windows, num_steps)
     edges = [num_steps * i // count for i in range(count + 1)] if count else []
+
+    def window_of(run: TrialResult, first: int, last: int) -> TrialResult:
+        return TrialResult(run.curve[first:last], [1] * (last - first))
+
     return [
         CurveWindow(
             first + 1,
             last,
             paired_difference(
-                [_part(run, first, last) for run in runs],
-                [_part(run, first, last) for run in others],
+                [window_of(run, first, last) for run in runs],
+                [window_of(run, first, last) for run in others],
             ),
         )
         for first, last in pairwise(edges)
     ]
 
 
-def _part(run: TrialResult, first: int, last: int) -> TrialResult:
-    """Take steps for evaluation batches; every batch of training has as many tokens."""
-    return TrialResult(run.curve[first:last], [1] * (last - first))
-
-
-# Plans are at equal bytes within half a level, which is a factor of the root of two.
-_HALF_A_LEVEL = 0.5
-
-
 @dataclass(frozen=True)
 class Ablation:
-    """What turning one knob did.
+    """What one choice of the search changed.
 
     Attributes:
-        knob: What was turned, in a few words.
-        setting: The best run with it turned.
-        against: The run with it left alone.
-        difference: How much more the former loses, so below zero the turn was worth it.
-        num_tried: Of how many runs `setting` is the best; they are judged by the same losses, so
-            among several the best looks better than it is.
+        choice: What was chosen, in a few words.
+        chosen: The best run with the choice.
+        baseline: The run without it.
+        difference: Loss of the former minus that of the latter; below zero the choice helped.
+        num_tried: How many runs `chosen` is the best of; picking the best by the same losses
+            makes it look better than it is.
         steps: Optimizer steps of each run.
-        num_seeds: Seeds that both ran on.
+        num_seeds: Seeds on which both ran.
     """
 
-    knob: str
-    setting: str
-    against: str
+    choice: str
+    chosen: str
+    baseline: str
     difference: Difference
     num_tried: int
     steps: int
     num_seeds: int
 
 
-class _Stateful(Protocol):
+class _HasState(Protocol):
     @property
     def state_bytes(self) -> int: ...
 
 
-_T = TypeVar("_T", bound=_Stateful)
+_T = TypeVar("_T", bound=_HasState)
 
 
 def at_equal_bytes(num_bytes: int, others: Sequence[_T]) -> list[_T]:
-    """Pick those whose state is nearest to so many bytes, and within half a level of them."""
+    """Select those whose state is closest to `num_bytes`, if it is within half a level of it."""
 
     def distance(other: _T) -> float:
         return abs(math.log2(other.state_bytes / num_bytes))
@@ -120,11 +116,11 @@ def at_equal_bytes(num_bytes: int, others: Sequence[_T]) -> list[_T]:
 
 
 def ablations(search_result: SearchResult) -> list[Ablation]:
-    """Compare the runs of a search knob by knob, first the short ones, then the finals.
+    """Compare the runs of a search choice by choice, the short runs first, then the finals.
 
-    The knobs are learning rate and scales (against those of the settings, level by level), the
-    level (the best run of each against the best of Adam; without one, of the best level), and
-    levels by matrix (the best mixed plan against the best of one level at equal bytes).
+    The choices are the learning rate and scales (against the configured ones, at each level), the
+    level (the best run of each against the best Adam, or without Adam against the best level), and
+    a level per matrix (the best mixed plan against the best uniform plan at equal bytes).
 
     Args:
         search_result: What was run.
@@ -156,30 +152,31 @@ def _ablations(candidates: Sequence[Candidate], steps: int) -> Iterator[Ablation
         if candidate.kind != "mixed":
             by_level.setdefault(_level(candidate), []).append(candidate)
     for level, runs in sorted(by_level.items()):
-        turned = [run for run in runs if not run.is_configured]
-        asked = [run for run in runs if run.is_configured]
-        if turned and asked:
-            yield _compared(f"lr and scales, {_name(level)}", turned, asked[0], steps)
+        tuned = [run for run in runs if not run.is_configured]
+        configured = [run for run in runs if run.is_configured]
+        if tuned and configured:
+            yield _compare(f"tuned lr and scales, {_name(level)}", tuned, configured[0], steps)
     best = {level: _best(runs) for level, runs in sorted(by_level.items())}
     if best:
         base = 0 if 0 in best else min(best, key=lambda level: best[level].loss)
         for level in best:
             if level != base:
-                knob = f"{_name(level)} instead of {_name(base)}"
-                yield _compared(knob, by_level[level], best[base], steps)
+                choice = f"{_name(level)} instead of {_name(base)}"
+                yield _compare(choice, by_level[level], best[base], steps)
     mixed = [c for c in candidates if c.kind == "mixed"]
     folded = [c for level, runs in by_level.items() if level for c in runs]
     equal = at_equal_bytes(_best(mixed).state_bytes, folded) if mixed else []
     if equal:
         uniform = _best(equal)
-        knob = f"levels by matrix instead of {_name(_level(uniform))}"
-        yield _compared(knob, mixed, uniform, steps)
+        choice = f"a level per matrix instead of {_name(_level(uniform))}"
+        yield _compare(choice, mixed, uniform, steps)
 
 
-def _compared(knob: str, tried: Sequence[Candidate], other: Candidate, steps: int) -> Ablation:
-    one = _best(tried)
-    both = min(len(one.runs), len(other.runs))
-    return Ablation(knob, one.label, other.label, one.against(other), len(tried), steps, both)
+def _compare(choice: str, tried: Sequence[Candidate], baseline: Candidate, steps: int) -> Ablation:
+    best = _best(tried)
+    num_seeds = min(len(best.runs), len(baseline.runs))
+    difference = best.against(baseline)
+    return Ablation(choice, best.label, baseline.label, difference, len(tried), steps, num_seeds)
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:

@@ -1,4 +1,4 @@
-"""The pictures of a plan: its levels as a heat map, its memory as bars."""
+"""Plots of a plan: its memory as bars, its fold levels as a heat map."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,18 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from foam_lightning.memory.account import Account
 from foam_lightning.model.roles import ROLES
 from foam_lightning.units import format_bytes
-from tuner.report.style import BLUE, GREEN, ORANGE, PINK, SKY, YELLOW, ink_on, new_figure
+from tuner.report.plan_table import TERM_NAMES
+from tuner.report.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    new_figure,
+    text_colour_on,
+)
 
 _TERM_COLOURS = {
     "weights": BLUE,
@@ -26,49 +37,193 @@ _TERM_COLOURS = {
     "context": "#999999",
     "margin": "#D9D9D9",
 }
+_WIDTH = 8.4
 _MAX_LEVEL = 8
-_MAX_LAYERS_WITH_VALUES = 12
-# A budget this many times longer than the bars is said in words: to scale it would squash them.
-_LONGEST_BUDGET = 4
-
-
-def draw_levels(grid: Mapping[int, Mapping[str, int]], title: str) -> Figure:
-    """Draw the level of every matrix, layers by roles.
-
-    Args:
-        grid: Level by layer and role; what is missing does not fold.
-        title: Says whose levels they are.
-    """
-    figure = new_figure(6.4, _levels_height(len(grid)))
-    _draw_levels(figure, grid, title)
-    return figure
+_MAX_LAYERS_WITH_VALUES = 40
+# Of a label, as a share of the width of the axes.
+_LETTER_WIDTH = 0.0135
+# A larger budget is named and not drawn: at its scale the bars would be too short to read.
+_MAX_BUDGET_RATIO = 4
 
 
 def draw_plan(
     accounts: Mapping[str, Account],
     budget_bytes: int | None,
     grid: Mapping[int, Mapping[str, int]],
+    title: str = "Predicted peak memory of each device",
 ) -> Figure:
-    """Draw a plan on one sheet: its memory as in `draw_memory`, its levels as in `draw_levels`.
+    """Draw a plan: its memory as in `draw_memory`, below it its levels as in `draw_levels`.
 
     Args:
-        accounts: By label, from top to bottom; one or more.
-        budget_bytes: The budget; None where none was given.
-        grid: Level by layer and role; empty where no matrix folds, and then not drawn.
+        accounts: One or more, by label, from top to bottom.
+        budget_bytes: The budget; None if there is none.
+        grid: Level by layer and role; if empty, no levels are drawn.
+        title: The heading of the bars.
     """
-    heights = [_memory_height(len(accounts))]
-    if grid:
-        heights.append(_levels_height(len(grid)))
-    figure = new_figure(8.4, sum(heights))
+    heights = [_memory_height(len(accounts)), *([_levels_height(grid)] if grid else [])]
+    figure = new_figure(_WIDTH, sum(heights))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_memory(parts[0], accounts, budget_bytes)
+    _draw_memory(parts[0], accounts, budget_bytes, title)
     if grid:
-        _draw_levels(parts[1], grid, "Fold levels")
+        _draw_levels(
+            parts[1],
+            grid,
+            "Fold level of each matrix: 2^level columns share one optimizer state; 0 is Adam",
+        )
     return figure
 
 
-def _levels_height(num_layers: int) -> float:
-    return min(11.0, 2.0 + 0.28 * max(6, num_layers))
+def draw_memory(
+    accounts: Mapping[str, Account],
+    budget_bytes: int | None,
+    title: str = "Predicted peak memory of each device",
+) -> Figure:
+    """Draw the terms of each peak as a stacked bar, against the budget.
+
+    Args:
+        accounts: One or more, by label, from top to bottom.
+        budget_bytes: The budget; None if there is none.
+        title: The heading.
+    """
+    figure = new_figure(_WIDTH, _memory_height(len(accounts)))
+    _draw_memory(figure, accounts, budget_bytes, title)
+    return figure
+
+
+def draw_levels(grid: Mapping[int, Mapping[str, int]], title: str) -> Figure:
+    """Draw the level of every matrix as a heat map, roles by layers.
+
+    Args:
+        grid: Level by layer and role; what is missing is not folded.
+        title: Whose levels they are.
+    """
+    figure = new_figure(_WIDTH, _levels_height(grid))
+    _draw_levels(figure, grid, title)
+    return figure
+
+
+# ---- memory
+
+
+def _memory_height(num_bars: int) -> float:
+    return 1.6 + 0.9 * num_bars
+
+
+def _draw_memory(
+    figure: Figure | SubFigure,
+    accounts: Mapping[str, Account],
+    budget_bytes: int | None,
+    title: str,
+) -> None:
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    axes = figure.add_subplot()
+    longest = max(account.peak_bytes for account in accounts.values())
+    is_drawn = budget_bytes is not None and budget_bytes <= _MAX_BUDGET_RATIO * longest
+    # Each bar leaves room at its right for its total.
+    width = max(1.28 * longest, 1.04 * (budget_bytes or 0) if is_drawn else 0)
+    unlabelled = set[str]()
+    for row, account in enumerate(accounts.values()):
+        unlabelled |= _draw_bar(axes, row, account, width)
+        _write_total(axes, row, account.peak_bytes, budget_bytes)
+    axes.set_xlim(0, width)
+    axes.set_ylim(len(accounts) - 0.5, -0.5)
+    axes.set_yticks(range(len(accounts)), list(accounts), fontsize=11)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(int(value))))
+    axes.spines[["top", "right"]].set_visible(False)
+    if budget_bytes is not None:
+        _draw_budget(axes, budget_bytes, width if is_drawn else None, longest)
+    handles = [
+        Patch(color=colour, label=TERM_NAMES[term])
+        for term, colour in _TERM_COLOURS.items()
+        if term in unlabelled
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9.5)
+
+
+def _draw_bar(axes: Axes, row: int, account: Account, width: float) -> set[str]:
+    """Draw the terms side by side, each with its name if there is room; return the others."""
+    unlabelled = set[str]()
+    left = 0
+    for term, colour in _TERM_COLOURS.items():
+        num_bytes = account.breakdown[term]
+        centre, share = left + num_bytes / 2, num_bytes / width
+        left += num_bytes
+        axes.barh(row, num_bytes, height=0.7, left=left - num_bytes, color=colour, ec="white")
+        name = TERM_NAMES[term]
+        if len(name) * _LETTER_WIDTH > share:
+            name = name.replace(" ", "\n", 1)
+        if max(map(len, name.split("\n"))) * _LETTER_WIDTH <= share:
+            axes.text(
+                centre,
+                row,
+                f"{name}\n{_short(num_bytes)}",
+                ha="center",
+                va="center",
+                color=text_colour_on(colour),
+                # Keeps the budget line from crossing the text.
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+                zorder=5,
+            )
+        elif share > 1e-3:
+            unlabelled.add(term)
+    return unlabelled
+
+
+def _write_total(axes: Axes, row: int, peak_bytes: int, budget_bytes: int | None) -> None:
+    """Write the peak to the right of its bar, and whether it is within the budget."""
+    total, colour = _short(peak_bytes), "black"
+    if budget_bytes is not None and peak_bytes > budget_bytes:
+        total, colour = f"{total}\n{_short(peak_bytes - budget_bytes)} over", RED
+    elif budget_bytes is not None:
+        total = f"{total}\nfits"
+    axes.annotate(
+        total,
+        (peak_bytes, row),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=11,
+        fontweight="bold",
+        color=colour,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )
+
+
+def _draw_budget(axes: Axes, budget_bytes: int, width: float | None, longest: int) -> None:
+    """Draw the budget as a line; without a width, only name it at the right edge."""
+    text, place, align = f"budget {_short(budget_bytes)}", float(budget_bytes), "center"
+    if width is None:
+        text += f", {budget_bytes / longest:.0f} times the longest bar (not drawn)"
+        place, align = axes.get_xlim()[1], "right"
+    else:
+        axes.axvline(budget_bytes, color="black", linestyle="--", linewidth=1.8)
+        if budget_bytes > 0.9 * width:
+            align = "right"
+    axes.text(
+        place,
+        1.02,
+        text,
+        transform=axes.get_xaxis_transform(),
+        ha=align,
+        va="bottom",
+        fontsize=11,
+        fontweight="bold",
+    )
+
+
+def _short(num_bytes: int) -> str:
+    """Format bytes with three digits, which is what a plot can show."""
+    number, unit = format_bytes(num_bytes).split()
+    return f"{float(number):.3g} {unit}" if float(number) < 999.5 else f"{number} {unit}"
+
+
+# ---- levels
+
+
+def _levels_height(grid: Mapping[int, Mapping[str, int]]) -> float:
+    return 2.9 if len(grid) > _MAX_LAYERS_WITH_VALUES else 2.6
 
 
 def _draw_levels(
@@ -76,116 +231,48 @@ def _draw_levels(
 ) -> None:
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11)
-    most = max([_MAX_LEVEL, *(level for row in grid.values() for level in row.values())])
-    palette = ListedColormap(colormaps["viridis"](np.linspace(0, 1, most + 1)))
+    axes.set_yticks(range(len(ROLES)), ROLES)
+    axes.set_xlabel("layer")
+    axes.tick_params(which="both", length=0)
     layers = sorted(grid)
-    values = [[grid[layer].get(role, math.nan) for role in ROLES] for layer in layers]
-    axes.set_xticks(range(len(ROLES)), ROLES)
-    if values:
-        image = axes.imshow(
-            values,
-            aspect="auto",
-            interpolation="nearest",
-            cmap=palette,
-            norm=BoundaryNorm([level - 0.5 for level in range(most + 2)], most + 1),
-        )
-        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 14 / len(layers)))
-        bar.set_ticks(range(most + 1))
-        bar.set_label("fold level")
-        bar.ax.tick_params(which="both", length=0)
-    stride = 1 if len(layers) <= 40 else 4
-    axes.set_yticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
-    axes.set_ylabel("layer")
+    if not layers:
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, "no matrix is folded", ha="center", transform=axes.transAxes)
+        return
+    values = [[grid[layer].get(role, math.nan) for layer in layers] for role in ROLES]
+    max_level = max(_MAX_LEVEL, *(level for row in grid.values() for level in row.values()))
+    palette = ListedColormap(colormaps["viridis"](np.linspace(0, 1, max_level + 1)))
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=palette,
+        norm=BoundaryNorm([level - 0.5 for level in range(max_level + 2)], max_level + 1),
+    )
+    stride = 1 if len(layers) <= 16 else 4
+    axes.set_xticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
     # Thin white lines keep neighbours of equal level apart.
-    axes.set_xticks([x - 0.5 for x in range(1, len(ROLES))], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(1, len(layers))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
+    axes.set_xticks([x - 0.5 for x in range(1, len(layers))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(ROLES))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="both", length=0)
     if len(layers) <= _MAX_LAYERS_WITH_VALUES:
         _print_values(axes, values, palette)
-
-
-def draw_memory(accounts: Mapping[str, Account], budget_bytes: int) -> Figure:
-    """Draw the terms of each peak as a stacked bar, against the budget.
-
-    Args:
-        accounts: By label, from top to bottom; one or more.
-        budget_bytes: The budget.
-    """
-    figure = new_figure(8.4, _memory_height(len(accounts)))
-    _draw_memory(figure, accounts, budget_bytes)
-    return figure
-
-
-def _memory_height(num_bars: int) -> float:
-    return 2.3 + 0.75 * num_bars
-
-
-def _draw_memory(
-    figure: Figure | SubFigure, accounts: Mapping[str, Account], budget_bytes: int | None
-) -> None:
-    figure.suptitle("Predicted peak memory of one device", fontsize=12)
-    axes = figure.add_subplot()
-    peaks = {label: account.peak_bytes for label, account in accounts.items()}
-    longest = max(peaks.values())
-    is_drawn = budget_bytes is not None and budget_bytes <= _LONGEST_BUDGET * longest
-    width = 1.04 * (max(longest, budget_bytes or 0) if is_drawn else longest)
-    used: dict[str, None] = {}
-    for row, account in enumerate(accounts.values()):
-        left = 0
-        for term, num_bytes in account.breakdown.items():
-            if num_bytes:
-                used[term] = None
-                _segment(axes, row, left, num_bytes, term, width)
-            left += num_bytes
-    axes.set_xlim(0, width)
-    axes.set_ylim(len(accounts) - 0.5, -0.5)
-    names = [f"{label}\n{format_bytes(peak)}" for label, peak in peaks.items()]
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(int(value))))
-    axes.spines[["top", "right"]].set_visible(False)
-    if budget_bytes is not None:
-        budget = f"budget {format_bytes(budget_bytes)}"
-        if is_drawn:
-            axes.axvline(budget_bytes, color="black", linestyle="--", linewidth=1.5)
-        else:
-            budget += f", {budget_bytes / longest:.0f} times the longest bar: not drawn"
-        # Wherever the line is, the text ends there: it is never cut off at the right.
-        end = budget_bytes if is_drawn else width
-        axes.text(end, 1.02, budget, transform=axes.get_xaxis_transform(), ha="right", va="bottom")
-    axes.legend(
-        handles=[Patch(color=_TERM_COLOURS[term], label=term.replace("_", " ")) for term in used],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
-        ncols=4,
-        frameon=False,
-    )
+    else:
+        bar = figure.colorbar(image, ax=axes, label="fold level", ticks=range(max_level + 1))
+        bar.ax.tick_params(which="both", length=0)
 
 
 def _print_values(axes: Axes, values: list[list[float]], palette: ListedColormap) -> None:
     for row, levels in enumerate(values):
         for column, level in enumerate(levels):
-            folds = not math.isnan(level)
-            ink = ink_on(palette(int(level))) if folds else "black"
-            text = str(level) if folds else "-"
-            axes.text(column, row, text, ha="center", va="center", color=ink)
-
-
-def _segment(axes: Axes, row: int, left: int, num_bytes: int, term: str, width: float) -> None:
-    colour = _TERM_COLOURS[term]
-    axes.barh(row, num_bytes, left=left, height=0.6, color=colour, edgecolor="white", linewidth=0.5)
-    if num_bytes > 0.105 * width:
-        axes.text(
-            left + num_bytes / 2,
-            row,
-            format_bytes(num_bytes),
-            ha="center",
-            va="center",
-            fontsize=9,
-            color=ink_on(colour),
-            # Keeps the line of the budget from crossing the digits.
-            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
-            zorder=5,
-        )
+            is_folded = not math.isnan(level)
+            axes.text(
+                column,
+                row,
+                str(level) if is_folded else "-",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=text_colour_on(palette(int(level))) if is_folded else "black",
+            )

@@ -1,13 +1,14 @@
-"""One plan for people and for scripts: memory, memory options and levels, as a table or as JSON."""
+"""A plan as `plan` prints it: memory, memory options and fold levels, as a table or as JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from types import MappingProxyType
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,78 +20,39 @@ from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.units import at_least, format_bytes
 from tuner.planning.planner import NearbyBudget, mean_level
 
-
-def tensor_table(holdings: Sequence[Holding], most: int) -> Table:
-    """Lay the largest tensors out for the terminal, and the rest as one row.
-
-    Args:
-        holdings: All of them, the most bytes first.
-        most: How many rows to show.
-    """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("largest tensors", justify="right", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("made by", overflow="fold")
-    for holding in holdings[:most]:
-        origin = holding.origin
-        kind = f"{_shape(origin.shape)} {_dtype(holding)}"
-        table.add_row(
-            format_bytes(holding.num_bytes),
-            f"{holding.count} x {format_bytes(holding.size)}",
-            f"{origin.made_by}\n{holding.term.replace('_', ' ')}, {origin.phase}: {kind}",
-        )
-    rest = holdings[most:]
-    if rest:
-        table.add_section()
-        num_bytes = sum(holding.num_bytes for holding in rest)
-        table.add_row(format_bytes(num_bytes), "", f"{len(rest)} kinds more")
-    return table
-
-
-def tensors_as_json(holdings: Sequence[Holding], most: int) -> list[dict[str, object]]:
-    """Give the largest tensors as JSON has them.
-
-    Args:
-        holdings: All of them, the most bytes first.
-        most: How many to give.
-    """
-    return [
-        {
-            "bytes": holding.num_bytes,
-            "count": holding.count,
-            "term": holding.term,
-            "made_by": holding.origin.made_by,
-            "phase": holding.origin.phase,
-            "shape": list(holding.origin.shape),
-            "dtype": _dtype(holding),
-        }
-        for holding in holdings[:most]
-    ]
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
-
-
-def _dtype(holding: Holding) -> str:
-    return str(holding.origin.dtype).removeprefix("torch.")
-
-
 SCHEMA = "foam-lightning/plan/3"
-BREAKDOWN = (*TERMS, "context", "margin")
+# The terms of an account in the order of the tables, and what people call them.
+TERM_NAMES = {term: term.replace("_", " ") for term in (*TERMS, "context", "margin")} | {
+    "loss": "logits and loss",
+    "workspace": "temporary buffers",
+    "context": "CUDA context",
+    "margin": "allocator overhead",
+}
 
-# The fields of `Memory options` in one row of the table of memory options.
-_PRICED = {
-    "micro-batch": ("accumulate_grad_batches",),
+# The fields of `MemoryOptions` that share a row of the table.
+_OPTION_ROWS = {
+    "batch": ("accumulate_grad_batches",),
     "chunked loss": ("chunked_loss",),
     "activation checkpointing": ("activation_checkpointing", "selective_checkpointing"),
     "gradient release": ("gradient_release",),
-    "state": ("state_dtype", "state_offload"),
+    "optimizer state": ("state_dtype", "state_offload"),
 }
-_BAR_WIDTH = 24
-# Of the budget; a plan below chose its levels for their loss.
+_MAX_BAR_WIDTH = 24
+# Columns that a table needs: memory without its bars, options with their costs, tensors.
+_MEMORY_WIDTH, _OPTIONS_WIDTH, _TENSORS_WIDTH = 46, 76, 72
+# A plan that leaves more than a tenth of the budget is not short of memory.
 _NEARLY_ALL = 0.9
 _Grid = dict[int, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class _ByWidth:
+    """What is laid out anew for each width of the terminal."""
+
+    build: Callable[[int], RenderableType]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.build(options.max_width)
 
 
 def plan_table(
@@ -106,29 +68,35 @@ def plan_table(
     Args:
         plan: The plan.
         account: Its predicted peak.
-        budget_bytes: The budget, None where none was given.
-        minimum_bytes: The smallest budget that works, None where it was not looked for.
-        nearby_budgets: The plans of budgets near this one.
-        option_costs: What pulled memory options cost, by field of `Memory options`.
+        budget_bytes: The budget; None if there is none.
+        minimum_bytes: The smallest budget that works; None if it is not known.
+        nearby_budgets: The plans of slightly larger and smaller budgets.
+        option_costs: The speed that the memory options in use cost, by field of `MemoryOptions`.
     """
-    parts: list[RenderableType] = [_memory_table(account)]
-    parts += [Text(line) for line in _verdict(account, budget_bytes, minimum_bytes)]
-    parts += [Text(line) for line in _what_binds(plan, account, budget_bytes)]
-    parts += [Text(_describe_nearby_budget(neighbour, plan)) for neighbour in nearby_budgets]
-    memory_options = Table.grid(padding=(0, 2))
-    for name, value in _options_in_words(plan.memory_options).items():
-        paid = (option_costs[field] for field in _PRICED[name] if field in option_costs)
-        memory_options.add_row(name, value, "; ".join(paid))
-    parts += [Text(), memory_options, Text()]
+    lines = [
+        *_budget_in_words(account, budget_bytes, minimum_bytes),
+        *_largest_term_in_words(plan, account, budget_bytes),
+        *(_nearby_budget_in_words(nearby, plan) for nearby in nearby_budgets),
+    ]
+    parts: list[RenderableType] = [
+        *([Text(f"\nMemory on each of {account.devices} devices:")] * (account.devices > 1)),
+        _ByWidth(lambda width: _memory_table(account, width)),
+        *map(Text, lines),
+        Text(),
+        _ByWidth(lambda width: _options_table(plan.memory_options, option_costs, width)),
+        Text(),
+    ]
     rows = level_rows(plan.levels)
     if rows:
-        grid = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("level in layers", *ROLES):
-            grid.add_column(column, justify="left" if column not in ROLES else "right")
+        grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for column in ("layers", *ROLES):
+            grid.add_column(
+                column, justify="left" if column not in ROLES else "right", no_wrap=True
+            )
         for row in rows:
             grid.add_row(*row)
-        parts.append(grid)
-    parts += [Text(line) for line in describe_levels(plan.levels)]
+        parts += [Text("Fold level by layer and matrix:"), grid]
+    parts += map(Text, describe_levels(plan.levels))
     return Group(*parts)
 
 
@@ -145,10 +113,10 @@ def plan_json(
     Args:
         plan: The plan, whether it fits or not.
         account: Its predicted peak.
-        budget_bytes: The budget, None where none was given: then everything is feasible.
-        minimum_bytes: The smallest budget that works, None where it was not looked for.
-        nearby_budgets: The plans of budgets near this one; without any the key is left out.
-        tensors: The largest tensors, as `tensor_view` gives them; the same.
+        budget_bytes: The budget; None if there is none, and then every plan is feasible.
+        minimum_bytes: The smallest budget that works; None if it is not known.
+        nearby_budgets: The plans of slightly larger and smaller budgets; none leaves the key out.
+        tensors: The largest tensors, from `tensors_as_json`; none leaves the key out.
     """
     content: dict[str, object] = {
         "schema": SCHEMA,
@@ -157,19 +125,76 @@ def plan_json(
         "predicted_peak_bytes": account.peak_bytes,
         "minimum_budget_bytes": None if minimum_bytes is None else int(minimum_bytes),
         "binding": account.binding,
-        "breakdown": {term: account.breakdown[term] for term in BREAKDOWN},
+        "breakdown": {term: account.breakdown[term] for term in TERM_NAMES},
         "memory_options": asdict(plan.memory_options),
         "levels": dict(plan.levels),
     }
     if account.devices > 1:
         content["devices"] = account.devices
     if nearby_budgets:
-        content["nearby_budgets"] = [
-            _nearby_budget_to_json(neighbour) for neighbour in nearby_budgets
-        ]
+        content["nearby_budgets"] = [_nearby_budget_as_json(nearby) for nearby in nearby_budgets]
     if tensors:
         content["tensors"] = list(tensors)
     return json.dumps(content, indent=2)
+
+
+def tensor_table(holdings: Sequence[Holding], max_rows: int) -> RenderableType:
+    """Lay the largest tensors out for the terminal, and the rest as one row.
+
+    Args:
+        holdings: All tensors at the peak, largest first.
+        max_rows: How many to show.
+    """
+    rows = []
+    for holding in holdings[:max_rows]:
+        origin = holding.origin
+        shape = " x ".join(map(str, origin.shape)) or "scalar"
+        kind = f"{TERM_NAMES[holding.term]}, {origin.phase}: {shape} {_dtype(holding)}"
+        sizes = format_bytes(holding.num_bytes), f"{holding.count} x {format_bytes(holding.size)}"
+        rows.append((*sizes, f"{origin.made_by}\n{kind}"))
+    rest = holdings[max_rows:]
+    if rest:
+        num_bytes = sum(holding.num_bytes for holding in rest)
+        rows.append((format_bytes(num_bytes), "", f"{len(rest)} more kinds of tensor"))
+
+    def build(width: int) -> RenderableType:
+        if width < _TENSORS_WIDTH:
+            lines = (f"{total}  {each}\n{kind}" for total, each, kind in rows)
+            return Group("\nlargest tensors", *map(Text, lines))
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("largest tensors", justify="right", no_wrap=True)
+        table.add_column("", justify="right", no_wrap=True)
+        table.add_column("made by", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    return _ByWidth(build)
+
+
+def tensors_as_json(holdings: Sequence[Holding], max_tensors: int) -> list[dict[str, object]]:
+    """Give the largest tensors as `plan_json` takes them.
+
+    Args:
+        holdings: All tensors at the peak, largest first.
+        max_tensors: How many to give.
+    """
+    return [
+        {
+            "bytes": holding.num_bytes,
+            "count": holding.count,
+            "term": holding.term,
+            "made_by": holding.origin.made_by,
+            "phase": holding.origin.phase,
+            "shape": list(holding.origin.shape),
+            "dtype": _dtype(holding),
+        }
+        for holding in holdings[:max_tensors]
+    ]
+
+
+def _dtype(holding: Holding) -> str:
+    return str(holding.origin.dtype).removeprefix("torch.")
 
 
 def level_grid(levels: Mapping[str, int]) -> tuple[_Grid, dict[str, int]]:
@@ -179,7 +204,7 @@ def level_grid(levels: Mapping[str, int]) -> tuple[_Grid, dict[str, int]]:
         levels: By parameter name.
 
     Returns:
-        The level by layer and role, and apart, by name, of what has no such place.
+        The levels by layer and role, and by name those of parameters outside the layers.
     """
     grid: _Grid = {}
     elsewhere: dict[str, int] = {}
@@ -193,13 +218,13 @@ def level_grid(levels: Mapping[str, int]) -> tuple[_Grid, dict[str, int]]:
 
 
 def level_rows(levels: Mapping[str, int]) -> list[list[str]]:
-    """Give the grid as text, neighbouring layers that are equal as one row: "0-11".
+    """Give the grid as text; consecutive layers with equal levels share a row, "0-11".
 
     Args:
         levels: By parameter name.
 
     Returns:
-        Rows of the layers and a cell per role; none if a single level says it all.
+        Rows of the layers and a cell for each of `ROLES`; none if all levels are equal.
     """
     if len(set(levels.values())) < 2:
         return []
@@ -215,62 +240,74 @@ def level_rows(levels: Mapping[str, int]) -> list[list[str]]:
 
 
 def describe_levels(levels: Mapping[str, int]) -> list[str]:
-    """Say in lines what the rows of `level_rows` do not.
+    """Describe in lines the levels that `level_rows` leaves out.
 
     Args:
         levels: By parameter name.
     """
     if not levels:
-        return ["No matrix folds."]
+        return ["The model has no matrix to fold."]
     if len(set(levels.values())) == 1:
         level = next(iter(levels.values()))
-        meaning = f"{2**level} columns share their state" if level else "the state is Adam's"
+        meaning = f"{2**level} columns share one optimizer state" if level else "Adam"
         return [f"Every matrix at level {level}: {meaning}."]
     _, elsewhere = level_grid(levels)
     return [f"{name} at level {level}" for name, level in sorted(elsewhere.items())]
 
 
 def option_changes(memory_options: MemoryOptions, others: MemoryOptions) -> list[str]:
-    """Say what other memory options are, where they differ: ["micro-batch 1 x 8 accumulated"].
+    """Describe the memory options that differ: ["activation checkpointing on"].
 
     Args:
         memory_options: What to compare with.
-        others: What to name.
+        others: What to describe.
     """
     before, after = _options_in_words(memory_options), _options_in_words(others)
     return [f"{name} {value}" for name, value in after.items() if value != before[name]]
 
 
-def _memory_table(account: Account) -> Table:
+def _memory_table(account: Account, width: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    each = f", on each of {account.devices} devices" if account.devices > 1 else ""
-    table.add_column(f"memory at the peak{each}")
-    table.add_column("bytes", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("", width=_BAR_WIDTH)
+    table.add_column("memory at the peak")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    bar_width = min(_MAX_BAR_WIDTH, width - _MEMORY_WIDTH)
     largest = max(account.breakdown.values())
-    for term in BREAKDOWN:
-        share = account.breakdown[term] / account.peak_bytes
-        table.add_row(
-            term.replace("_", " "),
-            format_bytes(account.breakdown[term]),
-            f"{share:.1%}",
-            "#" * round(_BAR_WIDTH * account.breakdown[term] / largest),
-        )
+    if bar_width > 0:
+        table.add_column("", width=bar_width)
+    for term, name in TERM_NAMES.items():
+        num_bytes = account.breakdown[term]
+        row = [name, format_bytes(num_bytes), f"{num_bytes / account.peak_bytes:.1%}"]
+        table.add_row(*row, *(["#" * round(bar_width * num_bytes / largest)] * (bar_width > 0)))
     table.add_section()
-    table.add_row("predicted peak", format_bytes(account.peak_bytes), "100.0%", "")
+    table.add_row("predicted peak", format_bytes(account.peak_bytes), "100.0%")
     return table
 
 
-def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | None) -> list[str]:
+def _options_table(
+    memory_options: MemoryOptions, option_costs: Mapping[str, str], width: int
+) -> RenderableType:
+    """Lay out each option with its value and cost; a narrow terminal gets a line for each cost."""
+    table = Table.grid(padding=(0, 2))
+    lines: list[RenderableType] = []
+    for name, value in _options_in_words(memory_options).items():
+        costs = [option_costs[field] for field in _OPTION_ROWS[name] if field in option_costs]
+        table.add_row(name, value, "; ".join(costs))
+        lines += [Text(f"{name}: {value}"), *(Padding(cost, (0, 0, 0, 2)) for cost in costs)]
+    return table if width >= _OPTIONS_WIDTH else Group(*lines)
+
+
+def _budget_in_words(
+    account: Account, budget_bytes: int | None, minimum_bytes: int | None
+) -> list[str]:
     lines = []
     if budget_bytes is not None:
         left = budget_bytes - account.peak_bytes
         budget = format_bytes(budget_bytes)
         lines.append(
-            f"Fits the budget of {budget}, with {format_bytes(left)} left."
+            f"Fits the budget of {budget} with {format_bytes(left)} to spare."
             if left >= 0
-            else f"Does not fit the budget of {budget}: {format_bytes(-left)} more are needed."
+            else f"Does not fit the budget of {budget}: it needs {format_bytes(-left)} more."
         )
     if minimum_bytes is not None:
         # Rounded up, so that it works.
@@ -278,67 +315,64 @@ def _verdict(account: Account, budget_bytes: int | None, minimum_bytes: int | No
     return lines
 
 
-def _what_binds(plan: FoldPlan, account: Account, budget_bytes: int | None) -> list[str]:
-    """Say what the memory goes to, and where it is short, what of it the user can change."""
-    terms = account.breakdown
+def _largest_term_in_words(plan: FoldPlan, account: Account, budget_bytes: int | None) -> list[str]:
+    """Say what takes most memory, and where it is short, which settings free some."""
+    terms, options = account.breakdown, plan.memory_options
     largest, state = account.binding, terms["optimizer_state"]
-    line = f"The largest term is {largest.replace('_', ' ')} ({format_bytes(terms[largest])})"
+    line = f"Most memory goes to {TERM_NAMES[largest]} ({format_bytes(terms[largest])})"
     if largest != "optimizer_state" and state:
-        line += f"; levels change only the optimizer state ({format_bytes(state)})"
-    memory_options, lines = plan.memory_options, [f"{line}."]
+        line += f"; fold levels change only the optimizer state ({format_bytes(state)})"
+    lines = [f"{line}."]
     is_short = budget_bytes is not None and account.peak_bytes > _NEARLY_ALL * budget_bytes
-    if is_short and any(plan.levels.values()) and not memory_options.state_offload:
+    if is_short and any(plan.levels.values()) and not options.state_offload:
         # With gradient release a step is one micro-batch.
-        setting = "batch_size" if memory_options.gradient_release else "micro_batch_size"
-        size = memory_options.micro_batch_size
+        setting = "batch_size" if options.gradient_release else "micro_batch_size"
+        size = options.micro_batch_size
         smaller = f"data.{setting} (now {size}) or " if size > 1 else ""
-        passing = format_bytes(terms["activations"] + terms["loss"])
+        freed = format_bytes(terms["activations"] + terms["loss"])
         lines.append(
-            f"Room for lower levels or fewer memory options: up to {passing} of activations and "
-            "loss, by "
-            f"a smaller {smaller}data.sequence_length; all terms, by a smaller model."
+            f"To fold less, free memory: lower {smaller}data.sequence_length (up to {freed}), "
+            "or use a smaller model."
         )
     return lines
 
 
-def _describe_nearby_budget(neighbour: NearbyBudget, plan: FoldPlan) -> str:
-    direction = "more" if neighbour.percent > 0 else "less"
-    start = (
-        f"With {format_bytes(neighbour.budget_bytes)} ({abs(neighbour.percent)} % {direction}): "
-    )
-    if neighbour.plan is None:
+def _nearby_budget_in_words(nearby: NearbyBudget, plan: FoldPlan) -> str:
+    start = f"With {format_bytes(nearby.budget_bytes)} ({nearby.percent:+d} %): "
+    if nearby.plan is None:
         return f"{start}nothing fits."
-    changes = option_changes(plan.memory_options, neighbour.plan.memory_options)
-    mean, other = f"{mean_level(plan):.2f}", f"{mean_level(neighbour.plan):.2f}"
+    changes = option_changes(plan.memory_options, nearby.plan.memory_options)
+    mean, other = f"{mean_level(plan):.2f}", f"{mean_level(nearby.plan):.2f}"
     if mean != other:
         changes.insert(0, f"mean level {other} instead of {mean}")
-    return start + (", ".join(changes) or "nothing changes") + "."
+    return start + ("; ".join(changes) or "no change") + "."
 
 
-def _nearby_budget_to_json(neighbour: NearbyBudget) -> dict[str, object]:
-    plan = neighbour.plan
+def _nearby_budget_as_json(nearby: NearbyBudget) -> dict[str, object]:
+    plan = nearby.plan
     return {
-        "percent": neighbour.percent,
-        "budget_bytes": neighbour.budget_bytes,
+        "percent": nearby.percent,
+        "budget_bytes": nearby.budget_bytes,
         "feasible": plan is not None,
-        "predicted_peak_bytes": neighbour.peak_bytes,
+        "predicted_peak_bytes": nearby.peak_bytes,
         "mean_level": None if plan is None else mean_level(plan),
         "memory_options": None if plan is None else asdict(plan.memory_options),
     }
 
 
-def _options_in_words(memory_options: MemoryOptions) -> dict[str, str]:
-    checkpointing = _on_off(memory_options.activation_checkpointing)
-    if memory_options.selective_checkpointing:
-        checkpointing = "selective"
+def _options_in_words(options: MemoryOptions) -> dict[str, str]:
+    num_parts = options.accumulate_grad_batches
+    in_parts = f" as {num_parts} micro-batches of {options.micro_batch_size}"
+    checkpointing = _on_off(options.activation_checkpointing)
     return {
-        "micro-batch": f"{memory_options.micro_batch_size} x "
-        f"{memory_options.accumulate_grad_batches} accumulated",
-        "chunked loss": _on_off(memory_options.chunked_loss),
-        "activation checkpointing": checkpointing,
-        "gradient release": _on_off(memory_options.gradient_release),
-        "state": memory_options.state_dtype
-        + (", in host memory" if memory_options.state_offload else ""),
+        "batch": f"{options.batch_size}{in_parts if num_parts > 1 else ', no accumulation'}",
+        "chunked loss": _on_off(options.chunked_loss),
+        "activation checkpointing": (
+            "selective" if options.selective_checkpointing else checkpointing
+        ),
+        "gradient release": _on_off(options.gradient_release),
+        "optimizer state": options.state_dtype
+        + (" in host memory" if options.state_offload else ""),
     }
 
 

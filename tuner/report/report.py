@@ -1,4 +1,4 @@
-"""The report of a search: what it came to, what was run, and what the winner costs."""
+"""The report of a search, `report.md`: the verdict, the runs it rests on, and the chosen plan."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from foam_lightning.units import format_bytes
 from tuner.planning.scales import describe_scales, scale_rows
 from tuner.report.ablation import Ablation, ablations
 from tuner.report.plan_plots import draw_levels, draw_memory
-from tuner.report.plan_table import BREAKDOWN, describe_levels, level_grid, level_rows
+from tuner.report.plan_table import TERM_NAMES, describe_levels, level_grid, level_rows
 from tuner.report.result_plots import draw_ablation, draw_curves, draw_losses
 from tuner.report.style import save
 from tuner.trials.results import Candidate, SearchResult
@@ -29,46 +29,46 @@ def write_report(
     adam_account: Account | None,
     budget_bytes: int,
 ) -> dict[str, Path]:
-    """Write `report.md` and its pictures; equal outcomes give equal files.
+    """Write `report.md` and its plots; the same search result gives the same files.
 
     Args:
-        folder: Exists already.
+        folder: Where to; it exists.
         search_result: What tuning found.
-        verdict: What it comes to, in one line, to begin with.
-        account: The predicted peak of the winner.
-        adam_account: That of level 0 everywhere with the same memory options, whether it fits or
-            not.
+        verdict: The result in a few sentences, to begin with.
+        account: The predicted peak of the chosen plan.
+        adam_account: The predicted peak of Adam with the same memory options, whether it fits or
+            not; None leaves it out.
         budget_bytes: The budget.
 
     Returns:
-        The pictures by name: "losses", "levels" and "memory", and where there is something to
-        show, "curves" and "worth".
+        The plots by name: "losses", "levels" and "memory", and where there is something to show,
+        "curves" and "ablation".
     """
     winner = search_result.winner
-    accounts = {f"winner: {winner.label}": account}
+    accounts = {f"{winner.label},\nchosen": account}
     if adam_account is not None and winner.kind != "reference":
-        accounts = {"Adam (level 0)": adam_account, **accounts}
+        accounts = {"Adam, same\nmemory options": adam_account, **accounts}
     grid, _ = level_grid(winner.plan.levels)
     found = ablations(search_result)
-    drawn: dict[str, Figure | None] = {
+    figures: dict[str, Figure | None] = {
         "losses": draw_losses(search_result),
         "curves": draw_curves(search_result),
-        "worth": draw_ablation(found),
-        "levels": draw_levels(grid, f"Fold levels of the winner: {winner.label}"),
+        "ablation": draw_ablation(found),
+        "levels": draw_levels(grid, f"Fold levels of the chosen plan: {winner.label}"),
         "memory": draw_memory(accounts, budget_bytes),
     }
-    paths = {name: folder / f"{name}.png" for name, picture in drawn.items() if picture}
-    for name, path in paths.items():
-        picture = drawn[name]
-        assert picture is not None
-        save(picture, path)
+    paths = {}
+    for name, figure in figures.items():
+        if figure is not None:
+            paths[name] = folder / f"{name}.png"
+            save(figure, paths[name])
+    reason = search_result.reason
     sections = [
-        "# Tuning "
-        f"report\n\n{verdict}\n\n{search_result.reason[0].upper()}{search_result.reason[1:]}.",
+        f"# Tuning report\n\n{verdict}\n\n{reason[0].upper()}{reason[1:]}.",
         *_finals_section(search_result),
         *(_curves_section(search_result.baseline) if "curves" in paths else []),
-        *(_ablation_section(found) if "worth" in paths else []),
-        *_runs_section(search_result),
+        *(_ablation_section(found) if "ablation" in paths else []),
+        *_trials_section(search_result),
         *_levels_section(winner),
         *_scales_section(winner),
         *_memory_section(accounts, budget_bytes),
@@ -82,91 +82,89 @@ def write_report(
 
 def _finals_section(search_result: SearchResult) -> list[str]:
     winner, baseline = search_result.winner, search_result.baseline
+    compared_with = [winner] if winner is baseline else [winner, baseline]
     rows = []
     for candidate in sorted(search_result.finalists, key=lambda c: _finite_or_last(c.loss)):
         rows.append(
             [
                 f"**{candidate.label}**" if candidate is winner else candidate.label,
-                _share_in_words(candidate.state_bytes, search_result.adam_state_bytes),
+                _state_in_words(candidate.state_bytes, search_result.adam_state_bytes),
                 str(len(candidate.runs)),
                 _loss_in_words(candidate.loss),
                 *(
                     "-" if candidate is other else _difference_in_words(candidate.against(other))
-                    for other in _ends(winner, baseline)
+                    for other in compared_with
                 ),
                 f"{candidate.plan.lr:g}",
                 describe_scales(candidate.plan),
             ]
         )
     run = winner.runs[0]
-    columns = [f"above {'the winner' if c is winner else c.label}" for c in _ends(winner, baseline)]
-    return [
-        f"## Finals\n\n{search_result.budget.final_steps} steps each on other seeds than the "
-        "search; "
-        f"evaluated on {sum(run.num_tokens)} tokens in {len(run.num_tokens)} batches. The winner "
-        "is in bold.",
-        _markdown_table(
-            ["plan", "state of the matrices", "seeds", "loss", *columns, "lr", "scales"], rows
-        ),
-        "The learning rate is that of the full run; shorter ones run with it corrected for their "
-        "length. A difference is paired (same weights at the start, same batches, the seeds that "
-        "both ran on), in nats per token; above zero the plan of the row is worse. Its 95 % "
-        f"interval holds the spread over evaluation batches and a fixed deviation of "
-        f"{SEED_DEVIATION:g} from one seed to the next.",
-        "![Loss against bytes, short runs and finals](losses.png)",
+    columns = [
+        f"vs. {'the chosen plan' if other is winner else other.label}" for other in compared_with
     ]
-
-
-def _ends(winner: Candidate, baseline: Candidate) -> list[Candidate]:
-    """List what the finals are compared with, each once."""
-    return [winner] if winner is baseline else [winner, baseline]
+    return [
+        f"## Finals\n\nRuns of {search_result.budget.final_steps} steps on seeds that the search "
+        f"did not use, evaluated on {sum(run.num_tokens)} tokens in {len(run.num_tokens)} batches. "
+        "The chosen plan is in bold.",
+        _markdown_table(
+            ["plan", "optimizer state", "seeds", "validation loss", *columns, "lr", "scales"], rows
+        ),
+        "Optimizer state is that of the matrices that FOAM folds. Losses are in nats per token. "
+        "Differences are paired (same initial weights, same batches, seeds that both ran on); "
+        "above zero, the plan of the row is worse. The 95 % interval covers the spread over "
+        f"evaluation batches and a fixed standard deviation of {SEED_DEVIATION:g} nats between "
+        "seeds. The learning rate is that of the full run; shorter runs use one corrected for "
+        "their length. Split-lr Adam is AdamW whose matrices train at scale times lr, like FOAM.",
+        "![Validation loss against optimizer state](losses.png)",
+    ]
 
 
 def _curves_section(baseline: Candidate) -> list[str]:
     return [
-        f"## Along the run\n\nTraining loss of every finalist minus that of {baseline.label}, "
-        "which saw the same batches, as the mean of each window of steps with its 95 % interval. "
-        "Below zero it leads; where the band holds zero, noise would do the same. It is training "
-        "loss: the decision rests on the evaluation above.",
-        "![Training loss against the baseline](curves.png)",
+        f"## Training curves\n\nTraining loss of each finalist minus that of {baseline.label} on "
+        "the same batches, averaged over windows of steps. Below zero, the finalist is better; "
+        "where the 95 % band includes zero, the difference may be noise. The choice of the plan "
+        "rests on the validation loss above.",
+        "![Training loss relative to the baseline](curves.png)",
     ]
 
 
 def _ablation_section(found: Sequence[Ablation]) -> list[str]:
     rows = [
         [
-            worth.knob,
-            worth.setting + (f" (best of {worth.num_tried})" if worth.num_tried > 1 else ""),
-            worth.against,
-            f"{worth.steps} x {worth.num_seeds}",
-            _difference_in_words(worth.difference),
+            ablation.choice,
+            ablation.chosen + (f" (best of {ablation.num_tried})" * (ablation.num_tried > 1)),
+            ablation.baseline,
+            f"{ablation.steps} x {ablation.num_seeds}",
+            _difference_in_words(ablation.difference),
         ]
-        for worth in found
+        for ablation in found
     ]
     return [
-        "## What each knob was worth\n\nRuns of the search in pairs that differ in one choice; "
-        "below zero it was worth turning. The best of several short runs was chosen by the losses "
-        "compared here, which flatters it; the finals ran on other seeds.",
-        _markdown_table(["knob", "turned", "against", "steps x seeds", "difference"], rows),
-        "![What each knob was worth](worth.png)",
+        "## Effect of each choice\n\nPairs of runs that differ in one choice; below zero, the "
+        "choice helped. The best of several short runs was picked by the losses compared here, "
+        "which favours it; the finals ran on other seeds.",
+        _markdown_table(["choice", "with it", "without it", "steps x seeds", "difference"], rows),
+        "![Effect of each choice](ablation.png)",
     ]
 
 
-def _runs_section(search_result: SearchResult) -> list[str]:
+def _trials_section(search_result: SearchResult) -> list[str]:
     rows = [
         [
-            run.description,
-            run.stage,
-            "mixed" if run.level is None else str(run.level),
-            _share_in_words(run.state_bytes, search_result.adam_state_bytes),
-            _loss_in_words(run.loss),
+            trial.description,
+            trial.stage,
+            "mixed" if trial.level is None else str(trial.level),
+            _state_in_words(trial.state_bytes, search_result.adam_state_bytes),
+            _loss_in_words(trial.loss),
         ]
-        for run in search_result.trials
+        for trial in search_result.trials
     ]
     return [
-        f"## Short runs\n\n{search_result.budget.steps} steps each, on one seed, each with a "
+        f"## Short runs\n\nRuns of {search_result.budget.steps} steps on one seed, each with a "
         f"complete schedule.{_proxy_scales(search_result.winner.plan)}",
-        _markdown_table(["run", "stage", "level", "state of the matrices", "loss"], rows),
+        _markdown_table(["run", "stage", "level", "optimizer state", "validation loss"], rows),
     ]
 
 
@@ -175,9 +173,8 @@ def _proxy_scales(plan: FoldPlan) -> str:
         return ""
     ratio = plan.model["hidden_size"] / plan.proxy_model["hidden_size"]
     return (
-        f" They ran on the proxy model, where scales are {ratio:.3g} times those at full width; "
-        "here they "
-        "are as they ran, everywhere else those at full width."
+        f" They ran on the proxy model, whose scales are {ratio:.3g} times those at full width. "
+        "This table has the scales of the proxy model, the rest of the report those at full width."
     )
 
 
@@ -185,7 +182,7 @@ def _levels_section(winner: Candidate) -> list[str]:
     levels = winner.plan.levels
     rows = level_rows(levels)
     return [
-        "## Levels of the winner",
+        "## Fold levels of the chosen plan",
         *([_markdown_table(["layers", *ROLES], rows)] if rows else []),
         *describe_levels(levels),
         "![Fold levels by layer and role](levels.png)",
@@ -195,8 +192,8 @@ def _levels_section(winner: Candidate) -> list[str]:
 def _scales_section(winner: Candidate) -> list[str]:
     rows = scale_rows(winner.plan)
     return [
-        f"## Scales of the winner\n\nThe step of a matrix is its scale times the learning rate, "
-        f"{winner.plan.lr:g} at its peak; that of all else is the learning rate.",
+        "## Scales of the chosen plan\n\nThe learning rate of a matrix is its scale times "
+        f"{winner.plan.lr:g} (the peak); all other parameters use {winner.plan.lr:g} itself.",
         _markdown_table(["level", *ROLES], rows)
         if rows
         else f"Every matrix at scale {describe_scales(winner.plan)}.",
@@ -205,18 +202,16 @@ def _scales_section(winner: Candidate) -> list[str]:
 
 def _memory_section(accounts: Mapping[str, Account], budget_bytes: int) -> list[str]:
     rows = [
-        [
-            term.replace("_", " "),
-            *(format_bytes(account.breakdown[term]) for account in accounts.values()),
-        ]
-        for term in BREAKDOWN
+        [name, *(format_bytes(account.breakdown[term]) for account in accounts.values())]
+        for term, name in TERM_NAMES.items()
     ]
     peaks = [f"**{format_bytes(account.peak_bytes)}**" for account in accounts.values()]
+    labels = [label.replace("\n", " ") for label in accounts]
     return [
-        f"## Memory\n\nPredicted for one device, at the moment of the peak; the budget is "
+        "## Memory\n\nPredicted for each device, at the moment of the peak; the budget is "
         f"{format_bytes(budget_bytes)}.",
-        _markdown_table(["term", *accounts], [*rows, ["**peak**", *peaks]]),
-        "![Predicted peak against the budget](memory.png)",
+        _markdown_table(["term", *labels], [*rows, ["**peak**", *peaks]]),
+        "![Predicted peak memory against the budget](memory.png)",
     ]
 
 
@@ -225,7 +220,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _share_in_words(num_bytes: int, adam_bytes: int) -> str:
+def _state_in_words(num_bytes: int, adam_bytes: int) -> str:
     return f"{format_bytes(num_bytes)} ({num_bytes / adam_bytes:.1%} of Adam's)"
 
 
@@ -240,4 +235,4 @@ def _loss_in_words(loss: float | None) -> str:
 def _difference_in_words(difference: Difference) -> str:
     if math.isnan(difference.mean):
         return "diverged"
-    return f"{difference}" + ("" if difference.is_decided else " (undecided)")
+    return f"{difference}" + ("" if difference.is_decided else " (not significant)")

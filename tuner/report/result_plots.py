@@ -1,4 +1,4 @@
-"""The pictures of gaps between paired runs: along the run, and knob by knob."""
+"""Plots of a search: loss against optimizer state, training curves, effect of each choice."""
 
 import math
 import statistics
@@ -19,19 +19,19 @@ from tuner.trials.results import Candidate, SearchResult
 
 _MARKS = {
     "adam": ("Adam (level 0)", "*", RED, 16.0),
-    "uniform": ("one level for all matrices (its number)", "o", BLUE, 14.0),
+    "uniform": ("the same level for all matrices (number)", "o", BLUE, 14.0),
     "mixed": ("a level per matrix", "D", ORANGE, 8.5),
     "diverged": ("diverged", "x", GREY, 8.0),
-    "above": ("above the scale", "^", GREY, 8.0),
+    "above": ("above the axis", "^", GREY, 8.0),
 }
 _RING: Mapping[str, Any] = {"marker": "o", "mfc": "none", "mec": "black", "mew": 1.2}
 
 
 def draw_losses(search_result: SearchResult) -> Figure:
-    """Draw the loss of every run against its bytes: short runs on the left, finals on the right.
+    """Draw validation loss against optimizer state: short runs on the left, finals on the right.
 
-    The two have different lengths, so they share no axis. The finals are drawn by their paired
-    difference to the baseline, since they may have run on unequally many seeds.
+    The two have different lengths and share no axis. Finals are shown as paired differences to the
+    baseline, since they may have run on different numbers of seeds.
 
     Args:
         search_result: What was run.
@@ -45,16 +45,18 @@ def draw_losses(search_result: SearchResult) -> Figure:
         if kind in used
     ]
     if used & {"adam", "uniform", "mixed"}:
-        handles.append(Line2D([], [], color=GREY, lw=1.2, label="least loss for the bytes"))
+        handles.append(
+            Line2D([], [], color=GREY, lw=1.2, label="lowest loss with this state or less")
+        )
     if math.isfinite(search_result.winner.loss):
-        handles.append(Line2D([], [], ls="", label="the winner", ms=11, **_RING))
+        handles.append(Line2D([], [], ls="", label="chosen plan", ms=11, **_RING))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def _draw_short_runs(axes: Axes, search_result: SearchResult) -> set[str]:
-    axes.set_title(f"Short runs, {search_result.budget.steps} steps", fontsize=11)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(f"Short runs ({search_result.budget.steps} steps)", fontsize=11)
+    axes.set_ylabel("validation loss (nats per token)")
     runs = search_result.trials
     shares = [run.state_bytes / search_result.adam_state_bytes for run in runs]
     losses = [run.loss for run in runs if run.loss is not None]
@@ -82,15 +84,15 @@ def _draw_short_runs(axes: Axes, search_result: SearchResult) -> set[str]:
 
 def _draw_finals(axes: Axes, search_result: SearchResult) -> set[str]:
     baseline, finalists = search_result.baseline, search_result.finalists
-    axes.set_title(f"Finals, {search_result.budget.final_steps} steps", fontsize=11)
-    axes.set_ylabel(f"loss minus that of {baseline.label}, 95 % interval")
+    axes.set_title(f"Finals ({search_result.budget.final_steps} steps)", fontsize=11)
+    axes.set_ylabel(f"validation loss minus {baseline.label} (nats, 95 % interval)")
     shares = [c.state_bytes / search_result.adam_state_bytes for c in finalists]
     _share_axis(axes, shares)
     left, right = axes.get_xlim()
     axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
     used, front, num_at = set[str](), list[tuple[float, float]](), Counter[float]()
     for candidate, share in zip(finalists, shares, strict=True):
-        # Beside those before it at the same bytes, so that bars do not cover each other.
+        # Moved aside if others have the same state, so that intervals do not overlap.
         place = share * (right / left) ** (-0.05 * num_at[share])
         num_at[share] += 1
         level = _level_of(candidate)
@@ -116,7 +118,7 @@ def _draw_finals(axes: Axes, search_result: SearchResult) -> set[str]:
 
 
 def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
-    axes.set_xlabel("state of the matrices, as a share of Adam's")
+    axes.set_xlabel("optimizer state of the folded matrices (1 = Adam's)")
     shares = [*shares, 1.0]
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(shares) / 1.6, max(shares) * 1.6)
@@ -128,7 +130,7 @@ def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
 
 
 def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Draw what the bytes buy: the least loss of all that need no more of them."""
+    """Draw the lowest loss of all points with at most this share."""
     front = list[tuple[float, float]]()
     for share, loss in sorted(points):
         if not front or loss < front[-1][1]:
@@ -154,7 +156,7 @@ def _mark(axes: Axes, share: float, loss: float, kind: str, level: int | None) -
 
 
 def _mark_at_edge(axes: Axes, share: float, kind: str, num_before: int) -> None:
-    """Mark a run whose height says nothing, beside those before it, towards the middle."""
+    """Mark at the top a run that is off the scale, next to `num_before` others at its share."""
     _, marker, colour, size = _MARKS[kind]
     left, right = axes.get_xlim()
     points = num_before * (11 if share < math.sqrt(left * right) else -11)
@@ -172,7 +174,7 @@ def _level_of(candidate: Candidate) -> int | None:
 
 
 def _loss_scale(losses: Sequence[float], of_adam: Sequence[float]) -> tuple[float, float]:
-    """Choose the range to draw: all but runs that nearly diverged, and Adam's best in any case."""
+    """Choose the range of losses: without runs that nearly diverged, but with the best Adam."""
     if not losses:
         return 0.0, 1.0
     low = min(losses)
@@ -187,18 +189,18 @@ def _fraction(share: float, _position: int | None) -> str:
 
 
 _LINES = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
-# Early windows, where curves fall fastest, are let out of the picture for the sake of the rest.
+# The first quarter, where differences are largest, does not set the range of the axis.
 _EARLY = 0.25
 
 
 def draw_curves(search_result: SearchResult) -> Figure | None:
-    """Draw by how much every finalist led or trailed the baseline along the run.
+    """Draw the training loss of each finalist relative to the baseline over the run.
 
     Args:
         search_result: What was run.
 
     Returns:
-        One panel for each finalist but the baseline; None where there is none to draw.
+        A panel for each finalist but the baseline; None if there is nothing to draw.
     """
     baseline = search_result.baseline
     curves = {
@@ -220,28 +222,26 @@ def draw_curves(search_result: SearchResult) -> Figure | None:
         _draw_curve(axes, label, windows, colour)
         _name_zero(axes, baseline.label, windows)
     for axes in panels.flat[: len(curves)][-num_columns:]:
-        axes.tick_params(labelbottom=True)  # above a panel that is not there too
+        axes.tick_params(labelbottom=True)  # the panel below may be hidden
     panels.flat[0].set_ylim(*_curve_scale(list(curves.values())))
-    figure.suptitle(f"Training loss minus that of {baseline.label}, same batches", fontsize=12)
-    figure.supylabel("nats per token; below zero it leads", fontsize=10)
-    figure.supxlabel(
-        "optimizer step; a point is the mean of a window, its band the 95 % interval", fontsize=10
-    )
+    figure.suptitle(f"Training loss minus {baseline.label}, on the same batches", fontsize=12)
+    figure.supylabel("difference (nats per token); below 0 is better", fontsize=10)
+    figure.supxlabel("optimizer step (means of windows, with 95 % intervals)", fontsize=10)
     return figure
 
 
 def draw_ablation(ablations: Sequence[Ablation]) -> Figure | None:
-    """Draw what each knob was worth, with its interval; short runs and finals apart.
+    """Draw the effect of each choice with its interval, in a panel for each length of run.
 
     Args:
-        ablations: In the order to draw, top to bottom.
+        ablations: From top to bottom.
 
     Returns:
-        None where there is nothing to draw.
+        None if there is nothing to draw.
     """
-    finite = [worth for worth in ablations if math.isfinite(worth.difference.mean)]
+    finite = [ablation for ablation in ablations if math.isfinite(ablation.difference.mean)]
     groups = [
-        [w for w in finite if w.steps == steps] for steps in sorted({w.steps for w in finite})
+        [a for a in finite if a.steps == steps] for steps in sorted({a.steps for a in finite})
     ]
     if not groups:
         return None
@@ -253,13 +253,13 @@ def draw_ablation(ablations: Sequence[Ablation]) -> Figure | None:
         _draw_ablations(axes, group, low, high)
     panels.flat[0].set_xlim(low, high)
     panels.flat[-1].set_xlabel(
-        "paired difference (nats per token), 95 % interval; below zero it was worth it\n"
-        "hollow: the interval holds zero, so nothing is decided"
+        "difference in validation loss (nats per token, 95 % interval); below 0 it helped\n"
+        "hollow: not significant, the interval includes 0"
     )
     return figure
 
 
-# ---- along the run
+# ---- training curves
 
 
 def _against(candidate: Candidate, baseline: Candidate) -> list[CurveWindow]:
@@ -286,7 +286,7 @@ def _draw_curve(axes: Axes, label: str, windows: Sequence[CurveWindow], colour: 
 
 
 def _name_zero(axes: Axes, label: str, windows: Sequence[CurveWindow]) -> None:
-    """Write what zero is at the end of its line, on the side where the curve is not."""
+    """Label the zero line at its right end, on the side away from the curve."""
     late = windows[-max(1, len(windows) // 3) :]
     is_below = sum(window.difference.mean for window in late) > 0
     axes.annotate(
@@ -299,7 +299,7 @@ def _name_zero(axes: Axes, label: str, windows: Sequence[CurveWindow]) -> None:
         va="top" if is_below else "bottom",
         fontsize=9,
         color=GREY,
-        path_effects=[withStroke(linewidth=3, foreground="white")],  # to be read upon a curve
+        path_effects=[withStroke(linewidth=3, foreground="white")],  # readable over a curve
     )
 
 
@@ -313,14 +313,14 @@ def _curve_scale(curves: Sequence[Sequence[CurveWindow]]) -> tuple[float, float]
     return low - margin, high + margin
 
 
-# ---- knob by knob
+# ---- effect of each choice
 
 
 def _draw_ablations(axes: Axes, ablations: Sequence[Ablation], low: float, high: float) -> None:
     axes.set_title(f"Runs of {ablations[0].steps} steps", fontsize=11)
     axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
-    for row, worth in enumerate(ablations):
-        difference = worth.difference
+    for row, ablation in enumerate(ablations):
+        difference = ablation.difference
         if not low < difference.mean < high:
             is_left = difference.mean < low
             place = (0.02 if is_left else 0.98, row)
@@ -331,7 +331,7 @@ def _draw_ablations(axes: Axes, ablations: Sequence[Ablation], low: float, high:
         axes.errorbar(difference.mean, row, xerr=difference.half_width, capsize=4, color=BLUE)
         axes.plot(difference.mean, row, "o", markersize=7, color=BLUE, mfc=fill)
     axes.set_yticks(
-        range(len(ablations)), [f"{w.knob}\n{w.difference}" for w in ablations], fontsize=9
+        range(len(ablations)), [f"{a.choice}\n{a.difference}" for a in ablations], fontsize=9
     )
     axes.set_ylim(len(ablations) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(7))
@@ -340,11 +340,11 @@ def _draw_ablations(axes: Axes, ablations: Sequence[Ablation], low: float, high:
 
 
 def _ablation_scale(ablations: Sequence[Ablation]) -> tuple[float, float]:
-    """Choose the range to draw: a setting that nearly diverged must not flatten the others."""
-    most = 10 * statistics.median(
-        abs(w.difference.mean) + w.difference.half_width for w in ablations
+    """Choose the range to draw: one that nearly diverged must not flatten the others."""
+    limit = 10 * statistics.median(
+        abs(a.difference.mean) + a.difference.half_width for a in ablations
     )
-    drawn = [w.difference for w in ablations if abs(w.difference.mean) <= most]
+    drawn = [a.difference for a in ablations if abs(a.difference.mean) <= limit]
     low = min(0.0, *(d.mean - d.half_width for d in drawn))
     high = max(0.0, *(d.mean + d.half_width for d in drawn))
     margin = 0.08 * (high - low)

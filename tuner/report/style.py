@@ -1,4 +1,4 @@
-"""What all pictures share: the sheet, the colours, and the file."""
+"""What all plots share: the figure, the colours, and how the file is written."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from matplotlib.figure import Figure
 
 from foam_lightning.storage.atomic import atomic_path
 
-# The palette of Okabe and Ito, which the colour-blind can tell apart.
+# Okabe and Ito's palette, safe for the colour-blind: jfly.uni-koeln.de/color.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, YELLOW, PINK, GREY = "#56B4E9", "#F0E442", "#CC79A7", "#666666"
 GRID = "#E5E5E5"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty sheet.
+    """Make an empty figure.
 
     Args:
         width: In inches.
-        height: The same.
+        height: In inches.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -27,12 +27,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
+    """Write a PNG atomically, at 150 dots per inch."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def ink_on(colour: str | tuple[float, float, float, float]) -> str:
-    """Choose black or white, whichever reads better on a colour."""
-    red, green, blue = to_rgb(colour)
+def text_colour_on(background: str | tuple[float, float, float, float]) -> str:
+    """Choose black or white text, whichever reads better on a background."""
+    red, green, blue = to_rgb(background)
     return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"

@@ -1,4 +1,4 @@
-"""The verdict: what a plan gains or loses, and what the memory it frees bought, in a few words."""
+"""The verdict: what the plan gains or loses in loss, and what the saved memory is good for."""
 
 import math
 from dataclasses import dataclass
@@ -13,20 +13,18 @@ from tuner.trials.extrapolation import predict_full_run
 from tuner.trials.results import Candidate, SearchResult
 from tuner.trials.runner import Difference
 
-_UNIT = "in nats per token with 95 % intervals"
-
 
 @dataclass(frozen=True)
 class AdamRequirement:
-    """What it would take to train with Adam, which is level 0 everywhere.
+    """What training with Adam (level 0 everywhere) would take.
 
     Attributes:
-        memory_options: The cheapest with which it fits the budget; None where it fits with none.
-        least_bytes: The smallest budget that it fits, where it does not fit this one.
+        memory_options: The cheapest with which Adam fits the budget; None if it fits with none.
+        minimum_bytes: The smallest budget that Adam fits; None if it fits this one.
     """
 
     memory_options: MemoryOptions | None
-    least_bytes: int | None = None
+    minimum_bytes: int | None = None
 
 
 def adam_requirement(planner: BudgetPlanner) -> AdamRequirement:
@@ -45,108 +43,95 @@ def adam_requirement(planner: BudgetPlanner) -> AdamRequirement:
     return AdamRequirement(None, planner.least(0).account.peak_bytes)
 
 
-def verdict(search_result: SearchResult, need: AdamRequirement, full_steps: int) -> str:
-    """Say what was found; nothing is claimed that its interval leaves undecided.
+def verdict(search_result: SearchResult, adam: AdamRequirement, full_steps: int) -> str:
+    """Sum up a search; a difference is only claimed where its interval excludes zero.
 
     Args:
         search_result: What was run.
-        need: What Adam would need.
+        adam: What Adam would need.
         full_steps: Optimizer steps of the full run.
 
     Returns:
-        One line: the plan against Adam and at equal bytes, what the saved memory bought, and, where
-        the full run is longer than the finals, what becomes of the gaps.
+        One sentence a line: the plan's validation loss against Adam and at equal bytes, its
+        optimizer state, what Adam would need, and, if the full run is longer than the finals, the
+        differences to expect there.
     """
-    winner = search_result.winner
+    winner, steps = search_result.winner, search_result.budget.final_steps
     if not math.isfinite(winner.loss):
-        return "Every run of the finals diverged, so nothing was found; lower model.lr."
-    steps = search_result.budget.final_steps
-    judge = _kept if winner.kind == "reference" else _folded
-    sentences = [f"{judge(search_result, f'in runs of {steps} steps')}."]
-    if winner.kind != "reference":
-        sentences.append(_bought(need, winner.plan.memory_options))
-    if full_steps > steps and winner.kind != "reference" and _rivals(search_result):
-        predict = partial(predict_full_run, num_steps=steps, full_steps=full_steps)
-        gaps = [
-            f"{winner.expected(c, predict)} against {label}" for c, label in _rivals(search_result)
-        ]
-        sentences.append(
-            f"On the full run, {full_steps / steps:.3g} times as long, expect "
-            f"{' and '.join(gaps)}; the choice rests on that."
-        )
-    return " ".join(sentences)
-
-
-def _folded(search_result: SearchResult, where: str) -> str:
-    """Judge a winner that folds, against Adam and against the other kind at equal bytes."""
-    winner, proxy_model = search_result.winner, search_result.winner.plan.proxy_model
-    saved = format_bytes(search_result.adam_state_bytes - winner.state_bytes)
-    judged = [_judged(winner.against(c), label) for c, label in _rivals(search_result)]
-    said = " and ".join(judged)
-    if said.startswith("loses"):
-        said = said.replace(" and loses ", " and ")
-    said = f"{said}, {_UNIT}" if said else ""
+        return "Every run of the finals diverged; lower model.lr and run again."
+    runs = f"95 % intervals, runs of {steps} steps"
+    if winner.plan.proxy_model:
+        runs += f" on a proxy model of hidden size {winner.plan.proxy_model['hidden_size']}"
+    if winner.kind == "reference":
+        return "\n".join(_adam_won(search_result, runs))
+    others = _compared_with(search_result)
+    lines = []
+    if others:
+        compared = " and ".join(_compare(winner.against(c), name) for c, name in others)
+        lines.append(f"Validation loss: {compared} ({runs}).")
     if search_result.reference is None:
-        no_adam = "was not compared with Adam, of which no run came to its end"
-        said = f"{no_adam}; it {said}" if said else no_adam
-    if proxy_model:
-        where = f"on a proxy model of hidden {proxy_model['hidden_size']}, {where}"
-    return (
-        f"{where[0].upper()}{where[1:]}, at {_share(winner, search_result)} ({saved} saved), "
-        f"{winner.label} {said}"
-    )
+        lines.append("Not compared with Adam: none of its runs finished.")
+    lines.append(f"Plan: {winner.label}, {_state(winner, search_result)}.")
+    lines.append(_adam_in_words(adam, winner.plan.memory_options))
+    if full_steps > steps and others:
+        predict = partial(predict_full_run, num_steps=steps, full_steps=full_steps)
+        expected = " and ".join(_compare(winner.expected(c, predict), name) for c, name in others)
+        lines.append(
+            f"Expected on the full run, {full_steps / steps:.3g} times as long: {expected}."
+        )
+    return "\n".join(lines)
 
 
-def _kept(search_result: SearchResult, where: str) -> str:
-    """Judge what came nearest to Adam, where Adam won."""
-    winner = search_result.winner
+def _adam_won(search_result: SearchResult, runs: str) -> list[str]:
+    """Say why Adam stays, and what the folded plan with the least state would cost."""
+    adam = search_result.winner
+    lines = [f"Plan: {adam.label}: it fits, and no folded plan is significantly better ({runs})."]
     folded = [c for c in search_result.finalists if c.kind != "reference" and math.isfinite(c.loss)]
-    said = f"{winner.label} stays: it fits, and {where} nothing with less state is better for sure"
-    if not folded:
-        return said
-    tied = [c for c in folded if not c.against(winner).is_decided]
-    nearest = min(tied, key=lambda c: c.state_bytes) if tied else min(folded, key=lambda c: c.loss)
-    return (
-        f"{said}; at {_share(nearest, search_result)}, {nearest.label} "
-        f"{_judged(nearest.against(winner), 'it')}, {_UNIT}"
-    )
+    if folded:
+        tied = [c for c in folded if not c.against(adam).is_decided]
+        closest = min(tied, key=lambda c: c.state_bytes, default=min(folded, key=lambda c: c.loss))
+        lines.append(
+            f"Closest folded plan: {closest.label}, {_state(closest, search_result)}; "
+            f"validation loss {_compare(closest.against(adam), adam.label)}."
+        )
+    return lines
 
 
-def _rivals(search_result: SearchResult) -> list[tuple[Candidate, str]]:
-    """List what a winner that folds is judged against: Adam, and one plan at equal bytes."""
-    winner = search_result.winner
+def _compared_with(search_result: SearchResult) -> list[tuple[Candidate, str]]:
+    """List what a folded winner is compared with: Adam, and the other kind at equal bytes."""
+    winner, adam = search_result.winner, search_result.reference
     kind = "uniform" if winner.kind == "mixed" else "mixed"
     others = [c for c in search_result.finalists if c.kind == kind and math.isfinite(c.loss)]
-    equal = min(at_equal_bytes(winner.state_bytes, others), key=lambda c: c.loss, default=None)
-    found = (
-        []
-        if search_result.reference is None
-        else [(search_result.reference, search_result.reference.label)]
-    )
-    return found if equal is None else [*found, (equal, f"{equal.label} at equal bytes")]
+    equal = at_equal_bytes(winner.state_bytes, others)
+    best = sorted(equal, key=lambda c: c.loss)[:1]
+    return [
+        *([(adam, adam.label)] if adam else []),
+        *((c, f"{c.label} at equal bytes") for c in best),
+    ]
 
 
-def _judged(difference: Difference, other: str) -> str:
+def _compare(difference: Difference, other: str) -> str:
     if not difference.is_decided:
-        return f"cannot be told from {other} ({difference})"
-    direction = "more" if difference.mean > 0 else "less"
-    size = f"{abs(difference.mean):.4f} +- {difference.half_width:.4f}"
-    return f"loses {size} {direction} than {other}"
+        return f"no significant difference to {other} ({difference} nats)"
+    direction = "higher" if difference.mean > 0 else "lower"
+    return f"{difference.size} nats {direction} than {other}"
 
 
-def _share(candidate: Candidate, search_result: SearchResult) -> str:
-    percent = 100 * candidate.state_bytes / search_result.adam_state_bytes
-    return f"{percent:.3g} % of Adam's state of the matrices"
+def _state(candidate: Candidate, search_result: SearchResult) -> str:
+    adam_bytes = search_result.adam_state_bytes
+    saved = format_bytes(adam_bytes - candidate.state_bytes)
+    percent = 100 * candidate.state_bytes / adam_bytes
+    return f"{percent:.3g} % of Adam's optimizer state for the matrices ({saved} less)"
 
 
-def _bought(need: AdamRequirement, memory_options: MemoryOptions) -> str:
-    if need.memory_options is None:
-        assert need.least_bytes is not None
-        least = at_least(need.least_bytes)
+def _adam_in_words(adam: AdamRequirement, memory_options: MemoryOptions) -> str:
+    if adam.memory_options is None:
+        assert adam.minimum_bytes is not None
+        minimum = at_least(adam.minimum_bytes)
         return (
-            f"Adam does not fit the budget, whatever the memory options: it takes {least} or more."
+            f"Adam does not fit this budget with any memory options; it needs at least {minimum}."
         )
-    changes = option_changes(memory_options, need.memory_options)
+    changes = option_changes(memory_options, adam.memory_options)
     if not changes:
-        return "Adam fits the budget with the same memory options, so what is saved stays free."
-    return f"Adam would fit the budget only with {', '.join(changes)}."
+        return "Adam also fits this budget; the saved memory is unused."
+    return f"Adam would fit this budget only with {'; '.join(changes)}."

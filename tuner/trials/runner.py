@@ -47,11 +47,13 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more one plan loses than another, in nats per token, with its 95 % interval.
+    """Loss of one plan minus that of another, in nats per token, with its 95 % interval.
+
+    As text it has the two significant digits of the interval: "-0.052 ± 0.026".
 
     Attributes:
         mean: Below zero, the first plan is better.
-        half_width: Half of the interval.
+        half_width: Half of the width of the interval.
     """
 
     mean: float
@@ -59,11 +61,18 @@ class Difference:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return abs(self.mean) > self.half_width
 
+    @property
+    def size(self) -> str:
+        """The text without its sign, for sentences that say "lower" or "higher"."""
+        return str(self)[1:]
+
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} +- {self.half_width:.4f}"
+        _, _, exponent = f"{self.half_width:.1e}".partition("e")  # of the rounded half-width
+        digits = max(0, 1 - int(exponent or 0))
+        return f"{self.mean:+.{digits}f} ± {self.half_width:.{digits}f}"
 
 
 def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]) -> Difference:
