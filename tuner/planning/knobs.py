@@ -1,7 +1,7 @@
-"""What the search turns: a dozen knobs that stand for the fold level of every matrix.
+"""The search space of mixed plans: a dozen knobs that decode into a fold level for every matrix.
 
-The knobs weight a base curve into a damage table, and the exact allocation decodes the table into
-levels that fill the budget. So every trial fits, and the search has a dozen dimensions, not 200.
+The knobs weight a base curve into a damage table, and the allocation decodes the table into levels
+that fill the budget. So every trial fits, and the search has a dozen dimensions, not 200.
 """
 
 import math
