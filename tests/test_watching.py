@@ -209,30 +209,42 @@ def test_a_run_that_nobody_sees_says_lines(
     assert not lines[-1].endswith(" left")
 
 
-def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = []
-    for colour in ("", "1"):
-        monkeypatch.setenv("FORCE_COLOR", colour)  # rich takes it for a terminal
-        shown.append(progress(Throughput(), MemoryMonitor()))
-    assert [type(one) for one in shown] == [StepLines, StepBar]
+@pytest.mark.parametrize(
+    ("terminal", "kind"),
+    [({"FORCE_COLOR": ""}, StepLines), ({"FORCE_COLOR": "1"}, StepBar)],  # rich believes the latter
+)
+def test_the_bar_needs_a_terminal(
+    terminal: dict[str, str], kind: type[Callback], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in terminal.items():
+        monkeypatch.setenv(name, value)
+    assert isinstance(progress(Throughput(), MemoryMonitor()), kind)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(progress(Throughput(), MemoryMonitor()), StepLines)
 
 
-def test_the_bar_counts_steps_and_names_loss_speed_and_memory(
-    new_job: NewJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("width", "shown"), [(40, 1), (80, 2), (120, 4)], ids=["narrow", "usual", "wide"]
+)
+def test_the_bar_counts_steps_and_names_the_figures_that_have_room(
+    width: int, shown: int, new_job: NewJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     screen = io.StringIO()
-    console = Console(file=screen, width=120, force_terminal=True, color_system=None)
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
     module = "lightning.pytorch.callbacks.progress.rich_progress"
     monkeypatch.setattr(f"{module}.get_console", lambda: console)
+    monkeypatch.setattr("foam_lightning.callbacks.progress.get_console", lambda: console)
     monkeypatch.setattr(f"{module}.reconfigure", lambda **_: None)
     job = small(new_job, enable_progress_bar=True)
     train(job, job.plan_at(1), open_folder(tmp_path), budget_bytes=BUDGET)
-    last = [line for line in screen.getvalue().splitlines() if "training" in line][-1]
-    assert f" {STEPS}/{STEPS} " in last
-    for name in ("loss: ", "validation: ", "tokens/s: ", "memory: "):
-        assert name in last
-    assert "/24.0 MB" in last
+    lines = [line for line in screen.getvalue().splitlines() if "training" in line]
+    assert f" {STEPS}/{STEPS} " in lines[-1]
+    names = ["loss: ", "validation: ", "memory: ", "tokens/s: "]
+    assert [name for name in names if name in lines[-1]] == names[:shown]
+    assert all(len(line.rpartition("\r")[2]) <= width + 10 for line in lines)  # and control codes
 
 
 def told(measured: int | None, budget: int | None) -> Mapping[str, str]:

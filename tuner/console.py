@@ -5,15 +5,16 @@ import textwrap
 from rich.console import Console
 
 
-def say(text: str, *, console: Console | None = None) -> None:
+def say(text: str, *, wrap: bool = True, console: Console | None = None) -> None:
     """Print text, wrapped at the width of a terminal; a pipe or a file gets the lines as they are.
 
     Args:
         text: One or more lines; a wrapped line is indented by two more spaces than its start.
+        wrap: False where lines are commands, to be copied whole.
         console: The console of a progress bar that is on the screen.
     """
     console = console or Console()
-    if console.is_terminal:
+    if wrap and console.is_terminal:
         text = "\n".join(_wrap(line, console.width) for line in text.splitlines())
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 

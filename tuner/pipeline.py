@@ -57,7 +57,6 @@ def tune(context: RunContext) -> TunedPlan | None:
     assert context.worker is not None
     job, planner, folder = context.job, context.planner, context.folder
     levels = planner.uniform_levels
-    say(f"run folder: {folder.path}")
     say(f"uniform levels within {ByteSize(planner.budget_bytes)}: {levels[0]} to {levels[-1]}")
 
     search_budget = SearchBudget.of(context.tune_options, job.max_steps)
@@ -129,7 +128,7 @@ def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict
     folder.write_config(context.settings_text)
     predicted = planner.accountant.account(plan).peak_bytes if job.is_foam else None
     peak = "" if predicted is None else f", predicted peak {format_bytes(predicted)}"
-    say(f"training: {job.max_steps} steps in {folder.path}{peak}")
+    say(f"training: {job.max_steps} steps{peak}")
     trained = train(
         job,
         plan,

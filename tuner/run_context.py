@@ -47,7 +47,7 @@ class RunContext:
 
 
 def open_run_folder(settings: Settings, job: Job) -> RunFolder:
-    """Open the run folder, after the last check of anything that the user gave.
+    """Open the run folder, after the last check of anything that the user gave, and name it.
 
     Raises:
         FoamError: Weights, trainer settings or data are wrong, or the folder cannot be written.
@@ -58,6 +58,7 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
     folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
     if not folder.plan.exists():
         write_text(folder.config, settings.text)
+    say(f"run folder: {folder.path}")
     return folder
 
 

@@ -57,7 +57,8 @@ def _search(
         TimeRemainingColumn(),
     )
     console = Console()
-    with Progress(*columns, console=console, transient=True) as progress:
+    has_bar = console.is_terminal and not console.is_dumb_terminal
+    with Progress(*columns, console=console, transient=True, disable=not has_bar) as progress:
         task = progress.add_task("tuning", total=search_budget.max_steps_total)
 
         def on_steps(count: int) -> None:

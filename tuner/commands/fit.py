@@ -56,4 +56,4 @@ def run_fit(settings: Settings) -> None:
         )
         summary = fit(context, plan)
     if summary is not None:
-        say(final_screen(folder, summary))
+        say(final_screen(folder, summary), wrap=False)
