@@ -17,7 +17,9 @@ from foam_lightning import __version__
 from foam_lightning.distributed.topology import Devices, check_launched, is_first_process
 from foam_lightning.errors import FoamError, MemoryFallbackError, as_storage_error, one_line
 from foam_lightning.signals import Interrupted, handle_signals
-from tuner.config.help import COMMANDS, check_at_once, command_help, default_config, general_help
+from tuner.config.early_checks import check_command_line, default_config
+from tuner.config.help import command_help, general_help
+from tuner.config.options import COMMANDS
 
 # Commands that share a module; every other one is in a module of its own name.
 _MODULES = {"validate": "checkpoint", "generate": "checkpoint", "export": "checkpoint"}
@@ -79,7 +81,7 @@ def _run(words: list[str]) -> None:
     if command in COMMANDS and ("-h" in options or "--help" in options):
         print(command_help(command))
         return
-    check_at_once(command, options)
+    check_command_line(command, options)
     default = default_config(options)
     is_first_import = "tuner.config.parser" not in sys.modules
     gc.disable()  # collecting garbage among modules, which live to the end, takes seconds

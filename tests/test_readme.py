@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from tests.tiny import REPOSITORY
-from tuner.config.help import COMMANDS, check_at_once, default_config
+from tuner.config.early_checks import check_command_line, default_config
+from tuner.config.options import COMMANDS
 from tuner.config.parser import parse
 from tuner.trials.extrapolation import predict_full_run
 from tuner.trials.runner import Difference
@@ -77,7 +78,7 @@ def test_the_readme_is_short_and_names_every_command() -> None:
 def test_every_command_line_parses(name: str) -> None:
     for line in commands(PAGES[name]):
         _, _, command, *options = shlex.split(line)
-        check_at_once(command, options)
+        check_command_line(command, options)
         parse(command, options, default=default_config(options)).job()
 
 

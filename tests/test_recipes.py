@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from foam_lightning.units import format_bytes
 from tests.tiny import REPOSITORY
-from tuner.config.help import default_config
+from tuner.config.early_checks import default_config
 from tuner.config.parser import Settings, parse
 from tuner.planning.planner import BudgetPlanner
 

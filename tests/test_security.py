@@ -20,7 +20,7 @@ from tests.pretrained import save_pretrained, save_tokenizer
 from tests.test_layers import FILES, path_id
 from tests.tiny import REPOSITORY, write_settings
 from tuner.config.allowed_classes import CALLBACKS
-from tuner.config.help import check_config
+from tuner.config.early_checks import check_config
 from tuner.config.parser import parse
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"

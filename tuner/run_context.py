@@ -55,7 +55,7 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
     job.check_weights()
     job.new_trainer(job.memory_options, [], logger=False)
     job.new_data(job.memory_options).setup()
-    folder = RunFolder.open(Path(settings.runs), settings.name, _identity(settings))
+    folder = RunFolder.open(Path(settings.runs), settings.name, settings.identity)
     if not folder.plan.exists():
         write_text(folder.config, settings.text)
     say(f"run folder: {folder.path}")
@@ -64,7 +64,7 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
 
 def find_unfinished_run(settings: Settings) -> RunFolder | None:
     """Find the run that the command resumes; None if it starts a new one. Writes nothing."""
-    return RunFolder.find_unfinished(Path(settings.runs), settings.name, _identity(settings))
+    return RunFolder.find_unfinished(Path(settings.runs), settings.name, settings.identity)
 
 
 def load_fallback(folder: RunFolder | None) -> MemoryOptions | None:
@@ -81,9 +81,3 @@ def load_fallback(folder: RunFolder | None) -> MemoryOptions | None:
         return None
     say(str(fallback))
     return fallback.memory_options
-
-
-def _identity(settings: Settings) -> str:
-    """Return the text that identifies a run."""
-    start = settings.values.get("ckpt_path")
-    return settings.text if start is None else f"{settings.text}ckpt_path: {start}\n"

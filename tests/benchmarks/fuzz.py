@@ -31,7 +31,7 @@ from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.units import ByteSize
 from tests.benchmarks.heading import ROOT, commit_and_date, machine, packages, publish
 from tuner.config import parser as settings
-from tuner.config.help import check_at_once
+from tuner.config.early_checks import check_command_line
 
 MOST_SECONDS = 5
 MOST_KILOBYTES = 500_000
@@ -112,7 +112,7 @@ def read_words(text: str) -> None:
 
 def _answer(options: list[str], default: Path | None) -> None:
     try:
-        check_at_once("plan", options)
+        check_command_line("plan", options)
         settings.parse("plan", options, default=default).job().new_module()
     except FoamError as error:
         raise FoamError(one_line(error)) from error  # as the command line prints it

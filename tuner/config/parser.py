@@ -1,4 +1,4 @@
-"""Settings: YAML and command line, read by Lightning's configuration layer into one job."""
+"""The settings of a command, read from YAML and the command line by Lightning's jsonargparse."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, register_type
+from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 
 from foam_lightning.errors import ConfigError, FoamError, one_line
@@ -18,34 +18,30 @@ from foam_lightning.job import Job
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.units import ByteSize
 from tuner.config.allowed_classes import allow_only, refusal
-from tuner.config.help import nearest, values_of
+from tuner.config.early_checks import option_values, suggestion
+from tuner.config.options import OPTIONS, options_of
 from tuner.config.safe_yaml import checked_loader
 from tuner.trials.budget import TuneOptions
 
-# Options of single commands; all others are shared, so that one YAML serves every command.
-_OWN = (
-    *("ckpt_path", "format", "uniform_level", "tensors", "picture"),
-    *("prompt", "max_new_tokens", "temperature", "output", "biased"),
-    *("optimizers", "steps", "seeds"),
-    "allow_class_paths",
-)
-# Values are YAML too, on the command line and as texts within a file; there is no public place to
-# say how they are read.
-_layer: Any = _loaders_dumpers
-_layer.yaml_default_loader = checked_loader(_layer.get_yaml_default_loader())
-_ALLOW = ("--allow-class-paths", "--allow_class_paths")
-_LONGEST_NAME = 200  # bytes; file systems take 255, and files in the making have longer names
-_MOST_CHARACTERS = 500  # of an error; a value may be long, and a type's description is
+# jsonargparse reads option values, and texts within a file, as YAML. Its loader for them can be
+# replaced only in this private module (checked with jsonargparse 4.53, see test_security.py).
+_jsonargparse: Any = _loaders_dumpers
+_jsonargparse.yaml_default_loader = checked_loader(_jsonargparse.get_yaml_default_loader())
+# Options that a run's config.yaml does not contain.
+_UNSAVED = {one.name for one in OPTIONS if one.commands} | {"config", "allow_class_paths"}
+_ALLOW_FLAGS = ("--allow-class-paths", "--allow_class_paths")
+_MAX_NAME_BYTES = 200  # file systems allow 255, and temporary files have longer names
+_MAX_CHARACTERS = 500  # of an error: a value, or the description of a type, may be long
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command was asked to do.
+    """The settings of a command; each is also an attribute.
 
     Attributes:
-        values: Every setting by name; nested ones in the form of the YAML.
-        text: The settings that all commands share, as YAML; equal texts are the same run.
-        command: What was typed.
+        values: The settings by name, nested as in the YAML.
+        text: The settings that all commands share, as YAML.
+        command: The command line.
     """
 
     values: Namespace
@@ -56,12 +52,18 @@ class Settings:
         return getattr(self.values, name)
 
     @property
+    def identity(self) -> str:
+        """What identifies a run: a command with the same identity continues it."""
+        checkpoint = self.values.get("ckpt_path")
+        return self.text if checkpoint is None else f"{self.text}ckpt_path: {checkpoint}\n"
+
+    @property
     def tune(self) -> TuneOptions:
         """How much to search."""
         return TuneOptions(**self.values.tune.as_dict())
 
     def job(self) -> Job:
-        """Make the training job of these settings.
+        """Return the training job of these settings.
 
         Raises:
             ConfigError: The settings contradict each other.
@@ -84,49 +86,49 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
     """Read the options of a command.
 
     Args:
-        command: The command.
+        command: One of `COMMANDS`.
         options: The words after it.
-        default: A configuration to begin with.
+        default: A configuration file that the options override.
 
     Raises:
-        ConfigError: An option or a key is unknown, missing, or of the wrong type.
+        ConfigError: An option or setting is unknown, missing, or has a bad value.
     """
-    allow_only(name for names in values_of(options, *_ALLOW) for name in names.split(","))
+    allowed = option_values(options, *_ALLOW_FLAGS)
+    allow_only(name for names in allowed for name in names.split(","))
     parser = make_parser(command)
     try:
-        beginning = ("--config", str(default)) if default else ()
-        values = parser.parse_args([*beginning, *_with_lists(options)], env=False)
+        first = ("--config", str(default)) if default else ()
+        values = parser.parse_args([*first, *_join_lists(options)], env=False)
         shared = values.clone()
-        for key in ("config", *_OWN):
-            shared.pop(key, None)
+        for name in _UNSAVED:
+            shared.pop(name, None)
         text = str(parser.dump(shared, skip_validation=True))
-        typed = shlex.join(["python", "cli.py", command, *options])
-        settings = Settings(parser.instantiate(values), text, typed)
+        command_line = shlex.join(["python", "cli.py", command, *options])
+        settings = Settings(parser.instantiate(values), text, command_line)
     except FoamError:
         raise
     except Exception as error:  # whatever a type, or the constructor of a callback, raises
-        raise ConfigError(_line(error, parser)) from error
-    _ = settings.tune  # out of range, if any is
-    _check_place(settings.runs, settings.name)
+        raise ConfigError(_describe(error, parser)) from error
+    _ = settings.tune  # raises ConfigError if out of range
+    _check_run_folder(settings.runs, settings.name)
     return settings
 
 
-def _check_place(runs: str, name: str) -> None:
-    """Refuse a name that is no folder below that of all runs, and names that no disk takes."""
+def _check_run_folder(runs: str, name: str) -> None:
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
-        raise ConfigError(f"--name {name!r} must be a folder below --runs {runs!r}; such as my-run")
+        raise ConfigError(f"--name {name!r} must be a folder below --runs {runs!r}, such as my-run")
     for part in (*Path(runs).parts, *parts):
         size = len(part.encode("utf-8", "replace"))
-        if size > _LONGEST_NAME or not part.isprintable():
+        if size > _MAX_NAME_BYTES or not part.isprintable():
             raise ConfigError(
-                f"--runs and --name hold a name of {size} bytes, {part[:40]!r}; give folders whose "
-                f"names are printable and have at most {_LONGEST_NAME} bytes"
+                f"--runs and --name contain a folder name of {size} bytes, {part[:40]!r}; use "
+                f"printable names of at most {_MAX_NAME_BYTES} bytes"
             )
 
 
-def _line(error: Exception, parser: ArgumentParser) -> str:
-    """Say in one line what the configuration layer found."""
+def _describe(error: Exception, parser: ArgumentParser) -> str:
+    """Describe an error of jsonargparse in one line."""
     denied = re.search(r"Importing '([^']+)' is not allowed", str(error))
     if denied is not None:
         return refusal(denied[1])
@@ -135,14 +137,14 @@ def _line(error: Exception, parser: ArgumentParser) -> str:
     key = re.search(r"(?:Group '(\w+)' does not accept option|Option) '([^']+)'", text)
     flags = [name for action in parser._actions for name in action.option_strings]
     if flag is not None:
-        text += nearest(flag[1], flags)
+        text += suggestion(flag[1], flags)
     elif key is not None:
         name = key[2] if key[1] is None or key[2].startswith(key[1]) else f"{key[1]}.{key[2]}"
-        text += nearest(name, (name[2:] for name in flags))
-    return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...")
+        text += suggestion(name, (name[2:] for name in flags))
+    return textwrap.shorten(text, _MAX_CHARACTERS, placeholder=" ...")
 
 
-def _with_lists(options: Sequence[str]) -> list[str]:
+def _join_lists(options: Sequence[str]) -> list[str]:
     """Turn `--data.files a.txt b.txt` into the one word that jsonargparse reads as a list."""
     words: list[str] = []
     files: list[str] | None = None
@@ -161,20 +163,19 @@ def _with_lists(options: Sequence[str]) -> list[str]:
 
 
 def make_parser(command: str) -> ArgumentParser:
-    """Build the parser of one command.
+    """Make the parser of one command.
 
     Args:
-        command: One of fit, plan, tune, validate, generate, export, compare.
+        command: One of `COMMANDS`.
     """
     register_type(ByteSize, serializer=str, deserializer=ByteSize, fail_already_registered=False)
     parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
-    parser.add_argument("--memory_budget", "--memory-budget", type=ByteSize, default=None)
-    parser.add_argument("--fold_plan", "--fold-plan", type=str | None, default=None)
-    parser.add_argument("--seed_everything", type=int, default=0)
-    parser.add_argument("--name", type=str, default="default")
-    parser.add_argument("--runs", type=str, default="runs")
-    parser.add_argument(*reversed(_ALLOW), type=str | None, default=None)
+    for option in options_of(command):
+        if option.type is not None and option.name != "config":
+            flags = dict.fromkeys((f"--{option.name}", option.flag))  # the first names the value
+            value = {"required": True} if option.is_required else {"default": option.default}
+            parser.add_argument(*flags, type=option.type, **value)
     parser.add_class_arguments(TuneOptions, "tune", instantiate=False)
     parser.add_class_arguments(ModelSettings, "model", instantiate=False)
     parser.add_class_arguments(DataSettings, "data", instantiate=False, skip={"vocab_size"})
@@ -185,29 +186,4 @@ def make_parser(command: str) -> ArgumentParser:
         fail_untyped=False,
         skip={"logger", "default_root_dir"},
     )
-    _add_own(parser, command)
     return parser
-
-
-def _add_own(parser: ArgumentParser, command: str) -> None:
-    if command == "fit":
-        parser.add_argument("--ckpt_path", type=str | None, default=None)
-    if command in ("validate", "generate", "export"):
-        parser.add_argument("--ckpt_path", type=str, required=True)
-    if command == "validate":
-        parser.add_argument("--biased", type=bool, default=False)
-    if command == "plan":
-        parser.add_argument("--format", choices=["table", "json"], default="table")
-        parser.add_argument("--uniform_level", "--uniform-level", type=int | None, default=None)
-        parser.add_argument("--tensors", type=NonNegativeInt, default=0)
-        parser.add_argument("--picture", type=str | None, default=None)
-    if command == "generate":
-        parser.add_argument("--prompt", type=str, default="")
-        parser.add_argument("--max_new_tokens", type=PositiveInt, default=200)
-        parser.add_argument("--temperature", type=NonNegativeFloat, default=0.8)
-    if command == "compare":
-        parser.add_argument("--optimizers", type=str | None, default=None)
-        parser.add_argument("--steps", type=int, default=300)
-        parser.add_argument("--seeds", type=int, default=2)
-    if command == "export":
-        parser.add_argument("--output", type=str, required=True)
