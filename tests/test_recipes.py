@@ -1,4 +1,4 @@
-"""What configs/ says of itself: the first line is a command, the second what to expect of it."""
+"""The first comment line of a recipe in configs/ is its command, the second its predicted peak."""
 
 import re
 from pathlib import Path
@@ -38,8 +38,8 @@ _PRETRAINED = {
     ),
 }
 _EXPECTED = re.compile(
-    r"# Expect a peak of (?P<peak>[0-9.]+ [MG]B) by the account(?: for TinyLlama 1\.1B)?"
-    r"(?:, in micro-batches of (?P<rows>[0-9]+) rows)?(?P<time> and .* \((?P<page>.*)\))?\."
+    r"# Predicted peak: (?P<peak>[0-9.]+ [MG]B)(?: for TinyLlama 1\.1B)?"
+    r"(?:, with micro-batches of (?P<rows>[0-9]+) rows)?(?:; time: .* \((?P<page>.*)\))?\."
 )
 
 
@@ -47,7 +47,7 @@ def second_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").splitlines()[1]
 
 
-def hyperparameters(path: Path, pretrained: Path, *more: str) -> Settings:
+def recipe_settings(path: Path, pretrained: Path, *more: str) -> Settings:
     """Read the command of a recipe."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# python cli.py fit "), path
@@ -58,7 +58,7 @@ def hyperparameters(path: Path, pretrained: Path, *more: str) -> Settings:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_first_line_of_a_recipe_is_its_command(path: Path, tmp_path: Path) -> None:
-    parsed = hyperparameters(path, tmp_path / "model")
+    parsed = recipe_settings(path, tmp_path / "model")
     assert parsed.memory_budget is not None
     assert f"configs/{path.name}" in path.read_text().splitlines()[0] or path.stem == "default"
     job = parsed.job()
@@ -87,7 +87,7 @@ def test_the_second_line_of_a_recipe_is_the_peak_that_plan_prints(
         _PRETRAINED[path.stem].save_pretrained(tmp_path)
     # Micro-batches that are larger, and too large, take most of the time; they are left out.
     rows = ["--data.micro_batch_size", expected["rows"]] if expected["rows"] else []
-    parsed = hyperparameters(path, tmp_path, *rows)
+    parsed = recipe_settings(path, tmp_path, *rows)
     planner = BudgetPlanner(parsed.job(), parsed.memory_budget)
     plan = planner.default_plan()
     assert format_bytes(planner.accountant.account(plan).peak_bytes) == expected["peak"]
