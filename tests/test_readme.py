@@ -131,6 +131,15 @@ def test_ci_runs_what_contributors_are_told_to_run() -> None:
         assert command.replace("pip install", "python -m pip install --quiet") in script
 
 
+def test_every_results_page_that_the_code_cites_exists() -> None:
+    for path in chain(
+        *((REPOSITORY / folder).rglob("*.py") for folder in ("foam_lightning", "tuner"))
+    ):
+        for page in re.findall(r"(?:docs|results)/[\w-]+\.md", path.read_text(encoding="utf-8")):
+            folder = RESULTS.parent if page.startswith("results") else REPOSITORY
+            assert (folder / page).is_file(), (path, page)
+
+
 def test_every_results_page_is_listed_with_its_command_and_commit() -> None:
     index = PAGES["tests/benchmarks/results/README.md"]
     rows = dict(re.findall(r"\((\w+-11\.md)\).* ([0-9a-f]{7}) \|", index))

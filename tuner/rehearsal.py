@@ -19,7 +19,7 @@ from tuner.run_context import RunContext
 
 _STEPS = 2
 # A plan that leaves a twentieth of the budget is rehearsed after the search only: predictions were
-# within 2 % of what was measured (tests/benchmarks/results/memory_truth_2026-11.md).
+# within 0.1 % of what was measured (tests/benchmarks/results/memory_truth_cpu_2026-11.md).
 _CLOSE_TO_BUDGET = 0.95
 MAX_REHEARSALS = 4
 
