@@ -8,7 +8,7 @@ import torch
 from foam_lightning.checkpoint.load import load_module, load_tokenizer
 from foam_lightning.data.chat import encode_prompt, end_of_turn
 from foam_lightning.errors import ConfigError
-from foam_lightning.model.llama import ends
+from foam_lightning.model.llama import stop_token_ids
 from foam_lightning.validation import WRITING, check_ranges
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def generate_text(
         do_sample=temperature > 0,
         temperature=temperature or None,
         use_cache=True,
-        eos_token_id=ends(model, tokenizer.eos_token_id, turn),
+        eos_token_id=stop_token_ids(model, tokenizer.eos_token_id, turn),
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=is_chat, skip_special_tokens=True),
     )

@@ -103,7 +103,7 @@ class LlamaFoam(LightningModule):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's shape by its qualified name."""
         with torch.device("meta"):
-            model = llama.lay_out(self.llama_config())
+            model = llama.create_uninitialized(self.llama_config())
         return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     @cached_property
@@ -138,12 +138,12 @@ class LlamaFoam(LightningModule):
 
         It lives where tensors are made now, such as in fake mode; the account traces it.
         """
-        config = llama.with_depth(self.llama_config(), num_layers)
+        config = llama.set_num_layers(self.llama_config(), num_layers)
         proxy_model = LlamaFoam(self.settings, architecture=self.architecture)
         proxy_model.plan = FoldPlan(
             model={}, levels={}, scales={}, lr=1.0, memory_options=memory_options
         )
-        proxy_model._adopt(llama.lay_out(config))
+        proxy_model._adopt(llama.create_uninitialized(config))
         return proxy_model
 
     def layers(self) -> Sequence[torch.nn.Module]:
@@ -187,7 +187,7 @@ class LlamaFoam(LightningModule):
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """Run the decoder: token ids (B, S) to hidden states (B, S, H)."""
         model = self._built()
-        llama.check_length(model.config, input_ids.shape[1])
+        llama.check_sequence_length(model.config, input_ids.shape[1])
         # No mask: rows are causal and padded on the right only, where nothing is scored.
         hidden: Tensor = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
@@ -203,7 +203,7 @@ class LlamaFoam(LightningModule):
         total, num_tokens = self._summed_loss(self.hidden_states(batch["input_ids"]), labels)
         self.log("train/loss", total.detach() / num_tokens.clamp(min=1), prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return self.step_mean.share(total, num_tokens, labels, self.trainer)
+        return self.step_mean.backward_loss(total, num_tokens, labels, self.trainer)
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -213,7 +213,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.step_mean.complete(self.parameters(), self.trainer)
+        self.step_mean.rescale_gradients(self.parameters(), self.trainer)
 
     @override
     def optimizer_step(
@@ -252,7 +252,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        llama.keep_rope_float32(self._built())
+        llama.restore_rope_float32(self._built())
 
     @override
     def on_train_start(self) -> None:
@@ -271,7 +271,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_validation_start(self) -> None:
-        llama.keep_rope_float32(self._built())
+        llama.restore_rope_float32(self._built())
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

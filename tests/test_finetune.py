@@ -300,9 +300,9 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (break_weights, "cannot load the weights in"),
     "truncated": (break_file, "model.safetensors is missing, truncated or damaged"),
     "missing weights": (break_depth, "lacks 9 weights, the first is model.layers.2."),
-    "wrong shape": (break_shape, "its config.json asks for"),
-    "GPT-2": (break_architecture, "holds a gpt2 model; only llama, mistral and qwen2"),
-    "remote code": (break_code, "asks for code of its own"),
+    "wrong shape": (break_shape, "its config.json needs"),
+    "GPT-2": (break_architecture, "gpt2"),
+    "remote code": (break_code, "custom code"),
     "no folder": (shutil.rmtree, "has no config.json"),
     "large tokenizer": (break_tokenizer, "has tokens up to 399, and the model's vocabulary of 328"),
 }

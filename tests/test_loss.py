@@ -1,9 +1,15 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from foam_lightning.job import Job
 from foam_lightning.model import loss
 from foam_lightning.model.loss import IGNORED, token_loss
+from tests.runs import NewJob
+from tests.unequal import BATCH, job_of_unequal_rows, trained
 
 H, V = 8, 50
 
@@ -32,7 +38,7 @@ def by_hand(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[float, int
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
-def test_the_loss_is_the_sum_over_scored_tokens(chunked: bool) -> None:
+def test_the_loss_is_the_sum_over_labelled_tokens(chunked: bool) -> None:
     hidden, head, labels = example()
     total, count = token_loss(hidden, head, labels, chunked=chunked)
     expected, expected_count = by_hand(hidden, head, labels)
@@ -63,7 +69,7 @@ def test_ignored_labels_get_no_gradient(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
-def test_logits_of_bfloat16_weights_are_scored_in_float32(chunked: bool) -> None:
+def test_the_loss_of_bfloat16_weights_is_float32(chunked: bool) -> None:
     hidden, head, labels = example(dtype=torch.bfloat16)
     total, _ = token_loss(hidden, head, labels, chunked=chunked)
     assert total.dtype == torch.float32
@@ -72,38 +78,57 @@ def test_logits_of_bfloat16_weights_are_scored_in_float32(chunked: bool) -> None
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-3)
 
 
-def test_at_most_64_chunks_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    cross_entropy = torch.nn.functional.cross_entropy
+class RecordingHead(nn.Linear):
+    """Records the number of tokens of every call."""
 
-    def spy(logits: Tensor, *args: object, **options: object) -> Tensor:
-        sizes.append(len(logits))
-        return cross_entropy(logits, *args, **options)  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        super().__init__(H, V, bias=False)
+        self.sizes: list[int] = []
 
-    monkeypatch.setattr("foam_lightning.model.loss.cross_entropy", spy)
+    def forward(self, states: Tensor) -> Tensor:
+        self.sizes.append(len(states))
+        return super().forward(states)
+
+
+def chunk_sizes(rows: int, length: int) -> list[int]:
+    hidden, _, labels = example(rows, length)
+    head = RecordingHead()
     with torch.no_grad():
-        token_loss(*example(2, 301), chunked=True)
-        assert sizes == [256, 256, 88]
-        sizes.clear()
-        token_loss(*example(1, 64 * 300 + 1), chunked=True)
-        assert sizes == [300] * 64
+        token_loss(hidden, head, labels, chunked=True)
+    return head.sizes
+
+
+def test_chunks_have_at_least_256_tokens_and_are_at_most_64() -> None:
+    assert chunk_sizes(2, 301) == [256, 256, 88]
+    assert chunk_sizes(1, 64 * 300 + 1) == [300] * 64
 
 
 @pytest.mark.parametrize("length", [2, 3, 86, 129, 200, 256, 257, 258, 2048])
-def test_fewer_rows_than_it_says_are_one_chunk(
-    length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chunks = []
-    plain = loss.checkpoint
+def test_fewer_rows_than_the_minimum_are_one_chunk(length: int) -> None:
+    rows = loss.min_rows_for_chunks(length)
+    assert len(chunk_sizes(rows, length)) > 1
+    if rows > 1:
+        assert len(chunk_sizes(rows - 1, length)) == 1
 
-    def counted(*args: object, **options: object) -> object:
-        chunks.append(args)
-        return plain(*args, **options)
 
-    monkeypatch.setattr(loss, "checkpoint", counted)
-    least = loss.least_rows_in_chunks(length)
-    for rows, is_one in ((least - 1, True), (least, False)):
-        if rows:
-            chunks.clear()
-            token_loss(*example(rows, length), chunked=True)
-            assert (len(chunks) == 1) == is_one
+# ---- the mean over an optimizer step
+
+
+@pytest.fixture
+def unequal(new_job: NewJob, tmp_path: Path) -> Job:
+    return job_of_unequal_rows(new_job, tmp_path)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "one by one": {"micro_batch_size": 1, "accumulate_grad_batches": 4},
+    "two by two": {"micro_batch_size": 2, "accumulate_grad_batches": 2},
+    "released": {"micro_batch_size": 4, "gradient_release": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_micro_batches_of_unequal_rows_change_nothing(way: str, unequal: Job) -> None:
+    whole = trained(unequal, micro_batch_size=BATCH)
+    found = trained(unequal, **WAYS[way])
+    for name, weights in whole.items():
+        torch.testing.assert_close(found[name], weights, atol=1e-6, rtol=0, msg=name)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from foam_lightning.errors import PlanError
 from foam_lightning.job import Job
 from foam_lightning.memory.options import MAX_LEVEL
-from foam_lightning.model.llama import describe
+from foam_lightning.model.llama import create_config
 from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
@@ -84,7 +84,7 @@ def test_the_sizes_of_a_twin_make_a_narrower_model_or_there_is_none(
     if sizes is None:
         assert width < least + 2 * heads
         return
-    describe(**sizes, num_hidden_layers=1, vocab_size=8, max_position_embeddings=8)
+    create_config(**sizes, num_hidden_layers=1, vocab_size=8, max_position_embeddings=8)
     narrow = sizes["hidden_size"]
     assert math.floor(least) <= narrow < min(width, least + 2 * heads)
     assert sizes["num_attention_heads"] == queries * sizes["num_key_value_heads"]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import cli
 from foam_lightning.data.chat import encode_chat
 from foam_lightning.errors import ConfigError, DataError
-from foam_lightning.model.pretrained import as_config
+from foam_lightning.model.pretrained import parse_config
 from tests.pretrained import save_pretrained, save_tokenizer
 from tests.test_layers import FILES, path_id
 from tests.tiny import REPOSITORY, write_settings
@@ -182,7 +182,7 @@ def test_a_kernel_that_a_folder_names_is_not_looked_for(tmp_path: Path) -> None:
     folder = save_pretrained(tmp_path / "folder", "llama-2")
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = ("attn_implementation", "_attn_implementation", "experts_implementation")
-    config = as_config({**content, **dict.fromkeys(names, "evil/kernel")}, "config.json")
+    config = parse_config({**content, **dict.fromkeys(names, "evil/kernel")}, "config.json")
     assert config._attn_implementation is None
     assert "evil" not in json.dumps(config.to_dict())
 

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from foam_lightning.data.chat import end_of_turn
 from foam_lightning.data.module import TextData
-from foam_lightning.model.llama import save
+from foam_lightning.model.llama import save_model
 from foam_lightning.module import LlamaFoam
 
 
@@ -33,4 +33,4 @@ class Export(Callback):
             gathered = trainer.strategy.lightning_module_state_dict()
             weights = {name.removeprefix("model."): whole for name, whole in gathered.items()}
         turn = end_of_turn(data.tokenizer) if data.settings.chat else None
-        save(pl_module.model, data.tokenizer, self._folder, weights, end_of_turn=turn)
+        save_model(pl_module.model, data.tokenizer, self._folder, weights, end_of_turn=turn)

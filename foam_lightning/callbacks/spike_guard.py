@@ -216,7 +216,7 @@ class SpikeGuard(Callback):
             return self._loss, math.isfinite(worst)
         grads = [local_shard(p.grad) for p in module.parameters() if p.grad is not None]
         is_bad = ~_norm(grads).isfinite()
-        sums = torch.stack([*module.step_mean.sums(), is_bad]).double()
+        sums = torch.stack([*module.step_mean.totals(), is_bad]).double()
         nats, scored, num_bad = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         return nats / max(1.0, scored), num_bad == 0
 

@@ -1,4 +1,4 @@
-"""LLaMA through transformers: describe, build and save it."""
+"""Create and save LLaMA models of transformers."""
 
 import json
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from foam_lightning.validation import MODEL, check_ranges
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-# Causal attention without a mask, under a name of our own. Under "sdpa" transformers looks at the
-# values of a mask it makes for every forward pass to find that it is not needed: a GPU waits for
-# that, and fake tensors have no values, so an account of them would keep masks that no run makes.
+# Causal attention without a mask, registered under our own name. Under "sdpa", transformers creates
+# a mask in every forward pass and reads its values to find that it is not needed. A GPU waits for
+# that, and fake tensors have no values, so the memory account would count masks that no run keeps.
 _ATTENTION = "sdpa_causal"
-# The architectures that are built of the same parts under the same names, by what config.json calls
-# them. A type that says LLaMA below stands for any of them.
-CLASSES = {
+# Supported architectures by `model_type` in config.json: LLaMA and those with equal modules and
+# parameter names. "LLaMA" in types and docstrings here means any of them.
+MODEL_CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The numbers that make two models the same model to a fold plan.
+# A fold plan fits models that agree in these.
 _FINGERPRINT = (
     "num_hidden_layers",
     "hidden_size",
@@ -39,7 +39,7 @@ _FINGERPRINT = (
 )
 
 
-def describe(
+def create_config(
     *,
     hidden_size: int,
     intermediate_size: int,
@@ -49,10 +49,10 @@ def describe(
     vocab_size: int,
     max_position_embeddings: int,
 ) -> "LlamaConfig":
-    """Turn sizes into a transformers configuration, untied embedding and head, SDPA attention.
+    """Create a LLaMA configuration with untied embedding and head.
 
     Raises:
-        ConfigError: A size is out of range, or the heads do not divide what they must.
+        ConfigError: A size is out of range, or not a multiple of the number of heads.
     """
     from transformers import LlamaConfig
 
@@ -70,57 +70,53 @@ def describe(
             f"model.num_attention_heads {num_attention_heads} must be a multiple of "
             f"model.num_key_value_heads {num_key_value_heads}"
         )
-    # Special tokens are the tokenizer's to say: `save` asks it.
+    # `save_model` sets the special tokens to those of the tokenizer.
     return LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
 
 
-def with_depth(config: "LlamaConfig", num_layers: int) -> "LlamaConfig":
-    """Give the configuration another number of layers, in place."""
+def set_num_layers(config: "LlamaConfig", num_layers: int) -> "LlamaConfig":
+    """Set the number of layers of a configuration, in place, and return it."""
     config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):  # one for each
+    if getattr(config, "layer_types", None):  # one per layer
         config.layer_types = config.layer_types[:num_layers]
     return config
 
 
-def check_length(config: "LlamaConfig", length: int) -> None:
-    """Refuse rows that are longer than what attention sees.
+def check_sequence_length(config: "LlamaConfig", length: int) -> None:
+    """Check that rows are no longer than a sliding attention window.
 
-    There is no mask here for a sliding window (Mistral 7B v0.1 has one of 4096 tokens). Within it
-    a row needs none.
+    Attention has no mask here; rows within the window (4096 tokens in Mistral 7B v0.1) need none.
 
     Raises:
-        ConfigError: They are.
+        ConfigError: Rows are longer than the window.
     """
     window: int | None = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
     if slides and window is not None and length > window:
         raise ConfigError(
-            f"rows of {length} tokens are longer than the window of {window} that attention of "
-            f"this model has (sliding_window); set data.sequence_length to {window} or less"
+            f"rows of {length} tokens exceed the model's attention window of {window} tokens "
+            f"(sliding_window); set data.sequence_length to {window} or less"
         )
 
 
 def fingerprint(config: "LlamaConfig") -> dict[str, int | bool]:
-    """List the sizes that a fold plan must agree with, in the order they are compared."""
+    """Return the sizes that a fold plan must agree with, in the order of comparison."""
     return {name: getattr(config, name) for name in _FINGERPRINT}
 
 
-def lay_out(config: "LlamaConfig") -> "LlamaForCausalLM":
-    """Make the model wherever tensors are made now: under the meta device or in fake mode.
-
-    The weights are not meant to be used; `build` draws them.
-    """
-    return without_mask(class_of(config)(config))
+def create_uninitialized(config: "LlamaConfig") -> "LlamaForCausalLM":
+    """Create a model whose weights are not initialized, for the meta device or fake tensors."""
+    return use_causal_attention(model_class(config)(config))
 
 
-def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
-    """Make a freshly initialised model on the default device and in the default dtype.
+def create_initialized(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
+    """Create a model with random weights on the default device and in the default dtype.
 
-    The model is laid out on the meta device first, so that a large one is never held twice, and
-    drawn from its own random stream, so that equal seeds are equal weights.
+    It is created on the meta device first, so that a large one is never in memory twice. The
+    weights depend only on `seed`, and the global random generator does not change.
     """
     with torch.device("meta"):
-        model = lay_out(config)
+        model = create_uninitialized(config)
     model.to_empty(device=torch.get_default_device())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -128,8 +124,8 @@ def build(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM":
     return model
 
 
-def without_mask(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
-    """Let the attention of a model be causal without a mask, in place."""
+def use_causal_attention(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
+    """Switch a model to causal attention without masks, in place, and return it."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -138,14 +134,14 @@ def without_mask(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
     return model
 
 
-def class_of(config: "LlamaConfig") -> Any:
-    """Find the class of transformers that a configuration is of."""
+def model_class(config: "LlamaConfig") -> Any:
+    """Return the model class of transformers for a configuration."""
     import transformers
 
-    return getattr(transformers, CLASSES[config.model_type])
+    return getattr(transformers, MODEL_CLASSES[config.model_type])
 
 
-def save(
+def save_model(
     model: "LlamaForCausalLM",
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
@@ -153,20 +149,19 @@ def save(
     *,
     end_of_turn: int | None = None,
 ) -> None:
-    """Write a Hugging Face folder beside `folder` and rename it, so that no half one is ever seen.
+    """Save model and tokenizer as a Hugging Face folder, atomically.
 
-    The model's special tokens become the tokenizer's, so that whoever loads it stops at the right
-    one; where the model names several and the tokenizer's is among them, they stay, and so do those
-    for which the tokenizer has none that the model knows. Tied weights are written once. Rotation
-    is also described as before transformers 5, for older readers. Of several processes that train
-    together the first alone writes.
+    Sets the special tokens of the model to those of the tokenizer, so that generation stops at the
+    right one. A list of tokens that contains the tokenizer's stays, and so does a token for which
+    the tokenizer has none within the vocabulary. Tied weights are saved once. RoPE settings are
+    also saved in the format before transformers 5. Of several ranks only the first writes.
 
     Args:
-        model: Says what it is, and has the weights where they are not given.
-        tokenizer: Goes with it.
+        model: The model.
+        tokenizer: Its tokenizer.
         folder: Replaced if it exists.
-        weights: Whole, by name, where the model has but a share of them.
-        end_of_turn: Another token to stop at, which ends what the assistant says.
+        weights: Full weights by name, if the model has only a shard of them.
+        end_of_turn: Another stop token, which ends a message of the assistant.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -175,26 +170,26 @@ def save(
     for config in (model.config, model.generation_config):
         for name in _SPECIAL_TOKENS:
             ours, theirs = getattr(config, name), getattr(tokenizer, name)
-            known = theirs is not None and theirs < model.config.vocab_size
-            if known and not (isinstance(ours, list) and theirs in ours):
+            is_valid = theirs is not None and theirs < model.config.vocab_size
+            if is_valid and not (isinstance(ours, list) and theirs in ours):
                 setattr(config, name, theirs)
     if end_of_turn is not None:
-        model.generation_config.eos_token_id = ends(model, end_of_turn)
+        model.generation_config.eos_token_id = stop_token_ids(model, end_of_turn)
     try:
         model.generation_config.validate(strict=True)
-    except ValueError:  # sampling is described and not switched on, as in some old folders
+    except ValueError:  # sampling options without do_sample, as in some old folders
         model.generation_config.do_sample = True
-    with without_progress_bars():
+    with hide_progress_bars():
         write_folder(
             folder,
-            lambda beside: model.save_pretrained(beside, state_dict=weights),
-            _describe_rotation_twice,
+            lambda temporary: model.save_pretrained(temporary, state_dict=weights),
+            _add_old_rope_names,
             tokenizer.save_pretrained,
         )
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """Keep the progress bars of transformers, one for each file of weights, off the terminal."""
     from transformers.utils import logging
 
@@ -207,15 +202,15 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def ends(model: "LlamaForCausalLM", *more: int | None) -> list[int] | int | None:
-    """List the tokens that a model stops at, and more; a single one is no list."""
+def stop_token_ids(model: "LlamaForCausalLM", *more: int | None) -> list[int] | int | None:
+    """Merge the model's stop tokens with others: a sorted list, one id, or None."""
     own = model.generation_config.eos_token_id
     found = {*(own if isinstance(own, list) else [own]), *more} - {None}
     return sorted(found) if len(found) > 1 else next(iter(found), None)
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write a tokenizer alone in the same way.
+    """Save a tokenizer as a folder, atomically.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -224,11 +219,11 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     write_folder(folder, tokenizer.save_pretrained)
 
 
-def keep_rope_float32(model: "LlamaForCausalLM") -> None:
-    """Recompute the rotary frequencies in float32 after a cast of the whole model.
+def restore_rope_float32(model: "LlamaForCausalLM") -> None:
+    """Recompute the rotary frequencies in float32 after the whole model was cast.
 
-    A pure-bfloat16 run casts every buffer; the frequencies then carry errors of up to 0.4 %,
-    which grow with the position.
+    A bfloat16 run casts every buffer. Rounded frequencies are off by up to 0.4 %, and the error of
+    the angles grows with the position.
     """
     rope = model.model.rotary_emb
     if rope.inv_freq.dtype == torch.float32:
@@ -239,7 +234,7 @@ def keep_rope_float32(model: "LlamaForCausalLM") -> None:
     rope.original_inv_freq = fresh.inv_freq.float().clone()
 
 
-def _describe_rotation_twice(folder: Path) -> None:
+def _add_old_rope_names(folder: Path) -> None:
     """Add the names `rope_theta`, `rope_scaling` and `torch_dtype` to config.json."""
     file = folder / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""What a LLaMA parameter is for, read from its qualified name."""
+"""Role (q, k, v, ...) and layer of a LLaMA parameter, read from its qualified name.
+
+Not to be confused with the roles of a conversation in `data.chat`.
+"""
 
 import re
 
@@ -10,26 +13,26 @@ _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)(?:\.|$)")
 
 
 def role_of(name: str) -> str:
-    """Name the role of a parameter: "model.layers.3.mlp.down_proj.weight" -> "down".
+    """Return the role of a parameter: "model.layers.3.mlp.down_proj.weight" -> "down".
 
     Args:
         name: The qualified name, as `named_parameters()` gives it.
 
     Returns:
-        One of `ROLES`, or "other" for embeddings, head, norms and foreign names.
+        One of `ROLES`, or "other" for embeddings, head, norms and unknown names.
     """
     match = _ROLE.search(name)
     return match[1] if match else "other"
 
 
 def layer_of(name: str) -> int | None:
-    """Number the layer of a parameter: "model.layers.3.mlp.down_proj.weight" -> 3.
+    """Return the layer of a parameter: "model.layers.3.mlp.down_proj.weight" -> 3.
 
     Args:
         name: The qualified name, as `named_parameters()` gives it.
 
     Returns:
-        The index of the layer, from 0, or None for what sits outside the layers.
+        The index of the layer, from 0, or None for parameters outside the layers.
     """
     match = _LAYER.search(name)
     return int(match[1]) if match else None

@@ -7,7 +7,7 @@ from foam_lightning.data.chat import end_of_turn
 from foam_lightning.errors import CheckpointError
 from foam_lightning.evaluate import format_perplexity, validate
 from foam_lightning.generate import generate_text
-from foam_lightning.model.llama import save
+from foam_lightning.model.llama import save_model
 from foam_lightning.resume import use_checkpoint_model
 from foam_lightning.storage.paths import exists
 from tuner.config.parser import Settings
@@ -49,5 +49,5 @@ def run_export(settings: Settings) -> None:
     assert module.model is not None
     tokenizer = load_tokenizer(path)
     turn = end_of_turn(tokenizer) if settings.data.chat else None
-    save(module.model, tokenizer, output, end_of_turn=turn)
+    save_model(module.model, tokenizer, output, end_of_turn=turn)
     print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")

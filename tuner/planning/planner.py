@@ -17,7 +17,7 @@ from foam_lightning.memory.options import (
     option_costs,
     selective_rows,
 )
-from foam_lightning.model.loss import least_rows_in_chunks
+from foam_lightning.model.loss import min_rows_for_chunks
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from tuner.planning.knobs import Knobs, decode, nearest, state_bytes_table
@@ -63,7 +63,7 @@ class BudgetPlanner:
             on_gpu=job.on_gpu,
             can_release=job.devices.count == 1,
             selective_rows=selective_rows(self.module.shapes, length, on_gpu=job.on_gpu),
-            chunked_rows=least_rows_in_chunks(length),
+            chunked_rows=min_rows_for_chunks(length),
         )
 
     @cached_property
