@@ -1,4 +1,4 @@
-"""Go on from a checkpoint with other micro-batches or devices, at the very next row."""
+"""Resume a checkpoint exactly, also with another micro-batch size or number of devices."""
 
 from typing import Any
 
@@ -12,22 +12,23 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.checkpoint import renumber_by_model_order
 from foam_lightning.plan import FoldPlan, MemoryOptions
 
-# What every rank has of its own, in a list by rank: the place in its data, and random numbers.
+# The key in a checkpoint for what differs by rank, a list: its position in the data, and its RNGs.
 RANKS = "ranks"
+# Private to Lightning; checked with 2.6. tests/test_exact_resume.py fails where they change.
 _LOADERS = ("state_dict", "combined_loader")
 _COUNTS = "epoch_loop.batch_progress"
 
 
 class ExactResume(Callback):
-    """Make a checkpoint exact, and fit the micro-batch and the devices of the run that goes on.
+    """Save what Lightning's checkpoints lack, and convert its counts of batches on loading.
 
-    Lightning counts batches: by them it knows where in the epoch it is, whether the gradients of
-    a step are complete, and when to evaluate. The rows that a step sees depend neither on the
-    micro-batch nor on the number of devices, so the counts are turned into steps and back. Sampler
-    and stream count rows.
+    Lightning counts batches to know its position in the epoch, whether the gradients of a step are
+    complete, and when to evaluate. The rows of a step depend neither on the micro-batch size nor on
+    the number of devices, so the counts are converted to the sizes of this run. Sampler and stream
+    count rows.
 
-    Lightning keeps the place in the data of the first rank alone, but each reads a stream of its
-    own; and no random numbers, which dropout draws in a pretrained model that has some.
+    Lightning saves the data position of rank 0 only, but each rank reads its own stream; and it
+    saves no random number generators, which dropout uses in some pretrained models.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class ExactResume(Callback):
     ) -> None:
         own = {"loaders": _loaders(checkpoint), "random": _random_state(pl_module)}
         checkpoint[RANKS] = _from_all_ranks(own, trainer)
-        if not isinstance(trainer.strategy, ModelParallelStrategy):  # which numbers them like that
+        if not isinstance(trainer.strategy, ModelParallelStrategy):  # which does it itself
             order = list(pl_module.parameters())
             checkpoint["optimizer_states"] = [
                 renumber_by_model_order(state, optimizer.param_groups, order)
@@ -62,7 +63,7 @@ class ExactResume(Callback):
             pl_module.plan.memory_options,
             num_ranks=(num_ranks, trainer.world_size),
         )
-        # Another number of ranks goes on from the place of the first: rows are counted over all.
+        # With another number of ranks all take the position of rank 0, which counts rows over all.
         own = checkpoint[RANKS][trainer.global_rank if num_ranks == trainer.world_size else 0]
         if own["loaders"] is not None:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own["loaders"]
@@ -78,16 +79,16 @@ class ExactResume(Callback):
 
 
 def count_ranks(checkpoint: dict[str, Any]) -> int:
-    """Tell how many ranks trained what a checkpoint holds.
+    """Return how many ranks trained a checkpoint.
 
     Raises:
-        CheckpointError: It does not say.
+        CheckpointError: The checkpoint does not contain it.
     """
     ranks = checkpoint.get(RANKS)
     if not isinstance(ranks, list) or not ranks:
         raise CheckpointError(
-            "the checkpoint does not say how many devices wrote it: it is of an older version, or "
-            "of another tool; start a new run from its exported model (model.pretrained)"
+            "the checkpoint does not contain the number of its devices: an older version or "
+            "another tool wrote it; start a new run from its exported model (model.pretrained)"
         )
     return len(ranks)
 
@@ -99,21 +100,21 @@ def rescale(
     *,
     num_ranks: tuple[int, int] = (1, 1),
 ) -> None:
-    """Count batches of another size in the saved state of Lightning's fit loop.
+    """Convert the batch counts in the saved state of Lightning's fit loop to another batch size.
 
     Args:
         fit_loop: The state, changed in place.
         before: The memory options that it was saved with.
-        after: The memory options to go on with.
-        num_ranks: How many ranks there were, and how many there are.
+        after: The memory options to resume with.
+        num_ranks: The number of ranks before and after.
 
     Raises:
-        CheckpointError: The rows of a step differ, or the state is of the middle of a step.
+        CheckpointError: The rows per step differ, or the state is from the middle of a step.
     """
     rows = before.batch_size * num_ranks[0], after.batch_size * num_ranks[1]
     if rows[0] != rows[1]:
         raise CheckpointError(
-            f"the checkpoint has {rows[0]} rows a step and this run {rows[1]}; go on with "
+            f"the checkpoint has {rows[0]} rows per step and this run {rows[1]}; resume with "
             f"--data.batch_size {rows[0]}, or start a new run"
         )
     if after.accumulate_grad_batches == before.accumulate_grad_batches:
@@ -121,7 +122,7 @@ def rescale(
     for counts in fit_loop[_COUNTS].values():
         if isinstance(counts, dict):
             done = _rescaled(counts["ready"], before, after)
-            # A batch under way stays under way: saving happens before it counts as completed.
+            # The current batch is not completed yet: Lightning saves before it counts it.
             counts.update({key: done - counts["ready"] + n for key, n in counts.items()})
 
 
@@ -130,8 +131,8 @@ def _rescaled(batches: int, before: MemoryOptions, after: MemoryOptions) -> int:
     if rest:
         raise CheckpointError(
             f"the checkpoint was saved after {rest} of the {before.accumulate_grad_batches} "
-            "micro-batches of a step; go on with micro-batches of its size, "
-            f"{before.micro_batch_size}, or from an older one"
+            f"micro-batches of a step; resume with --data.micro_batch_size "
+            f"{before.micro_batch_size}, or from an older checkpoint"
         )
     return steps * after.accumulate_grad_batches
 

@@ -15,7 +15,7 @@ class Export(Callback):
     """Write model and tokenizer as a Hugging Face folder after the last step.
 
     Args:
-        folder: Where to.
+        folder: The folder to write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Export(Callback):
         if pl_module.model is None:
             return
         weights = None
-        if pl_module.device_mesh is not None:  # every rank gives its share to the first
+        if pl_module.device_mesh is not None:  # a gather in which every rank takes part
             gathered = trainer.strategy.lightning_module_state_dict()
             weights = {name.removeprefix("model."): whole for name, whole in gathered.items()}
         turn = end_of_turn(data.tokenizer) if data.settings.chat else None

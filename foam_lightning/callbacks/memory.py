@@ -1,4 +1,4 @@
-"""Measure the memory that the account predicted."""
+"""Measure the peak of memory, and compare it with the prediction."""
 
 from typing import Any
 
@@ -10,29 +10,28 @@ from foam_lightning.memory.device import Gpu, Usage, load_costs
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.units import format_bytes
 
-# Steady from the second on: the first one creates the optimizer state.
+# The first step creates the optimizer state; the second has the peak of all that follow.
 _TRACKED_STEPS = 2
-# A prediction is meant to be within 1 percent; beyond this, something is not as it was accounted.
+# Predictions are within 1 %; a measured peak this far above one is reported.
 _TOLERANCE = 0.02
 
 
 class MemoryMonitor(Callback):
-    """Measure the peak of a run, show it beside the prediction, and say once where it is above.
+    """Log the measured peak of memory with the predicted one, and warn once if it is above that.
 
-    On a GPU the peak is what the caching allocator reserved, over the whole run, and the context
-    of the process. On a CPU, where nothing counts, every storage of the first two optimizer steps
-    is tracked.
+    On a GPU the peak is what the caching allocator reserved over the whole run, plus the CUDA
+    context. A CPU has no such counters, so every storage of the first two optimizer steps is
+    tracked.
 
     Args:
-        predicted_bytes: The account's peak; None where there was no account.
-        budget_bytes: What the run is to stay within, shown beside both; None where nothing was
-            said.
-        through_evaluation: On a CPU, track on to the end of the first evaluation.
-        gpu: What the run is on; by default the module's device, if that is one.
+        predicted_bytes: The predicted peak; None if there is none.
+        budget_bytes: The memory budget, logged with both; None if there is none.
+        through_evaluation: On a CPU, track until the end of the first evaluation.
+        gpu: The GPU; by default the module's device, if that is one.
 
     Attributes:
-        measured_bytes: The peak; None before it is known.
-        usage: What the counters of the GPU say; None on a CPU.
+        measured_bytes: The peak; None until it is known.
+        usage: The counters of the GPU; None on a CPU.
     """
 
     def __init__(
@@ -123,19 +122,19 @@ class MemoryMonitor(Callback):
             self.measured_bytes = usage.reserved + self._context
 
     def _warn(self, module: LightningModule) -> None:
-        """Say in one line, once, that the run is at the limit or above what was predicted."""
+        """Warn once, in one line, of allocator retries or of a peak above the prediction."""
         measured, predicted = self.measured_bytes, self.predicted_bytes
         retries = self.usage.retries if self.usage is not None else 0
         is_above = bool(measured and predicted and measured > predicted * (1 + _TOLERANCE))
         if self._has_warned or not (retries or is_above):
             return
         self._has_warned = True
-        beside = f"{format_bytes(measured or 0)} measured"
+        text = f"memory: {format_bytes(measured or 0)} measured"
         if predicted:
-            beside += f", {format_bytes(predicted)} predicted"
+            text += f", {format_bytes(predicted)} predicted"
         if retries:
-            beside += f"; {retries} times the allocator had to empty its cache, which is slow"
-        module.print(f"memory: {beside}; lower data.micro_batch_size or raise --memory-budget")
+            text += f"; the allocator had to empty its cache {retries} times, which is slow"
+        module.print(f"{text}; lower data.micro_batch_size or raise --memory-budget")
 
     def _stop(self) -> None:
         if self._tracker is not None:

@@ -1,4 +1,4 @@
-"""End a run in an orderly way when a signal asks for it: after the step, with a checkpoint."""
+"""When a signal ends a run, save a checkpoint after the current step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,14 @@ from foam_lightning.signals import (
 
 
 class SaveOnSignal(Callback):
-    """Save after the step in which a signal came, and end; the next run goes on right there.
+    """Save a checkpoint after the step in which a signal was received, and end the run.
 
-    Ranks end after the same step, whichever of them the signal came to. While the run evaluates in
-    between, a signal waits for the end of that and of the next step; a second one does not wait.
+    All ranks end after the same step, whichever received the signal. During an evaluation the
+    signal waits for the end of the evaluation and of the next step. A second signal ends the run at
+    once.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +46,7 @@ class SaveOnSignal(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if trainer.global_step == self._last_step:  # the gradients of a step are incomplete
+        if trainer.global_step == self._last_step:  # more micro-batches follow
             return
         self._last_step = trainer.global_step
         number = pending_signal()
@@ -66,7 +67,7 @@ class SaveOnSignal(Callback):
 
 @contextmanager
 def stop_workers_on_signal(trainer: Trainer) -> Iterator[None]:
-    """End the processes that this one started, too, which would wait for it."""
+    """On a signal, also end the ranks that this process started, which would wait for it."""
     try:
         yield
     except Interrupted as interrupted:

@@ -1,4 +1,4 @@
-"""Show how much of the gradient folding leaves to the residual."""
+"""Log how much of the gradient folding leaves to the residual."""
 
 from collections import defaultdict
 
@@ -13,26 +13,26 @@ from foam_lightning.model.roles import role_of
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.fold import fold, unfold
 
-# All gradients are alive here, which may be the peak of the step: a matrix is looked at some rows
-# at a time, so that what this adds stays below 5 MB.
+# All gradients exist here, which may be the peak of the step. A matrix is read some rows at a time,
+# so that this adds less than 5 MB.
 _PART_ELEMENTS = 2**18
 _EVERY_N_LOGS = 5
 
 
 class ResidualEnergy(Callback):
-    """Log the share of the gradient's energy that folding leaves out, per role.
+    """Log the share of the gradient's energy that is in the residual, per role.
 
-    That is ||gradient - unfold(fold(gradient))||**2 / ||gradient||**2 over all matrices of a role
-    that fold. Columns that share nothing give 1 - 2**-level; less means that neighbours agree.
+    That is ||gradient - unfold(fold(gradient))||**2 / ||gradient||**2 over all folded matrices of a
+    role. Independent columns give 1 - 2**-level; less means that neighbouring columns agree.
 
-    It costs about ten passes over the gradients of these matrices, as a plain update of FOAM does,
-    at every fifth logging step: with `trainer.log_every_n_steps` 10 that is one update more in 50,
-    and nothing is waited for but one handful of sums. Released gradients are gone before it looks.
+    It costs about ten passes over the gradients of these matrices, like a plain FOAM update, at
+    every fifth logging step: one more update in 50 with `trainer.log_every_n_steps` 10. With
+    gradient release there are no gradients to read.
     """
 
     @staticmethod
     def applies_to(module: LlamaFoam) -> bool:
-        """Tell whether a module's run gets curves: its optimizer folds, and gradients stay."""
+        """Return whether the optimizer folds and gradients exist after the backward pass."""
         plan = module.plan
         if plan is None or module.settings.optimizer != "foam":
             return False
@@ -60,7 +60,7 @@ class ResidualEnergy(Callback):
                 sums[role_of(name)] += torch.stack([residual.square().sum(), grad.square().sum()])
         if not sums:
             return
-        # Every rank has its rows of a sharded gradient, or the whole: then all count as often.
+        # Ranks have their rows of a sharded gradient, or the same whole one, which cancels.
         stacked = torch.stack(list(sums.values()))
         totals = trainer.strategy.reduce(stacked, reduce_op="sum").tolist()
         shares = {
@@ -68,6 +68,6 @@ class ResidualEnergy(Callback):
             for role, (of_residual, of_grad) in zip(sums, totals, strict=True)
             if of_grad
         }
-        # Past Lightning's `log`, which would write it again at every logging step until the next.
+        # Not by Lightning's `log`, which would repeat the values at every logging step.
         for logger in trainer.loggers:
             logger.log_metrics(shares, step=trainer.global_step)

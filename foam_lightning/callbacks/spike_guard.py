@@ -17,11 +17,11 @@ from foam_lightning.distributed.fsdp import local_shard
 from foam_lightning.errors import DivergedError
 from foam_lightning.module import LlamaFoam
 
-# A spike is seen beside the mean of the last steps; before there are as many, there is none.
+# A spike is a loss above the mean of the last steps, once there are enough of them.
 _STEPS_OF_MEAN = 50
 _STEPS_BEFORE_SPIKES = 20
 
-# What the settings say, beside what is counted.
+# The fields of a policy that are settings of the model; the others are counts.
 LIMITS = ("max_skipped_steps", "spike_nats", "max_rollbacks")
 
 
@@ -36,18 +36,22 @@ class StepAction(Enum):
 
 @dataclass(kw_only=True)
 class StepPolicy:
-    """Judge every step of a run by its loss and by whether its gradients are finite.
+    """Decide about every step by its loss and by whether its gradients are finite.
 
-    A step with a number that is not finite is skipped. So many of them in a row are no accident:
-    then the run rolls back to its last checkpoint, if it may, or stops. A spike is a finite loss
-    far above the mean of the steps before, and is looked for only where the run may roll back.
+    A step with a loss or gradient that is not finite is skipped. After too many in a row the run
+    rolls back to its last checkpoint, if allowed, or stops. A spike, a finite loss far above the
+    mean of the steps before, rolls back at once; without rollbacks there are no spikes.
 
     Attributes:
-        max_skipped_steps: Steps in a row that are skipped; one more, and the run stops.
-        spike_nats: How far above the running mean a loss is a spike.
-        max_rollbacks: Over the whole run; 0 looks for no spikes.
-        skipped: Steps that were not taken so far, those of rollbacks among them.
-        rollbacks: So far.
+        max_skipped_steps: The most steps in a row to skip; at one more, the run rolls back or
+            stops.
+        spike_nats: A loss this far above the running mean, in nats per token, is a spike.
+        max_rollbacks: The most rollbacks of the run; 0 disables spikes.
+        skipped: Steps skipped so far, including those of rollbacks.
+        rollbacks: Rollbacks so far.
+        in_a_row: Steps skipped since the last good one.
+        mean: The running mean of the loss, in nats per token.
+        num_taken: Good steps so far.
     """
 
     max_skipped_steps: int
@@ -59,19 +63,19 @@ class StepPolicy:
     mean: float = 0.0
     num_taken: int = 0
 
-    def accepts(self, loss: float) -> bool:
-        """Tell whether a loss is finite and no spike."""
-        return math.isfinite(loss) and not self._spikes(loss)
+    def is_good(self, loss: float) -> bool:
+        """Return whether a loss is finite and not a spike."""
+        return math.isfinite(loss) and not self._is_spike(loss)
 
-    def judge(self, loss: float, *, has_finite_gradients: bool, can_roll_back: bool) -> StepAction:
-        """Judge a step, and count it.
+    def decide(self, loss: float, *, has_finite_gradients: bool, can_roll_back: bool) -> StepAction:
+        """Decide about a step, and count it.
 
         Args:
             loss: In nats per token, over the whole step.
-            has_finite_gradients: All of them.
-            can_roll_back: There is a checkpoint.
+            has_finite_gradients: Whether all gradients are finite.
+            can_roll_back: Whether there is a checkpoint.
         """
-        if self.accepts(loss) and has_finite_gradients:
+        if self.is_good(loss) and has_finite_gradients:
             self.in_a_row = 0
             self.num_taken += 1
             self.mean += (loss - self.mean) / min(self.num_taken, _STEPS_OF_MEAN)
@@ -88,15 +92,15 @@ class StepPolicy:
         return StepAction.STOP
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the counts, which a run that goes on takes up again."""
+        """Return the counts."""
         return {key: value for key, value in asdict(self).items() if key not in LIMITS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the counts; the limits are those of this run."""
+        """Restore the counts; the limits stay those of this run."""
         for key, value in state.items():
             setattr(self, key, value)
 
-    def _spikes(self, loss: float) -> bool:
+    def _is_spike(self, loss: float) -> bool:
         return (
             self.max_rollbacks > 0
             and self.num_taken >= _STEPS_BEFORE_SPIKES
@@ -105,45 +109,45 @@ class StepPolicy:
 
 
 class SpikeGuard(Callback):
-    """Keep numbers that are not finite out of weights and moments.
+    """Keep losses and gradients that are not finite out of weights and optimizer state.
 
-    A step is judged when all its micro-batches went backward, before gradients are clipped, by
-    every rank on the same sums. A step that is not taken has no gradients left, which every
-    optimizer passes by: weights, moments and their count of steps stay as they were. Data and
-    schedule go on, so that nothing bad comes twice. After a rollback too: weights and optimizer
-    are those of the last checkpoint, and the next rows are the ones after the spike.
+    Every rank decides after the backward pass of the last micro-batch, before gradients are
+    clipped, on sums over all ranks. A skipped step has its gradients removed, so the optimizer
+    changes neither weights nor state nor its step count. Data and learning-rate schedule go on. So
+    they do after a rollback: weights and optimizer are those of the last checkpoint, and the next
+    rows are those after the spike.
 
-    Released gradients are spent inside backward. There the loss is judged before, and a bad one
-    goes no way back; values of a gradient that are not finite under a loss that is count as zero,
-    and the step counts as skipped.
+    With gradient release, gradients are used inside the backward pass. There the loss is checked
+    before it, and a bad one is not propagated. If the loss is finite and a gradient is not, its
+    bad values become 0, and the step counts as skipped.
 
-    The numbers of a step are read once it has gone backward, so a GPU then waits for the next
-    command; a terminal's progress bar reads the loss of every micro-batch as it is.
+    Reading the sums synchronizes with a GPU once per optimizer step; a progress bar does so for
+    every micro-batch anyway.
 
     Args:
-        judge: Knows the limits.
-        checkpoint: Where to roll back to, once it is there.
+        policy: The limits, and the counts of this run.
+        checkpoint: The checkpoint to roll back to, which may not exist yet.
     """
 
-    def __init__(self, judge: StepPolicy, checkpoint: Path) -> None:
-        self.judge = judge
+    def __init__(self, policy: StepPolicy, checkpoint: Path) -> None:
+        self.policy = policy
         self._checkpoint = checkpoint
-        self._loss = 0.0  # of the step under way, where gradients are released
-        self._worst: Tensor | None = None  # the largest norm among those gradients
-        self._verdict = StepAction.TAKE
+        self._loss = 0.0  # of the current step, with gradient release
+        self._largest_norm: Tensor | None = None  # of its gradients
+        self._action = StepAction.TAKE
 
     @property
     @override
     def state_key(self) -> str:
-        return "BadSteps"  # what checkpoints call it, also those of before it was renamed
+        return "BadSteps"  # the former name of the class, in all checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.judge.state_dict()
+        return self.policy.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.judge.load_state_dict(state_dict)
+        self.policy.load_state_dict(state_dict)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,18 +159,18 @@ class SpikeGuard(Callback):
         assert isinstance(pl_module, LlamaFoam)
         pl_module.backward_guard = None
 
-    # ---- checks before gradients are released
+    # ---- checks of gradient release, see `optim.gradient_release.BackwardGuard`
 
     def allows_backward(self, loss: Tensor) -> bool:
-        """Tell whether a loss may go backward, each parameter stepping as it gets its gradient."""
+        """Return whether a loss may be propagated; each parameter then steps inside backward."""
         self._loss = float(loss.detach())
-        self._worst = None
-        return self.judge.accepts(self._loss)
+        self._largest_norm = None
+        return self.policy.is_good(self._loss)
 
     def make_finite_(self, grad: Tensor) -> None:
-        """Make a gradient finite that is spent at once, and remember whether it was."""
-        worst = _norm([grad])
-        self._worst = worst if self._worst is None else torch.maximum(self._worst, worst)
+        """Set the values of a gradient that are not finite to 0, and record that there were any."""
+        norm, before = _norm([grad]), self._largest_norm
+        self._largest_norm = norm if before is None else torch.maximum(before, norm)
         grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     # ---- every step
@@ -176,87 +180,87 @@ class SpikeGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         assert isinstance(pl_module, LlamaFoam)
-        loss, is_finite = self._numbers(trainer, pl_module)
-        # Looked up by all ranks or by none, and the answer is the first one's.
-        is_good = is_finite and self.judge.accepts(loss)
+        loss, is_finite = self._step_sums(trainer, pl_module)
+        # A broadcast by all ranks or by none: they have the same sums.
+        is_good = is_finite and self.policy.is_good(loss)
         can_roll_back = not is_good and bool(trainer.strategy.broadcast(self._checkpoint.exists()))
-        self._verdict = self.judge.judge(
+        self._action = self.policy.decide(
             loss, has_finite_gradients=is_finite, can_roll_back=can_roll_back
         )
-        if self._verdict is StepAction.TAKE:
+        if self._action is StepAction.TAKE:
             return
-        found = _in_words(loss, None if is_finite else _culprit(pl_module))
-        where = _place(trainer, pl_module)
-        if self._verdict is StepAction.STOP:
-            raise DivergedError(self._why_stop(where, found))
+        problem = _describe(loss, None if is_finite else _find_bad_parameter(pl_module))
+        where = _locate(trainer, pl_module)
+        if self._action is StepAction.STOP:
+            raise DivergedError(self._stop_message(where, problem))
         optimizer.zero_grad(set_to_none=True)
-        if self._verdict is StepAction.SKIP:
-            pl_module.print(f"skipped {where}: {found}")
+        if self._action is StepAction.SKIP:
+            pl_module.print(f"skipped {where}: {problem}")
         else:
             pl_module.print(
-                f"rolled back at {where}, to the last checkpoint: {found}, "
-                f"{self.judge.mean:.3f} before; the data goes on"
+                f"rolled back at {where} to the last checkpoint: {problem}, the mean before was "
+                f"{self.policy.mean:.3f}; continuing with the next rows"
             )
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._verdict is StepAction.ROLL_BACK:
+        if self._action is StepAction.ROLL_BACK:
             _roll_back(trainer, self._checkpoint)
-        self._verdict = StepAction.TAKE
-        pl_module.log("train/skipped_steps", float(self.judge.skipped))
-        if self.judge.max_rollbacks:
-            pl_module.log("train/rollbacks", float(self.judge.rollbacks))
+        self._action = StepAction.TAKE
+        pl_module.log("train/skipped_steps", float(self.policy.skipped))
+        if self.policy.max_rollbacks:
+            pl_module.log("train/rollbacks", float(self.policy.rollbacks))
 
-    def _numbers(self, trainer: Trainer, module: LlamaFoam) -> tuple[float, bool]:
-        """Read the loss of the step, and whether its gradients are finite, over all ranks."""
+    def _step_sums(self, trainer: Trainer, module: LlamaFoam) -> tuple[float, bool]:
+        """Return the loss of the step over all ranks, and whether all gradients are finite."""
         if module.releases:
-            worst = 0.0 if self._worst is None else float(self._worst)
-            return self._loss, math.isfinite(worst)
+            norm = 0.0 if self._largest_norm is None else float(self._largest_norm)
+            return self._loss, math.isfinite(norm)
         grads = [local_shard(p.grad) for p in module.parameters() if p.grad is not None]
         is_bad = ~_norm(grads).isfinite()
         sums = torch.stack([*module.step_mean.totals(), is_bad]).double()
         nats, scored, num_bad = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         return nats / max(1.0, scored), num_bad == 0
 
-    def _why_stop(self, where: str, found: str) -> str:
-        judge = self.judge
-        counts = f"{judge.in_a_row} steps in a row (model.max_skipped_steps)"
-        if judge.max_rollbacks:
-            counts += f" and {judge.rollbacks} rollbacks (model.max_rollbacks)"
+    def _stop_message(self, where: str, problem: str) -> str:
+        policy = self.policy
+        counts = f"{policy.in_a_row} bad steps in a row (model.max_skipped_steps)"
+        if policy.max_rollbacks:
+            counts += f" and {policy.rollbacks} rollbacks (model.max_rollbacks)"
         has_one = self._checkpoint.exists()
-        at = "its last checkpoint is from before" if has_one else "it has no checkpoint"
+        advice = "; the last checkpoint is from before" if has_one else ""
         return (
-            f"training stopped at {where}: {found}, after {counts}; {at}; lower model.lr, look at "
-            "these rows, or raise the limit"
+            f"training stopped at {where}: {problem}, after {counts}{advice}; lower model.lr, "
+            "check these rows, or raise the limit"
         )
 
 
 def _norm(grads: Iterable[Tensor]) -> Tensor:
-    """Take the norm of all: one pass, no copy, and on a CPU 20 times as fast as the maximum.
+    """Return the norm of all gradients: in one pass and, on a CPU, 20 times as fast as a maximum.
 
-    It is not finite either where squares are not, which are what the second moment adds up.
+    It also overflows where squares do, which the second moment sums.
     """
     return torch.nn.utils.get_total_norm(grads)
 
 
-def _in_words(loss: float, culprit: str | None) -> str:
-    if not math.isfinite(loss) or culprit is None:
+def _describe(loss: float, bad_parameter: str | None) -> str:
+    if not math.isfinite(loss) or bad_parameter is None:
         return f"the loss is {loss:.4g}"
-    return f"the gradient of {culprit} is not finite"
+    return f"the gradient of {bad_parameter} is not finite"
 
 
-def _culprit(module: LlamaFoam) -> str:
-    """Name the first parameter here whose gradient is not finite; any, where there is none."""
+def _find_bad_parameter(module: LlamaFoam) -> str:
+    """Return the first parameter of this rank whose gradient is not finite."""
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and not local_shard(parameter.grad).isfinite().all():
             return name
-    return "some parameter"
+    return "some parameter"  # of another rank, or released
 
 
-def _place(trainer: Trainer, module: LlamaFoam) -> str:
-    """Name the step and its rows, counted over the whole run and all devices."""
+def _locate(trainer: Trainer, module: LlamaFoam) -> str:
+    """Name the step and its rows, both counted from 1 over the run and all devices."""
     assert module.plan is not None
     rows = module.plan.memory_options.batch_size * trainer.world_size
     done = trainer.global_step
@@ -264,9 +268,9 @@ def _place(trainer: Trainer, module: LlamaFoam) -> str:
 
 
 def _roll_back(trainer: Trainer, path: Path) -> None:
-    """Load weights and optimizer of a checkpoint, and leave where the run is as it is."""
+    """Load weights and optimizer state of a checkpoint, but neither loops nor schedules."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]  # the schedule goes on
+    rates = [group["lr"] for group in groups]  # by the schedule
     checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
     trainer.strategy.load_model_state_dict(checkpoint, strict=True)
     trainer.strategy.load_optimizer_state_dict(checkpoint)

@@ -1,4 +1,4 @@
-"""The page of a run in TensorBoard: its curves in groups, and its pictures."""
+"""The layout of a run in TensorBoard: groups of curves, and pictures."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.module import LlamaFoam
 from foam_lightning.storage.atomic import atomic_path
 
-# TensorBoard reads the files of a folder in the order of their names: before those of the run.
+# TensorBoard reads files in the order of their names, so this one before those of the logger.
 _FILE = "events.out.tfevents.0.board"
 
 Layout = dict[str, dict[str, str]]
-"""The curves of every chart, by its title and by the title of its group: a regular expression that
-matches the beginning of their tags, as TensorBoard takes it."""
+"""By group title and chart title, the regular expression of the tags, which TensorBoard matches from
+their beginning."""
 
 _LOSS = "(train|validation)/loss$"
 _RESIDUALS = "folding/residual_energy_"
@@ -28,15 +28,14 @@ _PEAKS = "memory/(measured|predicted|budget)_bytes$"
 
 
 class TensorBoardLayout(Callback):
-    """Lay the curves out for TensorBoard's tab "custom scalars", and add the pictures of the plan.
+    """Write the charts of TensorBoard's tab "Custom Scalars", and the pictures of the plan.
 
-    It is written once in the life of a run, however often that is taken up, into an event file of
-    its own, whole or not at all.
+    They are written once per run, however often it is resumed, to an event file of their own.
 
     Args:
-        folder: Of the run.
+        folder: The run folder.
         pictures: PNG files by title.
-        throughput: Names its curves.
+        throughput: Lists the tags of its curves.
     """
 
     def __init__(self, folder: Path, pictures: Mapping[str, Path], throughput: Throughput) -> None:
@@ -50,19 +49,19 @@ class TensorBoardLayout(Callback):
         path = self._folder / _FILE
         if path.exists() or not trainer.is_global_zero:
             return
-        groups = layout(self._throughput.tags, folds=ResidualEnergy.applies_to(pl_module))
+        groups = chart_layout(self._throughput.tags, folds=ResidualEnergy.applies_to(pl_module))
         _write(path, groups, self._pictures)
 
 
-def layout(throughput: Sequence[str], *, folds: bool) -> Layout:
-    """Arrange the curves that a run gets.
+def chart_layout(throughput: Sequence[str], *, folds: bool) -> Layout:
+    """Arrange the curves of a run in charts.
 
-    TensorBoard joins the charts of several runs only where they are equal, so a chart does not say
-    which roles fold in this run, or whether it has a budget.
+    TensorBoard merges the charts of several runs only if they are equal, so a chart does not depend
+    on which roles fold in this run, or on whether it has a budget.
 
     Args:
-        throughput: The tags of speed, each of which is a chart of its own.
-        folds: Whether there are curves of the residual; else the group is left out.
+        throughput: The tags of throughput; each gets its own chart.
+        folds: Whether the run has curves of the residual; otherwise their group is left out.
     """
     speeds = {tag.removeprefix("throughput/").replace("_", " "): f"{tag}$" for tag in throughput}
     return {

@@ -18,17 +18,16 @@ from foam_lightning.module import LlamaFoam
 
 
 def flops_per_token(shapes: Mapping[str, tuple[int, ...]], sequence_length: int) -> int:
-    """Count the operations that training needs for one token, forward and backward.
+    """Count the FLOPs that training needs for one token, forward and backward.
 
-    6 N + 12 L H Q T of PaLM (Chowdhery et al., arXiv 2204.02311), appendix B: two operations for
-    every weight and three passes; and of every layer's H heads of size Q the products of queries
-    and keys, and of weights and values, over the whole row. What activation checkpointing computes
-    twice does not count: the model has no use for it. A departure: N leaves out the embedding,
-    where it is only looked up, and norms.
+    6 N + 12 L H Q T of PaLM (Chowdhery et al., arXiv:2204.02311), appendix B: two FLOPs per weight
+    in three passes, and in each of the L layers the products of queries with keys and of attention
+    with values, for H heads of size Q over T tokens. Recomputation by activation checkpointing does
+    not count. One departure: N excludes norms, and the embedding unless it is also the head.
 
     Args:
-        shapes: Of every parameter, by qualified name.
-        sequence_length: Tokens in a row, T.
+        shapes: The shape of every parameter, by qualified name.
+        sequence_length: T, tokens in a row.
     """
     has_head = any("lm_head" in name for name in shapes)  # a tied one is the embedding itself
     num_weights = sum(
@@ -36,39 +35,39 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], sequence_length: int)
         for name, shape in shapes.items()
         if len(shape) > 1 and not (has_head and "embed_tokens" in name)
     )
-    heads = sum(shape[0] for name, shape in shapes.items() if _makes_queries(name, shape))
+    heads = sum(shape[0] for name, shape in shapes.items() if _is_query_weight(name, shape))
     return 6 * num_weights + 12 * heads * sequence_length
 
 
-def _makes_queries(name: str, shape: tuple[int, ...]) -> bool:
+def _is_query_weight(name: str, shape: tuple[int, ...]) -> bool:
     return role_of(name) == "q" and len(shape) > 1  # not its bias
 
 
 def peak_flops(device: torch.device, precision: str) -> int | None:
-    """Look up what a device could compute, in operations a second.
+    """Look up the peak FLOP/s of a device.
 
-    The figures are Lightning's and no better than that: from data sheets, for consumer cards
-    without tensor cores, for few with sparsity.
+    The numbers are Lightning's, from data sheets: for consumer cards without tensor cores, for a
+    few cards with sparsity.
 
     Args:
         device: The device of this process.
         precision: Lightning's name of the precision.
 
     Returns:
-        None for a CPU and for a card that Lightning does not know.
+        None for a CPU, and for a card that Lightning does not list.
     """
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a card is unknown is an answer
+        warnings.simplefilter("ignore")  # of an unknown card
         return get_available_flops(device, dtype)
 
 
-# What is shown is the mean over so many steps: one alone jumps, all together hide a change.
+# Logged values are means over this many steps: one step alone is noisy, all hide a change.
 _STEPS_SHOWN = 20
 
 
 class _Work(NamedTuple):
-    """What was done, by all devices together."""
+    """Work done by all devices together."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -81,32 +80,32 @@ class _Work(NamedTuple):
 
 
 class Throughput(Callback):
-    """Log how fast training is, evaluation left out: tokens, steps and model operations.
+    """Log the speed of training without evaluation: tokens, step time and model FLOP/s.
 
-    The clock runs from the end of one batch to the end of the next, so that waiting for data
-    counts, and on a GPU the work that outlives the call that started it. The figures are means
-    over the last 20 optimizer steps. Model FLOPs utilisation (`throughput/mfu`) is the share of
-    what all devices could compute, and is logged where that is known.
+    Time runs from the end of one batch to the end of the next, so it includes waiting for data and
+    asynchronous work of a GPU. Values are means over the last 20 optimizer steps. Model FLOPs
+    utilization (`throughput/mfu`), the share of the peak FLOP/s of all devices, is logged if that
+    peak is known.
 
     Attributes:
         tokens_per_second: Over the whole run so far; None before the first step.
-        step_seconds: Seconds of an optimizer step, over the last ones; None before the first.
+        step_seconds: The mean time of the last 20 optimizer steps; None before the first.
     """
 
     def __init__(self) -> None:
         self.tokens_per_second: float | None = None
         self.step_seconds: float | None = None
         self._total = _Work()
-        self._step = _Work()  # the one under way
+        self._step = _Work()  # the current one
         self._steps: deque[_Work] = deque(maxlen=_STEPS_SHOWN)
         self._last_step = 0
         self._since = 0.0
         self._peak: int | None = None
-        self._flops_per_token: dict[int, int] = {}  # by the length of a row
+        self._flops_per_token: dict[int, int] = {}  # by sequence length
 
     @property
     def tags(self) -> list[str]:
-        """Name the curves that the run gets; known once its device is."""
+        """Return the tags of the run's curves; complete from `on_fit_start` on."""
         names = ["tokens_per_second", "step_seconds", "model_flops_per_second"]
         return [f"throughput/{name}" for name in (*names, *(["mfu"] if self._peak else []))]
 
@@ -140,7 +139,7 @@ class Throughput(Callback):
         self._total = self._total.plus(done)
         self.tokens_per_second = self._total.tokens / self._total.seconds
         self._step = self._step.plus(done)
-        if trainer.global_step == self._last_step:  # micro-batches of the step are still to come
+        if trainer.global_step == self._last_step:  # more micro-batches follow
             return
         self._last_step = trainer.global_step
         self._steps.append(self._step)

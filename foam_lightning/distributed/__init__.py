@@ -1,1 +1,1 @@
-"""Several devices: DDP and FSDP2."""
+"""Training on several devices: DDP and FSDP2."""

@@ -1,4 +1,4 @@
-"""Weights, gradients and state divided among devices: FSDP2 on the decoder layers."""
+"""FSDP2 on the decoder layers: weights, gradients and optimizer state sharded by rows."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,26 +13,27 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-# They run the model in pieces, not through its `forward`.
+# They call parts of the model instead of its `forward`.
 _FORWARD_METHODS = ("training_step", "validation_step")
 
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, precision: Any) -> None:
-    """Divide every parameter among the devices of a mesh, by rows.
+    """Shard every parameter by rows over the devices of a mesh.
 
-    A decoder layer is gathered for its forward and again for its backward pass; embedding, last
-    norm and head, which the root holds, from the beginning of the one to the end of the other.
+    A decoder layer is gathered for its forward and again for its backward pass. The root holds
+    embedding, last norm and head, which stay gathered from the forward to the end of the backward
+    pass.
 
-    The module comes with its weights, so that they are those of one process: every process holds
-    the whole model in host memory until then, and moves its share to the device layer by layer.
+    The module has its weights already, so that they equal those of one process: every process holds
+    the whole model in host memory before, and moves its shards to the device layer by layer.
 
-    In mixed precision, weights are gathered in bfloat16 and gradients are reduced in float32. So
-    the residual stream is bfloat16, where autocast on one device leaves it in float32.
+    In mixed precision, weights are gathered in bfloat16 and gradients reduced in float32. The
+    residual stream is then bfloat16, whereas autocast on one device keeps it in float32.
 
     Args:
         module: The root.
         layers: Its decoder layers.
-        mesh: One dimension, the devices.
+        mesh: A mesh of one dimension.
         precision: Lightning's name of the precision.
     """
     policy = (
@@ -47,5 +48,5 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, prec
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Give the rows of a divided tensor that this process has, any other tensor as it is."""
+    """Return this process's rows of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""The devices of a run: how many there are, and what each of them keeps."""
+"""The devices of a run: their number, their shards, and the processes that a launcher started."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ _STRATEGIES = ("auto", "ddp", "fsdp2")
 
 @dataclass(frozen=True)
 class Devices:
-    """How many devices train one model, and whether they share it.
+    """How many devices train one model, and whether the model is sharded over them.
 
     Attributes:
-        count: Devices over all machines, one process each.
-        shards: Each keeps its share of weights, gradients and state, and gathers a layer when it
-            needs it (FSDP2); else each keeps all of them (DDP). One device never shards.
+        count: Devices on all machines, one process each.
+        shards: Each keeps a shard of weights, gradients and optimizer state (FSDP2) instead of all
+            (DDP). False for one device.
     """
 
     count: int = 1
@@ -27,12 +27,11 @@ class Devices:
     def from_trainer(cls, trainer: Mapping[str, Any]) -> Self:
         """Read `devices`, `num_nodes` and `strategy` of Lightning's Trainer.
 
-        A plan is made without the devices, so their number must be said: "auto" is one, whatever
-        this machine has. Several devices with the strategy "auto" are "ddp", as in Lightning.
+        A plan is made without the devices, so their number must be given: "auto" is one,
+        whatever this machine has. Several devices with the strategy "auto" use DDP, like Lightning.
 
         Raises:
-            ConfigError: The devices are not counted, or the strategy is not one that the account
-                knows.
+            ConfigError: The number of devices is unknown, or the strategy is not supported.
         """
         strategy = trainer.get("strategy") or "auto"
         if strategy not in _STRATEGIES:
@@ -44,10 +43,10 @@ class Devices:
         return cls(count, shards=strategy == "fsdp2" and count > 1)
 
     def shard_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Give the shape of what the first device keeps of a parameter, from its whole shape.
+        """Return the shape of the first device's shard of a parameter, from its whole shape.
 
-        FSDP2 cuts rows (dimension 0) into as many chunks as there are devices, and pads those that
-        get fewer: every device takes the memory of the first.
+        FSDP2 splits rows (dimension 0) over the devices and pads smaller shards, so every device
+        takes the memory of the first.
         """
         if not self.shards or not shape:
             return tuple(shape)
@@ -58,74 +57,74 @@ ONE_DEVICE = Devices()
 
 
 def is_first_process() -> bool:
-    """Tell whether this process prints and writes files for all, by what its launcher says of it.
+    """Return whether this process is rank 0, which prints and writes files for all.
 
-    torchrun says RANK. Lightning, which starts the processes of a machine itself, says LOCAL_RANK
-    and NODE_RANK. SLURM says SLURM_PROCID, but also where it manages nothing.
+    torchrun sets RANK. Lightning, which starts the processes of a machine itself, sets LOCAL_RANK
+    and NODE_RANK. SLURM sets SLURM_PROCID, even in jobs whose processes it does not start.
     """
-    said = os.environ
-    if "RANK" in said:
-        return said["RANK"] == "0"
-    if "LOCAL_RANK" in said:
-        return said["LOCAL_RANK"] == said.get("NODE_RANK", "0") == "0"
-    return said.get("SLURM_PROCID", "0") == "0"
+    env = os.environ
+    if "RANK" in env:
+        return env["RANK"] == "0"
+    if "LOCAL_RANK" in env:
+        return env["LOCAL_RANK"] == env.get("NODE_RANK", "0") == "0"
+    return env.get("SLURM_PROCID", "0") == "0"
 
 
 def count_launched() -> int | None:
-    """Count the processes that a launcher has started, this one among them; None without one.
+    """Return how many processes the launcher started, including this one; None without a launcher.
 
-    torchrun says WORLD_SIZE, and so does Lightning to the processes that it starts. srun says
-    SLURM_NTASKS, which Lightning goes by as well, except in a job named "bash" or "interactive".
+    torchrun and Lightning set WORLD_SIZE. srun sets SLURM_NTASKS, which Lightning uses as well,
+    except in a job named "bash" or "interactive".
     """
-    said = os.environ
-    if "WORLD_SIZE" in said and ("RANK" in said or "LOCAL_RANK" in said):
-        return int(said["WORLD_SIZE"])
-    if "SLURM_NTASKS" in said and said.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        return int(said["SLURM_NTASKS"])
+    env = os.environ
+    if "WORLD_SIZE" in env and ("RANK" in env or "LOCAL_RANK" in env):
+        return int(env["WORLD_SIZE"])
+    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return int(env["SLURM_NTASKS"])
     return None
 
 
 def check_launched(command: str, devices: Devices) -> None:
-    """Refuse processes that a launcher has started in another number than a command can use.
+    """Check that a launcher started as many processes as a command uses.
 
-    Each of them would do the whole job, in one folder.
+    Otherwise each of them would do the whole job, in one folder.
 
     Args:
-        command: Of the command line; only `fit` is for several processes.
-        devices: Those of the settings.
+        command: The command; only `fit` uses several processes.
+        devices: The devices of the settings.
 
     Raises:
-        ConfigError: There are too many, or too few.
+        ConfigError: There are too many or too few processes.
     """
     count = count_launched()
     if count is None:
         return
     if count > 1 and command != "fit":
         raise ConfigError(
-            f"{command} is for one process and was started in {count}; type it without torchrun "
-            "or srun"
+            f"{command} uses one process, but {count} were started; run it without torchrun or srun"
         )
     if command == "fit" and count != devices.count:
         raise ConfigError(
-            f"processes started: {count}; trainer.devices x trainer.num_nodes: {devices.count}; "
-            "set trainer.devices to the processes of one machine, trainer.num_nodes to the machines"
+            f"{count} processes were started, but trainer.devices x trainer.num_nodes is "
+            f"{devices.count}; set trainer.devices to the number of processes per machine and "
+            "trainer.num_nodes to the number of machines"
         )
 
 
 def first_device(devices: Any) -> int | list[int]:
-    """Choose one of Lightning's `devices`: the first where they are named, else any."""
+    """Select one device for Lightning: the first of a list, otherwise any."""
     named = _named(devices)
     return named[:1] if named else 1
 
 
 def device_of(rank: int, devices: Any) -> int:
-    """Tell which of Lightning's `devices` a rank of this machine has."""
+    """Return which of Lightning's `devices` a rank of this machine uses."""
     named = _named(devices)
     return named[rank] if rank < len(named) else rank
 
 
 def _named(devices: Any) -> list[int]:
-    """List the devices of a list or of a text such as "0,2"; none where there is but a number."""
+    """List the devices in a list or a string such as "0,2"; empty for a plain number."""
     if isinstance(devices, str) and "," in devices:
         devices = [name for name in devices.split(",") if name.strip()]
     return [int(name) for name in devices] if isinstance(devices, list | tuple) else []
@@ -140,6 +139,6 @@ def _count(devices: Any) -> int:
         count = 0
     if count < 1:
         raise ConfigError(
-            f"trainer.devices {devices} does not say how many; give a number, or a list of devices"
+            f"trainer.devices must be a number above 0 or a list of devices, got {devices}"
         )
     return count

@@ -124,7 +124,7 @@ class RunFolder:
             lock.release()
 
     def check_unlocked(self) -> None:
-        """Refuse a folder in which another process trains; see `held`.
+        """Check that no other process trains here; see `lock`.
 
         Raises:
             BusyError: Another process trains here.
