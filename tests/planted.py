@@ -1,4 +1,4 @@
-"""Numbers that go wrong in the middle of a run, planted at chosen steps."""
+"""A callback that spoils the loss, a gradient or the rows of chosen steps."""
 
 import math
 from collections.abc import Collection
@@ -12,15 +12,14 @@ from foam_lightning.module import LlamaFoam
 
 
 class Plant(Callback):
-    """Spoil steps: "loss" multiplies it, "gradient" makes one inf, "rows" teaches nonsense.
-
-    "shard" makes one gradient inf on the last rank alone, after all have been averaged.
+    """Spoil steps.
 
     Args:
-        what: Which of them.
-        steps: Optimizer steps done before those that are spoiled.
-        factor: Of a loss.
-        micro_batch: Which micro-batch of a step, from 0 on; rows are spoiled in all of them.
+        what: "loss" multiplies the loss, "gradient" makes one gradient inf, "rows" makes labels
+            nonsense, "shard" makes one gradient inf on the last rank, after averaging.
+        steps: The values of `global_step` at which to spoil.
+        factor: Multiplies a loss.
+        micro_batch: The micro-batch of a step to spoil, from 0; rows are spoiled in all.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Runs that are stopped and gone on with, beside runs that are not: where both end."""
+"""Runs that are stopped and resumed, to compare with runs that are not."""
 
 import json
 from collections.abc import Collection
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from foam_lightning.callbacks import spike_guard as judge
+from foam_lightning.callbacks import spike_guard as spike_guards
 from foam_lightning.callbacks.exact_resume import ExactResume
 from foam_lightning.callbacks.spike_guard import SpikeGuard, StepPolicy
 from foam_lightning.checkpoint.load import read_checkpoint
@@ -19,13 +19,13 @@ from foam_lightning.plan import FoldPlan
 from tests.planted import Plant
 from tests.runs import NewJob
 
-# What decides how a run goes on; the rest of a checkpoint counts what Lightning has done.
+# The keys of a checkpoint that affect what follows; the others are statistics of Lightning.
 _DECISIVE = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "ranks", "callbacks")
-_UNUSED = {"_base_seed"}  # for workers that draw random numbers, which ours do not
+_UNUSED = {"_base_seed"}  # seeds workers that draw random numbers, which ours do not
 
 
 def data_of(kind: str, folder: Path) -> dict[str, Any]:
-    """Write texts of which an epoch is 3 to 7 steps, and say how to read them."""
+    """Write texts of which an epoch is 3 to 7 steps, and return their data settings."""
     lines = [f"{i} and {i * i % 97} make {i * 3}." for i in range(60)]
     files = [folder / f"{number}.jsonl" for number in range(2)]
     for number, file in enumerate(files):
@@ -46,7 +46,7 @@ def data_of(kind: str, folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Log(Callback):
-    """Note the loss of every step, over all ranks, and save after some."""
+    """Record the loss of every step over all ranks, and save after some steps."""
 
     folder: Path
     saves: Collection[int]
@@ -69,19 +69,19 @@ def fit(
     job: Job,
     plan: FoldPlan,
     folder: Path,
-    *watches: Callback,
+    *callbacks: Callback,
     start: Path | None = None,
     stops: Collection[int] = (),
 ) -> list[float]:
-    """Train on from a checkpoint, or from the beginning; give the loss of every step.
+    """Train from a checkpoint or from the beginning, and return the loss of every step.
 
     Args:
         job: What to train.
-        plan: What to train by.
+        plan: Its plan.
         folder: Gets a checkpoint of the last step.
-        watches: Callbacks that come first.
-        start: The checkpoint, which a spike rolls back to.
-        stops: Steps after which there is a checkpoint too.
+        callbacks: Callbacks that come first.
+        start: The checkpoint, to which a spike also rolls back.
+        stops: Steps after which to save a checkpoint as well.
     """
     module, log = job.new_module(), Log(folder, {*stops, job.max_steps})
     module.follow(plan)
@@ -91,7 +91,7 @@ def fit(
     )
     trainer = job.new_trainer(
         plan.memory_options,
-        [*watches, spike_guard, ExactResume(), log],
+        [*callbacks, spike_guard, ExactResume(), log],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -106,13 +106,13 @@ def fit(
 
 
 def differences(path: Path, other: Path) -> list[str]:
-    """Name what differs between two checkpoints of what decides how a run goes on."""
+    """Return the keys that differ between two checkpoints and affect what follows."""
     contents = [read_checkpoint(one) for one in (path, other)]
     return [key for key in _DECISIVE if not same(*(content[key] for content in contents))]
 
 
 def same(left: Any, right: Any) -> bool:
-    """Tell whether two trees of tensors and numbers are equal, bit for bit."""
+    """Return whether two trees of tensors and numbers are equal, bit for bit."""
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
@@ -123,13 +123,12 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-# ---- of two processes
+# ---- two processes
 
 WORLD = 2
 STEPS, STOP = 6, 3
-BLOCK = (
-    150  # characters of a stream that are shuffled: a few rows, so that ranks are at places apart
-)
+# Characters of a stream that are shuffled together: few, so that ranks have different positions.
+BLOCK = 150
 STOPPED: dict[str, dict[str, Any]] = {
     "ddp": {"micro": 2, "data": "rows", "num_workers": 2},
     "fsdp2": {"micro": 2, "data": "rows", "num_workers": 2},
@@ -141,7 +140,7 @@ STOPPED: dict[str, dict[str, Any]] = {
 
 
 class Stoppable(NamedTuple):
-    """A run that stops, and goes on; from a checkpoint of one process too, if there is one."""
+    """A run to stop and resume, also from a checkpoint of one process if there is one."""
 
     job: Job
     plan: FoldPlan
@@ -150,7 +149,7 @@ class Stoppable(NamedTuple):
 
 
 def stoppable(new_job: NewJob, folder: Path, name: str) -> Stoppable:
-    """Make one of `STOPPED`, or that of one process which equals the first two of them."""
+    """Make one of `STOPPED`, or the run of one process that equals the first two of them."""
     settings = STOPPED.get(name, STOPPED["ddp"])
     strategy, _, precision = name.partition(" ")
     folder.mkdir(exist_ok=True)
@@ -173,8 +172,8 @@ def stoppable(new_job: NewJob, folder: Path, name: str) -> Stoppable:
 
 
 def part_of_two(run: Stoppable) -> dict[str, list[float]]:
-    """Be one of two ranks: train, go on from the middle, from one process, and past a spike."""
-    judge._STEPS_BEFORE_SPIKES = 2
+    """Train as one of two ranks: whole, resumed, resumed from one process, and past a spike."""
+    spike_guards._STEPS_BEFORE_SPIKES = 2
     streaming._BLOCK_CHARACTERS = BLOCK
     job, plan, folder, one = run
     whole = folder / "whole"

@@ -1,4 +1,4 @@
-"""A run that is stopped after any step and gone on with ends as one that is not, bit for bit."""
+"""A run that is stopped after any step and resumed ends like one that is not, bit for bit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,8 @@ from tests.runs import NewJob
 STEPS = 7
 
 
-class Way(NamedTuple):
-    """How a run of the matrix trains; each setting meets every other in some row."""
+class Settings(NamedTuple):
+    """The settings of a run; each value of one occurs with every value of another."""
 
     state_dtype: str
     stepping: str
@@ -30,18 +30,18 @@ class Way(NamedTuple):
 
 
 MATRIX = [
-    Way("float32", "whole", "rows", 0, (1, 4)),
-    Way("float32", "accumulated", "stream", 2, (2,)),
-    Way("float32", "released", "mixture", 2, (3,)),
-    Way("float32", "offloaded", "stream", 0, (5,)),
-    Way("bfloat16", "whole", "stream", 2, (3,), "bf16-true"),
-    Way("bfloat16", "accumulated", "rows", 2, (4,)),
-    Way("bfloat16", "released", "stream", 0, (1,), "bf16-true"),
-    Way("bfloat16", "offloaded", "mixture", 0, (3,), "bf16-mixed"),
-    Way("int8", "whole", "mixture", 2, (2,)),
-    Way("int8", "accumulated", "rows", 0, (6,), "bf16-true"),
-    Way("int8", "released", "rows", 2, (5,), "bf16-mixed"),
-    Way("int8", "offloaded", "stream", 2, (4,), "bf16-true"),
+    Settings("float32", "whole", "rows", 0, (1, 4)),
+    Settings("float32", "accumulated", "stream", 2, (2,)),
+    Settings("float32", "released", "mixture", 2, (3,)),
+    Settings("float32", "offloaded", "stream", 0, (5,)),
+    Settings("bfloat16", "whole", "stream", 2, (3,), "bf16-true"),
+    Settings("bfloat16", "accumulated", "rows", 2, (4,)),
+    Settings("bfloat16", "released", "stream", 0, (1,), "bf16-true"),
+    Settings("bfloat16", "offloaded", "mixture", 0, (3,), "bf16-mixed"),
+    Settings("int8", "whole", "mixture", 2, (2,)),
+    Settings("int8", "accumulated", "rows", 0, (6,), "bf16-true"),
+    Settings("int8", "released", "rows", 2, (5,), "bf16-mixed"),
+    Settings("int8", "offloaded", "stream", 2, (4,), "bf16-true"),
 ]
 STEPPING: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -56,8 +56,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "_BLOCK_CHARACTERS", BLOCK)
 
 
-def mixed(job: Job, stepping: str) -> FoldPlan:
-    """Give a plan of several levels, row fold among them."""
+def mixed_plan(job: Job, stepping: str) -> FoldPlan:
+    """Return a plan of several levels, row fold among them."""
     plan = job.plan_at(1)
     levels = {name: (0, 1, 3, 8)[place % 4] for place, name in enumerate(plan.levels)}
     return replace(
@@ -67,7 +67,7 @@ def mixed(job: Job, stepping: str) -> FoldPlan:
 
 def assert_exact(job: Job, plan: FoldPlan, folder: Path, stops: tuple[int, ...]) -> None:
     whole = folder / "whole"
-    plant = Plant("gradient", (1,))  # a step that is skipped is no step of the optimizer
+    plant = Plant("gradient", (1,))  # a skipped step is no step of the optimizer
     losses = fit(job, plan, whole, plant, stops=stops)
     assert len(losses) == STEPS
     for stop in stops:
@@ -77,21 +77,17 @@ def assert_exact(job: Job, plan: FoldPlan, folder: Path, stops: tuple[int, ...])
         assert differences(whole / f"{STEPS}.ckpt", rest / f"{STEPS}.ckpt") == [], stop
 
 
-@pytest.mark.parametrize("way", MATRIX, ids=lambda way: "-".join(map(str, way[:4])))
-def test_a_run_that_is_stopped_ends_as_one_that_is_not(
-    way: Way, new_job: NewJob, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("settings", MATRIX, ids=lambda settings: "-".join(map(str, settings[:4])))
+def test_a_stopped_run_resumes_exactly(settings: Settings, new_job: NewJob, tmp_path: Path) -> None:
     job = new_job(
-        model={"state_dtype": way.state_dtype},
-        data={**data_of(way.data, tmp_path), "num_workers": way.num_workers},
-        trainer={"max_steps": STEPS, "val_check_interval": 3, "precision": way.precision},
+        model={"state_dtype": settings.state_dtype},
+        data={**data_of(settings.data, tmp_path), "num_workers": settings.num_workers},
+        trainer={"max_steps": STEPS, "val_check_interval": 3, "precision": settings.precision},
     )
-    assert_exact(job, mixed(job, way.stepping), tmp_path, way.stops)
+    assert_exact(job, mixed_plan(job, settings.stepping), tmp_path, settings.stops)
 
 
-def test_dropout_of_a_pretrained_model_draws_the_same_numbers(
-    new_job: NewJob, tmp_path: Path
-) -> None:
+def test_dropout_of_a_pretrained_model_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "pretrained"
@@ -110,14 +106,14 @@ def test_dropout_of_a_pretrained_model_draws_the_same_numbers(
         data=data_of("rows", tmp_path),
         trainer={"max_steps": STEPS, "val_check_interval": 3},
     )
-    assert_exact(job, mixed(job, "accumulated"), tmp_path, (4,))
+    assert_exact(job, mixed_plan(job, "accumulated"), tmp_path, (4,))
 
 
-def test_another_number_of_workers_is_refused_in_one_line(new_job: NewJob, tmp_path: Path) -> None:
+def test_another_number_of_workers_is_refused(new_job: NewJob, tmp_path: Path) -> None:
     data = data_of("rows", tmp_path)
     job, other = (
         new_job(data={**data, "num_workers": n}, trainer={"max_steps": 1}) for n in (0, 1)
     )
     fit(job, job.plan_at(1), tmp_path)
-    with pytest.raises(DataError, match=r"by data\.num_workers 0 and this run has 1; go on with"):
+    with pytest.raises(DataError, match=r"data\.num_workers 0 and this run has 1"):
         fit(other, other.plan_at(1), tmp_path / "other", start=tmp_path / "1.ckpt")

@@ -1,4 +1,4 @@
-"""A run that goes on with micro-batches of another size."""
+"""A run resumes exactly with micro-batches of another size."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ RELEASING = MemoryOptions(micro_batch_size=8, gradient_release=True, activation_
 
 
 class Steps(Callback):
-    """Note the rows and the loss of every step, and after which steps there is an evaluation."""
+    """Record the rows and the loss of every step, and the steps before an evaluation."""
 
     def __init__(self) -> None:
         self.rows: list[list[list[int]]] = []
@@ -57,7 +57,7 @@ class Save(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         path = self._folder / f"{trainer.global_step}.ckpt"
-        if trainer.global_step and not path.exists():  # not in the middle of a step
+        if trainer.global_step and not path.exists():  # only after whole steps
             trainer.save_checkpoint(path)
 
 
@@ -96,7 +96,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_epochs(new_job: NewJob, tmp_path: Path) -> Callable[..., Job]:
-    """Give jobs on a text of which an epoch is a few steps."""
+    """Return a maker of jobs whose epochs are a few steps."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} and {i * i % 97} make {i * 3}.\n" for i in range(60)))
 
@@ -121,7 +121,7 @@ def short_epochs(new_job: NewJob, tmp_path: Path) -> Callable[..., Job]:
     ],
     ids=["rows", "rows-worker", "stream", "stream-workers"],
 )
-def test_another_micro_batch_goes_on_with_the_very_next_row(
+def test_another_micro_batch_size_resumes_at_the_very_next_row(
     short_epochs: Callable[..., Job], tmp_path: Path, data: dict[str, Any], saved_at: tuple[int]
 ) -> None:
     job = short_epochs(**data)
@@ -136,7 +136,7 @@ def test_another_micro_batch_goes_on_with_the_very_next_row(
             assert rest.evaluated == [at for at in whole.evaluated if at > step]
 
 
-def test_a_run_that_changes_twice_ends_like_one_that_does_not(
+def test_a_run_that_changes_its_micro_batch_twice_ends_like_one_that_does_not(
     short_epochs: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = short_epochs()
@@ -147,6 +147,12 @@ def test_a_run_that_changes_twice_ends_like_one_that_does_not(
     rest = fit(job, plan, PLAIN, start=second / "5.ckpt")
     assert rest.rows == whole.rows[5:]
     assert rest.losses == pytest.approx(whole.losses[5:], abs=1e-5)
+    states = [
+        torch.load(folder / f"{STEPS}.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+        for folder in (first, second)
+    ]
+    for key, expected in states[0].items():
+        torch.testing.assert_close(states[1][key], expected, rtol=1e-4, atol=1e-6)
 
 
 def state(ready: int) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def state(ready: int) -> dict[str, Any]:
     }
 
 
-def test_a_batch_under_way_stays_under_way() -> None:
+def test_the_current_batch_stays_current() -> None:
     fit_loop = state(6)
     rescale(fit_loop, PLAIN, HALVED)
     assert fit_loop == state(12)
@@ -168,7 +174,7 @@ def test_a_batch_under_way_stays_under_way() -> None:
     assert fit_loop == state(3)
 
 
-def test_other_levers_change_no_count() -> None:
+def test_other_memory_options_change_no_count() -> None:
     fit_loop = state(5)  # in the middle of a step, where a user's own callback may save
     rescale(fit_loop, PLAIN, replace(PLAIN, chunked_loss=True))
     assert fit_loop == state(5)
@@ -177,28 +183,12 @@ def test_other_levers_change_no_count() -> None:
 @pytest.mark.parametrize(
     ("ready", "after", "message"),
     [
-        (5, HALVED, r"saved after 1 of the 2 micro-batches of a step; .* of its size, 4"),
-        (
-            4,
-            replace(PLAIN, micro_batch_size=2),
-            r"has 8 rows a step and this run 4; go on with --data.batch_size 8",
-        ),
+        (5, HALVED, r"1 of the 2 micro-batches .* --data\.micro_batch_size 4"),
+        (4, replace(PLAIN, micro_batch_size=2), r"8 rows .* 4; .* --data\.batch_size 8"),
     ],
 )
-def test_what_cannot_go_on_is_refused(ready: int, after: MemoryOptions, message: str) -> None:
+def test_another_batch_or_a_half_step_is_refused(
+    ready: int, after: MemoryOptions, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         rescale(state(ready), PLAIN, after)
-
-
-def test_the_optimizer_state_is_the_same(short_epochs: Callable[..., Job], tmp_path: Path) -> None:
-    job = short_epochs()
-    plan = job.plan_at(2)
-    whole, changed = tmp_path / "whole", tmp_path / "changed"
-    fit(job, plan, PLAIN, Save(whole))
-    fit(job, plan, HALVED, Save(changed), start=whole / "4.ckpt")
-    states = [
-        torch.load(folder / f"{STEPS}.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-        for folder in (whole, changed)
-    ]
-    for key, expected in states[0].items():
-        torch.testing.assert_close(states[1][key], expected, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What one sees of a run while it trains: curves, their layout, settings, and how it is shown."""
+"""What a user sees of a run: curves, their charts, its settings, and progress."""
 
 import io
 import re
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -18,33 +17,24 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.callbacks.progress import StepBar, StepLines, figures, progress
-from foam_lightning.callbacks.tensorboard import layout
+from foam_lightning.callbacks.tensorboard import chart_layout
 from foam_lightning.callbacks.throughput import Throughput, flops_per_token, peak_flops
 from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import TrainingResult, describe_plan, train
 from tests.runs import STEPS, NewJob, open_folder, small
+from tests.test_training import StopAfter, StopError
 
 LAYOUT = "custom_scalars__config__"
 BUDGET = 24_000_000
-
-
-class StopError(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 7:
-            raise StopError
 
 
 @pytest.fixture(scope="module")
 def watched(
     new_job: NewJob, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunFolder, TrainingResult, list[str]]:
-    """A run that was killed once and taken up again, and the lines that it said."""
+    """A run that was killed once and resumed, and the lines that it printed."""
     from matplotlib.image import imsave
 
     folder = open_folder(tmp_path_factory.mktemp("watched"))
@@ -57,7 +47,7 @@ def watched(
         "pictures": {"plan": picture, "search": picture},
     }
     with pytest.raises(StopError):
-        train(small(new_job, callbacks=[StopAfter()]), plan, folder, **settings)
+        train(small(new_job, callbacks=[StopAfter(7)]), plan, folder, **settings)
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaFoam, "print", lambda _, *words: lines.append(" ".join(words)))
@@ -72,9 +62,9 @@ def events(watched: tuple[RunFolder, TrainingResult, list[str]]) -> EventAccumul
 
 
 def charts(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
-    """Find the tags of every chart as TensorBoard does."""
-    (event,) = events.Tensors(LAYOUT)  # of a run that began twice
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    """Return the tags of every chart, matched like TensorBoard does."""
+    (event,) = events.Tensors(LAYOUT)  # although the run started twice
+    found = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     return {
         group.title: {
             chart.title: [
@@ -85,11 +75,11 @@ def charts(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
             ]
             for chart in group.chart
         }
-        for group in layout.category
+        for group in found.category
     }
 
 
-def test_every_curve_that_is_promised_is_there(events: EventAccumulator) -> None:
+def test_every_curve_is_in_the_events(events: EventAccumulator) -> None:
     assert set(events.Tags()["scalars"]) >= {
         "train/loss",
         "train/learning_rate",
@@ -109,7 +99,7 @@ def test_every_curve_that_is_promised_is_there(events: EventAccumulator) -> None
         assert len(events.Images(title)) == 1
 
 
-def test_the_layout_groups_the_curves(events: EventAccumulator) -> None:
+def test_the_charts_group_the_curves(events: EventAccumulator) -> None:
     groups = {
         group: {title: sorted(tags) for title, tags in of_group.items()}
         for group, of_group in charts(events).items()
@@ -134,21 +124,21 @@ def test_the_layout_groups_the_curves(events: EventAccumulator) -> None:
     }
 
 
-def test_a_run_that_does_not_fold_has_no_group_of_it() -> None:
-    known = ["throughput/step_seconds", "throughput/mfu"]
-    assert list(layout(known, folds=False)) == ["loss", "memory", "throughput"]
-    assert layout(known, folds=False)["throughput"]["mfu"] == "throughput/mfu$"
+def test_a_run_that_does_not_fold_has_no_chart_of_the_residual() -> None:
+    found = chart_layout(["throughput/step_seconds", "throughput/mfu"], folds=False)
+    assert list(found) == ["loss", "memory", "throughput"]
+    assert found["throughput"]["mfu"] == "throughput/mfu$"
 
 
-def test_the_residual_energy_is_written_where_it_was_measured(events: EventAccumulator) -> None:
+def test_the_residual_energy_is_logged_only_where_it_was_measured(events: EventAccumulator) -> None:
     for role in ROLES:
         found = events.Scalars(f"folding/residual_energy_{role}")
-        # The second life of the run begins with step 6, and the first wrote what it knew.
+        # The run was killed after step 7 and resumed from step 6.
         assert {event.step for event in found} == {0, 5, 10, 15}
         assert all(0 < event.value < 1 for event in found)
 
 
-def test_the_curves_of_speed_agree(
+def test_the_curves_of_throughput_agree(
     events: EventAccumulator, watched: tuple[RunFolder, TrainingResult, list[str]], new_job: NewJob
 ) -> None:
     job = small(new_job)
@@ -166,7 +156,7 @@ def hparams(events: EventAccumulator, tag: str) -> HParamsPluginData:
     return HParamsPluginData.FromString(content)
 
 
-def test_the_settings_that_matter_stand_beside_the_final_figures(
+def test_settings_and_final_results_are_in_the_hparams_tab(
     events: EventAccumulator, watched: tuple[RunFolder, TrainingResult, list[str]]
 ) -> None:
     _, trained, _ = watched
@@ -178,7 +168,7 @@ def test_the_settings_that_matter_stand_beside_the_final_figures(
     assert settings["scale"].number_value == 0.25
     assert settings["steps"].number_value == STEPS
     assert settings["sequences_per_step"].number_value == 8
-    # TensorBoard shows the first five of them by itself.
+    # By default TensorBoard shows the first five.
     assert sorted(settings)[:5] == ["budget", "lr", "optimizer", "plan", "scale"]
     experiment = hparams(events, metadata.EXPERIMENT_TAG).experiment
     assert {info.name for info in experiment.hparam_infos} == set(settings)
@@ -194,7 +184,7 @@ def test_the_settings_that_matter_stand_beside_the_final_figures(
         assert event.value == pytest.approx(figure)
 
 
-def test_a_run_that_nobody_sees_says_lines(
+def test_a_run_without_a_terminal_prints_lines(
     watched: tuple[RunFolder, TrainingResult, list[str]],
 ) -> None:
     _, trained, lines = watched
@@ -247,20 +237,20 @@ def test_the_bar_counts_steps_and_names_the_figures_that_have_room(
     assert all(len(line.rpartition("\r")[2]) <= width + 10 for line in lines)  # and control codes
 
 
-def told(measured: int | None, budget: int | None) -> Mapping[str, str]:
+def shown_figures(measured: int | None, budget: int | None) -> Mapping[str, str]:
     memory = MemoryMonitor(budget_bytes=budget)
     memory.measured_bytes = measured
     return figures({"train/loss": torch.tensor(3.41159)}, Throughput(), memory)
 
 
-def test_what_is_not_known_yet_is_not_shown() -> None:
-    assert told(None, 8 * 10**9) == {"loss": "3.412"}
-    assert told(5_912_000_000, None)["memory"] == "5.912 GB"
-    assert told(5_912_000_000, 8 * 10**9)["memory"] == "5.9/8.0 GB"
-    assert told(12_345_678, 24 * 10**9)["memory"] == "12.3 MB/24.0 GB"
+def test_figures_that_are_unknown_are_not_shown() -> None:
+    assert shown_figures(None, 8 * 10**9) == {"loss": "3.412"}
+    assert shown_figures(5_912_000_000, None)["memory"] == "5.912 GB"
+    assert shown_figures(5_912_000_000, 8 * 10**9)["memory"] == "5.9/8.0 GB"
+    assert shown_figures(12_345_678, 24 * 10**9)["memory"] == "12.3 MB/24.0 GB"
 
 
-def test_operations_are_those_of_the_appendix() -> None:
+def test_flops_per_token_are_those_of_the_paper() -> None:
     # The paper's 7B at 2048 tokens: all weights but the embedding, and attention.
     h, i, layers, vocab, length = 4096, 11008, 32, 32000, 2048
     module = LlamaFoam(
@@ -274,21 +264,21 @@ def test_operations_are_those_of_the_appendix() -> None:
     weights = layers * (2 * h * h + 2 * h * (h // 4) + 3 * h * i) + vocab * h
     expected = 6 * weights + 12 * layers * h * length
     assert flops_per_token(module.shapes, length) == expected
-    # A tied head is the embedding, and multiplies.
+    # A tied head is the embedding, which then counts.
     tied = {name: shape for name, shape in module.shapes.items() if "lm_head" not in name}
     assert flops_per_token(tied, length) == expected
 
 
-def test_no_utilisation_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_flops_are_known_for_listed_cards_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_flops(torch.device("cpu"), "32-true") is None
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     assert peak_flops(cuda, "bf16-mixed") == 312 * 10**12
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some Card 9000")
-    assert peak_flops(cuda, "bf16-mixed") is None  # and no warning, which would be an error here
+    assert peak_flops(cuda, "bf16-mixed") is None  # without a warning
 
 
-def test_utilisation_is_logged_where_the_card_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_utilization_is_logged_if_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     values: dict[str, float] = {}
     monkeypatch.setattr(LlamaFoam, "log", lambda _, name, value: values.update({name: value}))
     now = 0.0
@@ -307,7 +297,7 @@ def test_utilisation_is_logged_where_the_card_is_known(monkeypatch: pytest.Monke
     assert values["throughput/mfu"] == flops / (4 * 10**9)
 
 
-def test_plans_are_named_shortly() -> None:
+def test_a_plan_is_described_in_two_words() -> None:
     assert describe_plan({"a": 2, "b": 2}) == "level 2"
     assert describe_plan({"a": 0, "b": 4, "c": 1}) == "mixed 0-4"
     assert describe_plan({}) == "unfolded"

@@ -1,4 +1,4 @@
-"""Rows of unequal length, and what training on them comes to."""
+"""Training on rows of unequal length."""
 
 import json
 from dataclasses import replace
@@ -16,9 +16,9 @@ BATCH = 4
 
 
 def job_of_unequal_rows(new_job: NewJob, folder: Path, **trainer: Any) -> Job:
-    """Make a job of three steps on rows of 2 to 16 tokens, padded.
+    """Make a job of three steps on padded rows of 2 to 16 tokens.
 
-    Its eps does not blow rounding up.
+    A large eps keeps Adam from amplifying rounding errors.
     """
     path = folder / "texts.jsonl"
     texts = [f"{i} and " * (1 + i * i % 7) for i in range(60)]
@@ -32,7 +32,7 @@ def job_of_unequal_rows(new_job: NewJob, folder: Path, **trainer: Any) -> Job:
 
 
 def trained(job: Job, **memory_options: Any) -> dict[str, Tensor]:
-    """Train with these memory options, and give the weights, whole."""
+    """Train with these memory options, and return the whole weights."""
     plan: FoldPlan = job.plan_at(1)
     plan = replace(plan, memory_options=replace(plan.memory_options, **memory_options))
     module = job.new_module()

@@ -19,8 +19,7 @@ from foam_lightning.storage.atomic import atomic_path
 _FILE = "events.out.tfevents.0.board"
 
 Layout = dict[str, dict[str, str]]
-"""By group title and chart title, the regular expression of the tags, which TensorBoard matches from
-their beginning."""
+"""By group title and chart title, the regular expression that the beginning of its tags matches."""
 
 _LOSS = "(train|validation)/loss$"
 _RESIDUALS = "folding/residual_energy_"

@@ -1,4 +1,4 @@
-"""Devices counted, and one of them accounted for, without any of them."""
+"""Several devices: settings, launchers, plans and predicted memory, without having the devices."""
 
 import json
 import os
@@ -52,19 +52,19 @@ TWO = ["--trainer.devices", "2"]
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
-    """Give `launcher(said)`: the environment of a process that a launcher has started."""
+    """Return `launcher(variables)`: set the environment of a process that a launcher started."""
 
-    def start(said: dict[str, str]) -> None:
+    def start(variables: dict[str, str]) -> None:
         for name in os.environ:
             if "RANK" in name or name.startswith("SLURM_") or name == "WORLD_SIZE":
                 monkeypatch.delenv(name)
-        for name, value in said.items():
+        for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
     return start
 
 
-# ---- counted
+# ---- settings and launchers
 
 
 @pytest.mark.parametrize(
@@ -86,25 +86,25 @@ def test_devices_are_read_from_lightnings_settings(
 
 
 @pytest.mark.parametrize("devices", [-1, 0, "many", [], "-1"])
-def test_devices_that_nobody_counted_are_refused(devices: Any) -> None:
-    with pytest.raises(ConfigError, match="does not say how many"):
+def test_an_unknown_number_of_devices_is_refused(devices: Any) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.devices must be"):
         Devices.from_trainer({"devices": devices})
 
 
-def test_a_strategy_that_the_account_does_not_know_is_refused(new_job: NewJob) -> None:
-    with pytest.raises(ConfigError, match=r"deepspeed is not supported; use auto, ddp, fsdp2"):
+def test_an_unsupported_strategy_is_refused(new_job: NewJob) -> None:
+    with pytest.raises(ConfigError, match=r"deepspeed is not supported"):
         new_job(trainer={"strategy": "deepspeed"})
 
 
 @pytest.mark.parametrize(
     ("devices", "first"), [(4, 1), ("auto", 1), ([2, 3], [2]), ("2,3", [2]), (None, 1)]
 )
-def test_the_first_device_is_the_one_named_first(devices: Any, first: Any) -> None:
+def test_the_first_device_is_the_first_of_a_list(devices: Any, first: Any) -> None:
     assert first_device(devices) == first
 
 
 @pytest.mark.parametrize(
-    ("said", "is_first"),
+    ("variables", "is_first"),
     [
         ({}, True),
         ({"RANK": "0", "LOCAL_RANK": "0"}, True),
@@ -116,23 +116,23 @@ def test_the_first_device_is_the_one_named_first(devices: Any, first: Any) -> No
         ({"SLURM_PROCID": "3", "LOCAL_RANK": "0"}, True),
     ],
 )
-def test_launchers_say_which_process_is_first(
-    said: dict[str, str], is_first: bool, launcher: Launcher
+def test_rank_0_is_known_from_the_launcher(
+    variables: dict[str, str], is_first: bool, launcher: Launcher
 ) -> None:
-    launcher(said)
+    launcher(variables)
     assert is_first_process() == is_first
 
 
 @given(rows=st.integers(1, 50), columns=st.integers(1, 5), count=st.integers(1, 9))
-def test_the_first_share_is_the_largest_chunk(rows: int, columns: int, count: int) -> None:
+def test_the_first_shard_is_the_largest_chunk(rows: int, columns: int, count: int) -> None:
     chunks = torch.empty(rows, columns).chunk(count)
-    share = Devices(count, shards=count > 1).shard_shape((rows, columns))
-    assert share == tuple(chunks[0].shape)
+    shard = Devices(count, shards=count > 1).shard_shape((rows, columns))
+    assert shard == tuple(chunks[0].shape)
     assert Devices(count).shard_shape((rows, columns)) == (rows, columns)
 
 
 @given(count=st.integers(0, 20), world=st.integers(2, 5))
-def test_every_row_is_in_one_share_and_all_shares_are_as_long(count: int, world: int) -> None:
+def test_every_row_is_in_one_share_and_all_shares_have_one_length(count: int, world: int) -> None:
     rows = [{"input_ids": [number]} for number in range(count)]
     shares = [ShareOfRows(rows, world, rank) for rank in range(world)]  # type: ignore[arg-type]
     assert len({len(share) for share in shares}) == 1
@@ -140,10 +140,10 @@ def test_every_row_is_in_one_share_and_all_shares_are_as_long(count: int, world:
     assert sorted(ids[0] for ids in found if ids) == list(range(count))
 
 
-# ---- a job on several
+# ---- a job on several devices
 
 
-def test_the_batch_is_that_of_all_devices(new_job: NewJob) -> None:
+def test_the_batch_size_counts_all_devices(new_job: NewJob) -> None:
     job = new_job(data={"micro_batch_size": 2}, trainer={"devices": 2})
     assert (job.memory_options.micro_batch_size, job.memory_options.accumulate_grad_batches) == (
         2,
@@ -162,23 +162,23 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(
     new_job: NewJob, micro: int | None
 ) -> None:
     job = new_job(data={"micro_batch_size": micro}, trainer={"devices": 3})
-    with pytest.raises(ConfigError, match=r"x trainer.devices 3 must divide data.batch_size 8"):
+    with pytest.raises(ConfigError, match=r"must divide data.batch_size 8"):
         _ = job.memory_options
 
 
 def test_gradients_are_released_on_one_device_only(new_job: NewJob) -> None:
     job = new_job(model={"gradient_release": True}, trainer={"devices": 2})
-    with pytest.raises(ConfigError, match="gradient release needs one device, got 2"):
+    with pytest.raises(ConfigError, match="gradient release needs one device"):
         _ = job.memory_options
     job = new_job(trainer={"devices": 2})
-    with pytest.raises(ConfigError, match="gradient release needs one device, got 2"):
+    with pytest.raises(ConfigError, match="gradient release needs one device"):
         job.check(MemoryOptions(micro_batch_size=4, gradient_release=True))
     memory_options = BudgetPlanner(job, 10**12).ladder.leanest()
     assert not any(one.gradient_release for one in memory_options)
 
 
 @pytest.mark.parametrize(("micro", "spread"), [(2, (2, 2)), (8, (4, 1)), (1, (1, 4))])
-def test_a_plan_of_one_device_serves_several(
+def test_a_plan_for_one_device_is_spread_over_several(
     new_job: NewJob, micro: int, spread: tuple[int, int]
 ) -> None:
     plan = new_job(data={"micro_batch_size": micro}).plan_at(2)
@@ -191,7 +191,7 @@ def test_a_plan_of_one_device_serves_several(
     assert replace(found, memory_options=plan.memory_options) == plan
 
 
-def test_the_plan_of_a_checkpoint_serves_any_number_that_divides_the_batch(
+def test_the_plan_of_a_checkpoint_is_spread_over_any_number_that_divides_the_batch(
     new_job: NewJob,
 ) -> None:
     job = new_job(data={"micro_batch_size": 2}, trainer={"devices": 2})
@@ -203,79 +203,60 @@ def test_the_plan_of_a_checkpoint_serves_any_number_that_divides_the_batch(
         for n, plan in found.items()
     }
     assert sizes == {1: (2, 4), 4: (2, 1)}
-    with pytest.raises(ConfigError, match=r"4 rows a step on each of 2 devices, of which 3 cannot"):
+    with pytest.raises(ConfigError, match=r"\b3\b"):
         new_job(trainer={"devices": 3}).spread(plan, num_devices=2)
-    with pytest.raises(ConfigError, match=r"of which 1 cannot make data\.batch_size 6"):
+    with pytest.raises(ConfigError, match=r"data\.batch_size 6"):
         new_job(data={"batch_size": 6}).spread(plan, num_devices=2)
+    with pytest.raises(ConfigError, match="takes 6 rows"):
+        new_job(trainer={"devices": 2}).spread(new_job(data={"batch_size": 6}).plan_at(2))
 
 
-def test_a_plan_of_another_batch_does_not_serve_several(new_job: NewJob) -> None:
-    plan = new_job(data={"batch_size": 6}).plan_at(2)
-    with pytest.raises(
-        ConfigError, match="takes 6 rows a step on one device, of which 2 cannot make"
-    ):
-        new_job(trainer={"devices": 2}).spread(plan)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["fit", "--memory-budget", "24GB"], "tune in one process first: python cli.py tune"),
-        (["tune", "--memory-budget", "24GB", "--trainer.strategy", "fsdp2"], "in one process"),
-        (["fit", "--data.batch_size", "5"], "must divide data.batch_size 5"),
-    ],
-)
-def test_what_is_for_one_process_is_refused_before_anything_is_written(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command, *options = words
-    settings = ["--config", str(write_settings(tmp_path)), "--trainer.devices", "2"]
-    assert cli.main([command, *settings, *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not (tmp_path / "runs").exists()
+TUNE = ["tune", "--memory-budget", "24GB"]
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    ("said", "words", "message"),
+    ("variables", "words", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, ["tune", "--memory-budget", "24GB"], "tune is for one"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, ["export", "--ckpt_path", "x"], "export is for one"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, ["fit", "--memory-budget", "24GB"], "set trainer.dev"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, ["fit", *TWO, "--memory-budget", "24GB"], "tune in one"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, ["fit"], "processes started: 2; trainer.dev"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, ["fit", *TWO], "processes started: 1; "),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, ["tune"], "tune is for one process and was"),
+        ({}, ["fit", *TWO, "--memory-budget", "24GB"], "tune in one process first"),
+        ({}, [*TUNE, *TWO, "--trainer.strategy", "fsdp2"], "in one process"),
+        ({}, ["fit", *TWO, "--data.batch_size", "5"], "must divide data.batch_size 5"),
+        (TORCHRUN, TUNE, "tune uses one process"),
+        (TORCHRUN, ["export", "--ckpt_path", "x", "--output", "OUT"], "export uses one process"),
+        (TORCHRUN, ["fit", "--memory-budget", "24GB"], "2 processes were started"),
+        (TORCHRUN, ["fit", *TWO, "--memory-budget", "24GB"], "tune in one process first"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, ["fit"], "2 processes were started"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, ["fit", *TWO], "1 processes were started"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, TUNE, "tune uses one process"),
     ],
 )
-def test_no_rank_of_a_launcher_tunes_or_does_what_is_for_one(
-    said: dict[str, str],
+def test_a_wrong_number_of_processes_is_refused_before_anything_is_written(
+    variables: dict[str, str],
     words: list[str],
     message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     launcher: Launcher,
 ) -> None:
-    launcher(said)
-    command, *options = words
-    more = ["--output", str(tmp_path / "out")] if command == "export" else []
-    assert cli.main([command, "--config", str(write_settings(tmp_path)), *options, *more]) == 2
+    launcher(variables)
+    command, *options = (word.replace("OUT", str(tmp_path / "out")) for word in words)
+    assert cli.main([command, "--config", str(write_settings(tmp_path)), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_launcher_starts_as_the_settings_say_is_let_through(launcher: Launcher) -> None:
-    for said, expected in (
+def test_the_number_of_processes_of_the_settings_is_accepted(launcher: Launcher) -> None:
+    for variables, expected in (
         ({}, None),
-        ({"WORLD_SIZE": "2"}, None),  # a shell's own
+        ({"WORLD_SIZE": "2"}, None),  # set by a user
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2),
         ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, 2),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 2),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "interactive"}, None),
     ):
-        launcher(said)
+        launcher(variables)
         assert count_launched() == expected
         check_launched("fit", DDP if expected else ONE_DEVICE)
 
@@ -283,7 +264,7 @@ def test_what_a_launcher_starts_as_the_settings_say_is_let_through(launcher: Lau
 # ---- files
 
 
-def test_other_processes_wait_for_the_folder_and_write_nothing(
+def test_other_ranks_wait_for_the_run_folder_and_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -305,7 +286,7 @@ def test_other_processes_wait_for_the_folder_and_write_nothing(
     assert found.path == tmp_path / "run" / "version_0"
 
 
-def test_a_folder_that_nobody_opens_is_not_waited_for_forever(
+def test_ranks_do_not_wait_forever_for_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -314,7 +295,7 @@ def test_a_folder_that_nobody_opens_is_not_waited_for_forever(
         RunFolder.open(tmp_path, "run", "settings")
 
 
-# ---- accounted for
+# ---- predicted memory
 
 
 def accountant(devices: Devices, *, num_layers: int = 2, on_gpu: bool = False) -> Accountant:
@@ -341,7 +322,9 @@ def plan_of(memory_options: MemoryOptions, num_layers: int = 2) -> Any:
     ],
     ids=["accumulated", "checkpointed"],
 )
-def test_a_few_layers_stand_for_all(devices: Devices, memory_options: MemoryOptions) -> None:
+def test_a_trace_of_a_few_layers_has_the_terms_of_all(
+    devices: Devices, memory_options: MemoryOptions
+) -> None:
     num_layers = 7
     module = LlamaFoam(num_hidden_layers=num_layers, **SIZES)
 
@@ -364,7 +347,7 @@ def test_a_few_layers_stand_for_all(devices: Devices, memory_options: MemoryOpti
 
     few, whole = traced(4 if devices.shards else 3), traced(num_layers)
     weights = whole.pop("weights")
-    assert few.pop("weights") < weights  # a trace has those of its layers alone
+    assert few.pop("weights") < weights  # of its layers alone
     assert few == whole
     found = accountant(devices, num_layers=num_layers)
     plan = plan_of(memory_options, num_layers)
@@ -372,7 +355,7 @@ def test_a_few_layers_stand_for_all(devices: Devices, memory_options: MemoryOpti
     assert found.usage(plan).requested > 0
 
 
-def test_devices_that_share_need_less_and_copies_need_more() -> None:
+def test_sharding_needs_less_memory_and_copies_need_more() -> None:
     plan = plan_of(MemoryOptions(micro_batch_size=2))
     alone, copies, shared, spread = (
         accountant(devices).account(plan)
@@ -385,7 +368,7 @@ def test_devices_that_share_need_less_and_copies_need_more() -> None:
         assert shared.breakdown[term] == pytest.approx(alone.breakdown[term] / 2, rel=0.01)
 
 
-def test_accumulated_gradients_lie_in_their_buckets() -> None:
+def test_accumulated_gradients_are_in_the_buckets_of_ddp() -> None:
     whole, parts = (
         accountant(DDP).account(
             plan_of(MemoryOptions(micro_batch_size=2, accumulate_grad_batches=n))
@@ -395,7 +378,7 @@ def test_accumulated_gradients_lie_in_their_buckets() -> None:
     assert parts.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.001)
 
 
-def test_communicators_take_memory_of_a_gpu() -> None:
+def test_communicators_take_gpu_memory() -> None:
     plan = plan_of(MemoryOptions(micro_batch_size=2))
     alone, copies, shared = (
         accountant(devices, on_gpu=True).account(plan).breakdown["context"]
@@ -404,7 +387,7 @@ def test_communicators_take_memory_of_a_gpu() -> None:
     assert (copies - alone, shared - alone) == (NCCL_BYTES, 2 * NCCL_BYTES)
 
 
-def test_buckets_fill_up_from_the_last_parameter() -> None:
+def test_buckets_fill_from_the_last_parameter() -> None:
     megabyte = 2**20
     sizes = [30 * megabyte, 3 * megabyte, 24 * megabyte, megabyte, megabyte // 2]
     expected = [megabyte * 3 // 2, 27 * megabyte, 30 * megabyte]
@@ -412,7 +395,7 @@ def test_buckets_fill_up_from_the_last_parameter() -> None:
     assert buckets(SHARED, sizes) == buckets(ONE_DEVICE, sizes) == []
 
 
-def test_a_plan_says_how_many_devices_it_is_for() -> None:
+def test_a_plan_names_its_number_of_devices() -> None:
     plan = plan_of(MemoryOptions(micro_batch_size=2))
     several, one = accountant(SHARED).account(plan), accountant(ONE_DEVICE).account(plan)
     assert json.loads(plan_json(plan, several, None, None))["devices"] == 2
@@ -422,12 +405,12 @@ def test_a_plan_says_how_many_devices_it_is_for() -> None:
     assert "each of 2 devices" in console.export_text()
 
 
-def test_the_account_leaves_no_process_group_behind() -> None:
+def test_accounting_leaves_no_process_group() -> None:
     accountant(SHARED).account(plan_of(MemoryOptions(micro_batch_size=2)))
     assert not torch.distributed.is_initialized()
 
 
-def test_a_budget_of_each_device_is_filled(new_job: NewJob) -> None:
+def test_a_plan_fills_the_budget_of_each_device(new_job: NewJob) -> None:
     job = new_job(trainer={"devices": 2, "strategy": "fsdp2"})
     at_levels = {
         level: job.new_accountant().account(job.plan_at(level)).peak_bytes for level in (0, 2, 8)
