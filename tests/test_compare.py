@@ -213,7 +213,7 @@ def test_the_control_is_the_better_of_the_two(
 @pytest.mark.parametrize(
     ("names", "steps", "seeds", "said"),
     [
-        ("foam,adamax", 300, 2, "adamax.*there are foam, adamw"),
+        ("foam,adamax", 300, 2, "adamax.*foam, adamw"),
         ("", 300, 2, "no optimizer"),
         (None, 0, 2, "--steps 0"),
         (None, 300, 0, "--seeds 0"),
@@ -237,7 +237,8 @@ def test_the_command_writes_table_picture_and_runs(
     folder = tmp_path / "compare"
     found = run_comparison(job, options, folder, command="python cli.py compare")
     said = capsys.readouterr().out
-    assert said.startswith("compare: foam, split_adamw; 10 runs of 3 steps")
+    assert said.startswith("compare: foam, split_adamw\n")
+    assert "10 runs of 3 steps" in said
     page = (folder / "compare.md").read_text(encoding="utf-8")
     assert "`python cli.py compare`" in page
     assert "the control" in page

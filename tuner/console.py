@@ -3,6 +3,7 @@
 import textwrap
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def say(text: str, *, wrap: bool = True, console: Console | None = None) -> None:
@@ -17,6 +18,28 @@ def say(text: str, *, wrap: bool = True, console: Console | None = None) -> None
     if wrap and console.is_terminal:
         text = "\n".join(_wrap(line, console.width) for line in text.splitlines())
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def step_progress(description: str, total: int) -> Progress:
+    """Make a bar of optimizer steps with one task, which only a terminal shows while it lasts.
+
+    Args:
+        description: What the steps are for, in a word.
+        total: How many there are.
+    """
+    console = Console()
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal or console.is_dumb_terminal,
+    )
+    progress.add_task(description, total=total)
+    return progress
 
 
 def _wrap(line: str, width: int) -> str:

@@ -2,12 +2,9 @@
 
 import math
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from foam_lightning.job import Job
 from foam_lightning.units import ByteSize
-from tuner.console import say
+from tuner.console import say, step_progress
 from tuner.planning.planner import BudgetPlanner
 from tuner.run_context import RunContext
 from tuner.search.proxy_model import NoProxyModelError, ProxyModel
@@ -49,23 +46,11 @@ def _search(
         planner.uniform(planner.uniform_levels[-1])
     )
     say(_announcement(search_budget, job.max_steps, seconds))
-    columns = (
-        TextColumn("tuning"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-    )
-    console = Console()
-    has_bar = console.is_terminal and not console.is_dumb_terminal
-    with Progress(*columns, console=console, transient=True, disable=not has_bar) as progress:
-        task = progress.add_task("tuning", total=search_budget.max_steps_total)
-
-        def on_steps(count: int) -> None:
-            progress.advance(task, count)
+    with step_progress("tuning", search_budget.max_steps_total) as progress:
+        (task,) = progress.task_ids
 
         def on_run(description: str, loss: float) -> None:
-            say(f"  loss {loss:.4f}  {description}", console=console)
+            say(f"  loss {loss:.4f}  {description}", console=progress.console)
 
         return search(
             job,
@@ -75,7 +60,7 @@ def _search(
             memory_options=context.memory_options,
             known=known,
             worker=context.worker,
-            on_steps=on_steps,
+            on_steps=lambda count: progress.advance(task, count),
             on_run=on_run,
         )
 

@@ -44,7 +44,7 @@ def run_export(settings: Settings) -> None:
     """Write a checkpoint as a Hugging Face folder."""
     path, output = Path(settings.ckpt_path), Path(settings.output)
     if exists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not an empty folder; choose another")
+        raise CheckpointError(f"--output {output} exists and is not an empty folder")
     module = load_module(path)
     assert module.model is not None
     tokenizer = load_tokenizer(path)

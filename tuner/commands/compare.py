@@ -1,10 +1,9 @@
-"""The command `compare`: what it says while it runs, and where it leaves what it found."""
+"""The command `compare`: optimizers side by side, with its progress and its files."""
 
 import math
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
@@ -12,6 +11,7 @@ from tuner.comparison.compare import MOST_RATES, Comparison, Options, compare
 from tuner.comparison.profile import num_steps
 from tuner.comparison.report import compare_table, write_comparison
 from tuner.config.parser import Settings
+from tuner.console import say, step_progress
 
 
 def run_comparison(job: Job, options: Options, folder: Path, *, command: str) -> Comparison:
@@ -20,40 +20,34 @@ def run_comparison(job: Job, options: Options, folder: Path, *, command: str) ->
     Args:
         job: What to train.
         options: What to compare.
-        folder: Gets the files; the same command goes on from what it holds.
-        command: What was typed.
+        folder: Gets the files; the same command resumes from them.
+        command: The command line, for the report.
 
     Raises:
         ConfigError: The folder cannot be written.
         MemoryShortageError: The device has not enough memory.
     """
     job.check_weights()
-    job.new_data(job.memory_options).setup()  # refuses bad text before the first run
-    console = Console(soft_wrap=True)
+    job.new_data(job.memory_options).setup()  # refuses bad data before the first run
     measured = num_steps(len(options.optimizers))
+    say(
+        f"compare: {', '.join(options.optimizers)}\n"
+        f"  {options.least_runs} runs of {options.steps} steps, and {measured} steps to measure "
+        "memory and speed\n"
+        f"  up to {MOST_RATES - 4} more runs for an optimizer whose best learning rate is the "
+        "lowest or highest tried\n"
+        f"  folder: {folder}"
+    )
     steps = options.least_runs * options.steps + measured
-    console.print(
-        f"compare: {', '.join(options.optimizers)}; {options.least_runs} runs of {options.steps} "
-        f"steps, {steps} steps with those that measure, and up to {MOST_RATES - 4} runs more for "
-        f"each whose best rate is at an edge; in {folder}",
-        highlight=False,
-    )
-    columns = (
-        TextColumn("comparing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("comparing", total=steps)
+    with step_progress("comparing", steps) as progress:
+        (task,) = progress.task_ids
 
         def on_extended() -> None:
             progress.update(task, total=(progress.tasks[0].total or 0) + options.steps)
 
         def on_run(description: str, loss: float) -> None:
-            said = f"loss {loss:.4f}" if math.isfinite(loss) else "diverged"
-            console.print(f"  {description:<40} {said}", highlight=False)
+            result = f"loss {loss:.4f}" if math.isfinite(loss) else "diverged   "
+            say(f"  {result}  {description}", console=progress.console)
 
         found = compare(
             job,
@@ -64,8 +58,9 @@ def run_comparison(job: Job, options: Options, folder: Path, *, command: str) ->
             on_run=on_run,
         )
     written = write_comparison(found, folder, command=command, seed=job.seed)
-    console.print(compare_table(found))
-    console.print(f"written {' and '.join(map(str, written))}", highlight=False)
+    Console(soft_wrap=True).print(compare_table(found))
+    for path in written:
+        say(f"wrote {path}")
     return found
 
 
@@ -73,7 +68,7 @@ def run_compare(settings: Settings) -> None:
     """Compare optimizers on the job of the settings."""
     if settings.memory_budget is not None or settings.fold_plan is not None:
         raise ConfigError(
-            "compare runs every optimizer as configured; leave --memory-budget and --fold-plan out"
+            "compare runs every optimizer as configured; remove --memory-budget and --fold-plan"
         )
     options = Options.of(settings.optimizers, settings.steps, settings.seeds)
     folder = Path(settings.runs) / settings.name / "compare"

@@ -1,4 +1,4 @@
-"""plan(): what fits a budget, without training and without a GPU."""
+"""The command `plan`: what fits a budget, without training and without a GPU."""
 
 import math
 import sys
@@ -24,12 +24,12 @@ from tuner.report.plan_table import (
 
 @dataclass(frozen=True)
 class PlanAnswer:
-    """A plan to be shown.
+    """A plan in the forms in which it is printed.
 
     Attributes:
         table: For people.
         json: For scripts.
-        refusal: Why the plan cannot be trained by, to be raised once it is shown; None if it can.
+        refusal: Why the plan cannot be trained, to be raised after printing; None if it can.
     """
 
     table: RenderableType
@@ -45,21 +45,21 @@ def plan(
     num_tensors: int = 0,
     picture: Path | None = None,
 ) -> PlanAnswer:
-    """Find the plan of a budget, or look at one level everywhere.
+    """Find the plan for a budget, or account for one level everywhere.
 
     Args:
         job: What to train.
-        budget_bytes: Of one device.
-        uniform_level: Take this level instead of choosing any.
+        budget_bytes: The budget of one device.
+        uniform_level: The level of every matrix; None chooses levels for the budget.
         num_tensors: How many of the largest tensors at the peak to list.
-        picture: A PNG to draw the plan into; its folder exists.
+        picture: A PNG file to draw the plan into; its folder must exist.
 
     Raises:
         ConfigError: There is neither a budget nor a level, the picture cannot be written, or
             another optimizer than FOAM is asked for.
     """
     if not job.is_foam:
-        raise ConfigError(f"plan knows foam alone, not {job.optimizer}; leave model.optimizer out")
+        raise ConfigError(f"plan is for model.optimizer foam only, got {job.optimizer}; remove it")
     if budget_bytes is None and uniform_level is None:
         raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
     check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
@@ -97,7 +97,7 @@ def _check(planner: BudgetPlanner, level: int) -> tuple[FoldPlan, FoamError | No
 
 
 def _draw(planner: BudgetPlanner, found: FoldPlan, budget_bytes: int | None, path: Path) -> None:
-    # Where nothing is drawn, nothing that draws is imported.
+    # matplotlib takes a second to import.
     from tuner.report.plan_plots import draw_plan
     from tuner.report.style import save
 
