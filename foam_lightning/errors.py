@@ -6,7 +6,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 
-from foam_lightning.units import ByteSize, at_least, format_bytes
+from foam_lightning.units import at_least, format_bytes, format_bytes_apart
 
 _MAX_CHARACTERS = 1200  # an error that quotes a long name may be far longer
 
@@ -91,11 +91,11 @@ class InfeasibleBudgetError(FoamError):
             for name, size in breakdown.items()
             if size
         )
-        needed = at_least(minimum_bytes)
+        budget, least = format_bytes_apart(budget_bytes, minimum_bytes)
         super().__init__(
-            f"a budget of {ByteSize(budget_bytes)} is too small: {subject} needs {needed} "
-            f"({terms}); the largest term is {binding.replace('_', ' ')}; lower data.batch_size, "
-            f"choose a smaller model, or raise --memory-budget to at least {needed}"
+            f"a budget of {budget} is too small: {subject} needs {least} ({terms}); the largest "
+            f"term is {binding.replace('_', ' ')}; lower data.batch_size, choose a smaller model, "
+            f"or raise --memory-budget to at least {at_least(minimum_bytes)}"
         )
 
 

@@ -68,10 +68,35 @@ def _parse(text: str) -> int:
 
 def format_bytes(num_bytes: int) -> str:
     """Render bytes for people, four significant digits at most: 21002000000 -> "21 GB"."""
-    for name in ("TB", "GB", "MB", "kB"):
-        if abs(num_bytes) >= _UNITS[name.upper()]:
-            return f"{num_bytes / _UNITS[name.upper()]:.4g} {name}"
-    return f"{num_bytes} B"
+    return _rendered(num_bytes, _unit_of(num_bytes), 4)
+
+
+def format_bytes_apart(*counts: int) -> list[str]:
+    """Render byte counts that are compared: 9000000 and 9000123 -> "9 MB" and "9.0001 MB".
+
+    Args:
+        counts: At least one, none below 0.
+
+    Returns:
+        One text a count, in one unit where they are within a factor of 1000, with four significant
+        digits, or with as many more as it takes for different counts to have different texts.
+    """
+    largest = max(counts)
+    units = [_unit_of(largest if 1000 * count > largest else count) for count in counts]
+    for digits in range(4, 20):
+        texts = [_rendered(*pair, digits) for pair in zip(counts, units, strict=True)]
+        if len(set(texts)) == len(set(counts)):
+            break
+    return texts
+
+
+def _unit_of(num_bytes: int) -> str:
+    names = ("TB", "GB", "MB", "kB")
+    return next((name for name in names if abs(num_bytes) >= _UNITS[name.upper()]), "B")
+
+
+def _rendered(num_bytes: int, unit: str, digits: int) -> str:
+    return f"{num_bytes / _UNITS[unit.upper()]:.{digits}g} {unit}"
 
 
 def at_least(num_bytes: int) -> str:

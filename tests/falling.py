@@ -22,7 +22,7 @@ class Case:
         folder.mkdir(exist_ok=True)
         self.words = ["--config", str(write_settings(folder)), *words]
         self.job: Job = parse("fit", self.words, default=None).job()
-        self.planner = BudgetPlanner(self.job, sys.maxsize)
+        self.planner = BudgetPlanner(self.job, None)
         self.plan = self.job.plan_at(2)
         self.folder = folder / "runs" / "default" / "version_0"
         self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
@@ -35,7 +35,7 @@ class Case:
     def rungs(self, most: int = 99) -> list[MemoryOptions]:
         rungs = [self.plan.memory_options]
         while len(rungs) < most:
-            rung = self.planner.ladder.next_rung(rungs[-1], self.peak)
+            rung = self.planner.ladder.find_smaller(rungs[-1], self.peak)
             if rung is None:
                 break
             rungs.append(rung)

@@ -179,7 +179,7 @@ def test_no_peak_is_below_what_is_counted_without_a_trace(
         module, num_layers=6, sequence_length=64, precision=precision, on_gpu=False
     )
     plan = module.uniform_plan(2, memory_options)
-    least, account = accountant.least(plan), accountant.account(plan)
+    least, account = accountant.lower_bound(plan), accountant.account(plan)
     peak = account.peak_bytes
     plan_bytes = account.breakdown["weights"] + account.breakdown["optimizer_state"]
     assert plan_bytes < least <= peak

@@ -30,7 +30,7 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_would_work() -> None:
     assert (error.binding, error.breakdown) == ("optimizer_state", breakdown)
     text = str(error)
     assert "\n" not in text
-    for words in ("8GB", "14.5GB", "weights 13 GB", "largest term is optimizer state"):
+    for words in ("8 GB", "14.5GB", "weights 13 GB", "largest term is optimizer state"):
         assert words in text
     assert "margin" not in text  # a term of no bytes
 

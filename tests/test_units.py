@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.units import ByteSize, format_bytes
+from foam_lightning.units import ByteSize, format_bytes, format_bytes_apart
 
 
 @given(st.integers(1, 2**62))
@@ -69,3 +69,21 @@ def test_a_size_is_an_int_that_shows_its_unit() -> None:
 )
 def test_in_words_gives_four_digits(num_bytes: int, words: str) -> None:
     assert format_bytes(num_bytes) == words
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((9_000_000, 9_000_123), ["9 MB", "9.0001 MB"]),
+        ((24_000_000_000, 23_412_345_678), ["24 GB", "23.41 GB"]),
+        ((999_999_999, 1_000_000_000), ["0.999999999 GB", "1 GB"]),
+        ((9_000_000, 24_000_000_000), ["9 MB", "24 GB"]),
+        ((8_000_000, 8_000_000), ["8 MB", "8 MB"]),
+        ((1_000_001, 1_000_000, 999_000), ["1.000001 MB", "1 MB", "0.999 MB"]),
+        ((0, 5), ["0 B", "5 B"]),
+    ],
+)
+def test_compared_sizes_have_the_digits_that_tell_them_apart(
+    counts: tuple[int, ...], words: list[str]
+) -> None:
+    assert format_bytes_apart(*counts) == words

@@ -146,7 +146,7 @@ def test_what_adam_needs_is_what_it_fits_with(new_job: Callable[..., Job]) -> No
     )
     roomy = BudgetPlanner(job, 10**12)
     assert adam_requirement(roomy) == AdamRequirement(roomy.memory_options)
-    least = roomy.least(0).account.peak_bytes
+    least = roomy.minimum_at(0).account.peak_bytes
 
     tight = roomy.with_budget(least)
     need = adam_requirement(tight)

@@ -22,7 +22,7 @@ from foam_lightning.memory.device import (
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.storage.atomic import atomic_path
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.units import format_bytes
+from foam_lightning.units import format_bytes_apart
 from tuner.console import say
 from tuner.planning.planner import BudgetPlanner
 
@@ -89,7 +89,7 @@ def fall_back_when_out_of_memory(planner: BudgetPlanner, folder: RunFolder) -> I
     """
     gpu, budget = planner.job.gpu, planner.budget_bytes
     try:
-        with nullcontext() if gpu is None or budget == sys.maxsize else _capped(planner, gpu):
+        with nullcontext() if gpu is None or budget is None else _capped(planner, gpu, budget):
             yield
     except MemoryShortageError as shortage:
         used = gpu.usage().reserved + planner.accountant.context if gpu is not None else None
@@ -97,8 +97,8 @@ def fall_back_when_out_of_memory(planner: BudgetPlanner, folder: RunFolder) -> I
 
 
 @contextmanager
-def _capped(planner: BudgetPlanner, gpu: Gpu) -> Iterator[None]:
-    budget, outside = planner.budget_bytes, planner.accountant.context
+def _capped(planner: BudgetPlanner, gpu: Gpu, budget: int) -> Iterator[None]:
+    outside = planner.accountant.context
     if warning := missing_memory_warning(gpu, budget, outside):
         say(warning)
     with memory_cap(gpu, budget, outside):
@@ -135,18 +135,19 @@ def _fall_back(
     before = Fallback.load(folder.fallback)
     events = before.events if before else ()
 
-    def peak(memory_options: MemoryOptions) -> int:
+    def peak(memory_options: MemoryOptions) -> int | None:
         if not _is_allowed(planner.job, memory_options):
-            return sys.maxsize
+            return None
         return planner.accountant.account(replace(plan, memory_options=memory_options)).peak_bytes
 
-    predicted = peak(plan.memory_options)
-    figures = f"predicted {format_bytes(predicted)}" + (
-        f", used {format_bytes(used_bytes)}" if used_bytes is not None else ""
-    )
+    predicted = planner.accountant.account(plan).peak_bytes
+    counts = {"predicted": predicted, "used": used_bytes, "budget": planner.budget_bytes}
+    known = {name: count for name, count in counts.items() if count is not None}
+    texts = format_bytes_apart(*known.values())
+    figures = ", ".join(f"{name} {text}" for name, text in zip(known, texts, strict=True))
     options = None
     if len(events) < MAX_FALLBACKS:
-        options = planner.ladder.next_rung(plan.memory_options, peak)
+        options = planner.ladder.find_smaller(plan.memory_options, peak)
     if options is None:
         tried = f" after {len(events)} fall-backs" if events else ""
         raise MemoryShortageError(

@@ -1,6 +1,5 @@
 """The pipeline of a run: `tune` finds a plan for a budget, `fit` then trains by it and exports."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ def tune(context: RunContext) -> TunedPlan | None:
     assert context.worker is not None
     job, planner, folder = context.job, context.planner, context.folder
     levels = planner.uniform_levels
-    say(f"uniform levels within {ByteSize(planner.budget_bytes)}: {levels[0]} to {levels[-1]}")
+    say(f"uniform levels within {ByteSize(context.budget_bytes)}: {levels[0]} to {levels[-1]}")
 
     search_budget = SearchBudget.of(context.tune_options, job.max_steps)
     search_result = None
@@ -73,7 +72,7 @@ def tune(context: RunContext) -> TunedPlan | None:
     found = search_result.winner.plan if search_result else planner.default_plan()
     plan, rehearsal = rehearse_plan(context, planner, context.with_memory_options(found))
     account = planner.accountant.account(plan)
-    budget_bytes = context.planner.budget_bytes
+    budget_bytes = context.budget_bytes
     costs = planner.option_costs(plan)
     Console(soft_wrap=True).print(plan_table(plan, account, budget_bytes, None, option_costs=costs))
     say(f"rehearsal: {rehearsal}")
@@ -134,8 +133,7 @@ def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict
         plan,
         folder,
         predicted_bytes=predicted,
-        # Without a budget there is the whole address space.
-        budget_bytes=planner.budget_bytes if planner.budget_bytes < sys.maxsize else None,
+        budget_bytes=planner.budget_bytes,
         pictures=tuned.pictures if tuned else None,
         ckpt_path=context.ckpt_path,
     )

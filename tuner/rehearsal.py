@@ -12,7 +12,7 @@ from foam_lightning.job import Job
 from foam_lightning.memory.device import MemoryShortageError, memory_shortage_context
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_json
-from foam_lightning.units import format_bytes
+from foam_lightning.units import format_bytes, format_bytes_apart
 from tuner.console import say
 from tuner.planning.planner import BudgetPlanner
 from tuner.run_context import RunContext
@@ -43,10 +43,10 @@ class Rehearsal:
     allocator_retries: int | None = None
 
     def __str__(self) -> str:
-        text = (
-            f"peak {format_bytes(self.measured_peak_bytes)} measured, "
-            f"{format_bytes(self.predicted_peak_bytes)} predicted"
+        measured, predicted = format_bytes_apart(
+            self.measured_peak_bytes, self.predicted_peak_bytes
         )
+        text = f"peak {measured} measured, {predicted} predicted"
         if self.allocated_bytes is not None and self.reserved_bytes is not None:
             text += (
                 f" ({format_bytes(self.allocated_bytes)} allocated, "
@@ -81,7 +81,7 @@ def rehearse_tightest_plan(context: RunContext) -> BudgetPlanner:
     peak = planner.accountant.account(plan).peak_bytes
     has_fallen_back = context.memory_options is not None  # to options that need less
     is_recorded = _find(context, plan) is not None
-    if peak < _CLOSE_TO_BUDGET * planner.budget_bytes or (has_fallen_back and not is_recorded):
+    if peak < _CLOSE_TO_BUDGET * context.budget_bytes or (has_fallen_back and not is_recorded):
         return planner
     assert context.worker is not None
     with context.worker.turn():
@@ -109,7 +109,7 @@ def rehearse_plan(
 
     def fold_further(tighter: BudgetPlanner) -> FoldPlan:
         return replace(
-            plan, levels=tighter.nearest(plan.levels), memory_options=tighter.memory_options
+            plan, levels=tighter.nearest_levels(plan.levels), memory_options=tighter.memory_options
         )
 
     _, plan, rehearsal = _fold_until_it_fits(context, planner, plan, fold_further)
@@ -123,19 +123,15 @@ def _fold_until_it_fits(
     choose: Callable[[BudgetPlanner], FoldPlan],
 ) -> tuple[BudgetPlanner, FoldPlan, Rehearsal]:
     """Rehearse plans, each for a budget smaller by what the one before took too much."""
-    budget = context.planner.budget_bytes
+    budget = context.budget_bytes
     for number in range(1, MAX_REHEARSALS + 1):
         rehearsal = rehearse(context, plan)
         excess = rehearsal.measured_peak_bytes - budget
         if excess <= 0:
             return planner, plan, rehearsal
-        shortage = MemoryShortageError(
-            "the rehearsal",
-            plan,
-            _STEPS,
-            f"it took {format_bytes(rehearsal.measured_peak_bytes)}, the budget is "
-            f"{format_bytes(budget)}",
-        )
+        taken, limit = format_bytes_apart(rehearsal.measured_peak_bytes, budget)
+        reason = f"it took {taken}, the budget is {limit}"
+        shortage = MemoryShortageError("the rehearsal", plan, _STEPS, reason)
         if number == MAX_REHEARSALS or context.memory_options is not None:
             break
         try:

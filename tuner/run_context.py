@@ -41,6 +41,12 @@ class RunContext:
     memory_options: MemoryOptions | None = None
     ckpt_path: Path | None = None
 
+    @property
+    def budget_bytes(self) -> int:
+        """The budget of one device; only a run with one is tuned and rehearsed."""
+        assert self.planner.budget_bytes is not None
+        return self.planner.budget_bytes
+
     def with_memory_options(self, plan: FoldPlan) -> FoldPlan:
         """Return the plan with the memory options that the run falls back to, if there are any."""
         return replace(plan, memory_options=self.memory_options or plan.memory_options)

@@ -27,7 +27,7 @@ def search_plan(
     """
     if planner.adam_may_win:
         return _search(context, context.job, planner, search_budget)
-    no_adam = f"Adam does not fit {ByteSize(context.planner.budget_bytes)}"
+    no_adam = f"Adam does not fit {ByteSize(context.budget_bytes)}"
     try:
         proxy_model = ProxyModel(context.job, planner)
     except NoProxyModelError as error:

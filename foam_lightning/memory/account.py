@@ -186,13 +186,13 @@ class Accountant:
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
         """Tell whether the peak of a plan is within a budget, without a trace where it can."""
         return (
-            self.least(plan) <= budget_bytes
+            self.lower_bound(plan) <= budget_bytes
             and sum(self.trace(plan).values()) + self.context <= budget_bytes
             and self.account(plan).peak_bytes <= budget_bytes
         )
 
-    def least(self, plan: FoldPlan) -> int:
-        """Count what the peak of a plan is not below, without a trace."""
+    def lower_bound(self, plan: FoldPlan) -> int:
+        """Count bytes that the peak of a plan is never below, without a trace."""
         standing, memory_options = self._standing(plan), plan.memory_options
         # Whatever is recomputed, the inputs of all layers are alive where backward begins, and
         # gradients, if they are kept, where it ends; from the second micro-batch on, both.

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -106,7 +105,7 @@ def job_of(model: str) -> Job:
 
 def rows_of(job: Job) -> list[Row]:
     """List the plans; the first three are Adam."""
-    planner = BudgetPlanner(job, sys.maxsize)
+    planner = BudgetPlanner(job, None)
     adam = planner.uniform(0)
 
     def levels_at(name: str, level: int, knobs: Knobs) -> Row:

@@ -51,7 +51,7 @@ class StateBudgetPlanner(BudgetPlanner):
     """
 
     def __init__(self, job: Job, lowest: int) -> None:
-        super().__init__(job, sys.maxsize)
+        super().__init__(job, None)
         self._lowest = lowest
 
     @cached_property
@@ -164,7 +164,7 @@ def main() -> None:
     of_row = [[runs[task(row, seed)] for seed in seeds] for row in table]
     of_adam = [found for found, row in zip(of_row, table, strict=True) if row.share == 1]
     reference = min(of_adam, key=mean_loss)
-    planner = BudgetPlanner(job, sys.maxsize)
+    planner = BudgetPlanner(job, None)
     lines = [
         f"# Tuned plans against Adam, uniform and random ones, the {arguments.model} model",
         "",

@@ -1,6 +1,5 @@
 """The command `fit`: plan, tune, rehearse, train and export."""
 
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ def run_fit(settings: Settings) -> None:
     job = replace_missing_pretrained(settings.job(), [path for path in starts if path])
     if job.gpu is not None:
         calibrate(job.gpu)
-    planner = BudgetPlanner(job, settings.memory_budget or sys.maxsize)
+    planner = BudgetPlanner(job, settings.memory_budget)
     plan = load_given_plan(job, settings.ckpt_path, settings.fold_plan)
     memory_options = load_fallback(unfinished)
     if plan is None and settings.memory_budget is None:

@@ -1,7 +1,6 @@
 """The command `plan`: what fits a budget, without training and without a GPU."""
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def plan(
     if budget_bytes is None and uniform_level is None:
         raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
     check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
-    planner = BudgetPlanner(job, budget_bytes or sys.maxsize)
+    planner = BudgetPlanner(job, budget_bytes)
     found, refusal = _choose(planner) if uniform_level is None else _check(planner, uniform_level)
     account = planner.accountant.account(found)
     minimum = None if budget_bytes is None else planner.minimum.account.peak_bytes

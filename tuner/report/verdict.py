@@ -35,12 +35,12 @@ def adam_requirement(planner: BudgetPlanner) -> AdamRequirement:
     """
     if planner.adam_may_win:
         return AdamRequirement(planner.memory_options)
-    found = planner.ladder.cheapest(
+    found = planner.ladder.find_fastest(
         lambda memory_options, _: planner.fits(planner.module.uniform_plan(0, memory_options))
     )
     if found is not None:
         return AdamRequirement(found)
-    return AdamRequirement(None, planner.least(0).account.peak_bytes)
+    return AdamRequirement(None, planner.minimum_at(0).account.peak_bytes)
 
 
 def verdict(search_result: SearchResult, adam: AdamRequirement, full_steps: int) -> str:

@@ -11,7 +11,6 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan, MemoryOptions
-from foam_lightning.units import ByteSize
 from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import round_to_three_digits
 from tuner.trials.results import Candidate, SearchResult, TrialRecord
@@ -125,7 +124,7 @@ class ProxyModel:
         Args:
             plan: Of the proxy model, some matrix folded.
         """
-        return self._carried(plan, self.full.nearest(plan.levels))
+        return self._carried(plan, self.full.nearest_levels(plan.levels))
 
     def search_result(self, found: SearchResult) -> SearchResult:
         """Say what was found on the proxy model in plans and bytes of the full model.
@@ -185,14 +184,12 @@ class ProxyPlanner(BudgetPlanner):
         Raises:
             NoProxyModelError: None do, or the settings contradict them.
         """
-        found = self.ladder.cheapest(
+        found = self.ladder.find_fastest(
             lambda memory_options, _: self._fits_uniform(memory_options, 0)
         )
         if found is None:
             width = self.job.model.hidden_size
-            raise NoProxyModelError(
-                f"Adam does not fit {ByteSize(self.budget_bytes)} at hidden {width} either"
-            )
+            raise NoProxyModelError(f"Adam does not fit the budget at hidden {width} either")
         try:
             self.job.check(found)
         except ConfigError as error:
