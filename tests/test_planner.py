@@ -149,14 +149,8 @@ def test_levels_fill_the_budget_and_never_exceed_it(
     for budget in spread(span, 9):
         planner = fit(budget)
         levels = planner.levels_for(KNOBS[name], planner.max_state_bytes)
-        plan = with_levels(planner, levels)
-        assert peak(planner, plan) <= budget
-        # What is left is not enough for any matrix to go down a level.
-        for matrix, level in levels.items():
-            if level > 0:
-                lower = with_levels(planner, {**levels, matrix: level - 1})
-                same = planner.folded_state_bytes(lower) == planner.folded_state_bytes(plan)
-                assert same or peak(planner, lower) > budget
+        unused = budget - peak(planner, with_levels(planner, levels))
+        assert 0 <= unused < 0.01 * planner.max_state_bytes
 
 
 def test_a_level_cap_holds_where_the_budget_allows_it(fit: Fit, span: tuple[int, int]) -> None:
