@@ -7,14 +7,14 @@ from rich.console import Console
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
-from tuner.comparison.compare import MOST_RATES, Comparison, Options, compare
-from tuner.comparison.profile import num_steps
+from tuner.comparison.compare import MAX_RATES, MIN_RATES, CompareOptions, Comparison, compare
+from tuner.comparison.profile import num_profile_steps
 from tuner.comparison.report import compare_table, write_comparison
 from tuner.config.parser import Settings
 from tuner.console import say, step_progress
 
 
-def run_comparison(job: Job, options: Options, folder: Path, *, command: str) -> Comparison:
+def run_comparison(job: Job, options: CompareOptions, folder: Path, *, command: str) -> Comparison:
     """Compare, and write `compare.md`, `compare.png` and `runs.json`.
 
     Args:
@@ -29,20 +29,20 @@ def run_comparison(job: Job, options: Options, folder: Path, *, command: str) ->
     """
     job.check_weights()
     job.new_data(job.memory_options).setup()  # refuses bad data before the first run
-    measured = num_steps(len(options.optimizers))
+    measured = num_profile_steps(len(options.optimizers))
     say(
         f"compare: {', '.join(options.optimizers)}\n"
-        f"  {options.least_runs} runs of {options.steps} steps, and {measured} steps to measure "
+        f"  {options.min_runs} runs of {options.steps} steps, and {measured} steps to measure "
         "memory and speed\n"
-        f"  up to {MOST_RATES - 4} more runs for an optimizer whose best learning rate is the "
-        "lowest or highest tried\n"
+        f"  up to {MAX_RATES - MIN_RATES} more runs for an optimizer whose best learning rate is "
+        "the lowest or highest tried\n"
         f"  folder: {folder}"
     )
-    steps = options.least_runs * options.steps + measured
+    steps = options.min_runs * options.steps + measured
     with step_progress("comparing", steps) as progress:
         (task,) = progress.task_ids
 
-        def on_extended() -> None:
+        def on_added_run() -> None:
             progress.update(task, total=(progress.tasks[0].total or 0) + options.steps)
 
         def on_run(description: str, loss: float) -> None:
@@ -54,7 +54,7 @@ def run_comparison(job: Job, options: Options, folder: Path, *, command: str) ->
             options,
             folder,
             on_steps=lambda count: progress.advance(task, count),
-            on_extended=on_extended,
+            on_added_run=on_added_run,
             on_run=on_run,
         )
     written = write_comparison(found, folder, command=command, seed=job.seed)
@@ -70,6 +70,6 @@ def run_compare(settings: Settings) -> None:
         raise ConfigError(
             "compare runs every optimizer as configured; remove --memory-budget and --fold-plan"
         )
-    options = Options.of(settings.optimizers, settings.steps, settings.seeds)
+    options = CompareOptions.parse(settings.optimizers, settings.steps, settings.seeds)
     folder = Path(settings.runs) / settings.name / "compare"
     run_comparison(settings.job(), options, folder, command=settings.command)

@@ -1,4 +1,4 @@
-"""compare(): optimizers side by side on one job, each at the best of its own learning rates."""
+"""Compare optimizers on one job, each at the best of several learning rates."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +18,12 @@ from foam_lightning.optim.baselines import (
 )
 from foam_lightning.plan import FoldPlan
 from foam_lightning.settings import OptimizerName
-from tuner.comparison.profile import OptimizerProfile, measure
+from tuner.comparison.profile import OptimizerProfile, profile_optimizers
 from tuner.trials.cache import TrialStore, job_key, trial_key
 from tuner.trials.runner import Difference, TrialResult, TrialRunner, paired_difference
 
-# Where the rates of each are looked for, as a share of model.lr, which is FOAM's: Adam with one
-# rate for all tensors wants about a tenth of it, as the scales .25 and .1 beside FOAM's say.
+# The learning rates to try, relative to model.lr, which is FOAM's. Adam with one rate for all
+# needs about a tenth: split-lr Adam and FOAM multiply that of matrices by scales of 0.1 and 0.25.
 _CENTRES = {
     "foam": 1.0,
     "split_adamw": 1.0,
@@ -36,19 +36,19 @@ _CENTRES = {
     "adamw8bit": 0.1,
 }
 _FACTOR = 2.0
-_FIRST = range(-2, 2)  # powers of the factor
-MOST_RATES = 8
-_CONTROLS = ("adamw", "split_adamw")  # whose best is what all are compared with
+_FIRST_POWERS = range(-2, 2)  # of the factor
+MIN_RATES, MAX_RATES = len(_FIRST_POWERS), 8
+_BASELINES = ("adamw", "split_adamw")  # all are compared with the better of them
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is compared, and how thoroughly.
+class CompareOptions:
+    """What to compare.
 
     Attributes:
-        optimizers: Names of `OPTIMIZERS`.
+        optimizers: Names from `OPTIMIZERS`.
         steps: Optimizer steps of every run.
-        seeds: Seeds on which the best rate of each is run.
+        seeds: Seeds on which each optimizer runs at its best learning rate.
     """
 
     optimizers: Sequence[str]
@@ -56,19 +56,19 @@ class Options:
     seeds: int
 
     @classmethod
-    def of(cls, names: str | None, steps: int, seeds: int) -> "Options":
-        """Read the options of the command.
+    def parse(cls, names: str | None, steps: int, seeds: int) -> "CompareOptions":
+        """Check and parse the options of the command.
 
         Args:
-            names: Optimizers with commas between them; None takes all that are installed.
-            steps: 1 or more; under 300 the order of optimizers is not that of longer runs.
+            names: Optimizers, separated by commas; None takes all that are installed.
+            steps: 1 or more; below 300, optimizers may rank differently than in longer runs.
             seeds: 1 or more.
 
         Raises:
-            ConfigError: One of them is out of range, unknown, or not installed.
+            ConfigError: A number is below 1, or an optimizer is unknown or not installed.
         """
         if steps < 1 or seeds < 1:
-            raise ConfigError(f"--steps {steps} and --seeds {seeds} must be 1 or more")
+            raise ConfigError(f"--steps and --seeds must be 1 or more, got {steps} and {seeds}")
         if names is None:
             return cls(installed_optimizers(), steps, seeds)
         wanted = [name.strip() for name in names.split(",")]
@@ -77,22 +77,23 @@ class Options:
         return cls([name for name in OPTIMIZERS if name in wanted], steps, seeds)
 
     @property
-    def least_runs(self) -> int:
-        """How many runs there are if no grid has to be extended."""
-        return len(self.optimizers) * (len(_FIRST) + self.seeds - 1)
+    def min_runs(self) -> int:
+        """The number of runs if no optimizer needs further learning rates."""
+        return len(self.optimizers) * (MIN_RATES + self.seeds - 1)
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One optimizer and its runs.
+class OptimizerResult:
+    """The runs of one optimizer.
 
     Attributes:
-        name: Of the optimizer.
-        losses: Loss of the first seed by learning rate, lowest rate first; NaN where it diverged.
-        lr: The best rate.
-        runs: At that rate, one by seed.
-        is_at_edge: The best rate is the lowest or highest tried, and the bound on their number
-            stopped the search.
+        name: The optimizer.
+        losses: Validation loss on the first seed by learning rate, in ascending order; NaN if the
+            run diverged.
+        lr: The best learning rate.
+        runs: The runs at the best learning rate, one per seed.
+        is_at_edge: The best learning rate is the lowest or highest of the `MAX_RATES` tried, so
+            the optimum may lie outside.
     """
 
     name: str
@@ -103,16 +104,16 @@ class Contender:
 
     @property
     def loss(self) -> float:
-        """Mean over the seeds; NaN where one diverged."""
+        """Mean validation loss over the seeds, in nats per token; NaN if a run diverged."""
         return math.fsum(run.loss for run in self.runs) / len(self.runs)
 
     @property
     def has_diverged(self) -> bool:
-        """Whether a run at the best rate gave no loss."""
+        """Whether a run at the best learning rate diverged."""
         return not math.isfinite(self.loss)
 
-    def against(self, other: "Contender") -> Difference | None:
-        """Compare with another, seed by seed; None where one of them diverged."""
+    def against(self, other: "OptimizerResult") -> Difference | None:
+        """Compare with another, seed by seed; None if one of them diverged."""
         if self.has_diverged or other.has_diverged:
             return None
         return paired_difference(self.runs, other.runs)
@@ -120,122 +121,122 @@ class Contender:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found.
+    """The results of a comparison.
 
     Attributes:
-        options: What was asked for.
-        contenders: Lowest loss first, diverged ones last.
-        footprints: By name.
+        options: What was compared.
+        results: One per optimizer, lowest loss first, diverged ones last.
+        profiles: Memory and speed by optimizer.
     """
 
-    options: Options
-    contenders: Sequence[Contender]
+    options: CompareOptions
+    results: Sequence[OptimizerResult]
     profiles: Mapping[str, OptimizerProfile]
 
     @property
-    def control(self) -> Contender | None:
-        """The better of adamw and split_adamw; None if neither ran to its end."""
-        found = (one for one in self.contenders if one.name in _CONTROLS and not one.has_diverged)
+    def baseline(self) -> OptimizerResult | None:
+        """The better of adamw and split_adamw; None if both diverged or were left out."""
+        found = (r for r in self.results if r.name in _BASELINES and not r.has_diverged)
         return next(found, None)
 
 
 def compare(
     job: Job,
-    options: Options,
+    options: CompareOptions,
     folder: Path,
     *,
     on_steps: Callable[[int], None] = lambda _: None,
-    on_extended: Callable[[], None] = lambda: None,
+    on_added_run: Callable[[], None] = lambda: None,
     on_run: Callable[[str, float], None] = lambda *_: None,
 ) -> Comparison:
     """Run every optimizer on the same seeds, initial weights and batches.
 
-    Each takes four learning rates a factor of two apart, and further ones while the best is at an
-    edge, eight at most; then its best rate on the other seeds. Calling it again goes on from the
-    runs that `folder` keeps.
+    Each optimizer tries `MIN_RATES` learning rates a factor of two apart, and up to `MAX_RATES`
+    while the best is the lowest or highest; then its best one on the other seeds. Finished runs
+    are kept in `folder`, so an interrupted comparison can be resumed.
 
     Args:
-        job: What to train; FOAM at its level and scale.
+        job: What to train; FOAM uses its level and scale.
         options: What to compare.
-        folder: Gets `runs.json`; it is made where it is not there.
-        on_steps: Called with the number of optimizer steps that were taken, or known before.
-        on_extended: Called when a run is added to the `least_runs`.
-        on_run: Called with every run, as words, and its loss.
+        folder: Where `runs.json` goes; created if missing.
+        on_steps: Called with the number of optimizer steps taken, or read from `folder`.
+        on_added_run: Called when an optimizer needs a run beyond `CompareOptions.min_runs`.
+        on_run: Called with the description and the loss of every run.
 
     Raises:
-        ConfigError: The folder cannot be written, or holds something else.
-        MemoryShortageError: The device has not enough memory.
+        ConfigError: The folder cannot be written, or its `runs.json` has other content.
+        MemoryShortageError: The device ran out of memory.
     """
-    benches = {name: _bench_of(job, name, lambda: on_steps(1)) for name in options.optimizers}
+    runners = {name: _new_runner(job, name, lambda: on_steps(1)) for name in options.optimizers}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"cannot write {folder}: {error.strerror}; choose another place with --runs"
+            f"cannot write {folder}: {error.strerror}; choose another folder with --runs"
         ) from error
-    kept = TrialStore(folder / "runs.json")
+    store = TrialStore(folder / "runs.json")
 
     def run(name: str, lr: float, seed: int) -> TrialResult:
-        bench, plan = benches[name][0], replace(benches[name][1], lr=lr)
+        runner, plan = runners[name][0], replace(runners[name][1], lr=lr)
         steps = options.steps
-        job_name = f"{job_key(bench.job)}, {package_version(name)}"
+        job_name = f"{job_key(runner.job)}, {package_version(name)}"
         key = trial_key(job_name, plan, num_steps=steps, seed=seed)
-        found = kept.get(key)
+        found = store.get(key)
         if found is None:
             try:
-                found = bench.run(plan, num_steps=steps, seed=seed)
-            # Decomposing gradients that are no numbers any more; torch does not declare its export.
+                found = runner.run(plan, num_steps=steps, seed=seed)
+            # An SVD of gradients with NaN; torch does not declare this export.
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 found = TrialResult([math.nan], [1])
             about = {"optimizer": name, "lr": lr, "seed": seed, "steps": steps}
-            kept.put(key, about, found)
+            store.put(key, about, found)
         else:
             on_steps(steps)
         on_run(f"{name}, lr {lr:.3g}, seed {seed}", found.loss)
         return found
 
-    contenders = [
-        _contend(name, job, options.seeds, run, on_extended) for name in options.optimizers
+    results = [
+        _tune_rate(name, job, options.seeds, run, on_added_run) for name in options.optimizers
     ]
-    profiles = measure(benches, on_steps)
-    contenders.sort(key=lambda one: (one.has_diverged, one.loss))
-    return Comparison(options, contenders, profiles)
+    profiles = profile_optimizers(runners, on_steps)
+    results.sort(key=lambda result: (result.has_diverged, result.loss))
+    return Comparison(options, results, profiles)
 
 
-def _bench_of(job: Job, name: str, on_step: Callable[[], None]) -> tuple[TrialRunner, FoldPlan]:
+def _new_runner(job: Job, name: str, on_step: Callable[[], None]) -> tuple[TrialRunner, FoldPlan]:
     own = replace(job, model=replace(job.model, optimizer=cast(OptimizerName, name)))
     return TrialRunner(own, on_step), own.own_plan()
 
 
-def _contend(
+def _tune_rate(
     name: str,
     job: Job,
     num_seeds: int,
     run: Callable[[str, float, int], TrialResult],
-    on_extended: Callable[[], None],
-) -> Contender:
+    on_added_run: Callable[[], None],
+) -> OptimizerResult:
     centre = _CENTRES[name] * job.model.lr
 
     def rate(power: int) -> float:
         return float(f"{centre * _FACTOR**power:.3g}")
 
-    runs = {power: run(name, rate(power), job.seed) for power in _FIRST}
-    while (power := _further(runs)) is not None and len(runs) < MOST_RATES:
-        on_extended()
+    runs = {power: run(name, rate(power), job.seed) for power in _FIRST_POWERS}
+    while (power := _next_power(runs)) is not None and len(runs) < MAX_RATES:
+        on_added_run()
         runs[power] = run(name, rate(power), job.seed)
     best = _best(runs)
     others = [run(name, rate(best), job.seed + number) for number in range(1, num_seeds)]
-    return Contender(
+    return OptimizerResult(
         name=name,
         losses={rate(power): runs[power].loss for power in sorted(runs)},
         lr=rate(best),
         runs=[runs[best], *others],
-        is_at_edge=_further(runs) is not None,
+        is_at_edge=_next_power(runs) is not None,
     )
 
 
 def _best(runs: Mapping[int, TrialResult]) -> int:
-    """Find the power of the lowest loss; the lowest power where all diverged."""
+    """Find the power with the lowest loss; the lowest power if all diverged."""
 
     def order(power: int) -> tuple[bool, float, int]:
         loss = runs[power].loss
@@ -244,8 +245,8 @@ def _best(runs: Mapping[int, TrialResult]) -> int:
     return min(runs, key=order)
 
 
-def _further(runs: Mapping[int, TrialResult]) -> int | None:
-    """Find the power to try next, beyond an edge that is the best; None where none is."""
+def _next_power(runs: Mapping[int, TrialResult]) -> int | None:
+    """Find the power to try next if the best one is at an edge, else None."""
     best = _best(runs)
     if best == min(runs):
         return best - 1

@@ -46,8 +46,8 @@ _Grid = dict[int, dict[str, int]]
 
 
 @dataclass(frozen=True)
-class _ByWidth:
-    """What is laid out anew for each width of the terminal."""
+class ByWidth:
+    """A table whose layout depends on the width of the terminal."""
 
     build: Callable[[int], RenderableType]
 
@@ -80,10 +80,10 @@ def plan_table(
     ]
     parts: list[RenderableType] = [
         *([Text(f"\nMemory on each of {account.devices} devices:")] * (account.devices > 1)),
-        _ByWidth(lambda width: _memory_table(account, width)),
+        ByWidth(lambda width: _memory_table(account, width)),
         *map(Text, lines),
         Text(),
-        _ByWidth(lambda width: _options_table(plan.memory_options, option_costs, width)),
+        ByWidth(lambda width: _options_table(plan.memory_options, option_costs, width)),
         Text(),
     ]
     rows = level_rows(plan.levels)
@@ -169,7 +169,7 @@ def tensor_table(holdings: Sequence[Holding], max_rows: int) -> RenderableType:
             table.add_row(*row)
         return table
 
-    return _ByWidth(build)
+    return ByWidth(build)
 
 
 def tensors_as_json(holdings: Sequence[Holding], max_tensors: int) -> list[dict[str, object]]:
