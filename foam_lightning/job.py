@@ -1,4 +1,4 @@
-"""A training job: the settings from which fresh models, data and trainers are made."""
+"""A training job: the settings, and the model, data and trainer that are created from them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 
-from foam_lightning.checkpoint.io import add_atomic_io
 from foam_lightning.data.module import TextData
-from foam_lightning.distributed.ddp import SingleCopyDDP
-from foam_lightning.distributed.topology import Devices, device_of, first_device
-from foam_lightning.errors import ConfigError, first_line
+from foam_lightning.distributed.topology import Devices, device_of
+from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, find_gpu, load_costs
 from foam_lightning.memory.trace import weight_dtype
@@ -22,30 +18,25 @@ from foam_lightning.model.pretrained import check_weights
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.baselines import check_installed
 from foam_lightning.plan import FoldPlan, MemoryOptions
-from foam_lightning.settings import DataSettings, ModelSettings, Precision, TrainerSettings
+from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
+from foam_lightning.trainer import create_trainer, on_one_device
 from foam_lightning.validation import SEED, check_ranges
-
-_BARE = {
-    "callbacks": None,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, on what, and how; every run of a job starts from fresh objects.
+    """What to train, on what data, and how. Each run of a job starts from new objects.
 
     Args:
-        model: Of the model and the optimizer.
-        data: Of the text and its batches.
-        trainer: Of Lightning's `Trainer`.
-        seed: Seeds weights and order of the data.
-        architecture: Stands for the folder `model.pretrained` where that is gone, and a checkpoint
-            has the weights; see `LlamaFoam`.
+        model: Settings of the model and its optimizer.
+        data: Settings of the text and its batches.
+        trainer: Settings of Lightning's Trainer.
+        seed: Seeds the weights and the order of the data.
+        architecture: Replaces the folder `model.pretrained`, if that is gone and a checkpoint has
+            the weights; see `LlamaFoam`.
+
+    Raises:
+        ConfigError: The seed is out of range, or precision, devices or strategy are not supported.
     """
 
     model: ModelSettings
@@ -55,162 +46,139 @@ class Job:
     architecture: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what the account could not stand for.
-
-        Raises:
-            ConfigError: A setting is unknown to the account, or is decided elsewhere.
-        """
-        weight_dtype(self.precision)
+        weight_dtype(self.trainer.precision)
         _ = self.devices
         check_ranges("", {"seed_everything": self.seed}, {"seed_everything": SEED})
 
     @property
-    def optimizer(self) -> str:
-        """The name of what trains."""
-        return self.model.optimizer
-
-    @property
     def is_foam(self) -> bool:
-        """Whether FOAM trains; levels, budgets and the account are its own."""
-        return self.optimizer == "foam"
-
-    @property
-    def precision(self) -> Precision:
-        """Lightning's name of the precision."""
-        return self.trainer.precision
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps of the full run."""
-        return self.trainer.max_steps
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences per optimizer step."""
-        return self.data.batch_size
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the plan is for a GPU: it is, with or without one here, unless it says CPU."""
-        return self.trainer.is_on_gpu
+        """Whether FOAM trains; fold levels, budgets and the memory account need it."""
+        return self.model.optimizer == "foam"
 
     @property
     def gpu(self) -> Gpu | None:
-        """The GPU that this process trains on; None where the job is not for one, or none is here.
-
-        It is that of the rank, among those that the settings name or else among all.
-        """
+        """The GPU of this process; None if the job is not for a GPU, or this machine has none."""
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        return find_gpu(wanted=self.on_gpu, index=device_of(rank, self.trainer.devices))
+        index = device_of(rank, self.trainer.devices)
+        return find_gpu(wanted=self.trainer.is_on_gpu, index=index)
 
     @cached_property
     def devices(self) -> Devices:
         """The devices of the full run.
 
         Raises:
-            ConfigError: They are not counted, or the strategy is unknown.
+            ConfigError: Their number is not given, or the strategy is not supported.
         """
         return Devices.from_trainer(self.trainer.arguments)
 
     @cached_property
     def memory_options(self) -> MemoryOptions:
-        """The memory options that the settings ask for.
+        """The memory options of the settings.
 
         Raises:
             ConfigError: The settings contradict each other.
         """
         self._check_optimizer()
-        num_devices = self.devices.count
+        num_devices, batch_size = self.devices.count, self.data.batch_size
         releases = self.model.gradient_release
-        self._check_release(releases)
-        micro = self.data.micro_batch_size or max(1, self.batch_size // num_devices)
-        if self.batch_size % (micro * num_devices):
+        self._check_gradient_release(releases)
+        micro = self.data.micro_batch_size or max(1, batch_size // num_devices)
+        if batch_size % (micro * num_devices):
             over = f" x trainer.devices {num_devices}" if num_devices > 1 else ""
             raise ConfigError(
-                f"data.micro_batch_size {micro}{over} must divide data.batch_size {self.batch_size}"
+                f"data.micro_batch_size {micro}{over} must divide data.batch_size {batch_size}"
             )
-        if releases and micro != self.batch_size:
+        if releases and micro != batch_size:
             raise ConfigError(
-                f"model.gradient_release cannot accumulate micro-batches of {micro} to "
-                f"data.batch_size {self.batch_size}; make both equal, or leave "
-                "data.micro_batch_size out"
+                f"model.gradient_release needs a step of one micro-batch, got micro-batches of "
+                f"{micro} for data.batch_size {batch_size}; make both equal, or remove "
+                "data.micro_batch_size"
             )
         memory_options = MemoryOptions(
             micro_batch_size=micro,
-            accumulate_grad_batches=self.batch_size // (micro * num_devices),
+            accumulate_grad_batches=batch_size // (micro * num_devices),
             gradient_release=releases,
             state_dtype=self.model.state_dtype,
             state_offload=self.model.state_offload,
         )
-        self.check(memory_options)
+        self.check_memory_options(memory_options)
         return memory_options
 
-    def check(self, memory_options: MemoryOptions) -> None:
-        """Refuse memory options that the settings contradict.
+    def check_memory_options(self, memory_options: MemoryOptions) -> None:
+        """Refuse memory options that contradict the settings.
 
         Raises:
-            ConfigError: Gradients would be released that the trainer is to clip or several devices
-                are to average, or state would be offloaded from the CPU; or a baseline trains,
-                which has neither.
+            ConfigError: Gradient release on several devices or with gradient clipping over all
+                parameters; offloaded state on a CPU; or a baseline with options of FOAM.
         """
         if not self.is_foam:
             self._check_options_of_baseline(memory_options)
-        self._check_release(memory_options.gradient_release)
+        self._check_gradient_release(memory_options.gradient_release)
         clip_val = self.trainer.gradient_clip_val
         if memory_options.gradient_release and clip_val:
             raise ConfigError(
                 f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
-                "release keeps none; set model.clip_norm instead, which clips each by itself"
+                "release frees each one; set model.clip_norm instead, which clips each by itself"
             )
-        if memory_options.state_offload and not self.on_gpu:
+        if memory_options.state_offload and not self.trainer.is_on_gpu:
             raise ConfigError(
-                "model.state_offload needs a GPU, and trainer.accelerator is cpu: there it is in "
-                "host memory anyway; leave it out"
+                "model.state_offload needs a GPU, and trainer.accelerator is cpu, where the state "
+                "is in host memory anyway; remove it"
             )
 
-    def spread(self, plan: FoldPlan, *, num_devices: int | None = None) -> FoldPlan:
-        """Make a plan for other devices one for these: the same batch, in micro-batches no larger.
+    def adapt_plan(self, plan: FoldPlan, *, num_devices: int | None = None) -> FoldPlan:
+        """Adapt a plan for another number of devices: the same batch, in micro-batches no larger.
 
         Args:
             plan: The plan.
-            num_devices: How many it is for; by default these, or one where that is the batch.
+            num_devices: The number of devices it was made for; by default that of the job, or one
+                if the plan has the whole batch on one device.
 
         Raises:
-            ConfigError: The devices do not divide the batch, or the plan is for another one.
+            ConfigError: The devices do not divide the batch, or the plan has another batch size.
         """
-        count, memory_options = self.devices.count, plan.memory_options
-        num_devices = num_devices or (
-            count if memory_options.batch_size * count == self.batch_size else 1
-        )
-        if num_devices == count and memory_options.batch_size * count == self.batch_size:
+        count, options, batch_size = self.devices.count, plan.memory_options, self.data.batch_size
+        num_devices = num_devices or (count if options.batch_size * count == batch_size else 1)
+        if num_devices == count and options.batch_size * count == batch_size:
             return plan
-        rows, rest = divmod(memory_options.batch_size * num_devices, count)
-        if memory_options.batch_size * num_devices != self.batch_size or rest:
+        rows, rest = divmod(options.batch_size * num_devices, count)
+        if options.batch_size * num_devices != batch_size or rest:
             on = "one device" if num_devices == 1 else f"each of {num_devices} devices"
             raise ConfigError(
-                f"the plan takes {memory_options.batch_size} rows a step on {on}, of which {count} "
-                f"cannot make data.batch_size {self.batch_size}; make a plan for both"
+                f"the plan has {options.batch_size} rows per step on {on}; {count} devices cannot "
+                f"make data.batch_size {batch_size} of them; make a plan for these devices"
             )
-        micro = next(n for n in range(memory_options.micro_batch_size, 0, -1) if rows % n == 0)
-        spread = replace(
-            memory_options, micro_batch_size=micro, accumulate_grad_batches=rows // micro
-        )
-        return replace(plan, memory_options=spread)
+        micro = next(n for n in range(options.micro_batch_size, 0, -1) if rows % n == 0)
+        adapted = replace(options, micro_batch_size=micro, accumulate_grad_batches=rows // micro)
+        return replace(plan, memory_options=adapted)
+
+    def with_one_device(self) -> Self:
+        """Return the same job on one device."""
+        arguments = on_one_device(self.trainer.arguments)
+        return replace(self, trainer=self.trainer.replace(**arguments))
+
+    def uniform_plan(self, level: int) -> FoldPlan:
+        """Return the plan with one fold level for all matrices and the settings' options."""
+        return self.new_module().uniform_plan(level, self.memory_options)
+
+    def configured_plan(self) -> FoldPlan:
+        """Return the plan of the settings: model.level for FOAM, level 0 for a baseline."""
+        return self.uniform_plan(self.model.level if self.is_foam else 0)
 
     def check_weights(self) -> None:
-        """Refuse a pretrained folder whose weights are not those of its model, without reading any.
+        """Check the weights of `model.pretrained`, if any, against its sizes, without reading them.
 
         Raises:
-            CheckpointError: They are missing, damaged, or do not fit.
+            CheckpointError: Weights are missing, damaged, or of another shape.
         """
         if self.model.pretrained is not None and self.architecture is None:
             check_weights(self.model.pretrained)
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
-        """Make the module; weights come with `configure_model`.
+        """Create the module; its weights are created in `configure_model`.
 
         Args:
-            seed: Seeds the initial weights; the job's own by default.
+            seed: Seeds the initial weights; by default that of the job.
         """
         return LlamaFoam(
             self.model,
@@ -219,11 +187,11 @@ class Job:
         )
 
     def new_data(self, memory_options: MemoryOptions, *, seed: int | None = None) -> TextData:
-        """Make the data module for these memory options.
+        """Create the data module.
 
         Args:
-            memory_options: Give the micro-batch.
-            seed: Seeds the order of the training rows; the job's own by default.
+            memory_options: Have the size of a micro-batch.
+            seed: Seeds the order of the training rows; by default that of the job.
         """
         settings = replace(
             self._data_with_tokenizer, micro_batch_size=memory_options.micro_batch_size
@@ -242,107 +210,45 @@ class Job:
         )
 
     def new_trainer(
-        self,
-        memory_options: MemoryOptions,
-        callbacks: Sequence[Callback],
-        *,
-        bare: bool = False,
-        **settings: Any,
+        self, memory_options: MemoryOptions, callbacks: Sequence[Callback], **options: Any
     ) -> Trainer:
-        """Make the trainer for these memory options.
-
-        Args:
-            memory_options: Give the accumulation.
-            callbacks: All callbacks of this run, besides those of the settings.
-            bare: Nothing but `callbacks`: no logger, checkpoints, progress bar or callbacks of the
-                settings, and one device, which then accumulates what the others would do. For short
-                runs.
-            settings: Take the place of the job's own.
-
-        Raises:
-            ConfigError: Lightning refuses a setting.
-        """
-        merged = {**self.trainer.arguments, **(_BARE if bare else {}), **settings}
-        accumulated = memory_options.accumulate_grad_batches * (self.devices.count if bare else 1)
-        interval = merged.get("val_check_interval")
-        if isinstance(interval, int):
-            # Lightning counts batches here; a user who sets steps does not know the micro-batch.
-            merged["val_check_interval"] = interval * accumulated
-        merged["callbacks"] = [*(merged.get("callbacks") or []), *callbacks]
-        merged["accumulate_grad_batches"] = accumulated
-        merged["plugins"] = add_atomic_io(merged.get("plugins"))
-        try:
-            return Trainer(**merged | (_alone(merged) if bare else self._together()))
-        except (MisconfigurationException, ValueError, TypeError) as error:
-            raise ConfigError(f"trainer: {first_line(error)}") from error
+        """Create a trainer; arguments as for `create_trainer`."""
+        return create_trainer(self.trainer, memory_options, callbacks, **options)
 
     def new_accountant(self) -> Accountant:
-        """Make the accountant of this job's model."""
+        """Create the accountant, which predicts the memory of this job."""
         module = self.new_module()
         return Accountant(
             module,
             num_layers=module.llama_config().num_hidden_layers,
             sequence_length=self.data.sequence_length,
-            precision=self.precision,
-            on_gpu=self.on_gpu,
+            precision=self.trainer.precision,
+            on_gpu=self.trainer.is_on_gpu,
             devices=self.devices,
             costs=load_costs(self.gpu),
         )
 
-    def on_one_device(self) -> Self:
-        """Make the same job for one device, which accumulates what the others would have done."""
-        return replace(self, trainer=self.trainer.replace(**_alone(self.trainer.arguments)))
-
-    def plan_at(self, level: int) -> FoldPlan:
-        """Make the plan with every matrix at one level and the settings' memory options."""
-        return self.new_module().uniform_plan(level, self.memory_options)
-
-    def own_plan(self) -> FoldPlan:
-        """Make the plan of the settings alone: their level under FOAM, level 0 under a baseline."""
-        return self.plan_at(self.model.level if self.is_foam else 0)
-
     def _check_optimizer(self) -> None:
-        check_installed(self.optimizer)
+        check_installed(self.model.optimizer)
         if self.devices.shards and not self.is_foam:
             raise ConfigError(
-                f"model.optimizer {self.optimizer} does not know shares of a matrix, and "
-                "trainer.strategy fsdp2 makes them; take ddp, or model.optimizer foam"
+                f"model.optimizer {self.model.optimizer} needs whole matrices, and "
+                "trainer.strategy fsdp2 shards them; use ddp, or model.optimizer foam"
             )
 
-    def _check_options_of_baseline(self, memory_options: MemoryOptions) -> None:
-        own = memory_options.state_dtype == self.model.state_dtype
-        if memory_options.gradient_release or memory_options.state_offload or not own:
+    def _check_options_of_baseline(self, options: MemoryOptions) -> None:
+        has_own_dtype = options.state_dtype == self.model.state_dtype
+        if options.gradient_release or options.state_offload or not has_own_dtype:
             raise ConfigError(
-                f"model.optimizer {self.optimizer} cannot release gradients, nor keep its state in "
-                f"{memory_options.state_dtype} or in host memory: those memory options are FOAM's"
+                f"model.optimizer {self.model.optimizer} does not support gradient release, "
+                f"offloaded state or {options.state_dtype} state of a plan; use foam"
             )
 
-    def _check_release(self, releases: bool) -> None:
+    def _check_gradient_release(self, is_released: bool) -> None:
         count = self.devices.count
-        if releases and count > 1:
+        if is_released and count > 1:
             raise ConfigError(
-                f"gradient release needs one device, got {count}: what is to be averaged cannot be "
-                "spent at once; unset model.gradient_release, or make a plan for "
+                f"gradient release needs one device, got {count}, whose gradients must be averaged "
+                "first; unset model.gradient_release, or make a plan for "
                 f"trainer.devices {count}"
             )
-
-    def _together(self) -> dict[str, Any]:
-        """Say to Lightning how the devices work together; the data module gives each its rows."""
-        if self.devices.count == 1:
-            return _alone(self.trainer.arguments)
-        if self.devices.shards:
-            return {
-                "use_distributed_sampler": False,
-                "strategy": ModelParallelStrategy(
-                    data_parallel_size=self.devices.count,
-                    tensor_parallel_size=1,
-                    # One file, for every tool and any number of devices.
-                    save_distributed_checkpoint=False,
-                ),
-            }
-        return {"use_distributed_sampler": False, "strategy": SingleCopyDDP()}
-
-
-def _alone(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    devices = first_device(trainer.get("devices"))
-    return {"devices": devices, "num_nodes": 1, "strategy": "auto"}

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 def warmup_cosine(
     num_steps: int, *, warmup_fraction: float, final_fraction: float
 ) -> Callable[[int], float]:
-    """Give the learning-rate factor of every step: linear rise, then half a cosine.
+    """Return the learning-rate factor as a function of the step: linear warmup, then half a cosine.
 
     Args:
-        num_steps: Optimizer steps of the whole run; the last one trains at `final_fraction`.
-        warmup_fraction: Share of the steps that rise from near zero to 1.
+        num_steps: Optimizer steps of the whole run; the last one has the factor `final_fraction`.
+        warmup_fraction: Fraction of the steps over which the factor rises from near 0 to 1.
         final_fraction: The factor at the end.
     """
     warmup_steps = max(1, round(num_steps * warmup_fraction))
@@ -54,18 +54,18 @@ def warmup_cosine(
 
 
 Batch = Mapping[str, Tensor]
+_NO_PLAN = "no fold plan is set; call set_plan(plan) before training"
 
 
 class LlamaFoam(LightningModule):
-    """A LLaMA and the optimizer that trains it, by a fold plan.
+    """A LLaMA and its optimizer, trained by a fold plan.
 
     Args:
-        settings: Of the model and the optimizer.
+        settings: Settings of the model and the optimizer.
         seed: Seeds the initial weights.
         architecture: What a checkpoint saved of the folder `settings.pretrained`, so that the model
             can be built without that folder.
-        arguments: Instead of `settings`: those of `ModelSettings`, by name, as they are stored in a
-            checkpoint.
+        arguments: Arguments of `ModelSettings`, instead of `settings`, as a checkpoint has them.
 
     Raises:
         ConfigError: A setting is out of range, or contradicts another.
@@ -87,33 +87,34 @@ class LlamaFoam(LightningModule):
         )
         self.model: LlamaForCausalLM | None = None
         self.plan: FoldPlan | None = None
-        self._scored = (0.0, 0)  # nats and tokens of the validation pass so far
+        self._memory_options: MemoryOptions | None = None
+        self._validated = (0.0, 0)  # nats and tokens of the validation pass so far
         self.step_mean = StepMean()
         self.backward_guard: BackwardGuard | None = None
         self._config: LlamaConfig | None = None
 
-    # ---- what is trained, before a single weight exists
+    # ---- the model, before any weight exists
 
     def llama_config(self) -> "LlamaConfig":
-        """Describe the model that these settings ask for; whoever asks may change it."""
+        """Return a new transformers configuration of the model."""
         self._config = self._config or model_config(self.settings, self.architecture)
         return deepcopy(self._config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's shape by its qualified name."""
+        """The shape of every parameter, by qualified name."""
         with torch.device("meta"):
             model = llama.create_uninitialized(self.llama_config())
         return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     @cached_property
     def foldable(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the matrices that fold, by qualified name."""
+        """The shape of every foldable matrix, by qualified name."""
         exclude = self.settings.exclude
         return {name: s for name, s in self.shapes.items() if is_foldable(name, s, exclude)}
 
     def uniform_plan(self, level: int, memory_options: MemoryOptions) -> FoldPlan:
-        """Make the plan that holds every matrix at one level, at this module's settings."""
+        """Return the plan with one fold level for all matrices, at the settings' learning rate."""
         settings = self.settings
         scale = settings.scale if level else settings.unfolded_scale
         return FoldPlan(
@@ -124,51 +125,49 @@ class LlamaFoam(LightningModule):
             memory_options=memory_options,
         )
 
-    def follow(self, plan: FoldPlan) -> None:
-        """Train by this plan.
+    def set_plan(self, plan: FoldPlan) -> None:
+        """Set the plan to train by.
 
         Raises:
             PlanError: The plan was made for another model.
         """
         plan.check_model(llama.fingerprint(self.llama_config()), self.foldable)
-        self.plan = plan
+        self.plan, self._memory_options = plan, plan.memory_options
 
-    def layered(self, memory_options: MemoryOptions, num_layers: int) -> "LlamaFoam":
-        """Build a model of these sizes and options with so many layers, without weights.
+    def build_for_trace(self, memory_options: MemoryOptions, num_layers: int) -> "LlamaFoam":
+        """Build this model with another number of layers and no initial weights, for the account.
 
-        It lives where tensors are made now, such as in fake mode; the account traces it.
+        Its tensors are created in the mode and on the device of the caller, such as fake tensors.
         """
         config = llama.set_num_layers(self.llama_config(), num_layers)
-        proxy_model = LlamaFoam(self.settings, architecture=self.architecture)
-        proxy_model.plan = FoldPlan(
-            model={}, levels={}, scales={}, lr=1.0, memory_options=memory_options
-        )
-        proxy_model._adopt(llama.create_uninitialized(config))
-        return proxy_model
+        traced = LlamaFoam(self.settings, architecture=self.architecture)
+        traced._memory_options = memory_options
+        traced._install(llama.create_uninitialized(config))
+        return traced
 
     def layers(self) -> Sequence[torch.nn.Module]:
-        """List the decoder layers, first to last."""
-        return list(self._built().model.layers)
+        """Return the decoder layers, first to last."""
+        return list(self._built_model().model.layers)
 
     @override
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self._adopt(create_model(self.settings, self.architecture, seed=self.seed))
+        self._install(create_model(self.settings, self.architecture, seed=self.seed))
         if self.device_mesh is not None:  # FSDP2; until now the model is whole, in host memory
             shard(self, self.layers(), self.device_mesh["data_parallel"], self.trainer.precision)
 
     def make_optimizer(
         self, named_parameters: Iterable[tuple[str, Tensor]], plan: FoldPlan
     ) -> Optimizer:
-        """Make the optimizer of the settings; FOAM takes the plan's levels."""
+        """Create the optimizer of the settings; for FOAM with the levels of the plan."""
         config = self.llama_config()
         sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_attention_heads}
         return create_optimizer(named_parameters, plan, self.settings, **sizes)
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self._built().named_parameters(), self._plan())
+        optimizer = self.make_optimizer(self._built_model().named_parameters(), self._plan())
         schedule = LambdaLR(
             optimizer,
             warmup_cosine(
@@ -185,15 +184,15 @@ class LlamaFoam(LightningModule):
     # ---- one step
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Run the decoder: token ids (B, S) to hidden states (B, S, H)."""
-        model = self._built()
+        """Run the decoder: token ids (B, S) to hidden states (B, S, hidden_size)."""
+        model = self._built_model()
         llama.check_sequence_length(model.config, input_ids.shape[1])
-        # No mask: rows are causal and padded on the right only, where nothing is scored.
+        # No mask: attention is causal, and padding is on the right, where no token is scored.
         hidden: Tensor = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
     def mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Score the next tokens: the mean negative log-likelihood in nats."""
+        """Return the mean negative log-likelihood of the next tokens, in nats."""
         total, num_tokens = self._summed_loss(hidden, labels)
         return total / num_tokens
 
@@ -207,7 +206,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        guard = self.backward_guard if self.releases else None
+        guard = self.backward_guard if self.releases_gradients else None
         if guard is None or guard.allows_backward(loss):
             super().backward(loss, *args, **kwargs)
 
@@ -223,93 +222,104 @@ class LlamaFoam(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        # For one step at a time: what a checkpoint or an error replaces or leaves is never hooked.
+        # Hooks live for one step, so none is left after an error or on parameters replaced since.
         guard = self.backward_guard
         hook = () if guard is None else (guard.make_finite_,)
-        with release_gradients(optimizer.optimizer, *hook) if self.releases else nullcontext():
+        with (
+            release_gradients(optimizer.optimizer, *hook)
+            if self.releases_gradients
+            else nullcontext()
+        ):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # Lightning frees gradients after the next forward pass, whose peak would then hold them.
+        # Lightning frees gradients only after the next forward pass, which would raise its peak.
         optimizer.zero_grad(set_to_none=True)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         hidden = self.hidden_states(batch["input_ids"])
         total, num_tokens = self._summed_loss(hidden, batch["labels"])
-        self._scored = (self._scored[0] + float(total), self._scored[1] + int(num_tokens))
+        self._validated = (self._validated[0] + float(total), self._validated[1] + int(num_tokens))
         return {"nll": total, "num_tokens": num_tokens}
 
     @override
     def on_validation_epoch_end(self) -> None:
-        scored = torch.tensor(self._scored, dtype=torch.float64, device=self.device)
-        self._scored = (0.0, 0)
+        scored = torch.tensor(self._validated, dtype=torch.float64, device=self.device)
+        self._validated = (0.0, 0)
         nats, count = self.trainer.strategy.reduce(scored, reduce_op="sum").tolist()
         loss = torch.tensor(nats / count)
         self.log("validation/loss", loss, prog_bar=True, sync_dist=True)
-        # inf, not an error, where a run diverged
+        # A tensor's exp() is inf after divergence, where math.exp raises OverflowError.
         self.log("validation/perplexity", loss.exp(), sync_dist=True)
 
-    # ---- what Lightning would otherwise get wrong
+    # ---- hooks of Lightning
 
     @override
     def on_fit_start(self) -> None:
-        llama.restore_rope_float32(self._built())
+        llama.restore_rope_float32(self._built_model())
 
     @override
     def on_train_start(self) -> None:
         trainer = self.trainer
-        if self.releases and (
+        if self.releases_gradients and (
             trainer.gradient_clip_val
             or trainer.accumulate_grad_batches != 1
             or not isinstance(trainer.strategy, SingleDeviceStrategy)
         ):
             raise ConfigError(
                 "gradient release needs one device, trainer.accumulate_grad_batches 1 and no "
-                "trainer.gradient_clip_val (model.clip_norm clips each parameter by itself); got "
+                "trainer.gradient_clip_val (set model.clip_norm instead); got "
                 f"{type(trainer.strategy).__name__}, {trainer.accumulate_grad_batches} and "
                 f"{trainer.gradient_clip_val}"
             )
 
     @override
     def on_validation_start(self) -> None:
-        llama.restore_rope_float32(self._built())
+        llama.restore_rope_float32(self._built_model())
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fold_plan"] = self._plan().to_json()
         if self.settings.pretrained is not None:
-            checkpoint["hyper_parameters"]["architecture"] = architecture_to_json(self._built())
+            checkpoint["hyper_parameters"]["architecture"] = architecture_to_json(
+                self._built_model()
+            )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "fold_plan" not in checkpoint:
-            raise CheckpointError("the checkpoint holds no fold plan; was it written by this tool?")
+            raise CheckpointError("the checkpoint has no fold plan; use one that this tool wrote")
         saved = FoldPlan.from_json(checkpoint["fold_plan"], source="the checkpoint's fold plan")
         if self.plan is None:
-            self.follow(saved)
+            self.set_plan(saved)
         saved.check_model(self._plan().model, self._plan().levels)
 
     def _plan(self) -> FoldPlan:
         if self.plan is None:
-            raise ConfigError("no fold plan is set; call follow(plan) before training")
+            raise ConfigError(_NO_PLAN)
         return self.plan
 
     @property
-    def releases(self) -> bool:
-        """Whether the optimizer steps inside backward."""
-        return self._plan().memory_options.gradient_release
+    def releases_gradients(self) -> bool:
+        """Whether parameters are updated inside backward."""
+        return self._options().gradient_release
 
-    def _built(self) -> "LlamaForCausalLM":
+    def _options(self) -> MemoryOptions:
+        if self._memory_options is None:
+            raise ConfigError(_NO_PLAN)
+        return self._memory_options
+
+    def _built_model(self) -> "LlamaForCausalLM":
         if self.model is None:
             raise ConfigError("the model is not built; call configure_model() first")
         return self.model
 
-    def _adopt(self, model: "LlamaForCausalLM") -> None:
+    def _install(self, model: "LlamaForCausalLM") -> None:
         model.train()
-        if self.plan is not None and self.plan.memory_options.activation_checkpointing:
-            checkpoint_layers(model, selective=self.plan.memory_options.selective_checkpointing)
+        options = self._memory_options
+        if options is not None and options.activation_checkpointing:
+            checkpoint_layers(model, selective=options.selective_checkpointing)
         self.model = model
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return token_loss(
-            hidden, self._built().lm_head, labels, chunked=self._plan().memory_options.chunked_loss
-        )
+        head, chunked = self._built_model().lm_head, self._options().chunked_loss
+        return token_loss(hidden, head, labels, chunked=chunked)

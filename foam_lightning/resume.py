@@ -73,9 +73,9 @@ def load_given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> F
     if ckpt_path is not None:
         saved = read_checkpoint(path)
         plan = FoldPlan.from_json(saved["fold_plan"], source=ckpt_path)
-        check_same_plan(path, saved, plan, job.optimizer)
+        check_same_plan(path, saved, plan, job.model.optimizer)
         num_devices = count_ranks(saved)
     else:
         plan = FoldPlan.load(Path(str(fold_plan)))
-    job.new_module().follow(plan)
-    return job.spread(plan, num_devices=num_devices)
+    job.new_module().set_plan(plan)
+    return job.adapt_plan(plan, num_devices=num_devices)

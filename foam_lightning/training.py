@@ -88,9 +88,9 @@ def train(
         DivergedError: Too many steps in a row had a bad loss or gradient.
         MemoryShortageError: The device has not enough memory; the last checkpoint is intact.
     """
-    source = _find_checkpoint(folder, ckpt_path, plan, job.optimizer)
+    source = _find_checkpoint(folder, ckpt_path, plan, job.model.optimizer)
     module = job.new_module()
-    module.follow(plan)
+    module.set_plan(plan)
     data = job.new_data(plan.memory_options)
     data.setup()
     save_tokenizer(data.tokenizer, folder.tokenizer)
@@ -175,7 +175,7 @@ def _new_trainer(
 
 
 def _steps_between_checkpoints(job: Job) -> int:
-    return max(1, min(1000, job.max_steps // 8))
+    return max(1, min(1000, job.trainer.max_steps // 8))
 
 
 def hyperparameters(
@@ -196,7 +196,7 @@ def hyperparameters(
         The settings by name. `scale` is the most common one of the matrices; another optimizer than
         FOAM has neither a plan nor scales.
     """
-    optimizer = job.optimizer
+    optimizer = job.model.optimizer
     scales = plan.scales.values() if optimizer == "foam" else ()
     (scale, _), *_ = Counter(scales).most_common(1) or [(1.0, 0)]
     return {
@@ -207,11 +207,11 @@ def hyperparameters(
         "scale": scale,
         "seed": job.seed,
         "sequence_length": job.data.sequence_length,
-        "sequences_per_step": job.batch_size,
+        "sequences_per_step": job.data.batch_size,
         "state_dtype": plan.memory_options.state_dtype,
-        "steps": job.max_steps,
+        "steps": job.trainer.max_steps,
         "weights": sum(math.prod(shape) for shape in module.shapes.values()),
-        "weights_precision": job.precision,
+        "weights_precision": job.trainer.precision,
     }
 
 

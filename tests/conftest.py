@@ -116,7 +116,7 @@ def finished(new_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFacto
     from matplotlib.image import imsave
 
     job = small(new_job)
-    plan = job.plan_at(2)
+    plan = job.uniform_plan(2)
     folder = open_folder(tmp_path_factory.mktemp("finished"))
     picture = folder.path / "picture.png"
     imsave(picture, torch.rand(4, 4, 3).numpy())

@@ -23,7 +23,7 @@ class Case:
         self.words = ["--config", str(write_settings(folder)), *words]
         self.job: Job = parse("fit", self.words, default=None).job()
         self.planner = BudgetPlanner(self.job, None)
-        self.plan = self.job.plan_at(2)
+        self.plan = self.job.uniform_plan(2)
         self.folder = folder / "runs" / "default" / "version_0"
         self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
 

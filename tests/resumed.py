@@ -83,8 +83,8 @@ def fit(
         start: The checkpoint, to which a spike also rolls back.
         stops: Steps after which to save a checkpoint as well.
     """
-    module, log = job.new_module(), Log(folder, {*stops, job.max_steps})
-    module.follow(plan)
+    module, log = job.new_module(), Log(folder, {*stops, job.trainer.max_steps})
+    module.set_plan(plan)
     spike_guard = SpikeGuard(
         StepPolicy(max_skipped_steps=1, spike_nats=1.0, max_rollbacks=1),
         start or folder / "none.ckpt",
@@ -167,8 +167,8 @@ def stoppable(new_job: NewJob, folder: Path, name: str) -> Stoppable:
             **({} if name == "one" else {"devices": WORLD, "strategy": strategy}),
         },
     )
-    plan = job.on_one_device().plan_at(2)
-    return Stoppable(job, job.spread(plan, num_devices=1), folder)
+    plan = job.with_one_device().uniform_plan(2)
+    return Stoppable(job, job.adapt_plan(plan, num_devices=1), folder)
 
 
 def part_of_two(run: Stoppable) -> dict[str, list[float]]:

@@ -47,7 +47,7 @@ def plan_for(module: LlamaFoam, levels: int | str, memory_options: MemoryOptions
 def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Moment:
     """Take one real step on the CPU, and measure it."""
     module = LlamaFoam(**settings)
-    module.follow(plan)
+    module.set_plan(plan)
     with default_dtype(weight_dtype(precision)):
         module.configure_model()
 

@@ -278,7 +278,7 @@ def test_events_of_three_layers_stand_for_those_of_six(
 
         with fake_tensors("32-true"):
             return track_step(
-                LlamaFoam(num_hidden_layers=6).layered(memory_options, num_layers),
+                LlamaFoam(num_hidden_layers=6).build_for_trace(memory_options, num_layers),
                 None,
                 make_batch,
                 accumulate_grad_batches=micro_batches,

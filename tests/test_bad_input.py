@@ -23,10 +23,10 @@ def make_good(folder: Path) -> Path:
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(f"runs: {folder}/runs", "runs: runs"), encoding="utf-8")
     job = settings.parse("fit", ["--config", str(file)], default=None).job()
-    plan = job.plan_at(1)
+    plan = job.uniform_plan(1)
     plan.save(folder / "plan.json")
     module = job.new_module()
-    module.follow(plan)
+    module.set_plan(plan)
     module.configure_model()
     checkpoints = folder / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)

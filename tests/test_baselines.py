@@ -225,7 +225,7 @@ def test_memory_options_of_foam_are_refused(new_job: NewJob) -> None:
     job = new_job(model={"optimizer": "adamw"})
     for changed in ({"gradient_release": True}, {"state_dtype": "int8"}):
         with pytest.raises(ConfigError, match="FOAM"):
-            job.check(replace(job.memory_options, **changed))
+            job.check_memory_options(replace(job.memory_options, **changed))
 
 
 # ---- in fit
@@ -240,7 +240,7 @@ def baseline_job(new_job: Callable[..., Job], name: str, **trainer: Any) -> Job:
 @pytest.mark.parametrize("name", ["adamw", "muon", "galore"])
 def test_a_killed_run_resumes_exactly(name: str, new_job: NewJob, tmp_path: Path) -> None:
     job = baseline_job(new_job, name)
-    plan = job.own_plan()
+    plan = job.configured_plan()
     assert set(plan.levels.values()) == {0}
     whole, killed = open_folder(tmp_path / "whole"), open_folder(tmp_path / "killed")
     expected = train(job, plan, whole)

@@ -54,7 +54,7 @@ def at_step(step: int, written: dict[str, float] | None = None) -> Any:
 @pytest.mark.parametrize("level", [1, 2, 4, 8])
 def test_random_gradients_leave_the_share_of_the_formula(level: int) -> None:
     module = LlamaFoam(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
-    module.follow(module.uniform_plan(level, MemoryOptions(micro_batch_size=1)))
+    module.set_plan(module.uniform_plan(level, MemoryOptions(micro_batch_size=1)))
     module.configure_model()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -70,7 +70,7 @@ def test_equal_gradients_leave_nothing_in_the_residual() -> None:
     plan = module.uniform_plan(3, MemoryOptions(micro_batch_size=1))
     # One role stays unfolded, and one has no gradient.
     unfolded = {name: 0 if "q_proj" in name else level for name, level in plan.levels.items()}
-    module.follow(replace(plan, levels=unfolded))
+    module.set_plan(replace(plan, levels=unfolded))
     module.configure_model()
     for name, parameter in module.named_parameters():
         parameter.grad = (
@@ -88,14 +88,14 @@ def test_equal_gradients_leave_nothing_in_the_residual() -> None:
         replace(plan, memory_options=released),
         replace(plan, levels=dict.fromkeys(plan.levels, 0)),
     ):
-        module.follow(other)
+        module.set_plan(other)
         assert not ResidualEnergy.applies_to(module)
 
 
 def test_the_residual_of_a_large_matrix_takes_little_memory() -> None:
     # The account does not include it, and a matrix of a 7B model is 180 MB in float32.
     module = LlamaFoam(hidden_size=256, intermediate_size=2**14, num_hidden_layers=1)
-    module.follow(module.uniform_plan(2, MemoryOptions(micro_batch_size=1)))
+    module.set_plan(module.uniform_plan(2, MemoryOptions(micro_batch_size=1)))
     module.configure_model()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -157,7 +157,7 @@ def run(
     job: Job, memory: MemoryMonitor, memory_options: MemoryOptions, level: int, **settings: Any
 ) -> None:
     module = job.new_module()
-    module.follow(module.uniform_plan(level, memory_options))
+    module.set_plan(module.uniform_plan(level, memory_options))
     trainer = job.new_trainer(memory_options, [memory], bare=True, limit_val_batches=0, **settings)
     trainer.fit(module, datamodule=job.new_data(memory_options))
 
@@ -220,7 +220,7 @@ def test_tracking_can_include_the_evaluation(new_job: NewJob) -> None:
     peaks = []
     for through in (False, True):
         module = Greedy(**job.new_module().hparams)
-        module.follow(module.uniform_plan(1, job.memory_options))
+        module.set_plan(module.uniform_plan(1, job.memory_options))
         memory = MemoryMonitor(through_evaluation=through)
         trainer = job.new_trainer(
             job.memory_options,
@@ -320,7 +320,7 @@ def test_a_run_of_one_step_is_measured(job: Job) -> None:
 
 def test_the_export_loads_in_transformers(job: Job, tmp_path: Path) -> None:
     module = job.new_module()
-    module.follow(job.plan_at(1))
+    module.set_plan(job.uniform_plan(1))
     trainer = job.new_trainer(
         job.memory_options, [Export(tmp_path / "hf")], bare=True, max_steps=1, limit_val_batches=0
     )

@@ -294,14 +294,14 @@ def test_a_plan_for_another_model_is_one_line(settings: Path, refused: Check) ->
 
     job = parse("fit", ["--config", str(settings)], default=None).job()
     path = settings.parent / "plan.json"
-    job.plan_at(1).save(path)
+    job.uniform_plan(1).save(path)
     line = refused(
         "fit", "--config", settings, "--fold-plan", path, "--model.intermediate_size", "96"
     )
     assert "intermediate_size 88" in line
     path.write_text("{", encoding="utf-8")
     assert "not JSON" in refused("fit", "--config", settings, "--fold-plan", path)
-    assert FoldPlan.from_json(job.plan_at(1).to_json()) == job.plan_at(1)
+    assert FoldPlan.from_json(job.uniform_plan(1).to_json()) == job.uniform_plan(1)
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(settings: Path, refused: Check) -> None:

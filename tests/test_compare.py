@@ -46,7 +46,7 @@ class FakeRunner(SmallRunner):
         self._on_step = on_step
 
     def run(self, plan: FoldPlan, *, num_steps: int, seed: int) -> TrialResult:
-        name = self.job.optimizer
+        name = self.job.model.optimizer
         if len(self.ran) >= self.killed_after:
             raise KilledError
         self.ran.append((name, plan.lr, seed))

@@ -88,7 +88,7 @@ class Case(NamedTuple):
     def peak_bytes(self) -> int:
         """Measure two steps, without the checkpoints, which take no memory of a GPU."""
         module, memory = self.job.new_module(), MemoryMonitor()
-        module.follow(self.plan)
+        module.set_plan(self.plan)
         trainer = self.job.new_trainer(
             self.plan.memory_options,
             [memory],
@@ -134,7 +134,7 @@ def case(new_job: NewJob, folder: Path, strategy: str, settings: dict[str, Any])
             "precision": settings.get("precision", "32-true"),
         },
     )
-    plan = job.plan_at(2)
+    plan = job.uniform_plan(2)
     memory_options = replace(plan.memory_options, **settings.get("memory_options", {}))
     return Case(job, replace(plan, memory_options=memory_options), RunFolder(folder))
 

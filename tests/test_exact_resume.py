@@ -58,7 +58,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mixed_plan(job: Job, stepping: str) -> FoldPlan:
     """Return a plan of several levels, row fold among them."""
-    plan = job.plan_at(1)
+    plan = job.uniform_plan(1)
     levels = {name: (0, 1, 3, 8)[place % 4] for place, name in enumerate(plan.levels)}
     return replace(
         plan, levels=levels, memory_options=replace(plan.memory_options, **STEPPING[stepping])
@@ -114,6 +114,6 @@ def test_another_number_of_workers_is_refused(new_job: NewJob, tmp_path: Path) -
     job, other = (
         new_job(data={**data, "num_workers": n}, trainer={"max_steps": 1}) for n in (0, 1)
     )
-    fit(job, job.plan_at(1), tmp_path)
+    fit(job, job.uniform_plan(1), tmp_path)
     with pytest.raises(DataError, match=r"data\.num_workers 0 and this run has 1"):
-        fit(other, other.plan_at(1), tmp_path / "other", start=tmp_path / "1.ckpt")
+        fit(other, other.uniform_plan(1), tmp_path / "other", start=tmp_path / "1.ckpt")

@@ -50,7 +50,7 @@ def releasing(plan: FoldPlan, **memory_options: Any) -> FoldPlan:
 
 def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaFoam:
     module = job.new_module()
-    module.follow(plan)
+    module.set_plan(plan)
     trainer = job.new_trainer(
         plan.memory_options, list(watches), bare=True, limit_val_batches=0, **settings
     )
@@ -79,7 +79,7 @@ def test_a_run_gives_the_same_weights_with_and_without_release(
         data={"sequence_length": 80},
         trainer={"precision": precision},
     )
-    plan = job.plan_at(level)
+    plan = job.uniform_plan(level)
     plan = replace(plan, memory_options=replace(plan.memory_options, **memory_options))
     kept, released = Losses(), Losses()
     expected = fit(job, plan, kept)
@@ -106,7 +106,7 @@ def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder, vocab_size=300, template=None)
     job = new_job(model={"pretrained": str(folder)}, trainer={"max_steps": 3})
-    plan, memory = job.plan_at(2), MemoryMonitor()
+    plan, memory = job.uniform_plan(2), MemoryMonitor()
     modules = [fit(job, plan), fit(job, releasing(plan), memory)]
     assert_same(modules[0].state_dict(), modules[1].state_dict())
     model: Any = modules[1].model
@@ -115,7 +115,7 @@ def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
-    plan = releasing(small(new_job).plan_at(1), micro_batch_size=8, accumulate_grad_batches=1)
+    plan = releasing(small(new_job).uniform_plan(1), micro_batch_size=8, accumulate_grad_batches=1)
     kept = replace(plan, memory_options=replace(plan.memory_options, gradient_release=False))
     runs = {name: open_folder(tmp_path / name) for name in ("kept", "whole", "broken")}
     train(small(new_job), kept, runs["kept"])
@@ -142,7 +142,7 @@ def test_the_measured_peak_is_the_predicted_one_and_lower_with_release(new_job: 
         data={"sequence_length": 32, "batch_size": 1},
         trainer={"max_steps": 3},
     )
-    plan = job.plan_at(8)
+    plan = job.uniform_plan(8)
     peaks = []
     for case in (plan, releasing(plan)):
         memory = MemoryMonitor()
@@ -213,9 +213,9 @@ def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, **settings)
     module.trainer = trainer
     plan = module.uniform_plan(1, MemoryOptions(micro_batch_size=1))
-    module.follow(plan)
+    module.set_plan(plan)
     module.on_train_start()
-    module.follow(releasing(plan))
+    module.set_plan(releasing(plan))
     with pytest.raises(ConfigError, match=rf"model\.clip_norm.*{got}"):
         module.on_train_start()
 

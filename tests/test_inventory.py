@@ -141,7 +141,7 @@ def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
             return ids, ids
 
         with fake_tensors("32-true"):
-            module = LlamaFoam(**SETTINGS).layered(memory_options, depth)
+            module = LlamaFoam(**SETTINGS).build_for_trace(memory_options, depth)
             assert module.model is not None
             plan = mixed(memory_options)
             shallow = [n for n, _ in module.model.named_parameters()]

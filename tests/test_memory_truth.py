@@ -119,7 +119,7 @@ def test_the_wall_is_the_leanest_7b(text: Path) -> None:
     assert one.memory_options.gradient_release
     assert one.memory_options.activation_checkpointing
     assert job.new_module().llama_config().hidden_size == 4096
-    assert job.batch_size == memory_truth.WALL_BATCH
+    assert job.data.batch_size == memory_truth.WALL_BATCH
 
 
 def test_the_summary_counts_what_is_too_low() -> None:

@@ -119,7 +119,7 @@ class Frequencies(Callback):
 def test_rope_stays_float32_in_a_bfloat16_run(new_job: Callable[..., Job]) -> None:
     job = new_job(trainer={"precision": "bf16-true"})
     module = job.new_module()
-    module.follow(job.plan_at(1))
+    module.set_plan(job.uniform_plan(1))
     frequencies = Frequencies()
     trainer = job.new_trainer(job.memory_options, [frequencies], bare=True, max_steps=1)
     data = job.new_data(job.memory_options)
@@ -285,7 +285,7 @@ def test_bytes_saved_by_a_selective_layer(dtype: torch.dtype) -> None:
 def test_rows_beyond_a_sliding_window_are_refused(tmp_path: Path) -> None:
     folder = save_pretrained(tmp_path, "mistral")  # its window is 64
     module = LlamaFoam(pretrained=str(folder))
-    module.follow(module.uniform_plan(1, MemoryOptions(micro_batch_size=1)))
+    module.set_plan(module.uniform_plan(1, MemoryOptions(micro_batch_size=1)))
     module.configure_model()
     assert module.hidden_states(torch.zeros(1, 64, dtype=torch.int64)).shape == (1, 64, 32)
     with pytest.raises(ConfigError, match=r"65 tokens .* window of 64"):

@@ -45,8 +45,8 @@ def test_offload_is_refused_on_the_cpu(new_job: NewJob) -> None:
         _ = new_job(model={"state_offload": True}).memory_options
     job = new_job()
     with pytest.raises(ConfigError, match=MESSAGE):
-        job.check(offloading(job.plan_at(1)).memory_options)
-    job.check(job.memory_options)
+        job.check_memory_options(offloading(job.uniform_plan(1)).memory_options)
+    job.check_memory_options(job.memory_options)
 
 
 @pytest.mark.parametrize("state_offload", [False, True])
@@ -62,7 +62,7 @@ def test_the_plan_reaches_the_optimizer(state_offload: bool) -> None:
 def test_a_killed_run_resumes_exactly_with_or_without_offload(
     new_job: NewJob, tmp_path: Path, before: bool, after: bool
 ) -> None:
-    plan = small(new_job).plan_at(1)
+    plan = small(new_job).uniform_plan(1)
     plans = {False: plan, True: offloading(plan)}
     whole, broken = open_folder(tmp_path / "whole"), open_folder(tmp_path / "broken")
     expected = train(small(new_job), plan, whole)

@@ -138,7 +138,7 @@ def test_search_and_training_keep_what_is_finished(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(tmp_path, "--memory-budget=24GB", "--tune.trials=4", "--tune.steps=4")
-    case.plan = case.job.plan_at(0)  # Adam needs most, and runs first
+    case.plan = case.job.uniform_plan(0)  # Adam needs most, and runs first
     rungs = case.rungs(3)
     peaks = [case.peak(rung) for rung in rungs]
     ended: list[TrialResult] = []

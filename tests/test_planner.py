@@ -123,7 +123,7 @@ def test_a_plan_over_the_budget_is_refused_with_what_it_needs(
     fit: Fit, span: tuple[int, int]
 ) -> None:
     planner = fit(span[1] - 1)
-    plan = planner.job.plan_at(0)
+    plan = planner.job.uniform_plan(0)
     with pytest.raises(InfeasibleBudgetError) as caught:
         planner.check(plan)
     assert caught.value.minimum_bytes == peak(planner, plan)
@@ -224,7 +224,7 @@ def test_a_nearby_budget_whose_options_the_settings_contradict_has_no_plan(
 
 
 def test_the_mean_level_is_over_the_matrices_that_fold(job: Job) -> None:
-    plan = job.plan_at(3)
+    plan = job.uniform_plan(3)
     assert mean_level(plan) == 3
     mixed = replace(plan, levels={**plan.levels, next(iter(plan.levels)): 0})
     assert mean_level(mixed) == pytest.approx(3 - 3 / len(plan.levels))

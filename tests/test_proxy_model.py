@@ -161,7 +161,7 @@ def test_all_but_the_width_stays(proxy_model: ProxyModel) -> None:
     for name, shape in module.foldable.items():
         for size, wide_size in zip(shape, wide_module.foldable[name], strict=True):
             assert size == math.ceil(wide_size * 64 / 96)
-    kept = set(wide.model) - {*KEYS, "scale", "unfolded_scale", "state_dtype"}
+    kept = set(vars(wide.model)) - {*KEYS, "scale", "unfolded_scale", "state_dtype"}
     assert all(getattr(job.model, key) == getattr(wide.model, key) for key in kept)
     assert str(proxy_model) == "a proxy model of hidden 64 (of 96), same 4 layers"
 
@@ -212,7 +212,7 @@ def test_a_mixed_plan_of_the_twin_fits_at_full_width_nearly_as_it_is(
     plan = combine_plans(proxy_model.planner.levels_for(knobs, 10**12), unfolded=adam, folded=base)
     wide = proxy_model.to_full_width(plan)
     proxy_model.full.check(wide)
-    proxy_model.full.module.follow(wide)
+    proxy_model.full.module.set_plan(wide)
     assert (wide.lr, wide.memory_options) == (plan.lr, proxy_model.full.memory_options)
     assert wide.proxy_model == proxy_model.planner.module.uniform_plan(0, plan.memory_options).model
     moved = {name for name, level in plan.levels.items() if wide.levels[name] != level}
@@ -292,7 +292,7 @@ def test_a_search_on_the_twin_runs_adam_and_never_chooses_it(
     assert search_result.loss_of("reference") == 3
     assert search_result.winner.kind != "reference"
     with pytest.raises(PlanError, match="for a model with hidden_size 64, this one has 96"):
-        proxy_model.full.module.follow(search_result.winner.plan)
+        proxy_model.full.module.set_plan(search_result.winner.plan)
 
 
 def test_its_outcome_is_told_in_plans_and_bytes_of_the_full_model(
@@ -347,7 +347,7 @@ def test_a_plan_tuned_on_a_twin_is_rehearsed_at_full_width_and_says_so(
     printed = capsys.readouterr().out
     assert "B: tuning on a proxy model of hidden 64 (of 96), same 2 layers\n" in printed
     plan = FoldPlan.load(folder.plan)
-    job.new_module().follow(plan)
+    job.new_module().set_plan(plan)
     assert plan.proxy_model is not None
     assert (plan.proxy_model["hidden_size"], plan.proxy_model["num_hidden_layers"]) == (64, 2)
     assert set(plan.levels.values()) != {0}

@@ -69,7 +69,7 @@ def fit(
     start: Path | None = None,
 ) -> Steps:
     module, steps = job.new_module(), Steps()
-    module.follow(replace(plan, memory_options=memory_options))
+    module.set_plan(replace(plan, memory_options=memory_options))
     trainer = job.new_trainer(
         memory_options,
         [ExactResume(), steps, *callbacks],
@@ -125,7 +125,7 @@ def test_another_micro_batch_size_resumes_at_the_very_next_row(
     short_epochs: Callable[..., Job], tmp_path: Path, data: dict[str, Any], saved_at: tuple[int]
 ) -> None:
     job = short_epochs(**data)
-    plan = job.plan_at(2)
+    plan = job.uniform_plan(2)
     whole = fit(job, plan, PLAIN, Save(tmp_path))
     assert whole.evaluated == [3, 6]
     for memory_options in (HALVED, RELEASING):
@@ -140,7 +140,7 @@ def test_a_run_that_changes_its_micro_batch_twice_ends_like_one_that_does_not(
     short_epochs: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = short_epochs()
-    plan = job.plan_at(2)
+    plan = job.uniform_plan(2)
     first, second = tmp_path / "first", tmp_path / "second"
     whole = fit(job, plan, RELEASING, Save(first))
     fit(job, plan, HALVED, Save(second), start=first / "2.ckpt")

@@ -124,7 +124,7 @@ def test_a_difference_is_decided_where_its_interval_excludes_zero() -> None:
 
 def test_the_same_plan_and_seed_give_the_same_run(new_job: Callable[..., Job]) -> None:
     job = new_job(data={"micro_batch_size": 4})
-    plan, steps = job.plan_at(2), []
+    plan, steps = job.uniform_plan(2), []
     bench = TrialRunner(job, on_step=lambda: steps.append(1))
     first = bench.run(plan, num_steps=5, seed=3)
     assert bench.run(plan, num_steps=5, seed=3) == first
@@ -143,19 +143,20 @@ def test_the_curve_is_the_training_loss_of_every_step(new_job: Callable[..., Job
         < halves.memory_options.accumulate_grad_batches
     )
     one, other = (
-        TrialRunner(job).run(job.plan_at(2), num_steps=5, seed=0) for job in (whole, halves)
+        TrialRunner(job).run(job.uniform_plan(2), num_steps=5, seed=0) for job in (whole, halves)
     )
     assert len(one.curve) == 5
     assert one.curve == pytest.approx(other.curve, rel=1e-4)
-    assert one.curve[0] == pytest.approx(math.log(whole.model["vocab_size"]), rel=0.1)
+    assert one.curve[0] == pytest.approx(math.log(whole.model.vocab_size), rel=0.1)
 
 
 def test_plans_of_one_seed_pair(job: Job) -> None:
     bench = TrialRunner(job)
-    adam, folded = (bench.run(job.plan_at(level), num_steps=8, seed=0) for level in (0, 2))
+    adam, folded = (bench.run(job.uniform_plan(level), num_steps=8, seed=0) for level in (0, 2))
     # A plan at no learning rate shows the weights that both started from.
     still = [
-        bench.run(replace(job.plan_at(level), lr=1e-30), num_steps=1, seed=0) for level in (0, 2)
+        bench.run(replace(job.uniform_plan(level), lr=1e-30), num_steps=1, seed=0)
+        for level in (0, 2)
     ]
     assert still[0] == still[1]
     assert still[0].loss > folded.loss != adam.loss
@@ -164,5 +165,5 @@ def test_plans_of_one_seed_pair(job: Job) -> None:
 
 def test_a_short_run_is_a_complete_schedule(job: Job) -> None:
     # Half of a long run is not a short run: the short one has come to rest.
-    bench, plan = TrialRunner(job), job.plan_at(2)
+    bench, plan = TrialRunner(job), job.uniform_plan(2)
     assert bench.run(plan, num_steps=4, seed=0) != bench.run(plan, num_steps=8, seed=0)

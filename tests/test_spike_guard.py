@@ -130,7 +130,7 @@ def new_guard() -> SpikeGuard:
 
 def fit(job: Job, plan: FoldPlan, *callbacks: Callback) -> Trainer:
     module = job.new_module()
-    module.follow(plan)
+    module.set_plan(plan)
     trainer = job.new_trainer(plan.memory_options, list(callbacks), bare=True, limit_val_batches=0)
     trainer.fit(module, datamodule=job.new_data(plan.memory_options))
     return trainer
@@ -163,7 +163,7 @@ def test_a_bad_step_changes_no_weights_and_the_run_continues(
     recorded, guard = Weights(), new_guard()
     micro_batch = job.memory_options.accumulate_grad_batches - 1
     trainer = fit(
-        job, job.plan_at(1), guard, Plant(what, (0, 3, 4), micro_batch=micro_batch), recorded
+        job, job.uniform_plan(1), guard, Plant(what, (0, 3, 4), micro_batch=micro_batch), recorded
     )
     pairs = zip(recorded.weights, recorded.weights[1:], strict=False)
     changed = [not torch.equal(before, after) for before, after in pairs]
@@ -177,18 +177,18 @@ def test_a_bad_step_changes_no_weights_and_the_run_continues(
 def test_released_gradients_that_are_not_finite_become_zero(new_job: NewJob) -> None:
     job = new_job(model={"gradient_release": True})
     recorded, guard = Weights(), new_guard()
-    fit(job, job.plan_at(1), guard, Plant("gradient", (3,)), recorded)
+    fit(job, job.uniform_plan(1), guard, Plant("gradient", (3,)), recorded)
     assert all(weights.isfinite().all() for weights in recorded.weights)
     assert (guard.policy.skipped, guard.policy.num_taken) == (1, 7)
     with pytest.raises(DivergedError, match=r"step 5, rows 33 to 40"):
-        fit(job, job.plan_at(1), new_guard(), Plant("gradient", range(2, 8)))
+        fit(job, job.uniform_plan(1), new_guard(), Plant("gradient", range(2, 8)))
 
 
 def test_a_run_without_bad_steps_is_the_same_with_and_without_a_guard(new_job: NewJob) -> None:
     job = new_job(data={"micro_batch_size": 4})
     runs = [Weights(), Weights()]
-    fit(job, job.plan_at(1), runs[0])
-    fit(job, job.plan_at(1), new_guard(), runs[1])
+    fit(job, job.uniform_plan(1), runs[0])
+    fit(job, job.uniform_plan(1), new_guard(), runs[1])
     assert torch.equal(torch.stack(runs[0].weights), torch.stack(runs[1].weights))
 
 
@@ -201,7 +201,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_rows(
 ) -> None:
     job = new_job()
     with pytest.raises(DivergedError, match=r"step 6, rows 41 to 48") as caught:
-        fit(job, job.plan_at(1), new_guard(), Plant(what, range(3, 8)))
+        fit(job, job.uniform_plan(1), new_guard(), Plant(what, range(3, 8)))
     for words in (problem, "3 bad steps in a row", "model.max_skipped_steps", "model.lr"):
         assert words in str(caught.value)
     assert caught.value.exit_code == 7
@@ -213,7 +213,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_rows(
 def test_a_short_run_of_the_search_still_diverges(new_job: NewJob) -> None:
     job = new_job()
     run = TrialRunner(job).run(
-        job.plan_at(1), num_steps=4, seed=0, callbacks=[Plant("gradient", (1,))]
+        job.uniform_plan(1), num_steps=4, seed=0, callbacks=[Plant("gradient", (1,))]
     )
     assert math.isnan(run.loss)
 
@@ -243,7 +243,7 @@ def test_a_spike_rolls_back_to_the_last_checkpoint_and_the_data_goes_on(
     job = spiking(new_job, SETTINGS[name], range(32, 33), 2)
     folders = [open_folder(tmp_path / run) for run in ("plain", "spiked")]
     expected, trained = (
-        train(one, job.plan_at(1), folder)
+        train(one, job.uniform_plan(1), folder)
         for one, folder in zip((plain, job), folders, strict=True)
     )
     assert (trained.skipped_steps, trained.rollbacks) == (1, 1)
@@ -269,8 +269,8 @@ def test_spikes_without_end_stop_the_run_which_then_resumes_from_its_checkpoint(
     folder = open_folder(tmp_path)
     job = spiking(new_job, {}, range(32, 40), 2)
     with pytest.raises(DivergedError, match=r"step 35, .* 2 rollbacks \(model.max_rollbacks\)"):
-        train(job, job.plan_at(1), folder)
-    trained = train(spiking(new_job, {}, range(34, 35), 2), job.plan_at(1), folder)
+        train(job, job.uniform_plan(1), folder)
+    trained = train(spiking(new_job, {}, range(34, 35), 2), job.uniform_plan(1), folder)
     assert (trained.skipped_steps, trained.rollbacks) == (1, 1)
 
 

@@ -150,7 +150,7 @@ def test_the_batch_size_counts_all_devices(new_job: NewJob) -> None:
         2,
     )
     assert new_job(trainer={"devices": 2}).memory_options.micro_batch_size == 4
-    alone = job.on_one_device()
+    alone = job.with_one_device()
     assert alone.devices == ONE_DEVICE
     assert alone.memory_options.accumulate_grad_batches == 4
     short = job.new_trainer(job.memory_options, [], bare=True)
@@ -172,7 +172,7 @@ def test_gradients_are_released_on_one_device_only(new_job: NewJob) -> None:
         _ = job.memory_options
     job = new_job(trainer={"devices": 2})
     with pytest.raises(ConfigError, match="gradient release needs one device"):
-        job.check(MemoryOptions(micro_batch_size=4, gradient_release=True))
+        job.check_memory_options(MemoryOptions(micro_batch_size=4, gradient_release=True))
     memory_options = BudgetPlanner(job, 10**12).ladder.candidates_for_minimum()
     assert not any(one.gradient_release for one in memory_options)
 
@@ -181,13 +181,13 @@ def test_gradients_are_released_on_one_device_only(new_job: NewJob) -> None:
 def test_a_plan_for_one_device_is_spread_over_several(
     new_job: NewJob, micro: int, spread: tuple[int, int]
 ) -> None:
-    plan = new_job(data={"micro_batch_size": micro}).plan_at(2)
-    found = new_job(trainer={"devices": 2}).spread(plan)
+    plan = new_job(data={"micro_batch_size": micro}).uniform_plan(2)
+    found = new_job(trainer={"devices": 2}).adapt_plan(plan)
     assert (
         found.memory_options.micro_batch_size,
         found.memory_options.accumulate_grad_batches,
     ) == spread
-    assert new_job().spread(plan) == plan
+    assert new_job().adapt_plan(plan) == plan
     assert replace(found, memory_options=plan.memory_options) == plan
 
 
@@ -195,20 +195,20 @@ def test_the_plan_of_a_checkpoint_is_spread_over_any_number_that_divides_the_bat
     new_job: NewJob,
 ) -> None:
     job = new_job(data={"micro_batch_size": 2}, trainer={"devices": 2})
-    plan = job.plan_at(2)
-    assert job.spread(plan, num_devices=2) == plan
-    found = {n: new_job(trainer={"devices": n}).spread(plan, num_devices=2) for n in (1, 4)}
+    plan = job.uniform_plan(2)
+    assert job.adapt_plan(plan, num_devices=2) == plan
+    found = {n: new_job(trainer={"devices": n}).adapt_plan(plan, num_devices=2) for n in (1, 4)}
     sizes = {
         n: (plan.memory_options.micro_batch_size, plan.memory_options.accumulate_grad_batches)
         for n, plan in found.items()
     }
     assert sizes == {1: (2, 4), 4: (2, 1)}
     with pytest.raises(ConfigError, match=r"\b3\b"):
-        new_job(trainer={"devices": 3}).spread(plan, num_devices=2)
+        new_job(trainer={"devices": 3}).adapt_plan(plan, num_devices=2)
     with pytest.raises(ConfigError, match=r"data\.batch_size 6"):
-        new_job(data={"batch_size": 6}).spread(plan, num_devices=2)
+        new_job(data={"batch_size": 6}).adapt_plan(plan, num_devices=2)
     with pytest.raises(ConfigError, match="takes 6 rows"):
-        new_job(trainer={"devices": 2}).spread(new_job(data={"batch_size": 6}).plan_at(2))
+        new_job(trainer={"devices": 2}).adapt_plan(new_job(data={"batch_size": 6}).uniform_plan(2))
 
 
 TUNE = ["tune", "--memory-budget", "24GB"]
@@ -334,7 +334,7 @@ def test_a_trace_of_a_few_layers_has_the_terms_of_all(
 
     def traced(layers: int) -> dict[str, int]:
         with one_of(devices, "32-true") as join, fake_tensors("32-true"):
-            model = module.layered(memory_options, layers)
+            model = module.build_for_trace(memory_options, layers)
             join(model)
             step = track_step(
                 model,
@@ -413,7 +413,7 @@ def test_accounting_leaves_no_process_group() -> None:
 def test_a_plan_fills_the_budget_of_each_device(new_job: NewJob) -> None:
     job = new_job(trainer={"devices": 2, "strategy": "fsdp2"})
     at_levels = {
-        level: job.new_accountant().account(job.plan_at(level)).peak_bytes for level in (0, 2, 8)
+        level: job.new_accountant().account(job.uniform_plan(level)).peak_bytes for level in (0, 2, 8)
     }
     budget = (at_levels[0] + at_levels[2]) // 2
     plan = BudgetPlanner(job, budget).default_plan()

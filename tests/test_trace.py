@@ -302,7 +302,7 @@ def test_three_layers_stand_for_all(name: str, precision: Precision) -> None:
     for layers in (3, 6):
         with fake_tensors(precision):
             step = track_step(
-                module.layered(memory_options, layers),
+                module.build_for_trace(memory_options, layers),
                 None,
                 lambda: (torch.zeros(memory_options.micro_batch_size, 32, dtype=torch.int64),) * 2,
                 accumulate_grad_batches=memory_options.accumulate_grad_batches,

@@ -90,7 +90,7 @@ def final_weights(folder: RunFolder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path, precision: str) -> None:
-    plan = small(new_job).plan_at(1)
+    plan = small(new_job).uniform_plan(1)
     whole = open_folder(tmp_path / "whole")
     expected = train(small(new_job, precision=precision), plan, whole)
     broken = open_folder(tmp_path / "broken")

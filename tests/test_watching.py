@@ -41,7 +41,7 @@ def watched(
     folder = open_folder(tmp_path_factory.mktemp("watched"))
     picture = folder.path / "picture.png"
     imsave(picture, torch.rand(4, 4, 3).numpy())
-    plan = small(new_job).plan_at(2)
+    plan = small(new_job).uniform_plan(2)
     settings = {
         "predicted_bytes": 10_000_000,
         "budget_bytes": BUDGET,
@@ -143,7 +143,7 @@ def test_the_curves_of_throughput_agree(
     events: EventAccumulator, watched: tuple[RunFolder, TrainingResult, list[str]], new_job: NewJob
 ) -> None:
     job = small(new_job)
-    per_step = job.batch_size * job.data.sequence_length
+    per_step = job.data.batch_size * job.data.sequence_length
     per_token = flops_per_token(job.new_module().shapes, job.data.sequence_length)
     named = ("tokens_per_second", "step_seconds", "model_flops_per_second")
     curves = [[e.value for e in events.Scalars(f"throughput/{name}")] for name in named]
@@ -230,7 +230,7 @@ def test_the_bar_counts_steps_and_names_the_figures_that_have_room(
     monkeypatch.setattr("foam_lightning.callbacks.progress.get_console", lambda: console)
     monkeypatch.setattr(f"{module}.reconfigure", lambda **_: None)
     job = small(new_job, enable_progress_bar=True)
-    train(job, job.plan_at(1), open_folder(tmp_path), budget_bytes=BUDGET)
+    train(job, job.uniform_plan(1), open_folder(tmp_path), budget_bytes=BUDGET)
     lines = [line for line in screen.getvalue().splitlines() if "training" in line]
     assert f" {STEPS}/{STEPS} " in lines[-1]
     names = ["loss: ", "validation: ", "memory: ", "tokens/s: "]

@@ -33,10 +33,10 @@ def job_of_unequal_rows(new_job: NewJob, folder: Path, **trainer: Any) -> Job:
 
 def trained(job: Job, **memory_options: Any) -> dict[str, Tensor]:
     """Train with these memory options, and return the whole weights."""
-    plan: FoldPlan = job.plan_at(1)
+    plan: FoldPlan = job.uniform_plan(1)
     plan = replace(plan, memory_options=replace(plan.memory_options, **memory_options))
     module = job.new_module()
-    module.follow(plan)
+    module.set_plan(plan)
     trainer = job.new_trainer(
         plan.memory_options,
         [],

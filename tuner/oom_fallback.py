@@ -176,7 +176,7 @@ def _fall_back(
 
 def _is_allowed(job: Job, memory_options: MemoryOptions) -> bool:
     try:
-        job.check(memory_options)
+        job.check_memory_options(memory_options)
     except ConfigError:
         return False
     return True

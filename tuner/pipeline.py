@@ -58,10 +58,10 @@ def tune(context: RunContext) -> TunedPlan | None:
     levels = planner.uniform_levels
     say(f"uniform levels within {ByteSize(context.budget_bytes)}: {levels[0]} to {levels[-1]}")
 
-    search_budget = SearchBudget.of(context.tune_options, job.max_steps)
+    search_budget = SearchBudget.of(context.tune_options, job.trainer.max_steps)
     search_result = None
     if search_budget is None:
-        say(not_tuned_message(context.tune_options, job.max_steps))
+        say(not_tuned_message(context.tune_options, job.trainer.max_steps))
     else:
         planner = rehearse_tightest_plan(context)
         search_result = search_plan(context, planner, search_budget)
@@ -78,7 +78,7 @@ def tune(context: RunContext) -> TunedPlan | None:
     say(f"rehearsal: {rehearsal}")
     pictures: Mapping[str, Path] = {}
     if search_result is not None:
-        summary = verdict(search_result, adam_requirement(planner), job.max_steps)
+        summary = verdict(search_result, adam_requirement(planner), job.trainer.max_steps)
         adam = planner.accountant.account(planner.uniform(0))
         pictures = write_report(folder.tuning, search_result, summary, account, adam, budget_bytes)
         say(summary)
@@ -127,7 +127,7 @@ def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict
     folder.write_config(context.settings_text)
     predicted = planner.accountant.account(plan).peak_bytes if job.is_foam else None
     peak = "" if predicted is None else f", predicted peak {format_bytes(predicted)}"
-    say(f"training: {job.max_steps} steps{peak}")
+    say(f"training: {job.trainer.max_steps} steps{peak}")
     trained = train(
         job,
         plan,

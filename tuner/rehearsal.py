@@ -184,7 +184,7 @@ def _file(context: RunContext) -> Path:
 def _measure(job: Job, plan: FoldPlan, folder: Path) -> tuple[int, ...]:
     """Return the measured peak and, on a GPU, the figures of the allocator."""
     module = job.new_module()
-    module.follow(plan)
+    module.set_plan(plan)
     data = job.new_data(plan.memory_options)
     memory = MemoryMonitor(through_evaluation=True)
     trainer = job.new_trainer(

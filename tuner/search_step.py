@@ -45,7 +45,7 @@ def _search(
     seconds = TrialRunner(job, memory_options=context.memory_options).seconds_per_step(
         planner.uniform(planner.uniform_levels[-1])
     )
-    say(_announcement(search_budget, job.max_steps, seconds))
+    say(_announcement(search_budget, job.trainer.max_steps, seconds))
     with step_progress("tuning", search_budget.max_steps_total) as progress:
         (task,) = progress.task_ids
 

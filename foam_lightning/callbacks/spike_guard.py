@@ -215,7 +215,7 @@ class SpikeGuard(Callback):
 
     def _step_sums(self, trainer: Trainer, module: LlamaFoam) -> tuple[float, bool]:
         """Return the loss of the step over all ranks, and whether all gradients are finite."""
-        if module.releases:
+        if module.releases_gradients:
             norm = 0.0 if self._largest_norm is None else float(self._largest_norm)
             return self._loss, math.isfinite(norm)
         grads = [local_shard(p.grad) for p in module.parameters() if p.grad is not None]

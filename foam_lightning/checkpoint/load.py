@@ -151,7 +151,7 @@ def load_module(path: Path) -> LlamaFoam:
     content = read_checkpoint(path)
     try:
         module = LlamaFoam(**content["hyper_parameters"])
-        module.follow(FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}"))
+        module.set_plan(FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}"))
     except (TypeError, ValueError, AttributeError) as error:  # from settings of any content
         raise CheckpointError(
             f"cannot build a model from the hyper_parameters in {path}: {first_line(error)}; use "

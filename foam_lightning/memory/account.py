@@ -46,7 +46,7 @@ class AccountedModel(Protocol):
         """Describe the model; `hidden_size` is what one layer hands to the next for each token."""
         ...
 
-    def layered(self, memory_options: MemoryOptions, num_layers: int) -> Traceable:
+    def build_for_trace(self, memory_options: MemoryOptions, num_layers: int) -> Traceable:
         """Lay the model out with these memory options and so many layers, in fake mode."""
         ...
 
@@ -274,7 +274,7 @@ class Accountant:
 
         with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
             num_seen = 4 if self._devices.shards else 3
-            twin = self._trainee.layered(memory_options, min(self._num_layers, num_seen))
+            twin = self._trainee.build_for_trace(memory_options, min(self._num_layers, num_seen))
             join(twin)
             return track_step(
                 twin,

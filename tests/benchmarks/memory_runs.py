@@ -103,15 +103,17 @@ def predict(one: Combination, device: str, text: Path) -> Peak:
     def make_batch() -> tuple[Tensor, Tensor]:
         return torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
 
-    with fake_tensors(job.precision):
-        proxy_model = module.layered(one.memory_options, module.llama_config().num_hidden_layers)
+    with fake_tensors(job.trainer.precision):
+        proxy_model = module.build_for_trace(
+            one.memory_options, module.llama_config().num_hidden_layers
+        )
         optimizer = new_adamw(proxy_model.named_parameters(), foreach=FOREACH[one.optimizer])
         step = track_step(
             proxy_model,
             cast(FOAM, optimizer),  # to release gradients it must be; AdamW does not
             make_batch,
             accumulate_grad_batches=one.memory_options.accumulate_grad_batches,
-            autocast=autocast_for(job.precision),
+            autocast=autocast_for(job.trainer.precision),
         )
     return Peak(step.peak.total_bytes)
 
@@ -137,7 +139,7 @@ def train(job: Job, one: Combination, callbacks: Sequence[Callback], num_steps: 
     """Run the steps and an evaluation, as a rehearsal does, with the curve of the residual."""
     module = job.new_module()
     plan = plan_of(module, one)
-    module.follow(plan)
+    module.set_plan(plan)
     if not one.is_foam:
         module.make_optimizer = partial(new_adamw, foreach=FOREACH[one.optimizer])  # type: ignore[method-assign, assignment]
     trainer = job.new_trainer(

@@ -112,7 +112,7 @@ def rows(job: Job, model: str, folder: Path) -> tuple[list[Row], list[str]]:
         for row in plans_of(model)
         if row.share in (1, 0.5, 0.25, 0.125) and (not row.is_folded or "low" not in row.name)
     ]
-    adam = job.plan_at(0)
+    adam = job.uniform_plan(0)
     for factor in ADAM_RATES[model]:
         plan = scale_plan(adam, lr_factor=factor, qk_factor=ADAM_QK_FACTOR)
         found.append(Row(f"split-lr Adam, q, k at .25, lr x {factor:g}", 1, plan))

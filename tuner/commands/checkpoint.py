@@ -17,7 +17,7 @@ def run_validate(settings: Settings) -> None:
     """Print the unbiased perplexity of a checkpoint."""
     path = Path(settings.ckpt_path)
     module = load_module(path)
-    job = settings.job().on_one_device()
+    job = settings.job().with_one_device()
     job = use_checkpoint_model(job, path, module.architecture)
     plan = module.plan
     assert plan is not None

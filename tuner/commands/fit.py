@@ -29,7 +29,7 @@ def run_fit(settings: Settings) -> None:
     plan = load_given_plan(job, settings.ckpt_path, settings.fold_plan)
     memory_options = load_fallback(unfinished)
     if plan is None and settings.memory_budget is None:
-        plan = job.own_plan()
+        plan = job.configured_plan()
     if plan is None and job.devices.count > 1:
         raise ConfigError(
             "tune in one process first: python cli.py tune with the same options, then fit "

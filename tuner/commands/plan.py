@@ -58,7 +58,9 @@ def plan(
             another optimizer than FOAM is asked for.
     """
     if not job.is_foam:
-        raise ConfigError(f"plan is for model.optimizer foam only, got {job.optimizer}; remove it")
+        raise ConfigError(
+            f"plan is for model.optimizer foam only, got {job.model.optimizer}; remove it"
+        )
     if budget_bytes is None and uniform_level is None:
         raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
     check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
@@ -87,7 +89,7 @@ def _choose(planner: BudgetPlanner) -> tuple[FoldPlan, FoamError | None]:
 
 
 def _check(planner: BudgetPlanner, level: int) -> tuple[FoldPlan, FoamError | None]:
-    found = planner.job.plan_at(level)
+    found = planner.job.uniform_plan(level)
     try:
         planner.check(found)
     except InfeasibleBudgetError as error:

@@ -205,7 +205,7 @@ def compare(
 
 def _new_runner(job: Job, name: str, on_step: Callable[[], None]) -> tuple[TrialRunner, FoldPlan]:
     own = replace(job, model=replace(job.model, optimizer=cast(OptimizerName, name)))
-    return TrialRunner(own, on_step), own.own_plan()
+    return TrialRunner(own, on_step), own.configured_plan()
 
 
 def _tune_rate(

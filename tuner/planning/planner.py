@@ -67,10 +67,10 @@ class BudgetPlanner:
         length = job.data.sequence_length
         self.ladder = OptionLadder(
             job.memory_options,
-            on_gpu=job.on_gpu,
+            on_gpu=job.trainer.is_on_gpu,
             can_release=job.devices.count == 1,
             min_selective_rows=min_rows_for_selective_checkpointing(
-                self.module.shapes, length, on_gpu=job.on_gpu
+                self.module.shapes, length, on_gpu=job.trainer.is_on_gpu
             ),
             min_chunked_rows=min_rows_for_chunks(length),
         )
@@ -129,7 +129,7 @@ class BudgetPlanner:
         """
         if self._fastest_options is None:
             raise self._infeasible(self.minimum.account)
-        self.job.check(self._fastest_options)
+        self.job.check_memory_options(self._fastest_options)
 
     @cached_property
     def uniform_levels(self) -> list[int]:
@@ -173,7 +173,7 @@ class BudgetPlanner:
             InfeasibleBudgetError: The plan needs more; the error has the numbers.
             ConfigError: The settings contradict the plan's memory options.
         """
-        self.job.check(plan.memory_options)
+        self.job.check_memory_options(plan.memory_options)
         if self._excess_bytes(plan) > 0:
             raise self._infeasible(self.accountant.account(plan), subject="this plan")
 

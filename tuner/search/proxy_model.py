@@ -191,7 +191,7 @@ class ProxyPlanner(BudgetPlanner):
             width = self.job.model.hidden_size
             raise NoProxyModelError(f"Adam does not fit the budget at hidden {width} either")
         try:
-            self.job.check(found)
+            self.job.check_memory_options(found)
         except ConfigError as error:
             raise NoProxyModelError(str(error)) from error
         return found

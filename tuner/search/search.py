@@ -90,7 +90,7 @@ def search(
     stages.mixed_stage()
     finalists = stages.finals()
     predict = partial(
-        predict_full_run, num_steps=search_budget.final_steps, full_steps=job.max_steps
+        predict_full_run, num_steps=search_budget.final_steps, full_steps=job.trainer.max_steps
     )
     winner, reason = decide(finalists, predict, adam_may_win=planner.adam_may_win)
     return SearchResult(
@@ -279,12 +279,12 @@ class _Search:
         return self._key(plan, self._search_budget.steps, self._job.seed)
 
     def _key(self, plan: FoldPlan, num_steps: int, seed: int) -> str:
-        as_run = plan_for_length(plan, num_steps, self._job.max_steps)
+        as_run = plan_for_length(plan, num_steps, self._job.trainer.max_steps)
         return trial_key(self._job_key, as_run, num_steps=num_steps, seed=seed)
 
     def _run(self, key: str, plan: FoldPlan, num_steps: int, seed: int) -> TrialResult:
         if key not in self._runs:
-            as_run = plan_for_length(plan, num_steps, self._job.max_steps)
+            as_run = plan_for_length(plan, num_steps, self._job.trainer.max_steps)
             self._runs[key] = self._bench.run(as_run, num_steps=num_steps, seed=seed)
             self._done_here.add(key)
         return self._runs[key]

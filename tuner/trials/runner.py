@@ -181,7 +181,7 @@ class TrialRunner:
     ) -> Iterator[tuple[Trainer, LlamaFoam]]:
         plan = replace(plan, memory_options=self._memory_options or plan.memory_options)
         module = self.job.new_module(seed=seed)
-        module.follow(plan)
+        module.set_plan(plan)
         if seed not in self._data:
             self._data[seed] = self.job.new_data(plan.memory_options, seed=seed)
         trainer = self.job.new_trainer(

@@ -1,0 +1,82 @@
+"""Lightning's Trainer, made for memory options and devices."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from foam_lightning.checkpoint.io import add_atomic_io
+from foam_lightning.distributed.ddp import SingleCopyDDP
+from foam_lightning.distributed.topology import Devices, first_device
+from foam_lightning.errors import ConfigError, first_line
+from foam_lightning.plan import MemoryOptions
+from foam_lightning.settings import TrainerSettings
+
+_BARE = {
+    "callbacks": None,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def create_trainer(
+    settings: TrainerSettings,
+    memory_options: MemoryOptions,
+    callbacks: Sequence[Callback],
+    *,
+    bare: bool = False,
+    **overrides: Any,
+) -> Trainer:
+    """Create a trainer.
+
+    Args:
+        settings: Of the full run.
+        memory_options: Have the number of accumulated micro-batches.
+        callbacks: Come after those of the settings.
+        bare: For short runs: without the callbacks of the settings, logger, checkpoints and
+            progress bar, and on one device, which accumulates the micro-batches of the others.
+        overrides: Arguments of Lightning's Trainer that replace those of the settings.
+
+    Raises:
+        ConfigError: Lightning refuses an argument.
+    """
+    devices = Devices.from_trainer(settings.arguments)
+    arguments = {**settings.arguments, **(_BARE if bare else {}), **overrides}
+    accumulated = memory_options.accumulate_grad_batches * (devices.count if bare else 1)
+    interval = arguments.get("val_check_interval")
+    if isinstance(interval, int):
+        # Lightning counts micro-batches here; the setting counts optimizer steps.
+        arguments["val_check_interval"] = interval * accumulated
+    arguments["callbacks"] = [*(arguments.get("callbacks") or []), *callbacks]
+    arguments["accumulate_grad_batches"] = accumulated
+    arguments["plugins"] = add_atomic_io(arguments.get("plugins"))
+    if bare or devices.count == 1:
+        arguments |= on_one_device(arguments)
+    else:
+        # The data module gives each device its rows.
+        arguments |= {"use_distributed_sampler": False, "strategy": _strategy(devices)}
+    try:
+        return Trainer(**arguments)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {first_line(error)}") from error
+
+
+def on_one_device(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that restrict a trainer to the first of its devices."""
+    devices = first_device(arguments.get("devices"))
+    return {"devices": devices, "num_nodes": 1, "strategy": "auto"}
+
+
+def _strategy(devices: Devices) -> ModelParallelStrategy | SingleCopyDDP:
+    if not devices.shards:
+        return SingleCopyDDP()
+    return ModelParallelStrategy(
+        data_parallel_size=devices.count,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,  # one file, for every tool and any number of devices
+    )
