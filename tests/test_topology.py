@@ -413,7 +413,8 @@ def test_accounting_leaves_no_process_group() -> None:
 def test_a_plan_fills_the_budget_of_each_device(new_job: NewJob) -> None:
     job = new_job(trainer={"devices": 2, "strategy": "fsdp2"})
     at_levels = {
-        level: job.new_accountant().account(job.uniform_plan(level)).peak_bytes for level in (0, 2, 8)
+        level: job.new_accountant().account(job.uniform_plan(level)).peak_bytes
+        for level in (0, 2, 8)
     }
     budget = (at_levels[0] + at_levels[2]) // 2
     plan = BudgetPlanner(job, budget).default_plan()
