@@ -46,11 +46,11 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
     }
     for name in ("config.yaml", "hf/config.json", "tuning/study.db", "tuning/report.md"):
         assert (folder / name).is_file()
-    for name in ("losses.png", "curves.png", "ablation.png", "levels.png", "memory.png"):
+    for name in ("losses.png", "curves.png", "ablation.png", "plan.png"):
         assert (folder / "tuning" / name).read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     assert {"train/loss", "validation/loss"} <= set(events.Tags()["scalars"])
-    assert len(events.Tags()["images"]) == 5
+    assert len(events.Tags()["images"]) == 4
 
     checkpoint = str(folder / "checkpoints" / "last.ckpt")
     capfd.readouterr()

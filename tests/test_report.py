@@ -23,7 +23,7 @@ from tests.search_results import (
     mixed_plan,
     outcome_of,
 )
-from tuner.report.plan_plots import draw_memory, draw_plan
+from tuner.report.plan_plots import draw_plan
 from tuner.report.plan_table import level_grid
 from tuner.report.report import write_report
 from tuner.report.style import save
@@ -60,8 +60,10 @@ def test_a_plan_is_one_picture(tmp_path: Path, num_layers: int) -> None:
 
 
 def test_every_bar_says_its_peak_and_whether_it_fits() -> None:
-    assert [t for t in texts(draw_memory(ACCOUNTS, None)) if t.startswith("29.9 MB")] == ["29.9 MB"]
-    said = texts(draw_memory(ACCOUNTS, 32_000_000))
+    assert [t for t in texts(draw_plan(ACCOUNTS, None, {})) if t.startswith("29.9 MB")] == [
+        "29.9 MB"
+    ]
+    said = texts(draw_plan(ACCOUNTS, 32_000_000, {}))
     assert "29.9 MB\nfits" in said
     assert "37.4 MB\n5.43 MB over" in said
     assert "budget 32 MB" in said
@@ -69,7 +71,7 @@ def test_every_bar_says_its_peak_and_whether_it_fits() -> None:
 
 @pytest.mark.parametrize(("budget", "num_lines"), [(None, 0), (PEAK, 1), (100 * PEAK, 0)], ids=str)
 def test_the_budget_is_a_line_unless_it_dwarfs_the_bars(budget: int | None, num_lines: int) -> None:
-    figure = draw_memory(ACCOUNTS, budget)
+    figure = draw_plan(ACCOUNTS, budget, {})
     lines = [list(line.get_xdata()) for line in figure.axes[0].get_lines()]
     assert lines == [[budget, budget]] * num_lines
     assert any(text.startswith("budget") for text in texts(figure)) == (budget is not None)
@@ -117,7 +119,7 @@ def test_the_report_shows_every_plot_that_it_writes(
     report: Callable[[str], Path], case: str
 ) -> None:
     folder = report(case)
-    names = {"losses", "levels", "memory"}
+    names = {"losses", "plan"}
     if case in ("mixed", "no-reference"):
         names |= {"curves", "ablation"}
     for name in names:
@@ -132,7 +134,7 @@ def test_the_report_shows_every_plot_that_it_writes(
 def test_a_deep_model_has_a_readable_plot(tmp_path: Path) -> None:
     deep = replace(MIXED, plan=mixed_plan(80))
     paths = write_report(tmp_path, outcome_of(deep, trials=SEARCHED), SAID, ACCOUNT, None, PEAK)
-    assert png_size(paths["levels"])[1] <= 2000
+    assert png_size(paths["plan"])[1] <= 2000
 
 
 @pytest.mark.parametrize("case", CASES)

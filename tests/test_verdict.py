@@ -43,7 +43,7 @@ def uniform(level: int, loss: float) -> Candidate:
 
 def test_a_mixed_plan_is_compared_with_adam_and_with_uniform_at_equal_bytes() -> None:
     loss, plan, memory = said(TUNED).splitlines()
-    assert "0.100 ± 0.014 nats lower than split-lr Adam" in loss
+    assert "0.100 ± 0.014 nats lower than Adam (split learning rate)" in loss
     assert "0.040 ± 0.014 nats lower than uniform level 2 at equal bytes" in loss
     assert "95 %" in loss
     assert f"{FINAL} steps" in loss
@@ -93,7 +93,7 @@ def test_where_adam_wins_the_smallest_tied_plan_is_named(
     folded: list[Candidate], difference: str
 ) -> None:
     plan, closest = said(outcome_of(REFERENCE, *folded, trials=[])).splitlines()
-    assert plan.startswith("Plan: split-lr Adam")
+    assert plan.startswith("Plan: Adam")
     assert "uniform level 3" in closest
     assert "12.5 %" in closest
     assert difference in closest

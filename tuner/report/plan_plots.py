@@ -1,4 +1,4 @@
-"""Plots of a plan: its memory as bars, its fold levels as a heat map."""
+"""The plot of a plan: its predicted memory as bars, its fold levels as a heat map."""
 
 import math
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from foam_lightning.memory.account import Account
+from foam_lightning.memory.options import MAX_LEVEL
 from foam_lightning.model.roles import ROLES
 from foam_lightning.units import format_bytes
 from tuner.report.plan_table import TERM_NAMES
@@ -37,8 +38,7 @@ _TERM_COLOURS = {
     "context": "#999999",
     "margin": "#D9D9D9",
 }
-_WIDTH = 8.4
-_MAX_LEVEL = 8
+_LEVELS_HEIGHT = 2.6
 _MAX_LAYERS_WITH_VALUES = 40
 # Of a label, as a share of the width of the axes.
 _LETTER_WIDTH = 0.0135
@@ -52,61 +52,27 @@ def draw_plan(
     grid: Mapping[int, Mapping[str, int]],
     title: str = "Predicted peak memory of each device",
 ) -> Figure:
-    """Draw a plan: its memory as in `draw_memory`, below it its levels as in `draw_levels`.
+    """Draw the memory of plans as stacked bars, and below them the fold levels of one as a map.
 
     Args:
-        accounts: One or more, by label, from top to bottom.
+        accounts: The predicted peaks, one or more, by label, from top to bottom.
         budget_bytes: The budget; None if there is none.
-        grid: Level by layer and role; if empty, no levels are drawn.
-        title: The heading of the bars.
-    """
-    heights = [_memory_height(len(accounts)), *([_levels_height(grid)] if grid else [])]
-    figure = new_figure(_WIDTH, sum(heights))
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_memory(parts[0], accounts, budget_bytes, title)
-    if grid:
-        _draw_levels(
-            parts[1],
-            grid,
-            "Fold level of each matrix: 2^level columns share one optimizer state; 0 is Adam",
-        )
-    return figure
-
-
-def draw_memory(
-    accounts: Mapping[str, Account],
-    budget_bytes: int | None,
-    title: str = "Predicted peak memory of each device",
-) -> Figure:
-    """Draw the terms of each peak as a stacked bar, against the budget.
-
-    Args:
-        accounts: One or more, by label, from top to bottom.
-        budget_bytes: The budget; None if there is none.
+        grid: Level by layer and role; if empty, only the memory is drawn.
         title: The heading.
     """
-    figure = new_figure(_WIDTH, _memory_height(len(accounts)))
-    _draw_memory(figure, accounts, budget_bytes, title)
-    return figure
-
-
-def draw_levels(grid: Mapping[int, Mapping[str, int]], title: str) -> Figure:
-    """Draw the level of every matrix as a heat map, roles by layers.
-
-    Args:
-        grid: Level by layer and role; what is missing is not folded.
-        title: Whose levels they are.
-    """
-    figure = new_figure(_WIDTH, _levels_height(grid))
-    _draw_levels(figure, grid, title)
+    memory_height = 1.6 + 0.9 * len(accounts)
+    figure = new_figure(8.4, memory_height + (_LEVELS_HEIGHT if grid else 0))
+    if not grid:
+        _draw_memory(figure, accounts, budget_bytes, title)
+        return figure
+    heights = [memory_height, _LEVELS_HEIGHT]
+    parts = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_memory(parts[0], accounts, budget_bytes, title)
+    _draw_levels(parts[1], grid)
     return figure
 
 
 # ---- memory
-
-
-def _memory_height(num_bars: int) -> float:
-    return 1.6 + 0.9 * num_bars
 
 
 def _draw_memory(
@@ -222,33 +188,19 @@ def _short(num_bytes: int) -> str:
 # ---- levels
 
 
-def _levels_height(grid: Mapping[int, Mapping[str, int]]) -> float:
-    return 2.9 if len(grid) > _MAX_LAYERS_WITH_VALUES else 2.6
-
-
-def _draw_levels(
-    figure: Figure | SubFigure, grid: Mapping[int, Mapping[str, int]], title: str
-) -> None:
+def _draw_levels(figure: SubFigure, grid: Mapping[int, Mapping[str, int]]) -> None:
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11)
+    axes.set_title(
+        "Fold level of each matrix: 2^level columns share one optimizer state; 0 is Adam",
+        fontsize=11,
+    )
     axes.set_yticks(range(len(ROLES)), ROLES)
     axes.set_xlabel("layer")
-    axes.tick_params(which="both", length=0)
     layers = sorted(grid)
-    if not layers:
-        axes.set_xticks([])
-        axes.text(0.5, 0.5, "no matrix is folded", ha="center", transform=axes.transAxes)
-        return
     values = [[grid[layer].get(role, math.nan) for layer in layers] for role in ROLES]
-    max_level = max(_MAX_LEVEL, *(level for row in grid.values() for level in row.values()))
-    palette = ListedColormap(colormaps["viridis"](np.linspace(0, 1, max_level + 1)))
-    image = axes.imshow(
-        values,
-        aspect="auto",
-        interpolation="nearest",
-        cmap=palette,
-        norm=BoundaryNorm([level - 0.5 for level in range(max_level + 2)], max_level + 1),
-    )
+    palette = ListedColormap(colormaps["viridis"](np.linspace(0, 1, MAX_LEVEL + 1)))
+    norm = BoundaryNorm([level - 0.5 for level in range(MAX_LEVEL + 2)], MAX_LEVEL + 1)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=palette, norm=norm)
     stride = 1 if len(layers) <= 16 else 4
     axes.set_xticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
     # Thin white lines keep neighbours of equal level apart.
@@ -259,7 +211,7 @@ def _draw_levels(
     if len(layers) <= _MAX_LAYERS_WITH_VALUES:
         _print_values(axes, values, palette)
     else:
-        bar = figure.colorbar(image, ax=axes, label="fold level", ticks=range(max_level + 1))
+        bar = figure.colorbar(image, ax=axes, label="fold level", ticks=range(MAX_LEVEL + 1))
         bar.ax.tick_params(which="both", length=0)
 
 

@@ -13,7 +13,7 @@ from foam_lightning.storage.atomic import write_text
 from foam_lightning.units import format_bytes
 from tuner.planning.scales import describe_scales, scale_rows
 from tuner.report.ablation import Ablation, ablations
-from tuner.report.plan_plots import draw_levels, draw_memory
+from tuner.report.plan_plots import draw_plan
 from tuner.report.plan_table import TERM_NAMES, describe_levels, level_grid, level_rows
 from tuner.report.result_plots import draw_ablation, draw_curves, draw_losses
 from tuner.report.style import save
@@ -41,8 +41,8 @@ def write_report(
         budget_bytes: The budget.
 
     Returns:
-        The plots by name: "losses", "levels" and "memory", and where there is something to show,
-        "curves" and "ablation".
+        The plots by name: "losses" and "plan", and where there is something to show, "curves" and
+        "ablation".
     """
     winner = search_result.winner
     accounts = {f"{winner.label},\nchosen": account}
@@ -54,8 +54,7 @@ def write_report(
         "losses": draw_losses(search_result),
         "curves": draw_curves(search_result),
         "ablation": draw_ablation(found),
-        "levels": draw_levels(grid, f"Fold levels of the chosen plan: {winner.label}"),
-        "memory": draw_memory(accounts, budget_bytes),
+        "plan": draw_plan(accounts, budget_bytes, grid),
     }
     paths = {}
     for name, figure in figures.items():
@@ -185,7 +184,6 @@ def _levels_section(winner: Candidate) -> list[str]:
         "## Fold levels of the chosen plan",
         *([_markdown_table(["layers", *ROLES], rows)] if rows else []),
         *describe_levels(levels),
-        "![Fold levels by layer and role](levels.png)",
     ]
 
 
@@ -211,7 +209,7 @@ def _memory_section(accounts: Mapping[str, Account], budget_bytes: int) -> list[
         "## Memory\n\nPredicted for each device, at the moment of the peak; the budget is "
         f"{format_bytes(budget_bytes)}.",
         _markdown_table(["term", *labels], [*rows, ["**peak**", *peaks]]),
-        "![Predicted peak memory against the budget](memory.png)",
+        "![Memory and fold levels of the chosen plan](plan.png)",
     ]
 
 

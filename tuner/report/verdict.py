@@ -13,6 +13,9 @@ from tuner.trials.extrapolation import predict_full_run
 from tuner.trials.results import Candidate, SearchResult
 from tuner.trials.runner import Difference
 
+# The reference: AdamW whose matrices train at scale times lr, like FOAM's.
+_ADAM = "Adam (split learning rate)"
+
 
 @dataclass(frozen=True)
 class AdamRequirement:
@@ -85,14 +88,14 @@ def verdict(search_result: SearchResult, adam: AdamRequirement, full_steps: int)
 def _adam_won(search_result: SearchResult, runs: str) -> list[str]:
     """Say why Adam stays, and what the folded plan with the least state would cost."""
     adam = search_result.winner
-    lines = [f"Plan: {adam.label}: it fits, and no folded plan is significantly better ({runs})."]
+    lines = [f"Plan: {_ADAM}; it fits, and no folded plan is significantly better ({runs})."]
     folded = [c for c in search_result.finalists if c.kind != "reference" and math.isfinite(c.loss)]
     if folded:
         tied = [c for c in folded if not c.against(adam).is_decided]
         closest = min(tied, key=lambda c: c.state_bytes, default=min(folded, key=lambda c: c.loss))
         lines.append(
             f"Closest folded plan: {closest.label}, {_state(closest, search_result)}; "
-            f"validation loss {_compare(closest.against(adam), adam.label)}."
+            f"validation loss {_compare(closest.against(adam), 'Adam')}."
         )
     return lines
 
@@ -105,7 +108,7 @@ def _compared_with(search_result: SearchResult) -> list[tuple[Candidate, str]]:
     equal = at_equal_bytes(winner.state_bytes, others)
     best = sorted(equal, key=lambda c: c.loss)[:1]
     return [
-        *([(adam, adam.label)] if adam else []),
+        *([(adam, _ADAM)] if adam else []),
         *((c, f"{c.label} at equal bytes") for c in best),
     ]
 
