@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foam_lightning.checkpoint.load import load_module, load_tokenizer
-from foam_lightning.data.chat import encode_prompt, end_of_turn
+from foam_lightning.data.chat import encode_prompt, end_of_turn_id
 from foam_lightning.errors import ConfigError
 from foam_lightning.model.llama import stop_token_ids
 from foam_lightning.validation import WRITING, check_ranges
@@ -42,7 +42,7 @@ def generate_text(
     tokenizer = load_tokenizer(path)
     inputs = _encode_chat(tokenizer, prompt) if is_chat else _encode(tokenizer, prompt)
     model: Any = module.model
-    turn = end_of_turn(tokenizer) if is_chat else None
+    turn = end_of_turn_id(tokenizer) if is_chat else None
     torch.manual_seed(seed)
     model.generate(
         **inputs,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from foam_lightning.data.chat import PLAIN_TEMPLATE, ChatText, conversations, encode_chat
+from foam_lightning.data.chat import PLAIN_TEMPLATE, ChatText, encode_chat, read_conversations
 from foam_lightning.data.module import TextData
 from foam_lightning.data.packing import IGNORED
 from foam_lightning.errors import ConfigError, DataError
@@ -20,7 +20,7 @@ TALK = [
     {"role": "assistant", "content": "Now it is 6."},
     {"role": "user", "content": "Thanks."},
 ]
-# Writes answers otherwise once more follows, as templates do that remove reasoning.
+# Changes answers once another message follows, as templates that remove reasoning do.
 FORGETFUL = CHAT_TEMPLATE.replace(
     "{{ message['content'] }}",
     "{{ message['content'] if loop.last or message['role'] == 'user' else '...' }}",
@@ -40,7 +40,7 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def learned(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
-    """Write out every stretch of tokens that has labels."""
+    """Decode every run of tokens that has labels."""
     texts: list[list[int]] = [[]]
     for label in labels:
         if label != IGNORED:
@@ -50,7 +50,7 @@ def learned(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
     return [str(tokenizer.decode(ids)) for ids in texts if ids]
 
 
-def test_what_the_assistant_says_is_learned_and_nothing_else(
+def test_only_messages_of_the_assistant_have_labels(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     ids, labels = encode_chat(tokenizer, TALK, "here")
@@ -60,7 +60,7 @@ def test_what_the_assistant_says_is_learned_and_nothing_else(
     assert [i for i, label in zip(ids, labels, strict=True) if label not in (i, IGNORED)] == []
 
 
-def test_a_tokenizer_without_a_template_gets_the_plain_one(
+def test_the_plain_template(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -82,9 +82,9 @@ def prompts(number: int) -> list[Any]:
     return [{"prompt": f"{i} + {i}?", "response": f"{2 * i}."} for i in range(number)]
 
 
-def test_a_prompt_with_its_response_is_a_conversation_of_two(tmp_path: Path) -> None:
+def test_prompt_and_response_are_a_conversation_of_two_messages(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "chat.jsonl", [*prompts(1), "", {"messages": TALK}])
-    (_, pair), (place, messages) = conversations(Path(path))
+    (_, pair), (place, messages) = read_conversations(Path(path))
     assert pair == [
         {"role": "user", "content": "0 + 0?"},
         {"role": "assistant", "content": "0."},
@@ -93,17 +93,18 @@ def test_a_prompt_with_its_response_is_a_conversation_of_two(tmp_path: Path) -> 
     assert place == f"{path} line 3"
 
 
+NOT = "line 3 is not a conversation"
 BROKEN: dict[str, tuple[Any, str]] = {
     "no json": ('{"prompt": ', r"line 3 is not JSON"),
-    "a list": ([1, 2], r"line 3 is no conversation; write \{\"messages\""),
-    "no response": ({"prompt": "Why?"}, r"line 3 is no conversation"),
-    "no messages": ({"messages": []}, r"line 3 is no conversation"),
-    "no text": ({"messages": [{"role": "user", "content": 5}]}, r"line 3 is no conversation"),
+    "a list": ([1, 2], NOT),
+    "no response": ({"prompt": "Why?"}, NOT),
+    "no messages": ({"messages": []}, NOT),
+    "no text": ({"messages": [{"role": "user", "content": 5}]}, NOT),
     "no answer": ({"messages": TALK[:2]}, r"line 3 needs a message of the assistant"),
-    "answer first": ({"messages": TALK[2:]}, r"line 3 needs a message of the assistant, and ano"),
+    "answer first": ({"messages": TALK[2:]}, r"line 3 needs a message of the assistant"),
     "unknown role": (
         {"messages": [*TALK, {"role": "tool", "content": "4"}]},
-        r"line 3 has the role 'tool'; there are system, user, assistant",
+        r"line 3 .*'tool'; use system, user, assistant",
     ),
 }
 
@@ -113,7 +114,7 @@ def test_a_broken_line_is_named(kind: str, tmp_path: Path) -> None:
     line, message = BROKEN[kind]
     path = write_lines(tmp_path / "chat.jsonl", [*prompts(2), line])
     with pytest.raises(DataError, match=message) as caught:
-        list(conversations(Path(path)))
+        list(read_conversations(Path(path)))
     assert str(caught.value).startswith(path)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -121,12 +122,12 @@ def test_a_broken_line_is_named(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (FORGETFUL, r"here: the chat template changes what it wrote before when message 5"),
-        ("{{ raise_exception('no system') }}", r"here: the chat template refuses it \(no system"),
+        (FORGETFUL, r"here: .*template changes .*message 5"),
+        ("{{ raise_exception('no system') }}", r"here: .*template fails \(no system"),
     ],
     ids=["forgetful", "refusing"],
 )
-def test_a_template_that_does_not_tell_responses_apart_is_refused(
+def test_a_template_that_does_not_separate_responses_is_refused(
     template: str, message: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = template
@@ -169,18 +170,15 @@ def test_conversations_are_padded_rows(
             assert response == f"{2 * int(question)}.<|end|>\n"
 
 
-def test_long_conversations_are_cut_and_counted(
+def test_long_conversations_are_truncated_and_counted(
     chat: Callable[..., TextData], capfd: pytest.CaptureFixture[str]
 ) -> None:
     far = {"prompt": "Why? " * 40, "response": "So."}
     wordy = {"prompt": "Why?", "response": "So. " * 40}
     data = chat([*prompts(21), far, wordy], batch_size=1)
     data.setup()
-    said = capfd.readouterr().err.splitlines()
-    assert said == [
-        "2 of 23 conversations are longer than data.sequence_length 40 and cut off; 1 have no "
-        "response within it and are left out"
-    ]
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert warning.startswith("2 of 23 conversations are truncated to data.sequence_length 40; 1 ")
     assert isinstance(data._text, ChatText)
     assert max(len(row["input_ids"]) for row in data._text.train) == 40
     assert all((row["labels"][1:] != IGNORED).any() for row in data._text.train)
@@ -189,14 +187,14 @@ def test_long_conversations_are_cut_and_counted(
 @pytest.mark.parametrize(
     ("lines", "settings", "message"),
     [
-        ([" "], {}, r"chat\.jsonl holds no conversation, only blanks"),
-        (prompts(19), {}, r"19 conversations are too few to hold out 5%"),
+        ([" "], {}, r"chat\.jsonl has no conversation"),
+        (prompts(19), {}, r"19 conversations are too few .*5%"),
         (prompts(3) * 20, {"sequence_length": 4}, r"no conversation in .* within 4 tokens"),
-        (prompts(23), {"batch_size": 50}, r"makes 22 sequences .* fewer than one batch of 50"),
+        (prompts(23), {"batch_size": 50}, r"22 sequences .* one batch of 50"),
     ],
     ids=["blank", "nothing to validate on", "no response left", "no batch"],
 )
-def test_too_little_is_refused(
+def test_too_few_conversations_are_refused(
     lines: list[Any], settings: dict[str, Any], message: str, chat: Callable[..., TextData]
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -208,8 +206,8 @@ def test_other_files_and_settings_are_refused(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("no conversation")
-    with pytest.raises(DataError, match=r"text\.txt as conversations: data\.chat needs \.jsonl"):
+    with pytest.raises(DataError, match=r"text\.txt .*needs \.jsonl"):
         chat(prompts(30), files=[str(text)]).setup()
     for settings in ({"tokenizer": None}, {"files": None}, {"streaming": True}):
-        with pytest.raises(ConfigError, match=r"data\.chat needs data\.files and a tokenizer"):
+        with pytest.raises(ConfigError, match=r"data\.chat needs data\.files"):
             chat(prompts(30), **settings)

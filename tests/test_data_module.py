@@ -52,7 +52,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder(LightningModule):
-    """Remembers every training row it is shown."""
+    """Records the rows of every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def train(
 
 
 class SaveEveryStep(Callback):
-    """Like ModelCheckpoint, which would ask to be there again when resuming."""
+    """Like ModelCheckpoint, which would have to be present again when resuming."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -137,7 +137,7 @@ def test_padding_has_no_label(data: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_micro_batches_only_regroup_the_rows(data: Any, micro_batch_size: int) -> None:
+def test_micro_batches_do_not_change_the_order_of_rows(data: Any, micro_batch_size: int) -> None:
     whole, parts = data(batch_size=8), data(batch_size=8, micro_batch_size=micro_batch_size)
     whole.setup()
     parts.setup()
@@ -174,7 +174,7 @@ def test_an_epoch_has_whole_optimizer_steps(data: Any) -> None:
 @pytest.mark.parametrize(
     ("num_workers", "micro_batch_size", "stride"), [(0, 32, 1), (0, 16, 1), (1, 16, 4)]
 )
-def test_resuming_gives_the_very_next_rows_in_any_epoch(
+def test_a_run_resumes_with_the_next_rows_in_any_epoch(
     data: Any, tmp_path: Path, num_workers: int, micro_batch_size: int, stride: int
 ) -> None:
     settings = {
@@ -216,7 +216,7 @@ def test_resuming_again_after_the_end_of_an_epoch(data: Any, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_finished_stream_can_be_prolonged(data: Any, tmp_path: Path, num_workers: int) -> None:
+def test_a_finished_stream_can_continue(data: Any, tmp_path: Path, num_workers: int) -> None:
     settings = {
         "files": None,
         "dataset": "some/text",
@@ -231,7 +231,7 @@ def test_a_finished_stream_can_be_prolonged(data: Any, tmp_path: Path, num_worke
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize(("num_workers", "stride"), [(0, 3), (2, 9)])
-def test_a_stream_resumes_with_the_very_next_rows(
+def test_a_stream_resumes_with_the_next_rows(
     data: Any, tmp_path: Path, num_workers: int, stride: int
 ) -> None:
     settings = {
@@ -313,7 +313,7 @@ def module_set_up(module: TextData) -> TextData:
     return module
 
 
-def test_the_tokenizer_is_there_without_setup(data: Any) -> None:
+def test_the_tokenizer_is_available_without_setup(data: Any) -> None:
     assert len(data().tokenizer) == 300
 
 
@@ -334,37 +334,32 @@ def test_preparing_is_quiet(data: Any, capfd: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 8, "micro_batch_size": 3}, "3 does not divide data.batch_size 8"),
-        ({"batch_size": 0}, "data.batch_size must be 1 or more and at most 16777216, got 0"),
-        (
-            {"sequence_length": 0},
-            "data.sequence_length must be 2 or more and at most 16777216, got 0",
-        ),
-        ({"files": []}, "data.files names no file"),
+        ({"batch_size": 8, "micro_batch_size": 3}, "3 .*data.batch_size 8"),
+        ({"batch_size": 0}, "data.batch_size .*16777216, got 0"),
+        ({"sequence_length": 0}, "data.sequence_length .*16777216, got 0"),
+        ({"files": []}, "data.files is empty"),
         ({"dataset": "some/text"}, "data.files and data.dataset are both set"),
-        ({"files": None, "validation_files": ["a.txt"]}, "validation_files needs data.files"),
+        ({"files": None, "validation_files": ["a.txt"]}, "validation_files is set without"),
         ({"files": None, "streaming": True}, "set data.dataset or data.files"),
-        ({"num_workers": -1}, "data.num_workers must be 0 or more and at most 1024, got -1"),
+        ({"num_workers": -1}, "data.num_workers .*1024, got -1"),
         ({"sources": []}, "data.sources and data.files are both set"),
     ],
     ids=str,
 )
-def test_contradictions_are_refused_at_once(
+def test_invalid_settings_are_refused_at_once(
     data: Any, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         data(**settings)
 
 
-def test_too_little_text_says_how_much_there_is(data: Any) -> None:
-    with pytest.raises(
-        DataError, match=r"makes \d+ sequences of 8 tokens, fewer than one batch of 99999"
-    ):
+def test_less_text_than_a_batch_is_refused(data: Any) -> None:
+    with pytest.raises(DataError, match=r"\d+ sequences of 8 tokens, .*batch of 99999"):
         data(batch_size=99999).setup()
 
 
 def test_too_little_validation_text_is_refused(data: Any, tmp_path: Path) -> None:
     path = tmp_path / "held_out.txt"
     path.write_text("short")
-    with pytest.raises(DataError, match=r"validation text of .* is shorter than one sequence of 8"):
+    with pytest.raises(DataError, match=r"validation text .*shorter .*of 8"):
         data(validation_files=[str(path)]).setup()

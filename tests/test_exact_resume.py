@@ -115,5 +115,5 @@ def test_another_number_of_workers_is_refused(new_job: NewJob, tmp_path: Path) -
         new_job(data={**data, "num_workers": n}, trainer={"max_steps": 1}) for n in (0, 1)
     )
     fit(job, job.uniform_plan(1), tmp_path)
-    with pytest.raises(DataError, match=r"data\.num_workers 0 and this run has 1"):
+    with pytest.raises(DataError, match=r"data\.num_workers 0, this run has 1"):
         fit(other, other.uniform_plan(1), tmp_path / "other", start=tmp_path / "1.ckpt")

@@ -304,7 +304,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "GPT-2": (break_architecture, "gpt2"),
     "remote code": (break_code, "custom code"),
     "no folder": (shutil.rmtree, "has no config.json"),
-    "large tokenizer": (break_tokenizer, "has tokens up to 399, and the model's vocabulary of 328"),
+    "large tokenizer": (break_tokenizer, "token ids up to 399"),
 }
 
 
@@ -324,8 +324,8 @@ def test_a_bad_folder_is_one_line_and_leaves_nothing(
 
 BAD_CHATS = {
     "broken line": (30, '{"prompt": "Why?', "line 31 is not JSON"),
-    "no response": (30, '{"prompt": "Why?"}', "line 31 is no conversation"),
-    "nothing to validate on": (10, None, "10 conversations are too few to hold out 5%"),
+    "no response": (30, '{"prompt": "Why?"}', "line 31 is not a conversation"),
+    "nothing to validate on": (10, None, "10 conversations are too few"),
 }
 
 

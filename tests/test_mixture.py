@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_lightning.data import rng as draw
-from foam_lightning.data.mixture import MixtureSampler, in_turn, read_sources, shares
+from foam_lightning.data import rng
+from foam_lightning.data.mixture import MixtureSampler, interleave, normalized_weights, read_sources
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import ConfigError, DataError
 
@@ -21,8 +21,10 @@ def scaled(values: list[float]) -> list[float]:
 
 
 @given(st.integers(min_value=0, max_value=10**6), weights)
-def test_parts_add_up_and_are_within_one_of_their_shares(total: int, values: list[float]) -> None:
-    parts = draw.apportion(total, scaled(values))
+def test_apportioned_parts_add_up_and_are_within_one_of_their_shares(
+    total: int, values: list[float]
+) -> None:
+    parts = rng.apportion(total, scaled(values))
     assert sum(parts) == total
     assert all(
         abs(part - total * share) < 1 + 1e-6
@@ -31,14 +33,14 @@ def test_parts_add_up_and_are_within_one_of_their_shares(total: int, values: lis
 
 
 @given(st.lists(st.integers(min_value=-(2**63), max_value=2**64), min_size=1, max_size=4))
-def test_chance_follows_from_its_key(key: list[int]) -> None:
-    assert draw.number(*key) == draw.number(*key)
-    assert 0 <= draw.number(*key) < 2**64
-    assert sorted(draw.order(9, *key)) == list(range(9))
+def test_random_numbers_depend_only_on_the_key(key: list[int]) -> None:
+    assert rng.random_integer(*key) == rng.random_integer(*key)
+    assert 0 <= rng.random_integer(*key) < 2**64
+    assert sorted(rng.permutation(9, *key)) == list(range(9))
 
 
-def test_choices_come_as_often_as_their_shares_say() -> None:
-    found = Counter(draw.choice([0.5, 0.2, 0.3], 0, index) for index in range(20_000))
+def test_weighted_choices_have_the_given_probabilities() -> None:
+    found = Counter(rng.weighted_choice([0.5, 0.2, 0.3], 0, index) for index in range(20_000))
     assert [found[index] / 20_000 for index in range(3)] == pytest.approx([0.5, 0.2, 0.3], abs=0.02)
 
 
@@ -49,7 +51,7 @@ def sampler(epoch: int = 0, **settings: Any) -> MixtureSampler:
     return made
 
 
-def test_an_epoch_holds_every_source_by_its_share_and_no_row_twice_before_all_were_seen() -> None:
+def test_an_epoch_has_the_exact_shares_and_repeats_no_row_before_all_were_read() -> None:
     epochs = [list(sampler(epoch)) for epoch in range(6)]
     assert all(len(rows) == 100 for rows in epochs)
     assert all(sum(row < 30 for row in rows) == 75 for rows in epochs)
@@ -61,7 +63,7 @@ def test_an_epoch_holds_every_source_by_its_share_and_no_row_twice_before_all_we
     assert len({str(rows) for rows in epochs}) == 6
 
 
-def test_a_mixture_resumes_with_the_very_next_row_and_ranks_share_it() -> None:
+def test_a_mixture_resumes_exactly_and_ranks_take_turns() -> None:
     whole = list(sampler(2))
     running = sampler(2)
     list(islice(running, 37))
@@ -98,7 +100,9 @@ def origins(module: TextData, batches: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_and_validation_rows_are_of_every_source(data: Any, streaming: bool) -> None:
+def test_training_and_validation_rows_have_the_proportion_of_the_weights(
+    data: Any, streaming: bool
+) -> None:
     module = data(streaming=streaming, validation_sequences=12)
     module.stream_rows = 800
     module.setup()
@@ -109,20 +113,20 @@ def test_rows_and_validation_rows_are_of_every_source(data: Any, streaming: bool
     assert train.total() == (800 if streaming else 568)
 
 
-def test_validation_keeps_the_proportion_where_a_source_is_short(data: Any) -> None:
+def test_validation_keeps_the_proportion_if_a_source_is_short(data: Any) -> None:
     module = data(validation_sequences=1000)
     module.setup()
     assert origins(module, module.val_dataloader()) == {"a": 15, "b": 5}
 
 
-def test_a_tokenizer_sees_every_source_in_turn() -> None:
-    documents = in_turn([[{"text": "a"}, {"text": "b"}, {"text": "c"}], [{"text": "x"}]])
+def test_sources_are_interleaved() -> None:
+    documents = interleave([[{"text": "a"}, {"text": "b"}, {"text": "c"}], [{"text": "x"}]])
     assert [document["text"] for document in documents] == ["a", "x", "b", "c"]
 
 
-def test_weights_are_scaled() -> None:
+def test_weights_are_normalized() -> None:
     made = read_sources([{"dataset": "x", "weight": 3}, {"files": ["a.txt"], "weight": 1.0}])
-    assert shares(made) == [0.75, 0.25]
+    assert normalized_weights(made) == [0.75, 0.25]
 
 
 GOOD = {"dataset": "x", "weight": 1}
@@ -131,35 +135,37 @@ GOOD = {"dataset": "x", "weight": 1}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ([], "data.sources names no source"),
-        ([{"dataset": "x"}], r"data.sources\[0\].weight must be a number above 0, got None"),
-        ([GOOD, {**GOOD, "weight": 0}], r"data.sources\[1\].weight .* got 0;"),
+        ([], "data.sources is empty"),
+        ([{"dataset": "x"}], r"\[0\].weight .*above 0, got None"),
+        ([GOOD, {**GOOD, "weight": 0}], r"\[1\].weight .* got 0$"),
         ([{**GOOD, "weight": -1.5}], "above 0, got -1.5"),
         ([{**GOOD, "weight": float("nan")}], "above 0, got nan"),
         ([{**GOOD, "weight": float("inf")}], "above 0, got inf"),
         ([{**GOOD, "weight": "much"}], "above 0, got 'much'"),
         ([{**GOOD, "weight": True}], "above 0, got True"),
-        ([{"weight": 1}], r"data.sources\[0\] names neither files nor a dataset"),
-        ([{**GOOD, "path": "x"}], "has no setting 'path'; there are files, validation_files"),
-        ([{**GOOD, "files": ["a.txt"]}], r"\[0\].files and data.sources\[0\].dataset are both set"),
-        ([{"files": "a.txt", "weight": 1}], "files must be a list of paths, got 'a.txt'"),
-        ([{"files": [5], "weight": 1}], r"files must be a list of paths, got \[5\]"),
-        ([{**GOOD, "text_column": 5}], r"data.sources\[0\].text_column must be a text, got 5"),
-        ([{"files": [], "weight": 1}], r"data.sources\[0\].files names no file"),
+        ([{"weight": 1}], r"\[0\] has neither files nor a dataset"),
+        ([{**GOOD, "path": "x"}], "'path'; it has files, validation_files"),
+        ([{**GOOD, "files": ["a.txt"]}], r"\[0\].files and .*dataset are both set"),
+        ([{"files": "a.txt", "weight": 1}], "list of paths, got 'a.txt'"),
+        ([{"files": [5], "weight": 1}], r"list of paths, got \[5\]"),
+        ([{**GOOD, "text_column": 5}], r"\[0\].text_column .*got 5"),
+        ([{"files": [], "weight": 1}], r"\[0\].files is empty"),
     ],
     ids=str,
 )
-def test_bad_sources_are_one_line(settings: list[dict[str, Any]], message: str) -> None:
+def test_invalid_sources_are_refused_in_one_line(
+    settings: list[dict[str, Any]], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         TextData(sources=settings)
     assert "\n" not in str(caught.value)
 
 
-def test_a_source_without_a_row_is_named(
+def test_a_source_shorter_than_a_row_is_named(
     data: Any, tmp_path: Path, sources: list[dict[str, Any]]
 ) -> None:
     path = tmp_path / "short.txt"
     path.write_text("x")
     short = {"files": [str(path)], "weight": 1}
-    with pytest.raises(DataError, match=r"the validation text of .*short.txt is shorter than one"):
+    with pytest.raises(DataError, match=r"validation text of .*short\.txt is shorter"):
         data(sources=[*sources, short], packing=True).setup()

@@ -13,12 +13,12 @@ from foam_lightning.data import packing
 from foam_lightning.data.packing import (
     Packer,
     collate,
-    even_subset,
-    num_in_whole_batches,
+    evenly_spaced,
     packed_dataset,
     packed_rows,
+    rows_in_whole_batches,
 )
-from foam_lightning.data.tokenizer import Piece, build_tokenizer, encode, end_of_text
+from foam_lightning.data.tokenizer import Piece, build_tokenizer, encode, end_of_text_id
 from foam_lightning.errors import DataError
 
 TEXTS = [
@@ -54,7 +54,7 @@ def flow(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
         token
         for text in texts
         for piece in encode(tokenizer, [text])
-        for token in [*piece.ids, end_of_text(tokenizer)]
+        for token in [*piece.ids, end_of_text_id(tokenizer)]
     ]
 
 
@@ -65,7 +65,7 @@ documents_of_pieces = st.lists(
 
 
 @given(documents_of_pieces, st.integers(min_value=1, max_value=7))
-def test_packed_rows_are_the_flow_but_for_its_last_incomplete_row(
+def test_packed_rows_are_the_tokens_without_an_incomplete_last_row(
     documents: list[list[list[int]]], length: int
 ) -> None:
     flowing = [token for document in documents for token in [*joined(document), EOS]]
@@ -75,7 +75,7 @@ def test_packed_rows_are_the_flow_but_for_its_last_incomplete_row(
 
 
 @given(documents_of_pieces, st.integers(min_value=1, max_value=7))
-def test_padded_rows_are_the_beginnings_of_the_documents(
+def test_unpacked_rows_are_the_truncated_documents(
     documents: list[list[list[int]]], length: int
 ) -> None:
     rows = pack(documents, length, packing=False)
@@ -83,13 +83,13 @@ def test_padded_rows_are_the_beginnings_of_the_documents(
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 256])
-def test_the_tail_goes_on_across_batches_of_documents(
+def test_rows_continue_across_batches_of_documents(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     at_once: int,
 ) -> None:
-    monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr(packing, "_DOCUMENTS_PER_BATCH", at_once)
     rows = packed(tokenizer, tmp_path, sequence_length=16)
     expected = flow(tokenizer, TEXTS)
     assert len(rows) == len(expected) // 16 > 100
@@ -121,7 +121,7 @@ def test_rows_are_written_once(
 @pytest.mark.parametrize(
     "change", [{"fingerprint": "g"}, {"sequence_length": 8}, {"packing": False}], ids=str
 )
-def test_what_rows_depend_on_names_their_file(
+def test_rows_of_other_settings_are_cached_separately(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     packed(tokenizer, tmp_path)
@@ -129,7 +129,7 @@ def test_what_rows_depend_on_names_their_file(
     assert len(list(tmp_path.glob("rows-*.arrow"))) == 2
 
 
-def test_another_tokenizer_makes_other_rows(
+def test_rows_of_another_tokenizer_are_cached_separately(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     documents = Dataset.from_dict({"text": TEXTS})
@@ -139,26 +139,24 @@ def test_another_tokenizer_makes_other_rows(
     assert len(list(tmp_path.glob("rows-*.arrow"))) == 2
 
 
-def test_labels_are_the_tokens_and_padding_is_ignored() -> None:
+def test_labels_are_the_tokens_except_padding() -> None:
     batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], sequence_length=3, pad=1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
-def test_whole_batches_drop_the_rest_or_say_what_is_missing() -> None:
-    assert num_in_whole_batches(10, 4, 1) == 8
-    with pytest.raises(
-        DataError, match="makes 10 sequences of 1 tokens, fewer than one batch of 11"
-    ):
-        num_in_whole_batches(10, 11, 1)
+def test_the_number_of_rows_is_rounded_down_to_whole_batches() -> None:
+    assert rows_in_whole_batches(10, 4, 1) == 8
+    with pytest.raises(DataError, match=r"10 sequences of 1 tokens.* batch of 11"):
+        rows_in_whole_batches(10, 11, 1)
 
 
 @given(st.data())
 def test_evenly_spaced_positions_are_distinct_and_inside(data: st.DataObject) -> None:
     total = data.draw(st.integers(min_value=1, max_value=500))
     count = data.draw(st.integers(min_value=1, max_value=total))
-    chosen = even_subset(count, total)
+    chosen = evenly_spaced(count, total)
     assert len(set(chosen)) == count
     assert 0 <= min(chosen) <= max(chosen) < total
 

@@ -84,7 +84,7 @@ def test_a_dataset_that_lacks_something_is_refused(
 
 VALIDATION = {
     "empty": ("", "is empty; give a file that holds text"),
-    "blank": ('{"text": " "}\n', "holds no text, only blanks"),
+    "blank": ('{"text": " "}\n', "has no text"),
     "short": ('{"text": "a"}\n', "is shorter than one sequence of 32 tokens"),
 }
 

@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import pytest
 from pyarrow import parquet
 
 from foam_lightning.data.cache import cache_folder, cached_dataset
-from foam_lightning.data.sources import TextSource, corpus_source, files_source, hub_source
+from foam_lightning.data.sources import (
+    TextSource,
+    is_held_out,
+    open_dataset,
+    open_default_corpus,
+    open_files,
+    python_library_documents,
+)
 from foam_lightning.errors import DataError
 
 
@@ -22,6 +30,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def write(path: Path, content: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
 
@@ -32,7 +41,7 @@ def jsonl(path: Path, texts: list[Any], column: str = "text") -> str:
 
 def read(files: list[str], cache: Path, **settings: Any) -> TextSource:
     settings = {"validation_files": None, "text_column": "text"} | settings
-    return files_source(
+    return open_files(
         files,
         settings.pop("validation_files"),
         settings.pop("text_column"),
@@ -46,13 +55,13 @@ def texts(dataset: Any) -> list[str]:
 
 
 def test_the_default_corpus_has_both_splits() -> None:
-    source = corpus_source()
+    source = open_default_corpus()
     assert len(source.train) > 10 * len(source.validation) > 0
     assert source.train.column_names == source.validation.column_names == ["text"]
-    assert corpus_source().fingerprint == source.fingerprint
+    assert open_default_corpus().fingerprint == source.fingerprint
 
 
-def test_every_kind_of_file_in_the_order_given(tmp_path: Path, cache: Path) -> None:
+def test_files_of_every_kind_are_read_in_the_order_given(tmp_path: Path, cache: Path) -> None:
     parquet.write_table(
         pa.table({"text": ["p1", None, "p2"], "n": [1, 2, 3]}), tmp_path / "a.parquet"
     )
@@ -67,7 +76,7 @@ def test_every_kind_of_file_in_the_order_given(tmp_path: Path, cache: Path) -> N
     assert texts(source.validation) == ["held out"]
 
 
-def test_a_share_of_many_documents_is_held_out(tmp_path: Path, cache: Path) -> None:
+def test_a_fraction_of_many_documents_is_held_out(tmp_path: Path, cache: Path) -> None:
     files = [jsonl(tmp_path / "a.jsonl", [f"document {index}" for index in range(60)])]
     source = read(files, cache)
     assert texts(source.validation) == ["document 10", "document 30", "document 50"]
@@ -104,24 +113,25 @@ def test_the_second_reading_comes_from_the_cache_until_a_file_changes(
     ("name", "content", "message"),
     [
         ("a.txt", "", "is empty"),
-        ("a.txt", " \n\n", "holds no text"),
-        ("a.txt", b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        ("a.txt", " \n\n", "has no text"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8 text (byte 0)"),
         ("a.txt", b"ab\0cd", "NUL bytes"),
-        ("a.csv", "x,y", "must be one of .txt, .jsonl, .parquet"),
+        ("a.txt", None, "there is no file"),
+        ("a.csv", "x,y", ".txt, .jsonl, .parquet"),
         ("a.jsonl", '{"text": "x"}\n{"text": "y"\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n\xff\xff\n', "line 2 is not JSON"),
-        ("a.jsonl", '{"body": "x", "id": 3}\n', "has no column 'text'; it has body, id;"),
-        ("a.jsonl", '{"text": 5}\n', "line 1: 'text' holds int, not a text"),
+        ("a.jsonl", '{"body": "x", "id": 3}\n', "no column 'text'; it has body, id;"),
+        ("a.jsonl", '{"text": 5}\n', "line 1: 'text' is int"),
         ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("a.jsonl", "\n\n", "holds no text"),
-        ("a.parquet", "no parquet at all", "is not a Parquet file"),
+        ("a.jsonl", "\n\n", "has no text"),
+        ("a.parquet", "no parquet at all", "not a valid Parquet file"),
     ],
     ids=lambda value: str(value)[:24],
 )
 def test_a_bad_file_is_named_in_one_line(
-    tmp_path: Path, cache: Path, name: str, content: str | bytes, message: str
+    tmp_path: Path, cache: Path, name: str, content: str | bytes | None, message: str
 ) -> None:
-    path = write(tmp_path / name, content)
+    path = str(tmp_path / name) if content is None else write(tmp_path / name, content)
     with pytest.raises(DataError) as caught:
         read([path], cache)
     assert path in str(caught.value)
@@ -130,16 +140,10 @@ def test_a_bad_file_is_named_in_one_line(
     assert not list(cache.iterdir())
 
 
-def test_a_missing_file_is_named(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no file .*nowhere\.txt"):
-        read([str(tmp_path / "nowhere.txt")], cache)
-
-
 @pytest.mark.parametrize(
-    ("column", "message"),
-    [("words", "has no column 'words'; it has text, n;"), ("n", "holds int64, not a text")],
+    ("column", "message"), [("words", "'words'; it has text, n;"), ("n", "'n' is int64")]
 )
-def test_a_parquet_column_that_is_no_text_is_named(
+def test_a_parquet_column_without_text_is_named(
     tmp_path: Path, cache: Path, column: str, message: str
 ) -> None:
     parquet.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
@@ -147,7 +151,7 @@ def test_a_parquet_column_that_is_no_text_is_named(
         read([str(tmp_path / "a.parquet")], cache, text_column=column)
 
 
-def test_a_file_that_may_not_be_read_is_named(
+def test_a_file_without_permission_is_named(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.txt", "secret")
@@ -160,13 +164,13 @@ def test_a_file_that_may_not_be_read_is_named(
         read([path], cache)
 
 
-def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     write(tmp_path / "file", "in the way")
     with pytest.raises(DataError, match=r"cannot create the cache folder .*data\.cache_dir"):
         cache_folder(str(tmp_path / "file" / "cache"))
 
 
-def test_the_cache_is_where_xdg_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_follows_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / "foam-lightning"
 
@@ -241,7 +245,7 @@ class Hub:
 def test_a_hub_dataset_keeps_its_splits(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
     hub = Hub({name: {"body": [name], "url": ["u"]} for name in ("train", "validation", "test")})
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    source = hub_source("some/text", "en", "body", streaming=streaming)
+    source = open_dataset("some/text", "en", "body", streaming=streaming)
     assert hub.calls == [("some/text", "en", streaming)]
     assert list(source.train) == [{"text": "train"}]
     assert list(source.validation) == [{"text": "validation"}]
@@ -258,17 +262,30 @@ def test_a_stream_may_learn_its_columns_late(
     stream = {name: split.map(lambda document: document) for name, split in stream.items()}
     assert stream["train"].column_names is None
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_settings: stream)
-    assert list(hub_source("some/text", None, "text", streaming=True).train) == [{"text": "train"}]
+    assert list(open_dataset("some/text", None, "text", streaming=True).train) == [
+        {"text": "train"}
+    ]
     with pytest.raises(DataError, match="has no column 'body'; it has text, id;"):
-        hub_source("some/text", None, "body", streaming=True)
+        open_dataset("some/text", None, "body", streaming=True)
 
 
-@pytest.mark.parametrize("missing", ["train", "validation"])
-def test_a_missing_split_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    splits = {name: {"text": ["a"]} for name in ("train", "validation", "test") if name != missing}
+TWO = {name: {"body": ["a"], "url": ["b"]} for name in ("train", "validation")}
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": {"text": ["a"]}, "test": {"text": ["b"]}}, "'validation'; it has train, test;"),
+        ({"validation": {"text": ["a"]}}, "no split 'train'; it has validation;"),
+        (TWO, "no column 'text'; it has body, url;"),
+    ],
+)
+def test_a_missing_split_or_column_is_named(
+    monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any], message: str
+) -> None:
     monkeypatch.setattr(datasets, "load_dataset", Hub(splits))
-    with pytest.raises(DataError, match=f"no split '{missing}'; it has {', '.join(splits)};"):
-        hub_source("some/text", None, "text", streaming=False)
+    with pytest.raises(DataError, match=message):
+        open_dataset("some/text", None, "text", streaming=False)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -277,35 +294,82 @@ def test_an_empty_split_is_named(monkeypatch: pytest.MonkeyPatch, streaming: boo
     splits = load("some/text", None, streaming=streaming)
     splits["validation"] = splits["validation"].filter(lambda _document: False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_settings: splits)
-    with pytest.raises(DataError, match="split 'validation' of the dataset 'some/text' is empty"):
-        hub_source("some/text", None, "text", streaming=streaming)
+    with pytest.raises(DataError, match=r"'validation' .*'some/text' is empty"):
+        open_dataset("some/text", None, "text", streaming=streaming)
 
 
-def test_a_missing_hub_column_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = {name: {"body": ["a"], "url": ["b"]} for name in ("train", "validation")}
-    monkeypatch.setattr(datasets, "load_dataset", Hub(splits))
-    with pytest.raises(DataError, match="has no column 'text'; it has body, url;"):
-        hub_source("some/text", None, "text", streaming=False)
-
-
-def test_a_wrong_configuration_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_configuration_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_settings: object) -> None:
         raise ValueError("BuilderConfig 'xx' not found. Available: ['en']\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(
-        DataError, match=r"cannot load .*'xx' not found.*data\.dataset_config"
-    ) as caught:
-        hub_source("some/text", "xx", "text", streaming=False)
+    with pytest.raises(DataError, match=r"'xx' not found.*data\.dataset_config") as caught:
+        open_dataset("some/text", "xx", "text", streaming=False)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_offline_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+def test_offline_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        DataError, match=r"cannot reach the Hugging Face Hub .*'allenai/c4'"
-    ) as caught:
-        hub_source("allenai/c4", "en", "text", streaming=streaming)
+    with pytest.raises(DataError, match=r"cannot reach .*'allenai/c4'") as caught:
+        open_dataset("allenai/c4", "en", "text", streaming=streaming)
     assert "\n" not in str(caught.value)
+
+
+# ---- the default corpus
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
+    return tmp_path
+
+
+def test_the_standard_library_is_about_12_megabytes_sorted_and_without_tests() -> None:
+    documents = list(python_library_documents())
+    names = [document.name for document in documents]
+    assert names == sorted(names)
+    assert 8e6 < sum(len(document.text) for document in documents) < 25e6
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    folders = {part for name in names for part in name.split("/")[:-1]}
+    assert folders.isdisjoint({"test", "tests", "idle_test", "site-packages", "__pycache__"})
+
+
+def test_about_5_percent_of_the_files_are_for_validation() -> None:
+    names = [document.name for document in python_library_documents()]
+    share = sum(map(is_held_out, names)) / len(names)
+    assert 0.03 < share < 0.07
+
+
+def test_the_split_of_a_file_never_changes() -> None:
+    names = [f"module_{index}.py" for index in range(60)]
+    assert [name for name in names if is_held_out(name)] == [
+        "module_14.py",
+        "module_42.py",
+    ]
+
+
+def test_files_without_source_text_are_skipped(library: Path) -> None:
+    write(library / "kept.py", b"x = 1\n")
+    write(library / "package" / "also_kept.py", b"y = 2\n")
+    write(library / "latin.py", b"# caf\xe9\n")
+    write(library / "blank.py", b"\n")
+    write(library / "notes.txt", b"not code")
+    for folder in (
+        "test",
+        "package/tests",
+        "site-packages",
+        "config-3.11-x86",
+        "ensurepip/_bundled",
+    ):
+        write(library / folder / "left_out.py", b"z = 3\n")
+    assert [tuple(document) for document in python_library_documents()] == [
+        ("kept.py", "x = 1\n"),
+        ("package/also_kept.py", "y = 2\n"),
+    ]
+
+
+def test_a_python_without_sources_is_refused(library: Path) -> None:
+    with pytest.raises(DataError, match=r"no \.py files; set data\.files"):
+        next(python_library_documents())

@@ -3,6 +3,7 @@ import multiprocessing
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from foam_lightning.data import streaming
-from foam_lightning.data.files import Shard, file_streams, shards_of
+from foam_lightning.data.files import Shard, list_shards, open_file_streams
 from foam_lightning.data.loader import StreamLoader
 from foam_lightning.data.packing import collate
 from foam_lightning.data.streaming import StreamedRows, StreamedSource
@@ -38,11 +39,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 @pytest.fixture(params=["files", "hub"])
 def shards(request: pytest.FixtureRequest, tmp_path: Path) -> list[Shard]:
-    """Three shards, and ten documents in a block."""
+    """Three shards, with about ten documents in a block."""
     request.getfixturevalue("small_blocks")
     if request.param == "hub":
         documents = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
-        return list(shards_of(documents, "some/text"))
+        return list(list_shards(documents, "some/text"))
     paths = [
         jsonl(tmp_path / "a.jsonl", TEXTS[:40]),
         jsonl(tmp_path / "b.jsonl", TEXTS[40:55]),
@@ -50,8 +51,8 @@ def shards(request: pytest.FixtureRequest, tmp_path: Path) -> list[Shard]:
     ]
     table = pa.table({"text": TEXTS[55:]})
     parquet.write_table(table, paths[2], row_group_size=8)
-    train, _, _ = file_streams(paths, paths, "text")
-    return list(shards_of(train, "files"))
+    train, _, _ = open_file_streams(paths, paths, "text")
+    return list(list_shards(train, "files"))
 
 
 @pytest.fixture
@@ -84,6 +85,11 @@ def streamed(tokenizer: PreTrainedTokenizerBase) -> Callable[..., StreamedRows]:
     return make
 
 
+def load(rows: StreamedRows, **settings: Any) -> StreamLoader:
+    settings = {"batch_size": 4, "num_rows": 240, "num_workers": 0} | settings
+    return StreamLoader(rows, partial(collate, sequence_length=LENGTH, pad=0), **settings)
+
+
 def ids(rows: Any) -> list[list[int]]:
     return [list(map(int, row["input_ids"])) for row in rows]
 
@@ -98,15 +104,15 @@ def first_pass(rows: StreamedRows) -> list[list[int]]:
     raise AssertionError("a stream has no end")
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3, 5])
-def test_the_lanes_of_a_pass_share_every_document_once(
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_processes_read_every_document_once_in_a_pass(
     shards: list[Shard],
     streamed: Callable[..., StreamedRows],
     tokenizer: PreTrainedTokenizerBase,
-    lanes: int,
+    world: int,
 ) -> None:
     padded = [
-        first_pass(streamed(shards, packing=False, world=lanes, rank=rank)) for rank in range(lanes)
+        first_pass(streamed(shards, packing=False, world=world, rank=rank)) for rank in range(world)
     ]
     found = Counter(tuple(row) for row in chain.from_iterable(padded))
     ends = [tokenizer.eos_token_id]
@@ -143,7 +149,7 @@ def test_a_stream_resumes_exactly_at_every_row_and_across_passes(
         assert following[: many - done] == ids(expected[done : done + 20])
 
 
-def test_a_stream_starts_over_after_it_was_resumed(
+def test_a_resumed_stream_starts_over_in_the_next_iteration(
     shards: list[Shard], streamed: Callable[..., StreamedRows]
 ) -> None:
     rows = streamed(shards)
@@ -171,17 +177,12 @@ def test_sources_are_mixed_by_their_shares_and_resume_exactly(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_a_loader_killed_anywhere_goes_on_with_the_very_next_row(
+def test_a_loader_resumes_exactly_after_any_batch(
     shards: list[Shard], streamed: Callable[..., StreamedRows], num_workers: int
 ) -> None:
     def loader(batch_size: int) -> StreamLoader:
-        return StreamLoader(
-            streamed(shards, shards[:1], shares=[0.7, 0.3]),
-            lambda rows: collate(rows, sequence_length=LENGTH, pad=0),
-            batch_size=batch_size,
-            num_rows=240,
-            num_workers=num_workers,
-        )
+        rows = streamed(shards, shards[:1], shares=[0.7, 0.3])
+        return load(rows, batch_size=batch_size, num_workers=num_workers)
 
     def rows(batches: Any) -> list[list[int]]:
         return [row for batch in batches for row in batch["input_ids"].tolist()]
@@ -201,36 +202,27 @@ def test_a_loader_killed_anywhere_goes_on_with_the_very_next_row(
             assert rows(resumed) == whole[4 * done :], (done, batch_size)
 
 
-def test_other_workers_cannot_go_on(
+def test_another_number_of_workers_is_refused(
     shards: list[Shard], streamed: Callable[..., StreamedRows]
 ) -> None:
-    def loader(num_workers: int) -> StreamLoader:
-        rows = streamed(shards)
-        return StreamLoader(rows, list, batch_size=4, num_rows=8, num_workers=num_workers)  # type: ignore[arg-type]
-
-    with pytest.raises(DataError, match=r"read by data\.num_workers 0 on .* has 2 on 1; go on"):
-        loader(2).load_state_dict(loader(0).state_dict())
+    with pytest.raises(DataError, match=r"num_workers 0 on 1 .* has 2 on 1"):
+        load(streamed(shards), num_workers=2).load_state_dict(load(streamed(shards)).state_dict())
 
 
-def test_one_worker_reads_what_none_would(
+def test_one_worker_reads_the_same_as_none(
     shards: list[Shard], streamed: Callable[..., StreamedRows]
 ) -> None:
-    orders = []
-    for num_workers in (0, 1):
-        loader = StreamLoader(
-            streamed(shards),
-            lambda rows: collate(rows, sequence_length=LENGTH, pad=0),
-            batch_size=4,
-            num_rows=80,
-            num_workers=num_workers,
-        )
-        orders.append([batch["input_ids"].tolist() for batch in loader])
+    orders = [
+        [batch["input_ids"].tolist() for batch in load(streamed(shards), num_workers=num_workers)]
+        for num_workers in (0, 1)
+    ]
+    assert len(orders[0]) == 60
     assert orders[0] == orders[1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("fault", ["gone", "broken"])
-def test_what_happens_to_a_file_while_streaming_is_one_line(
+def test_a_file_that_breaks_while_streaming_is_an_error_of_one_line(
     tmp_path: Path,
     streamed: Callable[..., StreamedRows],
     small_blocks: None,
@@ -238,32 +230,26 @@ def test_what_happens_to_a_file_while_streaming_is_one_line(
     fault: str,
 ) -> None:
     paths = [jsonl(tmp_path / f"{name}.jsonl", TEXTS[:30]) for name in "ab"]
-    train, _, _ = file_streams(paths, None, "text")
+    train, _, _ = open_file_streams(paths, None, "text")
     if fault == "gone":
         Path(paths[1]).unlink()
-        message = "cannot read .*b.jsonl .No such file or directory"
+        message = r"cannot read .*b\.jsonl .No such file"
     else:
         with Path(paths[1]).open("a") as file:
             file.write('{"text": \n')
         message = "b.jsonl line 31 is not JSON"
-    loader = StreamLoader(
-        streamed(list(train.shards)),
-        lambda rows: collate(rows, sequence_length=LENGTH, pad=0),
-        batch_size=1,
-        num_rows=1000,
-        num_workers=num_workers,
-    )
+    rows = streamed(list(train.shards))
     with pytest.raises(DataError, match=message) as caught:
-        list(loader)
+        list(load(rows, batch_size=1, num_rows=1000, num_workers=num_workers))
     assert "\n" not in str(caught.value)
 
 
-def test_a_shard_of_the_hub_that_is_gone_is_named(
+def test_a_missing_shard_of_the_hub_is_named(
     tmp_path: Path, streamed: Callable[..., StreamedRows], small_blocks: None
 ) -> None:
     paths = [jsonl(tmp_path / f"{name}.jsonl", TEXTS) for name in "ab"]
     documents = datasets.load_dataset("json", data_files=paths, streaming=True, split="train")
-    rows = streamed(list(shards_of(documents, "some/text")))
+    rows = streamed(list(list_shards(documents, "some/text")))
     Path(paths[1]).unlink()
     error = next(item for item in rows if isinstance(item, DataError))
     assert "cannot read shard 2 of 2 of some/text" in str(error)
@@ -272,19 +258,19 @@ def test_a_shard_of_the_hub_that_is_gone_is_named(
 
 def test_files_hold_out_every_twentieth_document(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [f"document {index}" for index in range(60)])
-    train, validation, fingerprint = file_streams([path], None, "text")
+    train, validation, fingerprint = open_file_streams([path], None, "text")
     held_out = [document["text"] for document in validation]
     assert held_out == ["document 10", "document 30", "document 50"]
     assert len(list(train)) == 57
-    assert fingerprint == file_streams([path], None, "text")[2]
+    assert fingerprint == open_file_streams([path], None, "text")[2]
 
 
-def test_a_single_document_has_nothing_to_hold_out(tmp_path: Path) -> None:
+def test_a_txt_file_needs_validation_files(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a document")
-    with pytest.raises(ConfigError, match=r"a\.txt is a single document.*validation_files"):
-        file_streams([str(path)], None, "text")
-    train, validation, _ = file_streams([str(path)], [str(path)], "text")
+    with pytest.raises(ConfigError, match=r"a\.txt .*validation_files"):
+        open_file_streams([str(path)], None, "text")
+    train, validation, _ = open_file_streams([str(path)], [str(path)], "text")
     assert list(train) == list(validation) == [{"text": "a document"}]
 
 
@@ -292,5 +278,5 @@ def test_a_stream_too_short_for_a_row_ends_with_an_error(
     streamed: Callable[..., StreamedRows],
 ) -> None:
     nothing = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset().filter(lambda _: False)
-    (error,) = streamed(list(shards_of(nothing, "")))
-    assert "a whole pass over the stream gave no full sequence" in str(error)
+    (error,) = streamed(list(list_shards(nothing, "")))
+    assert "shorter than one sequence" in str(error)

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 import cli
-from foam_lightning.data.loader import ShareOfRows
+from foam_lightning.data.loader import RankRows
 from foam_lightning.distributed.topology import (
     ONE_DEVICE,
     Devices,
@@ -134,7 +134,7 @@ def test_the_first_shard_is_the_largest_chunk(rows: int, columns: int, count: in
 @given(count=st.integers(0, 20), world=st.integers(2, 5))
 def test_every_row_is_in_one_share_and_all_shares_have_one_length(count: int, world: int) -> None:
     rows = [{"input_ids": [number]} for number in range(count)]
-    shares = [ShareOfRows(rows, world, rank) for rank in range(world)]  # type: ignore[arg-type]
+    shares = [RankRows(rows, world, rank) for rank in range(world)]  # type: ignore[arg-type]
     assert len({len(share) for share in shares}) == 1
     found = [share[at]["input_ids"] for share in shares for at in range(len(share))]
     assert sorted(ids[0] for ids in found if ids) == list(range(count))

@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from foam_lightning.data.chat import end_of_turn
+from foam_lightning.data.chat import end_of_turn_id
 from foam_lightning.data.module import TextData
 from foam_lightning.model.llama import save_model
 from foam_lightning.module import LlamaFoam
@@ -32,5 +32,5 @@ class Export(Callback):
         if pl_module.device_mesh is not None:  # a gather in which every rank takes part
             gathered = trainer.strategy.lightning_module_state_dict()
             weights = {name.removeprefix("model."): whole for name, whole in gathered.items()}
-        turn = end_of_turn(data.tokenizer) if data.settings.chat else None
+        turn = end_of_turn_id(data.tokenizer) if data.settings.chat else None
         save_model(pl_module.model, data.tokenizer, self._folder, weights, end_of_turn=turn)

@@ -1,4 +1,4 @@
-"""Conversations: jsonl to rows in which the loss sees what the assistant says, and nothing else."""
+"""Conversations from .jsonl files as rows whose loss covers only the assistant's messages."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from foam_lightning.data.cache import cache_key, cached_dataset
-from foam_lightning.data.files import files_fingerprint, parse_line
+from foam_lightning.data.files import files_fingerprint, parse_json_line
 from foam_lightning.data.loader import EpochSampler
-from foam_lightning.data.packing import IGNORED, even_subset, num_in_whole_batches
+from foam_lightning.data.packing import IGNORED, evenly_spaced, rows_in_whole_batches
 from foam_lightning.data.sources import VALIDATION_FRACTION
-from foam_lightning.data.tokenizer import fingerprint_of, special_ids
+from foam_lightning.data.tokenizer import special_token_ids, tokenizer_fingerprint
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import DataError, first_line
 
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant")
+"""Roles of a conversation; for those of matrices see `model.roles`."""
 PLAIN_TEMPLATE = (
     "{{ bos_token if bos_token else '' }}{% for message in messages %}"
     "### {{ message['role'] | capitalize }}\n{{ message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}### Assistant\n{% endif %}"
 )
-"""The template of a tokenizer that has none. It is exported with it, so whoever loads the model
-writes prompts as it was trained: "### User", the message below it, an empty line, "### Assistant",
-and below it the answer, which ends with the end-of-text token."""
-_CONVERSATIONS_AT_ONCE = 256
+"""Chat template for tokenizers without one: "### User", the message on the next line, an empty
+line, "### Assistant", and on the next line the answer, which ends with the end-of-text token. It
+is exported with the tokenizer."""
+_CONVERSATIONS_PER_BATCH = 256
 
 Messages = list[dict[str, str]]
 
 
 class Encoded(NamedTuple):
-    """A conversation as tokens.
+    """An encoded conversation.
 
     Attributes:
-        ids: All of them, up to the end of the last thing that the assistant says.
-        labels: The same tokens where the assistant speaks, the mark that ends it included; -100
+        ids: Tokens up to the end of the assistant's last message.
+        labels: The same tokens in the assistant's messages, end-of-turn token included; -100
             elsewhere.
     """
 
@@ -49,26 +50,26 @@ class Encoded(NamedTuple):
 
 
 class ChatText:
-    """Rows of one conversation each, in memory-mapped files, shorter ones to be padded.
+    """Rows of one conversation each, in memory-mapped files.
 
     Args:
-        files: Conversations as .jsonl, one in a line: {"messages": [{"role": "user", "content":
+        files: Conversations as .jsonl, one per line: {"messages": [{"role": "user", "content":
             TEXT}, ...]}, with the roles system, user and assistant, or {"prompt": TEXT,
             "response": TEXT}.
-        validation_files: Conversations to evaluate on; None holds out 5 percent of `files`.
-        tokenizer: Its chat template writes them; without one it gets `PLAIN_TEMPLATE`.
-        sequence_length: Tokens after which a conversation is cut off.
-        batch_size: Rows in an optimizer step; an epoch is whole steps.
-        validation_sequences: Rows to validate on, if there are as many.
-        cache: Where the rows are kept, so that the next time is quick.
+        validation_files: Validation conversations; None holds out 5 percent of `files`.
+        tokenizer: Its chat template is used; without one it gets `PLAIN_TEMPLATE`.
+        sequence_length: Longer conversations are truncated to this number of tokens.
+        batch_size: Rows in an optimizer step; an epoch is a whole number of steps.
+        validation_sequences: Number of validation rows, at most.
+        cache: Folder in which the rows are cached.
 
     Attributes:
         train: Rows with "input_ids" and "labels".
-        validation: The same, held out.
+        validation: Rows held out for validation.
 
     Raises:
-        DataError: A line is no conversation, the template does not write it so that responses can
-            be told from the rest, or there is not enough.
+        DataError: A line is not a conversation, the template does not separate responses, or there
+            are too few conversations.
     """
 
     def __init__(
@@ -89,27 +90,27 @@ class ChatText:
             count = int(len(train) * VALIDATION_FRACTION)
             if count == 0:
                 raise DataError(
-                    f"{len(train)} conversations are too few to hold out "
-                    f"{VALIDATION_FRACTION:.0%} of them; give data.validation_files, or more"
+                    f"{len(train)} conversations are too few to hold out {VALIDATION_FRACTION:.0%} "
+                    "for validation; set data.validation_files, or add conversations"
                 )
-            held_out = even_subset(count, len(train))
+            held_out = evenly_spaced(count, len(train))
             validation = train.select(held_out)
             train = train.select(sorted(set(range(len(train))) - set(held_out)))
         else:
             validation = chat_dataset(validation_files, tokenizer, sequence_length, cache)
         self.train: Dataset = train.select(
-            range(num_in_whole_batches(len(train), batch_size, sequence_length))
+            range(rows_in_whole_batches(len(train), batch_size, sequence_length))
         )
         count = min(validation_sequences, len(validation))
-        self.validation: Dataset = validation.select(even_subset(count, len(validation)))
+        self.validation: Dataset = validation.select(evenly_spaced(count, len(validation)))
 
     def sampler(self, *, seed: int, world: int, rank: int) -> EpochSampler:
-        """Decide the order of the training rows.
+        """Create the sampler of the training rows.
 
         Args:
-            seed: What it follows from, together with the epoch.
-            world: Ranks.
-            rank: Whose rows these are.
+            seed: Determines the order, together with the epoch.
+            world: Number of ranks.
+            rank: This rank.
         """
         return EpochSampler(self.train, world, rank, seed=seed, drop_last=True)
 
@@ -117,10 +118,10 @@ class ChatText:
 def chat_dataset(
     files: list[str], tokenizer: "PreTrainedTokenizerBase", sequence_length: int, cache: Path
 ) -> "Dataset":
-    """Make a row of every conversation that has a response within the length; tell of the others.
+    """Create a row of every conversation with a response within the length, and warn of others.
 
     Raises:
-        DataError: As for `ChatText`, or no conversation has one.
+        DataError: As for `ChatText`, or no conversation has such a response.
     """
     import pyarrow as pa
 
@@ -130,10 +131,10 @@ def chat_dataset(
     )
     for path in files:
         if Path(path).suffix != ".jsonl":
-            raise DataError(f"cannot read {path} as conversations: data.chat needs .jsonl files")
+            raise DataError(f"cannot read {path} as conversations; data.chat needs .jsonl files")
     key = cache_key(
         *("chat", 1, files_fingerprint(files, "messages"), sequence_length),
-        *(fingerprint_of(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map),
+        *(tokenizer_fingerprint(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map),
     )
     rows = cached_dataset(
         cache / f"chat-{key}.arrow",
@@ -142,66 +143,66 @@ def chat_dataset(
         content="conversations",
     )
     if not len(rows):
-        raise DataError(f"{files[0]} holds no conversation, only blanks; give one a line")
+        raise DataError(f"{files[0]} has no conversation, only whitespace; write one per line")
     lengths, scored = (rows.data.column(name).to_numpy() for name in ("length", "scored"))
-    num_cut, num_out = int((lengths > sequence_length).sum()), int((scored == 0).sum())
-    if num_out == len(rows):
+    num_truncated, num_skipped = int((lengths > sequence_length).sum()), int((scored == 0).sum())
+    if num_skipped == len(rows):
         raise DataError(
             f"no conversation in {files[0]} has a response within {sequence_length} tokens; raise "
             "data.sequence_length"
         )
-    if num_cut:
-        _tell(
-            f"{num_cut} of {len(rows)} conversations are longer than data.sequence_length "
-            f"{sequence_length} and cut off; {num_out} have no response within it and are left out"
+    if num_truncated:
+        _warn_once(
+            f"{num_truncated} of {len(rows)} conversations are truncated to data.sequence_length "
+            f"{sequence_length}; {num_skipped} have no response within it and are skipped"
         )
-    kept = rows.select(scored.nonzero()[0]).select_columns(["input_ids", "labels"])
-    return kept.with_format("numpy")
+    usable = rows.select(scored.nonzero()[0]).select_columns(["input_ids", "labels"])
+    return usable.with_format("numpy")
 
 
-def conversations(path: Path) -> Iterator[tuple[str, Messages]]:
-    """Read the conversations of a file, each with its place for errors.
+def read_conversations(path: Path) -> Iterator[tuple[str, Messages]]:
+    """Read the conversations of a file, each with its file and line for errors.
 
     Raises:
-        DataError: The file cannot be read, or a line is no conversation; it is named.
+        DataError: The file is unreadable, or a line is not a conversation.
     """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    place = f"{path} line {number}"
-                    yield place, _messages(line, place)
+                    location = f"{path} line {number}"
+                    yield location, _parse_conversation(line, location)
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror or error})") from error
 
 
-def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, place: str) -> Encoded:
-    """Turn a conversation into tokens by the template, and find what the assistant says in them.
+def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, location: str) -> Encoded:
+    """Encode a conversation with the chat template, and label the assistant's messages.
 
-    What it says is what the template adds to all that comes before, with the prompt to answer, when
-    the answer is there: the tokens that it would have to write.
+    The tokens of a message are those that the template appends, with the message, to what it wrote
+    for all messages before and the generation prompt: the tokens that the model has to generate.
 
     Args:
         tokenizer: Has a chat template.
-        messages: From `conversations`.
-        place: What to call the conversation in an error.
+        messages: From `read_conversations`.
+        location: File and line of the conversation, for errors.
 
     Raises:
-        DataError: The template refuses the conversation, or writes its beginning otherwise once
-            more follows, as one that removes earlier reasoning does.
+        DataError: The template fails, or changes what it wrote before when a message is added, like
+            templates that remove earlier reasoning.
     """
     ids: list[int] = []
     labels: list[int] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _written(tokenizer, messages[:index], place, prompts=True)
-        whole = _written(tokenizer, messages[: index + 1], place, prompts=False)
+        prompt = _render(tokenizer, messages[:index], location, prompts=True)
+        whole = _render(tokenizer, messages[: index + 1], location, prompts=False)
         if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
             raise DataError(
-                f"{place}: the chat template changes what it wrote before when message {index + 1} "
-                "follows, so the tokens of that cannot be told from the rest; leave the "
-                "conversation out, or set a template that only appends"
+                f"{location}: the chat template changes earlier text when it adds message "
+                f"{index + 1}, so the tokens of that message are unknown; remove the conversation, "
+                "or set a template that only appends"
             )
         labels += [IGNORED] * (len(prompt) - len(ids)) + whole[len(prompt) :]
         ids = whole
@@ -209,63 +210,64 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, place:
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Turn what a user says into the tokens that an answer follows.
+    """Encode a user's message, followed by the generation prompt.
 
     Raises:
-        DataError: The template refuses it.
+        DataError: The template fails.
     """
     messages = [{"role": "user", "content": text}]
-    return _written(tokenizer, messages, "the prompt", prompts=True)
+    return _render(tokenizer, messages, "the prompt", prompts=True)
 
 
-def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """Find the token that ends what the assistant says; None where the template has no such mark.
+def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the token that ends a message of the assistant, or None if the template has none.
 
     Raises:
         DataError: As for `encode_chat`.
     """
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    special = special_ids(tokenizer)
+    special = special_token_ids(tokenizer)
     labels = encode_chat(tokenizer, turns, "a greeting").labels
     return next((label for label in labels if label in special), None)
 
 
-def _written(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, place: str, *, prompts: bool
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, location: str, *, prompts: bool
 ) -> list[int]:
     try:
         found = tokenizer.apply_chat_template(
             messages, add_generation_prompt=prompts, return_dict=False
         )
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # templates raise any type
         raise DataError(
-            f"{place}: the chat template refuses it ({first_line(error)}); mend it"
+            f"{location}: the chat template fails ({first_line(error)}); fix the conversation or "
+            "the template"
         ) from error
     return cast(list[int], found)
 
 
-def _messages(line: bytes, place: str) -> Messages:
-    record = parse_line(line, place)
-    messages = _listed(record) if isinstance(record, dict) else None
+def _parse_conversation(line: bytes, location: str) -> Messages:
+    record = parse_json_line(line, location)
+    messages = _list_messages(record) if isinstance(record, dict) else None
     if messages is None:
         raise DataError(
-            f'{place} is no conversation; write {{"messages": [{{"role": ..., "content": TEXT}}, '
-            '...]}, or {"prompt": TEXT, "response": TEXT}'
+            f'{location} is not a conversation; write {{"messages": [{{"role": ..., "content": '
+            'TEXT}, ...]}, or {"prompt": TEXT, "response": TEXT}'
         )
     roles = [message.get("role") for message in messages]
     unknown = [role for role in roles if role not in ROLES]
     if unknown:
-        raise DataError(f"{place} has the role {unknown[0]!r}; there are {', '.join(ROLES)}")
+        raise DataError(f"{location} has the role {unknown[0]!r}; use {', '.join(ROLES)}")
     if "assistant" not in roles or roles[0] == "assistant":
         raise DataError(
-            f"{place} needs a message of the assistant, and another one before it; its roles are "
+            f"{location} needs a message of the assistant after another message; its roles are "
             f"{', '.join(map(str, roles))}"
         )
     return messages
 
 
-def _listed(record: dict[str, Any]) -> Messages | None:
-    """List the messages of a line; None if it has none, or they are no texts."""
+def _list_messages(record: dict[str, Any]) -> Messages | None:
+    """List the messages of a line; None if it has none, or one without text."""
     messages = record.get("messages")
     if messages is None:
         pairs = (("user", record.get("prompt")), ("assistant", record.get("response")))
@@ -286,19 +288,19 @@ def _batches(
 
     rows: list[dict[str, Any]] = []
     for path in map(Path, files):
-        for place, messages in conversations(path):
-            ids, labels = encode_chat(tokenizer, messages, place)
+        for location, messages in read_conversations(path):
+            ids, labels = encode_chat(tokenizer, messages, location)
             kept = labels[:sequence_length]
             scored = sum(label != IGNORED for label in kept[1:])
             row = {"input_ids": ids[:sequence_length], "labels": kept, "length": len(ids)}
             rows.append({**row, "scored": scored})
-            if len(rows) == _CONVERSATIONS_AT_ONCE:
+            if len(rows) == _CONVERSATIONS_PER_BATCH:
                 yield pa.RecordBatch.from_pylist(rows, schema=schema), len(rows)
                 rows = []
     yield pa.RecordBatch.from_pylist(rows, schema=schema), len(rows)
 
 
-@cache  # every short run of a search makes its data anew
-def _tell(message: str) -> None:
+@cache  # every trial of a search prepares its data again
+def _warn_once(message: str) -> None:
     if is_first_process():
         sys.stderr.write(f"{message}\n")

@@ -1,4 +1,4 @@
-"""Local text files as documents, with errors that name the file and the line."""
+"""Read documents from local text files, at once or as resumable streams of shards."""
 
 import json
 import re
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
-_CHUNK_CHARACTERS = 2**23  # held in memory before a write
-# Half of a character beyond 16 bits; without its other half it is no text, which JSON lets pass.
+_CHUNK_CHARACTERS = 2**23  # in memory before each write
+# A surrogate, half of a character beyond 16 bits. Unpaired ones are valid JSON but invalid text.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def files_fingerprint(files: list[str], text_column: str) -> str:
-    """Name the content of some files by path, size and time of change, without reading them.
+    """Hash path, size and modification time of files, without reading them.
 
     Args:
         files: Paths of .txt, .jsonl or .parquet files.
@@ -37,13 +37,13 @@ def files_fingerprint(files: list[str], text_column: str) -> str:
         if path.suffix not in _READERS:
             raise DataError(
                 f"cannot read {path}: its extension must be one of {', '.join(_READERS)}; "
-                "convert it, or rename it if only the extension is wrong"
+                "convert or rename it"
             )
         if not is_file(path):
             raise DataError(f"there is no file {path}; check data.files")
         stat = path.stat()
         if stat.st_size == 0:
-            raise DataError(f"{path} is empty; give a file that holds text")
+            raise DataError(f"{path} is empty; pass a file with text")
         stats.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     return cache_key("files", 1, stats, text_column)
 
@@ -55,12 +55,12 @@ def read_files(files: list[str], text_column: str, cache: Path) -> "Dataset":
     Empty documents are left out.
 
     Args:
-        files: Paths; they decide the order of the documents.
+        files: Paths, in the order of the documents.
         text_column: The column of the text in .jsonl and .parquet files.
-        cache: Where the dataset is kept, so that the next call is quick.
+        cache: Folder in which the dataset is cached.
 
     Raises:
-        DataError: A file is missing, cannot be read, or holds no text.
+        DataError: A file is missing, unreadable, or without text.
     """
     import pyarrow as pa
 
@@ -79,7 +79,7 @@ def _batches(
 ) -> Iterator[tuple["pa.RecordBatch", int]]:
     import pyarrow as pa
 
-    for texts in _chunks(text for path in files for _, text in numbered(Path(path), column)):
+    for texts in _chunks(text for path in files for _, text in read_documents(Path(path), column)):
         batch = pa.record_batch([pa.array(texts, pa.large_string())], schema=schema)
         yield batch, len(texts)
 
@@ -97,33 +97,32 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def numbered(path: Path, column: str, start: int = 0) -> Iterator[tuple[int, str]]:
-    """Read the documents of one file, each with the place where reading goes on after it.
+def read_documents(path: Path, column: str, start: int = 0) -> Iterator[tuple[int, str]]:
+    """Read the documents of one file, each with the position after it.
 
-    What lies before that place is skipped without being parsed: lines of .jsonl, row groups of
-    .parquet.
+    Lines of .jsonl and row groups of .parquet before `start` are skipped without parsing.
 
     Args:
         path: A .txt, .jsonl or .parquet file.
         column: The column of the text in the latter two.
-        start: Where to begin: 0, or a place that came with a document.
+        start: Position to start from: 0, or one that came with a document.
 
     Yields:
-        The lines (.jsonl), rows (.parquet) or documents (.txt) read so far, and the text.
+        The number of lines (.jsonl), rows (.parquet) or documents (.txt) read so far, and the text.
 
     Raises:
-        DataError: The file is gone, cannot be read, or holds no text.
+        DataError: The file is missing, unreadable, or without text.
     """
     found = start > 0
     try:
-        for place, text in _READERS[path.suffix](path, column, start):
+        for position, text in _READERS[path.suffix](path, column, start):
             if text.strip():
                 found = True
-                yield place, text
+                yield position, text
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror or error})") from error
     if not found:
-        raise DataError(f"{path} holds no text, only blanks; give a file that holds text")
+        raise DataError(f"{path} has no text, only whitespace; pass a file with text")
 
 
 def _read_txt(path: Path, _column: str, start: int) -> Iterator[tuple[int, str]]:
@@ -136,7 +135,7 @@ def _read_txt(path: Path, _column: str, start: int) -> Iterator[tuple[int, str]]
             f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
         ) from error
     if "\0" in text:
-        raise DataError(f"{path} is not text: it holds NUL bytes; give a text file")
+        raise DataError(f"{path} is not a text file: it contains NUL bytes; pass a text file")
     yield 1, text
 
 
@@ -144,18 +143,18 @@ def _read_jsonl(path: Path, column: str, start: int) -> Iterator[tuple[int, str]
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number > start and line.strip():
-                yield number, _text_of(line, f"{path} line {number}", column)
+                yield number, _parse_text(line, f"{path} line {number}", column)
 
 
-def parse_line(line: bytes, place: str) -> Any:
+def parse_json_line(line: bytes, location: str) -> Any:
     """Parse a line of a .jsonl file.
 
     Args:
-        line: As it is in the file.
-        place: What to call it in an error.
+        line: The line in bytes.
+        location: File and line, for errors.
 
     Raises:
-        DataError: It is malformed, or not UTF-8.
+        DataError: The line is not valid JSON in UTF-8.
     """
     try:
         content = json.loads(line)
@@ -163,20 +162,22 @@ def parse_line(line: bytes, place: str) -> Any:
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{place} is not JSON ({error}); every line must be one JSON object"
+            f"{location} is not JSON ({error}); every line must be one JSON object"
         ) from error
     return content
 
 
-def _text_of(line: bytes, place: str, column: str) -> str:
-    record = parse_line(line, place)
+def _parse_text(line: bytes, location: str, column: str) -> str:
+    record = parse_json_line(line, location)
     if not isinstance(record, dict):
-        raise DataError(f"{place} is not a JSON object; write {{...}}")
+        raise DataError(f"{location} is not a JSON object {{...}}; write one per line")
     if column not in record:
-        raise _no_column(place, column, record)
+        raise _missing_column(location, column, record)
     text = record[column]
     if not isinstance(text, str):
-        raise DataError(f"{place}: {column!r} holds {type(text).__name__}, not a text")
+        raise DataError(
+            f"{location}: {column!r} is {type(text).__name__}, not a string; set data.text_column"
+        )
     return text
 
 
@@ -187,10 +188,12 @@ def _read_parquet(path: Path, column: str, start: int) -> Iterator[tuple[int, st
     try:
         with parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                raise _no_column(str(path), column, file.schema_arrow.names)
+                raise _missing_column(str(path), column, file.schema_arrow.names)
             kind = file.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{path}: column {column!r} holds {kind}, not a text")
+                raise DataError(
+                    f"{path}: column {column!r} is {kind}, not a string; set data.text_column"
+                )
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             ends = list(accumulate(sizes))
             groups = [group for group, end in enumerate(ends) if end > start]
@@ -202,81 +205,76 @@ def _read_parquet(path: Path, column: str, start: int) -> Iterator[tuple[int, st
                         yield row, text
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{path} is not a Parquet file ({first_line(error)}); write it again"
+            f"{path} is not a valid Parquet file ({first_line(error)}); create it again"
         ) from error
 
 
-def _no_column(place: str, column: str, columns: Iterable[str]) -> DataError:
+def _missing_column(location: str, column: str, columns: Iterable[str]) -> DataError:
     return DataError(
-        f"{place} has no column {column!r}; it has {', '.join(columns)}; "
-        "name the one that holds the text with data.text_column"
+        f"{location} has no column {column!r}; it has {', '.join(columns)}; "
+        "set data.text_column to the one with the text"
     )
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-_HELD_OUT_EVERY = 20  # 5 percent, as of text that is not streamed
+# Line or row 10 (from 0) of every 20 is for validation: 5 %, as without streaming.
+_HELD_OUT_EVERY = 20
 _HELD_OUT = 10
 
 
 class Shard(Protocol):
-    """A part of a stream that is read by one process at a time, in its own order."""
+    """A part of a stream, read by one process at a time in a fixed order."""
 
-    def read(self, place: Any) -> Iterator[str]:
-        """Read the documents after a place; from the beginning where it is None."""
+    def read(self, position: Any) -> Iterator[str]:
+        """Read the documents after a position; None is the beginning."""
 
-    def place(self) -> Any:
-        """Tell where the next reading has to begin, after the document read last."""
+    def position(self) -> Any:
+        """Return the position after the document read last, as JSON values."""
 
 
 class FileShard:
     """One local file.
 
-    Without files to validate on, the 11th of every 20 lines or rows is held out of training.
-
     Args:
         path: A .txt, .jsonl or .parquet file.
         text_column: The column of the text in the latter two.
-        held_out: Read only what is held out (True), only the rest (False), or all (None).
+        held_out: True reads only the 11th of every 20 lines or rows, False the others, None all.
     """
 
     def __init__(self, path: Path, text_column: str, *, held_out: bool | None) -> None:
         self.path = path
         self.text_column = text_column
         self.held_out = held_out
-        self._place = 0
+        self._position = 0
 
-    def read(self, place: int | None) -> Iterator[str]:
-        """Read the documents after so many lines or rows.
+    def read(self, position: int | None) -> Iterator[str]:
+        """Read the documents after this number of lines or rows.
 
         Raises:
-            DataError: The file is gone, cannot be read, or holds no text.
+            DataError: The file is missing, unreadable, or without text.
         """
-        self._place = place or 0
-        for number, text in numbered(self.path, self.text_column, self._place):
-            self._place = number
+        self._position = position or 0
+        for number, text in read_documents(self.path, self.text_column, self._position):
+            self._position = number
             is_held_out = (number - 1) % _HELD_OUT_EVERY == _HELD_OUT
             if self.held_out is None or self.held_out == is_held_out:
                 yield text
 
-    def place(self) -> int:
-        """Tell how many lines or rows have been read."""
-        return self._place
+    def position(self) -> int:
+        """Return the number of lines or rows read."""
+        return self._position
 
 
 @dataclass(frozen=True)
 class FileStream:
-    """Local files, read while training: a corpus larger than memory and cache.
-
-    Attributes:
-        shards: The files.
-    """
+    """Local files that are read while training, one shard each, without a cache."""
 
     shards: Sequence[FileShard]
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        """Read every document, file after file."""
+        """Read all documents, file after file."""
         return ({"text": text} for shard in self.shards for text in shard.read(None))
 
 
@@ -284,63 +282,63 @@ class HubShard:
     """One shard of a streamed dataset.
 
     Args:
-        documents: That shard alone, with the column "text".
-        name: What it is, for errors.
+        documents: Only that shard, with the column "text".
+        name: Its name in errors.
     """
 
     def __init__(self, documents: "IterableDataset", name: str) -> None:
         self.documents = documents
         self.name = name
 
-    def read(self, place: dict[str, Any] | None) -> Iterator[str]:
+    def read(self, position: dict[str, Any] | None) -> Iterator[str]:
         """Read the documents after a state of the dataset.
 
         Raises:
-            DataError: The shard is gone or cannot be read.
+            DataError: The shard is missing or unreadable.
         """
         import datasets
         import fsspec
 
-        fsspec.asyn.reset_lock()  # a worker process is a fork, whose lock may hang
-        self.documents.load_state_dict(place)
+        fsspec.asyn.reset_lock()  # a forked worker may inherit it locked
+        self.documents.load_state_dict(position)
         try:
-            # Not `iter(documents)`, which would leave a shard to one of several workers.
+            # Not `iter(documents)`, which assigns the shard to only one of several workers.
             for batch in self.documents.iter(batch_size=1):
                 yield batch["text"][0]
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"cannot read {self.name} ({first_line(error)}); type the same command again once "
-                "it is there"
+                f"cannot read {self.name} ({first_line(error)}); fix this, then run the same "
+                "command again to resume"
             ) from error
 
-    def place(self) -> dict[str, Any]:
-        """Copy the state of the dataset."""
+    def position(self) -> dict[str, Any]:
+        """Return the state of the dataset."""
         state: dict[str, Any] = self.documents.state_dict()
         return state
 
 
-def file_streams(
+def open_file_streams(
     files: list[str], validation_files: list[str] | None, text_column: str
 ) -> tuple[FileStream, FileStream, str]:
-    """Open local files to be read while training.
+    """Open local files as streams.
 
     Args:
         files: Paths of .txt, .jsonl or .parquet files.
-        validation_files: Files to hold out; None holds out one in 20 lines or rows of `files`.
+        validation_files: Files to validate on; None holds out one in 20 lines or rows of `files`.
         text_column: The column of the text in .jsonl and .parquet files.
 
     Returns:
-        What to train on, what to validate on, and a text that changes with them.
+        The training stream, the validation stream, and their fingerprint.
 
     Raises:
-        ConfigError: A .txt file, which is one document, has nothing to hold out.
-        DataError: A file is missing, or its beginning cannot be read.
+        ConfigError: Without validation files, a .txt file: it is one document.
+        DataError: A file is missing, or its first document is unreadable.
     """
-    single = [path for path in files if Path(path).suffix == ".txt"]
-    if validation_files is None and single:
+    txt_files = [path for path in files if Path(path).suffix == ".txt"]
+    if validation_files is None and txt_files:
         raise ConfigError(
-            f"{single[0]} is a single document, of which nothing can be held out while streaming; "
-            "give data.validation_files, or leave data.streaming out"
+            f"{txt_files[0]} is a single document, so streaming cannot hold out a part for "
+            "validation; set data.validation_files, or remove data.streaming"
         )
     fingerprint = files_fingerprint(files, text_column)
     if validation_files is None:
@@ -353,8 +351,8 @@ def file_streams(
     return train, validation, fingerprint
 
 
-def shards_of(documents: "FileStream | IterableDataset", name: str) -> Sequence[Shard]:
-    """Cut a stream into its shards.
+def list_shards(documents: "FileStream | IterableDataset", name: str) -> Sequence[Shard]:
+    """List the shards of a stream.
 
     Args:
         documents: The stream.
@@ -371,5 +369,5 @@ def shards_of(documents: "FileStream | IterableDataset", name: str) -> Sequence[
 
 def _stream(files: list[str], text_column: str, held_out: bool | None) -> FileStream:
     for path in files:
-        next(numbered(Path(path), text_column))
+        next(read_documents(Path(path), text_column))
     return FileStream([FileShard(Path(path), text_column, held_out=held_out) for path in files])

@@ -1,4 +1,9 @@
-"""Loaders that resume in the middle of an epoch with the very next row."""
+"""Data loaders and samplers that resume exactly, also in the middle of an epoch.
+
+Uses a private part of torchdata, checked on torchdata 0.11: the keys `_snapshot`, `_main_snapshot`
+and `_num_workers` of the state of `StatefulDataLoader`. tests/test_data_module.py fails when they
+change.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,63 +24,63 @@ from foam_lightning.signals import survive_signals
 Batch = dict[str, Tensor]
 _Loader = TypeVar("_Loader", bound=StatefulDataLoader[Any])
 Collate = Callable[[Sequence[Row]], Batch]
-_ROWS_BETWEEN_STATES = 32  # a worker sends its state with so many rows; resuming counts the rest
+_ROWS_PER_SNAPSHOT = 32  # a worker sends its state every 32 rows; resuming skips the rest
 
 
 class EpochSampler(StatefulDistributedSampler):
-    """Shuffle anew in every epoch, by seed and epoch alone, and resume in the middle of one.
+    """Shuffles the rows of each epoch by seed and epoch, and resumes in the middle of one.
 
-    Ranks take the rows of one shuffled order in turn, so that what an optimizer step sees depends
-    neither on the number of ranks nor on the size of a micro-batch.
+    Ranks take turns in one shuffled order, so that the rows of an optimizer step depend neither on
+    the number of ranks nor on micro-batches.
 
-    The epoch is part of the state, for two reasons found in Lightning 2.6: after a resume it tells
-    the epoch only once the loader has started, and it counts an epoch twice that was interrupted
-    after its very last step.
+    The epoch is part of the state because of Lightning 2.6: after a resume it sets the epoch only
+    once the loader has started, and it counts an epoch that was interrupted after its last step
+    twice.
     """
 
-    _surplus = 0  # how many epochs Lightning counts too many
-    _resumed = False
+    _extra_epochs = 0  # that Lightning counted twice
+    _is_resumed = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch by Lightning's count."""
-        if self._resumed:
-            self._surplus = epoch - self.epoch
-            self._resumed = False
-        super().set_epoch(epoch - self._surplus)
+        """Set the epoch, as Lightning counts it."""
+        if self._is_resumed:
+            self._extra_epochs = epoch - self.epoch
+            self._is_resumed = False
+        super().set_epoch(epoch - self._extra_epochs)
 
     def __iter__(self) -> Iterator[int]:
         self.yielded, self.next_yielded = self.next_yielded or 0, None
-        # No tensor: those that live while a step runs are counted as its memory.
+        # Not a tensor: the memory account would count it as part of the training step.
         order = self._order().numpy().copy()
         for index in order[self.rank :: self.num_replicas][self.yielded :]:
             self.yielded += 1
             yield int(index)
 
     def _order(self) -> Tensor:
-        """Shuffle all rows; a tensor, since a list takes five times the memory."""
+        """Return the shuffled rows, as a tensor because a list takes five times the memory."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return torch.randperm(len(self.dataset), generator=generator)[: self.total_size]  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the epoch and how many rows of it are done, by all ranks together."""
+        """Return the epoch and the number of its rows that all ranks have read."""
         return {"rows": self.yielded * self.num_replicas, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the epoch of the state, with the very next row for any number of ranks."""
+        """Continue with the next row of the epoch, for any number of ranks."""
         self.next_yielded = state_dict["rows"] // self.num_replicas
         self.epoch = state_dict["epoch"]
-        self._resumed = True
+        self._is_resumed = True
 
 
-class ShareOfRows(Dataset[Row]):
-    """Every rank's share of rows, as many for each; a row too few is one of padding alone.
+class RankRows(Dataset[Row]):
+    """The rows of one rank, equally many on each; a missing last row is padding.
 
-    Ranks must run as many batches as each other: to gather weights they wait for one another.
+    Ranks must run equally many batches, since they wait for each other to gather weights.
 
     Args:
-        rows: All rows, by position.
-        world: Ranks.
-        rank: Whose share this is.
+        rows: All rows.
+        world: Number of ranks.
+        rank: This rank.
     """
 
     def __init__(self, rows: Sequence[Row], world: int, rank: int) -> None:
@@ -92,18 +97,18 @@ class ShareOfRows(Dataset[Row]):
 
 
 class StreamLoader:
-    """Batches of streamed rows, in an order that neither a micro-batch nor a kill changes.
+    """Batches of streamed rows, in an order that depends neither on batch size nor on resuming.
 
-    Workers send single rows, in turn, and this process joins them: were batches theirs, a step
-    would see other rows with other micro-batches. Its length is known, without which Lightning
-    reads one batch ahead and does not resume exactly.
+    Workers send single rows in turn, and this process collates them: if workers made batches, the
+    rows of a step would depend on the micro-batch size. The loader has a length, without which
+    Lightning would read one batch ahead and not resume exactly.
 
     Args:
-        rows: The stream, without end.
-        collate: Joins rows into a batch.
+        rows: The stream, endless.
+        collate: Collates rows into a batch.
         batch_size: Rows in a batch.
-        num_rows: After how many rows to stop.
-        num_workers: Processes that read; 0 reads in this one.
+        num_rows: Number of rows after which to stop.
+        num_workers: Worker processes; 0 reads in this process.
     """
 
     def __init__(
@@ -120,18 +125,18 @@ class StreamLoader:
         self.num_workers = num_workers
         self.num_ranks = rows.world
         self._collate = collate
-        self._done = 0
+        self._num_read = 0
         self._is_resumed = False
-        self._last: dict[str, Any] | None = None
-        ahead = max(2, -(-2 * batch_size // num_workers)) if num_workers else None
-        self._rows = _stateful(
+        self._last_state: dict[str, Any] | None = None
+        prefetch = max(2, -(-2 * batch_size // num_workers)) if num_workers else None
+        self._rows = _create_loader(
             rows,
             StatefulDataLoader,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=num_workers,
-            prefetch_factor=ahead,
-            snapshot_every_n_steps=_ROWS_BETWEEN_STATES,
+            prefetch_factor=prefetch,
+            snapshot_every_n_steps=_ROWS_PER_SNAPSHOT,
         )
 
     def __len__(self) -> int:
@@ -139,54 +144,54 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._is_resumed:
-            self._done = 0
+            self._num_read = 0
         self._is_resumed = False
-        self._last = None
+        self._last_state = None
         return self._batches(iter(self._rows))
 
     def state_dict(self) -> dict[str, Any]:
-        """Describe the place after the batch yielded last."""
+        """Return the position after the batch yielded last."""
         return {
-            "rows": self._done,
+            "rows": self._num_read,
             "workers": self.num_workers,
             "ranks": self.num_ranks,
-            "stream": self._last or self._rows.state_dict(),
+            "stream": self._last_state or self._rows.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next iteration go on from such a place.
+        """Continue from a state in the next iteration.
 
         Raises:
-            DataError: So many workers or ranks would read other rows next.
+            DataError: The number of workers or ranks differs, so other rows would follow.
         """
         before, now = (state["workers"], state["ranks"]), (self.num_workers, self.num_ranks)
         if before != now:
             raise DataError(
-                f"the checkpoint's stream was read by data.num_workers {before[0]} on each of "
-                f"{before[1]} devices, and this run has {now[0]} on {now[1]}; go on with as many, "
-                "or start a new run"
+                f"the checkpoint's stream was read with data.num_workers {before[0]} on "
+                f"{before[1]} devices, this run has {now[0]} on {now[1]}; use the same numbers, or "
+                "start a new run"
             )
         self._rows.load_state_dict(state["stream"])
-        self._last = None
-        self._done = state["rows"]
+        self._last_state = None
+        self._num_read = state["rows"]
         self._is_resumed = True
 
     def _batches(self, rows: Iterator[Row | DataError]) -> Iterator[Batch]:
-        while self._done + self.batch_size <= self.num_rows:
-            batch = [_row(item) for item in islice(rows, self.batch_size)]
-            self._done += len(batch)
-            if self._done + self.batch_size > self.num_rows:  # the workers may go
-                self._last = self._rows.state_dict()
+        while self._num_read + self.batch_size <= self.num_rows:
+            batch = [_unwrap(item) for item in islice(rows, self.batch_size)]
+            self._num_read += len(batch)
+            if self._num_read + self.batch_size > self.num_rows:  # let the workers exit
+                self._last_state = self._rows.state_dict()
                 self._rows.load_state_dict({})
                 rows = iter(())
             yield self._collate(batch)
 
 
 class RowLoader(StatefulDataLoader[Row]):
-    """torchdata's loader, which says in one line what it cannot go on from."""
+    """torchdata's loader, with a clear error if the number of workers changed."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Make the next iteration go on from a state.
+        """Continue from a state in the next iteration.
 
         Raises:
             DataError: It was saved with another number of workers.
@@ -195,8 +200,8 @@ class RowLoader(StatefulDataLoader[Row]):
         before = main.get("_num_workers", 0)
         if before != self.num_workers:
             raise DataError(
-                f"the checkpoint's rows were loaded by data.num_workers {before} and this run has "
-                f"{self.num_workers}; go on with as many"
+                f"the checkpoint was saved with data.num_workers {before}, this run has "
+                f"{self.num_workers}; set data.num_workers {before}"
             )
         super().load_state_dict(state_dict)
 
@@ -209,16 +214,16 @@ def resumable_loader(
     num_workers: int,
     sampler: Sampler[int],
 ) -> RowLoader:
-    """Build a training loader whose state Lightning keeps in every checkpoint.
+    """Create a training loader whose state Lightning saves in every checkpoint.
 
     Args:
-        rows: Rows by position.
-        collate: Joins rows into a batch.
+        rows: All rows.
+        collate: Collates rows into a batch.
         batch_size: Rows in a batch; an incomplete last one is dropped.
-        num_workers: Processes that load; 0 loads in this one.
+        num_workers: Worker processes; 0 loads in this process.
         sampler: The order.
     """
-    return _stateful(
+    return _create_loader(
         rows,
         RowLoader,
         batch_size=batch_size,
@@ -229,22 +234,22 @@ def resumable_loader(
     )
 
 
-def _stateful(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> _Loader:
-    # Lightning warns of a danger that is not here: rows lie ready in a memory-mapped file.
+def _create_loader(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> _Loader:
+    # Workers would not help: rows are read from a memory-mapped file.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        # A loader seeds its workers; were the numbers drawn from torch's own generator, a run that
-        # went on would draw others than one that did not.
+        # Its own generator: seeds of workers drawn from torch's global one would change what a
+        # resumed run draws next.
         return kind(rows, generator=torch.Generator(), worker_init_fn=survive_signals, **settings)
 
 
-def _row(item: Row | DataError) -> Row:
+def _unwrap(item: Row | DataError) -> Row:
     if isinstance(item, DataError):
         raise item
     return item
 
 
-def _as_it_is(row: Row | DataError) -> Row | DataError:
+def _identity(row: Row | DataError) -> Row | DataError:
     return row

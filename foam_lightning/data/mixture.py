@@ -1,4 +1,4 @@
-"""Several weighted sources: what the settings say of each, and how their rows are mixed."""
+"""Several weighted sources of text: their settings, and the order in which rows are mixed."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,29 +11,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foam_lightning.data import rng as draw
+from foam_lightning.data import rng
 from foam_lightning.data.loader import EpochSampler
-from foam_lightning.data.packing import even_subset
+from foam_lightning.data.packing import evenly_spaced
 from foam_lightning.errors import ConfigError
 from foam_lightning.validation import POSITIVE
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SAMPLED_DOCUMENTS = 2**15
+_MAX_DOCUMENTS = 2**15
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where some of the text comes from, and how much of the training rows it gives.
+class SourceSettings:
+    """One source of text, and its weight in the mixture.
 
     Args:
         files: Training text: .txt (one document each), .jsonl or .parquet (one per row).
-        validation_files: Text to evaluate on; by default 5 percent of `files` is held out.
+        validation_files: Validation text; by default 5 percent of `files` is held out.
         text_column: The column of the text in .jsonl, .parquet and `dataset`.
         dataset: Name of a dataset on the Hugging Face Hub with train and validation splits.
-        dataset_config: Its configuration, such as "en", where it has several.
-        weight: Its part of the rows, relative to those of the other sources.
+        dataset_config: Its configuration, such as "en", if it has several.
+        weight: Share of the training rows, relative to the other sources.
     """
 
     files: list[str] | None = None
@@ -45,50 +45,50 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
         return self.dataset or (self.files or ["the default corpus"])[0]
 
-    def check(self, place: str) -> None:
-        """Refuse settings that contradict each other.
+    def check(self, prefix: str) -> None:
+        """Check that the settings do not contradict each other.
 
         Args:
-            place: How the settings begin, such as "data" or "data.sources[1]".
+            prefix: Of the settings in errors, such as "data" or "data.sources[1]".
 
         Raises:
-            ConfigError: They do.
+            ConfigError: They contradict each other.
         """
         if self.files == []:
-            raise ConfigError(f"{place}.files names no file; name one, or leave the setting out")
+            raise ConfigError(f"{prefix}.files is empty; name a file, or remove the setting")
         if self.files is not None and self.dataset is not None:
-            raise ConfigError(f"{place}.files and {place}.dataset are both set; choose one")
+            raise ConfigError(f"{prefix}.files and {prefix}.dataset are both set; remove one")
         if self.validation_files is not None and self.files is None:
-            raise ConfigError(f"{place}.validation_files needs {place}.files, the text to train on")
+            raise ConfigError(f"{prefix}.validation_files is set without {prefix}.files; set both")
 
 
-def read_sources(settings: Sequence[Mapping[str, Any]]) -> list[Source]:
-    """Read the sources of the settings.
+def read_sources(settings: Sequence[Mapping[str, Any]]) -> list[SourceSettings]:
+    """Read the setting `data.sources`.
 
     Raises:
-        ConfigError: There is none, or one has an unknown key, no weight, a weight that is not
+        ConfigError: It is empty, or a source has an unknown key, no weight, a weight that is not
             above 0, or neither files nor a dataset.
     """
     if not settings:
-        raise ConfigError("data.sources names no source; name one, or leave the setting out")
-    return [_read(one, f"data.sources[{index}]") for index, one in enumerate(settings)]
+        raise ConfigError("data.sources is empty; name a source, or remove the setting")
+    return [_parse_source(one, f"data.sources[{index}]") for index, one in enumerate(settings)]
 
 
-def shares(sources: Sequence[Source]) -> list[float]:
-    """Scale the weights so that they add up to 1."""
+def normalized_weights(sources: Sequence[SourceSettings]) -> list[float]:
+    """Return the weights, scaled to add up to 1."""
     total = math.fsum(source.weight for source in sources)
     return [source.weight / total for source in sources]
 
 
-def in_turn(datasets: Sequence[Any]) -> Iterator[dict[str, str]]:
-    """Read documents of every source in turn, from which a tokenizer is trained.
+def interleave(datasets: Sequence[Any]) -> Iterator[dict[str, str]]:
+    """Yield documents of the sources in turn, to train a tokenizer.
 
-    Those of a dataset on disk are spread over all of it; of a stream they are the first.
+    Documents of a dataset on disk are evenly spaced; of a stream, the first ones.
     """
-    iterators = [_spread(dataset) for dataset in datasets]
+    iterators = [_sample_documents(dataset) for dataset in datasets]
     while iterators:
         for iterator in list(iterators):
             document = next(iterator, None)
@@ -99,19 +99,19 @@ def in_turn(datasets: Sequence[Any]) -> Iterator[dict[str, str]]:
 
 
 class MixtureSampler(EpochSampler):
-    """Mix the rows of several sources, each as often as its share says, in every epoch exactly.
+    """Mixes the rows of several sources in exact proportion to their shares in every epoch.
 
-    An epoch is as many rows as there are. A source that has fewer rows than its share begins
-    again, in another order; one that has more goes on with the others in the next epoch. All this
-    follows from seed and epoch, so it resumes exactly.
+    An epoch has as many rows as all sources together. A source with fewer rows than its share
+    repeats, in another order; one with more continues in the next epoch. The order depends only on
+    seed and epoch, so it resumes exactly.
 
     Args:
-        sizes: Rows of every source; they lie one source after the other.
+        sizes: Number of rows of every source; the rows of a source are adjacent.
         shares: They add up to 1.
-        batch_size: Rows in an optimizer step; an epoch is whole steps.
-        world: Ranks.
-        rank: Whose rows these are.
-        seed: Decides the order.
+        batch_size: Rows in an optimizer step; an epoch is a whole number of steps.
+        world: Number of ranks.
+        rank: This rank.
+        seed: Determines the order.
     """
 
     def __init__(
@@ -127,46 +127,48 @@ class MixtureSampler(EpochSampler):
         total = sum(sizes) // batch_size * batch_size
         super().__init__(range(total), world, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.sizes = sizes
-        self.counts = draw.apportion(total, shares)
+        self.counts = rng.apportion(total, shares)
 
     def _order(self) -> Tensor:
         firsts = np.cumsum([0, *self.sizes[:-1]])
         parts = [
-            first + self._of_source(index)
+            first + self._source_rows(index)
             for index, first in enumerate(firsts)
             if self.counts[index]
         ]
         return torch.from_numpy(np.concatenate(parts))[super()._order()]
 
-    def _of_source(self, index: int) -> NDArray[np.int64]:
-        """Take the rows of one source in this epoch: a stretch of its endless shuffles."""
+    def _source_rows(self, index: int) -> NDArray[np.int64]:
+        """Return the rows of one source in this epoch: a slice of its repeated shuffles."""
         size, count = self.sizes[index], self.counts[index]
         start = self.epoch * count
         passes = range(start // size, -(-(start + count) // size))
-        rows = np.concatenate([draw.order(size, self.seed, index, number) for number in passes])
+        rows = np.concatenate(
+            [rng.permutation(size, self.seed, index, number) for number in passes]
+        )
         offset = start - passes[0] * size
         return rows[offset : offset + count]
 
 
-def _read(settings: Mapping[str, Any], place: str) -> Source:
-    known = [field.name for field in fields(Source)]
+def _parse_source(settings: Mapping[str, Any], prefix: str) -> SourceSettings:
+    known = [field.name for field in fields(SourceSettings)]
     unknown = [key for key in settings if key not in known]
     if unknown:
-        raise ConfigError(f"{place} has no setting {unknown[0]!r}; there are {', '.join(known)}")
+        raise ConfigError(f"{prefix} has no setting {unknown[0]!r}; it has {', '.join(known)}")
     weight = settings.get("weight")
     if not _is_number(weight) or not POSITIVE.holds(weight):
-        raise ConfigError(f"{place}.weight must be a number above 0, got {weight!r}; give it one")
+        raise ConfigError(f"{prefix}.weight must be a number above 0, got {weight!r}")
     for key in ("files", "validation_files"):
         paths = settings.get(key)
-        if paths is not None and not _are_texts(paths):
-            raise ConfigError(f"{place}.{key} must be a list of paths, got {paths!r}")
+        if paths is not None and not _is_list_of_strings(paths):
+            raise ConfigError(f"{prefix}.{key} must be a list of paths, got {paths!r}")
     for key in ("text_column", "dataset", "dataset_config"):
         if not isinstance(settings.get(key, ""), str | None):
-            raise ConfigError(f"{place}.{key} must be a text, got {settings[key]!r}")
-    source = Source(**settings)
-    source.check(place)
+            raise ConfigError(f"{prefix}.{key} must be a string, got {settings[key]!r}")
+    source = SourceSettings(**settings)
+    source.check(prefix)
     if source.files is None and source.dataset is None:
-        raise ConfigError(f"{place} names neither files nor a dataset; give it one of them")
+        raise ConfigError(f"{prefix} has neither files nor a dataset; set one")
     return source
 
 
@@ -174,14 +176,14 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _are_texts(value: Any) -> bool:
+def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def _spread(documents: "Dataset") -> Iterator[dict[str, str]]:
+def _sample_documents(documents: "Dataset") -> Iterator[dict[str, str]]:
     from datasets import Dataset
 
     if not isinstance(documents, Dataset):
-        return islice(iter(documents), _SAMPLED_DOCUMENTS)
-    count = min(len(documents), _SAMPLED_DOCUMENTS)
-    return (documents[index] for index in even_subset(count, len(documents)))
+        return islice(iter(documents), _MAX_DOCUMENTS)
+    count = min(len(documents), _MAX_DOCUMENTS)
+    return (documents[index] for index in evenly_spaced(count, len(documents)))

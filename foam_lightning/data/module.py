@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from foam_lightning.data.chat import ChatText
     from foam_lightning.data.loader import RowLoader, StreamLoader
-    from foam_lightning.data.mixture import Source
+    from foam_lightning.data.mixture import SourceSettings
     from foam_lightning.data.packing import Row
     from foam_lightning.data.rows import PackedText, StreamedText
 
@@ -102,7 +102,7 @@ class TextData(LightningDataModule):
     def _open_text(
         self, cache: Path
     ) -> "tuple[PackedText | StreamedText, PreTrainedTokenizerBase]":
-        from foam_lightning.data.mixture import in_turn
+        from foam_lightning.data.mixture import interleave
         from foam_lightning.data.rows import PackedText, StreamedText, Text
         from foam_lightning.data.sources import open_source
         from foam_lightning.data.tokenizer import build_tokenizer
@@ -116,7 +116,7 @@ class TextData(LightningDataModule):
         tokenizer = build_tokenizer(
             settings.tokenizer,
             vocab_size=settings.vocab_size,
-            documents=train[0] if len(train) == 1 else in_turn(train),
+            documents=train[0] if len(train) == 1 else interleave(train),
             cache=cache,
         )
         text = Text(
@@ -172,11 +172,11 @@ class TextData(LightningDataModule):
 
     def val_dataloader(self) -> "DataLoader[Row]":
         """Serve the same validation rows in the same order, every time; to each rank its share."""
-        from foam_lightning.data.loader import ShareOfRows
+        from foam_lightning.data.loader import RankRows
 
         world, rank = self._ranks()
         return DataLoader(
-            ShareOfRows(self._text.validation, world, rank),
+            RankRows(self._text.validation, world, rank),
             batch_size=self.micro_batch_size,
             num_workers=self.settings.num_workers,
             collate_fn=self._collate,
@@ -212,13 +212,13 @@ class TextData(LightningDataModule):
         if settings.streaming and all(source is None for source in given):
             raise ConfigError("data.streaming has nothing to read; set data.dataset or data.files")
 
-    def _read_sources(self) -> "list[Source]":
-        from foam_lightning.data.mixture import Source, read_sources
+    def _read_sources(self) -> "list[SourceSettings]":
+        from foam_lightning.data.mixture import SourceSettings, read_sources
 
         settings = self.settings
         if settings.sources is not None:
             return read_sources(settings.sources)
-        source = Source(
+        source = SourceSettings(
             files=settings.files,
             validation_files=settings.validation_files,
             text_column=settings.text_column,

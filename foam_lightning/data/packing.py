@@ -1,4 +1,4 @@
-"""Documents to rows of tokens, and rows to batches."""
+"""Pack documents into rows of tokens, and collate rows into batches."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foam_lightning.data.cache import cache_key, cached_dataset
-from foam_lightning.data.tokenizer import Piece, encode, end_of_text, fingerprint_of
+from foam_lightning.data.tokenizer import Piece, encode, end_of_text_id, tokenizer_fingerprint
 from foam_lightning.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that the loss leaves out
-_DOCUMENTS_AT_ONCE = 256
+IGNORED = -100  # label that the loss ignores
+_DOCUMENTS_PER_BATCH = 256
 
 
 class Row(TypedDict):
-    """One sequence as it is stored.
+    """One stored sequence.
 
     Attributes:
-        input_ids: `sequence_length` tokens, or fewer where padding will follow.
-        labels: As many, -100 where nothing is scored; the same tokens where it is not there.
+        input_ids: `sequence_length` tokens, or fewer, to be padded.
+        labels: The same tokens, or -100 where ignored; if missing, equal to `input_ids`.
     """
 
     input_ids: Sequence[int]
@@ -34,11 +34,11 @@ class Row(TypedDict):
 
 
 class PackerState(TypedDict):
-    """What a `Packer` holds between two rows.
+    """State of a `Packer`.
 
     Attributes:
-        tail: Tokens that wait for the rest of their row.
-        rows: Finished rows that nobody has taken yet.
+        tail: Tokens of the unfinished row.
+        rows: Finished rows that were not read yet.
     """
 
     tail: list[int]
@@ -46,16 +46,13 @@ class PackerState(TypedDict):
 
 
 class Packer:
-    """Cut a flow of documents into rows.
-
-    Packed, documents follow each other with the end-of-text token between them, and every row is
-    full. Otherwise each document is a row of its own, cut off at `sequence_length`: the recipe of
-    GaLore and of the FOAM paper.
+    """Split a sequence of documents into rows.
 
     Args:
         sequence_length: Tokens in a full row.
-        end_of_text: The token put after each document.
-        packing: Which of the two.
+        end_of_text: Token appended to each document.
+        packing: Concatenate documents, so that every row is full. Otherwise each document is a row
+            of its own, truncated at `sequence_length`, as in GaLore and the FOAM paper.
     """
 
     def __init__(self, sequence_length: int, end_of_text: int, *, packing: bool) -> None:
@@ -66,7 +63,7 @@ class Packer:
         self._rows: deque[list[int]] = deque()
 
     def add(self, piece: Piece) -> None:
-        """Take in the next piece of the flow."""
+        """Add the next piece of a document."""
         ids = [*piece.ids, self.end_of_text] if piece.ends else piece.ids
         length = self.sequence_length
         if self.packing:
@@ -81,16 +78,16 @@ class Packer:
             self._tail = []
 
     def rows(self) -> Iterator[list[int]]:
-        """Hand over the finished rows, oldest first."""
+        """Yield and remove the finished rows, oldest first."""
         while self._rows:
             yield self._rows.popleft()
 
     def state_dict(self) -> PackerState:
-        """Copy what is held."""
+        """Return a copy of the state."""
         return {"tail": list(self._tail), "rows": list(self._rows)}
 
     def load_state_dict(self, state: PackerState) -> None:
-        """Hold what another packer held."""
+        """Restore a state."""
         self._tail = list(state["tail"])
         self._rows = deque(state["rows"])
 
@@ -104,26 +101,26 @@ def packed_dataset(
     packing: bool,
     cache: Path,
 ) -> "Dataset":
-    """Tokenise and pack a whole split into a memory-mapped dataset of rows.
+    """Tokenise and pack a split into a memory-mapped dataset of rows.
 
-    Only the last row of the split is dropped where it is not full.
+    With packing, an incomplete last row is dropped.
 
     Args:
         documents: The split, with the column "text".
         tokenizer: Its end-of-text token follows each document.
-        fingerprint: Names the documents.
+        fingerprint: Cache key of the documents.
         sequence_length: Tokens in a full row.
-        packing: Fill every row, rather than give each document its own.
-        cache: Where the rows are kept, so that the next call is quick.
+        packing: Fill every row; otherwise each document is a row of its own.
+        cache: Folder in which the rows are cached.
     """
     import pyarrow as pa
 
     schema = pa.schema([("input_ids", pa.list_(pa.int32()))])
-    key = cache_key(2, fingerprint, fingerprint_of(tokenizer), sequence_length, packing)
+    key = cache_key(2, fingerprint, tokenizer_fingerprint(tokenizer), sequence_length, packing)
 
     def batches() -> Iterator[tuple["pa.RecordBatch", int]]:
-        packer = Packer(sequence_length, end_of_text(tokenizer), packing=packing)
-        for texts in documents.iter(batch_size=_DOCUMENTS_AT_ONCE):
+        packer = Packer(sequence_length, end_of_text_id(tokenizer), packing=packing)
+        for texts in documents.iter(batch_size=_DOCUMENTS_PER_BATCH):
             for piece in encode(tokenizer, texts["text"]):
                 packer.add(piece)
             rows = pa.array(list(packer.rows()), schema.field(0).type)
@@ -146,8 +143,8 @@ def packed_rows(
     sequence_length: int,
     packing: bool,
 ) -> Iterator[Row]:
-    """Tokenise and pack documents one by one, as far as somebody asks for rows."""
-    packer = Packer(sequence_length, end_of_text(tokenizer), packing=packing)
+    """Tokenise and pack documents lazily."""
+    packer = Packer(sequence_length, end_of_text_id(tokenizer), packing=packing)
     for document in documents:
         for piece in encode(tokenizer, [document["text"]]):
             packer.add(piece)
@@ -155,37 +152,37 @@ def packed_rows(
             yield {"input_ids": ids}
 
 
-def num_in_whole_batches(num_rows: int, batch_size: int, sequence_length: int) -> int:
-    """Count the rows that fill batches; with more, the last step of an epoch would see fewer.
+def rows_in_whole_batches(num_rows: int, batch_size: int, sequence_length: int) -> int:
+    """Round the number of rows down to whole batches, so that no step of an epoch has fewer rows.
 
     Raises:
-        DataError: There is not one batch.
+        DataError: There are fewer rows than one batch.
     """
     if num_rows < batch_size:
         raise DataError(
-            f"the training text makes {num_rows} sequences of {sequence_length} tokens, fewer "
-            f"than one batch of {batch_size}; give more text, or lower data.sequence_length or "
+            f"the training text has {num_rows} sequences of {sequence_length} tokens, fewer than "
+            f"one batch of {batch_size}; add text, or lower data.sequence_length or "
             "data.batch_size"
         )
     return num_rows // batch_size * batch_size
 
 
-def even_subset(count: int, total: int) -> list[int]:
-    """Choose `count` of `total` positions, each in the middle of its equal share."""
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """Choose `count` of `total` indices, each in the middle of an equal part."""
     return [(2 * index + 1) * total // (2 * count) for index in range(count)]
 
 
 def collate(rows: Sequence[Row], *, sequence_length: int, pad: int) -> dict[str, Tensor]:
-    """Join rows into a batch.
+    """Collate rows into a batch.
 
     Args:
-        rows: B of them.
-        sequence_length: S, the length that short rows are filled up to.
-        pad: The token they are filled with.
+        rows: B rows.
+        sequence_length: S, the length to which shorter rows are padded.
+        pad: The padding token.
 
     Returns:
         "input_ids" and "labels", both int64 (B, S). The labels are the same tokens, not shifted,
-        and -100 where there is only padding, or where a row says so.
+        and -100 for padding and where a row has that label.
     """
     input_ids = torch.full((len(rows), sequence_length), pad)
     labels = torch.full((len(rows), sequence_length), IGNORED)

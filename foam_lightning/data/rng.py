@@ -1,4 +1,4 @@
-"""Chance that needs no memory: every number follows from a key, so nothing has to be resumed."""
+"""Stateless random numbers derived from a key, so resuming needs no RNG state."""
 
 import hashlib
 from bisect import bisect_right
@@ -9,33 +9,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def number(*key: int) -> int:
-    """Draw a whole number below 2**64 that follows from the key alone."""
+def random_integer(*key: int) -> int:
+    """Return a pseudo-random integer in [0, 2**64) that depends only on the key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
-def order(size: int, *key: int) -> NDArray[np.int64]:
-    """Shuffle 0 to size - 1 by a key."""
-    return np.random.default_rng(number(*key)).permutation(size)
+def permutation(size: int, *key: int) -> NDArray[np.int64]:
+    """Return a permutation of 0 to size - 1 that depends only on size and key."""
+    return np.random.default_rng(random_integer(*key)).permutation(size)
 
 
-def choice(shares: Sequence[float], *key: int) -> int:
-    """Choose a position, each as often as its share says.
+def weighted_choice(shares: Sequence[float], *key: int) -> int:
+    """Return an index, drawn with the given probabilities.
 
     Args:
-        shares: Add up to 1.
-        key: What the choice follows from.
+        shares: Probabilities that add up to 1.
+        key: The only source of randomness.
     """
-    drawn = number(*key) / 2**64
+    drawn = random_integer(*key) / 2**64
     return min(bisect_right(list(accumulate(shares)), drawn), len(shares) - 1)
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Divide a number into whole parts as near to their shares as can be (largest remainders).
+    """Divide a number into integers in proportion to shares, by the largest remainder method.
 
     Args:
-        total: What the parts add up to.
+        total: The sum of the integers.
         shares: Add up to 1.
     """
     exact = [total * share for share in shares]

@@ -1,19 +1,19 @@
-"""Text made ready to train on: packed on disk, or streamed; of one source or of several."""
+"""Rows of tokens from text: packed in files or streamed, from one source or several."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from foam_lightning.data import rng as draw
-from foam_lightning.data.files import shards_of
+from foam_lightning.data import rng
+from foam_lightning.data.files import list_shards
 from foam_lightning.data.loader import EpochSampler
-from foam_lightning.data.mixture import MixtureSampler, Source, shares
+from foam_lightning.data.mixture import MixtureSampler, SourceSettings, normalized_weights
 from foam_lightning.data.packing import (
-    even_subset,
-    num_in_whole_batches,
+    evenly_spaced,
     packed_dataset,
     packed_rows,
+    rows_in_whole_batches,
 )
 from foam_lightning.data.sources import TextSource
 from foam_lightning.data.streaming import StreamedRows, StreamedSource
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 class Text(NamedTuple):
-    """Opened text, and how to make rows of it.
+    """Opened text, and how to turn it into rows.
 
     Attributes:
-        sources: What the settings say of each source.
-        texts: Their documents.
+        sources: Settings of each source.
+        texts: Documents of each source.
         tokenizer: Its end-of-text token follows each document.
         sequence_length: Tokens in a full row.
-        packing: Fill every row, rather than give each document its own.
-        validation_sequences: Rows to validate on, if there are as many.
+        packing: Fill every row; otherwise each document is a row of its own.
+        validation_sequences: Number of validation rows, at most.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[SourceSettings]
     texts: Sequence[TextSource]
     tokenizer: "PreTrainedTokenizerBase"
     sequence_length: int
@@ -48,16 +48,16 @@ class PackedText:
     """Rows of tokens in memory-mapped files.
 
     Args:
-        text: What they are made of.
-        batch_size: Rows in an optimizer step; an epoch is whole steps.
-        cache: Where they are kept, so that the next time is quick.
+        text: The text.
+        batch_size: Rows in an optimizer step; an epoch is a whole number of steps.
+        cache: Folder in which the rows are cached.
 
     Attributes:
         train: All training rows, one source after the other.
         validation: Rows of every source in proportion to the weights, always the same.
 
     Raises:
-        DataError: A source makes no row, or all together make no batch.
+        DataError: A source has less text than one row, or all have less than one batch.
     """
 
     def __init__(self, text: Text, *, batch_size: int, cache: Path) -> None:
@@ -73,13 +73,13 @@ class PackedText:
         self._text = text
         self._batch_size = batch_size
         self._sizes = [len(rows) for rows in train]
-        total = num_in_whole_batches(sum(self._sizes), batch_size, text.sequence_length)
+        total = rows_in_whole_batches(sum(self._sizes), batch_size, text.sequence_length)
         self.train: Dataset = (
             concatenate_datasets(train) if len(train) > 1 else train[0].select(range(total))
         )
         self.validation: Dataset = concatenate_datasets(
             [
-                rows.select(even_subset(count, len(rows)))
+                rows.select(evenly_spaced(count, len(rows)))
                 for rows, count in zip(
                     validation, _validation_counts(text, validation), strict=True
                 )
@@ -87,18 +87,18 @@ class PackedText:
         )
 
     def sampler(self, *, seed: int, world: int, rank: int) -> EpochSampler:
-        """Decide the order of the training rows.
+        """Create the sampler of the training rows.
 
         Args:
-            seed: What it follows from, together with the epoch.
-            world: Ranks.
-            rank: Whose rows these are.
+            seed: Determines the order, together with the epoch.
+            world: Number of ranks.
+            rank: This rank.
         """
         if len(self._sizes) == 1:
             return EpochSampler(self.train, world, rank, seed=seed, drop_last=True)
         return MixtureSampler(
             self._sizes,
-            shares(self._text.sources),
+            normalized_weights(self._text.sources),
             batch_size=self._batch_size,
             world=world,
             rank=rank,
@@ -107,46 +107,46 @@ class PackedText:
 
 
 class StreamedText:
-    """Text that becomes rows while it is read.
+    """Rows of tokens from streams.
 
     Args:
-        text: What they are made of.
+        text: The text.
 
     Attributes:
         validation: The first rows of every source in proportion to the weights.
 
     Raises:
-        DataError: A source makes no row to validate on.
+        DataError: A source has less validation text than one row.
     """
 
     def __init__(self, text: Text) -> None:
         self._text = text
         self._shards = [
-            shards_of(one.train, source.name)
+            list_shards(one.train, source.name)
             for one, source in zip(text.texts, text.sources, strict=True)
         ]
-        flows = (
+        streams = (
             packed_rows(
-                _read_through(one.validation, source.name),
+                _read_documents(one.validation, source.name),
                 text.tokenizer,
                 sequence_length=text.sequence_length,
                 packing=text.packing,
             )
             for one, source in zip(text.texts, text.sources, strict=True)
         )
-        first = [list(islice(rows, text.validation_sequences)) for rows in flows]
+        first = [list(islice(rows, text.validation_sequences)) for rows in streams]
         _require_rows(text, "validation", first)
         counts = _validation_counts(text, first)
         chosen = (rows[:count] for rows, count in zip(first, counts, strict=True))
         self.validation = list(chain.from_iterable(chosen))
 
     def rows(self, *, seed: int, world: int, rank: int) -> StreamedRows:
-        """Start the streams.
+        """Open the stream of training rows.
 
         Args:
-            seed: Decides the order.
-            world: Ranks.
-            rank: Whose rows these are.
+            seed: Determines the order.
+            world: Number of ranks.
+            rank: This rank.
         """
         sources = [
             StreamedSource(
@@ -154,16 +154,16 @@ class StreamedText:
                 self._text.tokenizer,
                 sequence_length=self._text.sequence_length,
                 packing=self._text.packing,
-                seed=draw.number(seed, index),
+                seed=rng.random_integer(seed, index),
             )
             for index, shards in enumerate(self._shards)
         ]
-        weights = shares(self._text.sources)
+        weights = normalized_weights(self._text.sources)
         return StreamedRows(sources, weights, seed=seed, world=world, rank=rank)
 
 
-def _read_through(documents: Any, name: str) -> Iterator[dict[str, str]]:
-    for shard in shards_of(documents, f"{name}, validation"):
+def _read_documents(documents: Any, name: str) -> Iterator[dict[str, str]]:
+    for shard in list_shards(documents, f"{name}, validation"):
         for text in shard.read(None):
             yield {"text": text}
 
@@ -184,14 +184,17 @@ def _require_rows(text: Text, split: str, rows: Sequence[Sequence[Any]]) -> None
         if len(own) == 0:
             raise DataError(
                 f"the {split} text of {source.name} is shorter than one sequence of "
-                f"{text.sequence_length} tokens; give more text, or lower data.sequence_length"
+                f"{text.sequence_length} tokens; add text, or lower data.sequence_length"
             )
 
 
 def _validation_counts(text: Text, rows: Sequence[Sequence[Any]]) -> list[int]:
-    """Count the rows of each source: in proportion, as far as the rarest one goes, one at least."""
-    parts = shares(text.sources)
+    """Count validation rows per source, in proportion to the weights; at least one each.
+
+    The source with the fewest rows for its weight limits the total.
+    """
+    parts = normalized_weights(text.sources)
     enough = (int(len(own) / share) for own, share in zip(rows, parts, strict=True))
     total = min(text.validation_sequences, *enough)
-    counts = draw.apportion(total, parts)
+    counts = rng.apportion(total, parts)
     return [min(max(1, count), len(own)) for count, own in zip(counts, rows, strict=True)]

@@ -1,4 +1,4 @@
-"""Where the text comes from: this machine's Python, local files, or the Hugging Face Hub."""
+"""Open text: Python's standard library, local files, or a dataset of the Hugging Face Hub."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from foam_lightning.data.files import FileStream, file_streams, files_fingerprint, read_files
-from foam_lightning.data.packing import even_subset
+from foam_lightning.data.files import FileStream, files_fingerprint, open_file_streams, read_files
+from foam_lightning.data.packing import evenly_spaced
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    from foam_lightning.data.mixture import Source
+    from foam_lightning.data.mixture import SourceSettings
 
 
 _SKIPPED_FOLDERS = {
@@ -27,41 +27,42 @@ _SKIPPED_FOLDERS = {
     "_bundled",
     "dist-packages",
     "idle_test",
-    "pydoc_data",  # the language reference as one string literal: no code
+    "pydoc_data",  # the language reference as one string literal
     "site-packages",
     "test",
     "tests",
 }
-_VALIDATION_SHARE = 20  # one file in so many
+VALIDATION_FRACTION = 0.05
+_VALIDATION_EVERY = 20  # one file in 20, by hash
 
 
 class Document(NamedTuple):
-    """One source file.
+    """One source file of the standard library.
 
     Attributes:
-        name: Its path below the library, with forward slashes.
-        text: What it holds.
+        name: Path relative to the library, with forward slashes.
+        text: Content.
     """
 
     name: str
     text: str
 
 
-def documents() -> Iterator[Document]:
-    """Read every module of the standard library, sorted by name, tests left out.
+def python_library_documents() -> Iterator[Document]:
+    """Read the modules of Python's standard library, sorted by name, without tests.
 
     Yields:
-        About 700 documents, 11 MB of text together. A file that is not UTF-8 is skipped.
+        About 700 documents with 11 MB of text. Files that are not UTF-8 are skipped.
 
     Raises:
-        DataError: This Python carries no library sources, as an embedded one may.
+        DataError: This Python has no library sources, like some embedded ones.
     """
     library = Path(sysconfig.get_path("stdlib"))
     names = sorted(_source_files(library))
     if not names:
         raise DataError(
-            f"the default corpus is Python's own library, and {library} holds no .py files; "
-            "give your own text with data.files"
+            f"the default corpus is Python's standard library, but {library} has no .py files; "
+            "set data.files"
         )
     for name in names:
         try:
@@ -72,10 +73,10 @@ def documents() -> Iterator[Document]:
             yield Document(name, text)
 
 
-def is_validation(name: str) -> bool:
-    """Tell whether a document is held out: about 5 percent are, whatever else is installed."""
+def is_held_out(name: str) -> bool:
+    """Return whether a document is for validation: about 5 %, depending only on its name."""
     digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % _VALIDATION_SHARE == 0
+    return int.from_bytes(digest[:8], "big") % _VALIDATION_EVERY == 0
 
 
 def _source_files(library: Path) -> Iterator[str]:
@@ -90,17 +91,14 @@ def _source_files(library: Path) -> Iterator[str]:
                 yield Path(folder, file).relative_to(library).as_posix()
 
 
-VALIDATION_FRACTION = 0.05
-
-
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
     """Training and validation documents, each dataset with one column, "text".
 
     Attributes:
-        train: Documents to learn from.
-        validation: Documents held out.
-        fingerprint: Changes whenever the documents may have changed; names what is cached.
+        train: Training documents.
+        validation: Validation documents.
+        fingerprint: Key of caches; changes whenever the documents may have changed.
     """
 
     train: "Dataset | IterableDataset | FileStream"
@@ -108,41 +106,41 @@ class TextSource:
     fingerprint: str
 
 
-def open_source(source: "Source", *, streaming: bool, cache: Path) -> TextSource:
+def open_source(source: "SourceSettings", *, streaming: bool, cache: Path) -> TextSource:
     """Open the files or the dataset of a source, or the default corpus if it names neither.
 
     Args:
-        source: What the settings say.
+        source: The settings of the source.
         streaming: Read it while training.
-        cache: Where files that are not streamed are kept in a form that is quick to open.
+        cache: Folder in which files are cached unless they are streamed.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The source is unreadable.
     """
     if source.files is not None and streaming:
-        train, validation, fingerprint = file_streams(
+        train, validation, fingerprint = open_file_streams(
             source.files, source.validation_files, source.text_column
         )
         return TextSource(train=train, validation=validation, fingerprint=fingerprint)
     if source.files is not None:
-        return files_source(source.files, source.validation_files, source.text_column, cache=cache)
+        return open_files(source.files, source.validation_files, source.text_column, cache=cache)
     if source.dataset is not None:
-        return hub_source(
+        return open_dataset(
             source.dataset, source.dataset_config, source.text_column, streaming=streaming
         )
-    return corpus_source()
+    return open_default_corpus()
 
 
-def corpus_source() -> TextSource:
-    """Take the default corpus: the source of Python's standard library."""
+def open_default_corpus() -> TextSource:
+    """Open the default corpus: the source of Python's standard library."""
     from datasets import Dataset
 
     digest = hashlib.sha256()
     train: list[str] = []
     validation: list[str] = []
-    for name, text in documents():
+    for name, text in python_library_documents():
         digest.update(f"{name}\0{text}\0".encode())
-        (validation if is_validation(name) else train).append(text)
+        (validation if is_held_out(name) else train).append(text)
     return TextSource(
         train=Dataset.from_dict({"text": train}),
         validation=Dataset.from_dict({"text": validation}),
@@ -150,7 +148,7 @@ def corpus_source() -> TextSource:
     )
 
 
-def files_source(
+def open_files(
     files: list[str],
     validation_files: list[str] | None,
     text_column: str,
@@ -162,19 +160,18 @@ def files_source(
 
     Args:
         files: Paths of .txt, .jsonl or .parquet files.
-        validation_files: Files to hold out; None holds out a share of the documents of `files`.
+        validation_files: Files to validate on; None holds out a fraction of the documents.
         text_column: The column of the text in .jsonl and .parquet files.
-        cache: Where the documents are kept in a form that is quick to open.
-        validation_fraction: That share. With too few documents to spare one, each gives the end
-            of its text instead.
+        cache: Folder in which the documents are cached.
+        validation_fraction: That fraction. With too few documents, the end of each is held out.
 
     Raises:
-        DataError: A file cannot be read, or holds no text.
+        DataError: A file is unreadable or without text.
     """
     documents = read_files(files, text_column, cache)
     fingerprint = files_fingerprint(files, text_column)
     if validation_files is None:
-        train, validation = _hold_out(documents, validation_fraction)
+        train, validation = _split_validation(documents, validation_fraction)
         fingerprint = f"{fingerprint}-{validation_fraction}"
     else:
         train, validation = documents, read_files(validation_files, text_column, cache)
@@ -182,32 +179,33 @@ def files_source(
     return TextSource(train=train, validation=validation, fingerprint=fingerprint)
 
 
-def hub_source(name: str, config: str | None, text_column: str, *, streaming: bool) -> TextSource:
-    """Load a dataset of the Hugging Face Hub, whose own splits are kept.
+def open_dataset(name: str, config: str | None, text_column: str, *, streaming: bool) -> TextSource:
+    """Load the train and validation splits of a dataset of the Hugging Face Hub.
 
     Args:
-        name: Its name there, such as "allenai/c4".
-        config: Its configuration, such as "en"; None if it has only one.
+        name: Name on the Hub, such as "allenai/c4".
+        config: Configuration, such as "en"; None if there is only one.
         text_column: The column of the text.
-        streaming: Read it over the network while training, rather than download it first.
+        streaming: Read it over the network while training, instead of downloading it first.
 
     Raises:
-        DataError: The Hub cannot be reached, the dataset, a split or the column is not there, or
-            a split is empty.
+        DataError: The Hub cannot be reached; the dataset, a split or the column is missing; or a
+            split is empty.
     """
     import datasets
 
-    with _naming_failure(name):
+    with _hub_errors(name):
         splits = datasets.load_dataset(name, config, streaming=streaming)
     for split in ("train", "validation"):
         if split not in splits:
             raise DataError(
                 f"the dataset {name!r} has no split {split!r}; it has {', '.join(splits)}; "
-                "choose a dataset with both train and validation, or give files with data.files"
+                "choose a dataset with both train and validation, or set data.files"
             )
-    with _naming_failure(name):
+    with _hub_errors(name):
         train, validation = (
-            _text_only(splits[split], name, split, text_column) for split in ("train", "validation")
+            _select_text(splits[split], name, split, text_column)
+            for split in ("train", "validation")
         )
     fingerprint = json.dumps([name, config, text_column]) + "".join(
         str(getattr(splits[split], "_fingerprint", "")) for split in ("train", "validation")
@@ -216,42 +214,42 @@ def hub_source(name: str, config: str | None, text_column: str, *, streaming: bo
 
 
 @contextmanager
-def _naming_failure(name: str) -> Iterator[None]:
+def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
         raise DataError(
             f"cannot reach the Hugging Face Hub for the dataset {name!r} ({first_line(error)}); "
-            "download it beforehand, or give local files with data.files"
+            "download it beforehand, or set data.files"
         ) from error
-    except Exception as error:  # StopIteration where a file is empty, and what else there is
+    except Exception as error:  # many types, such as StopIteration for an empty file
         raise DataError(
             f"cannot load the dataset {name!r} from the Hugging Face Hub: {first_line(error)}; "
             "check data.dataset and data.dataset_config"
         ) from error
 
 
-def _text_only(
+def _select_text(
     dataset: "Dataset | IterableDataset", name: str, split: str, column: str
 ) -> "Dataset | IterableDataset":
-    # A stream may not know its columns before its first document.
+    # A stream may not know its columns before the first document.
     first = next(iter(dataset), None)
     if first is None:
         raise DataError(
-            f"the split {split!r} of the dataset {name!r} is empty; choose another dataset, or "
-            "give files with data.files"
+            f"the split {split!r} of the dataset {name!r} is empty; choose another dataset, or set "
+            "data.files"
         )
     columns = dataset.column_names or list(first)
     if column not in columns:
         raise DataError(
             f"the dataset {name!r} has no column {column!r}; it has {', '.join(columns)}; "
-            "name the one that holds the text with data.text_column"
+            "set data.text_column to the one with the text"
         )
     dataset = dataset.select_columns([column])
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _hold_out(documents: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
+def _split_validation(documents: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
     from datasets import Dataset
 
     count = int(len(documents) * fraction)
@@ -266,6 +264,6 @@ def _hold_out(documents: "Dataset", fraction: float) -> tuple["Dataset", "Datase
                 {"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]}
             ),
         )
-    held_out = even_subset(count, len(documents))
-    kept = np.delete(np.arange(len(documents)), held_out)
-    return documents.select(kept), documents.select(held_out)
+    held_out = evenly_spaced(count, len(documents))
+    rest = np.delete(np.arange(len(documents)), held_out)
+    return documents.select(rest), documents.select(held_out)

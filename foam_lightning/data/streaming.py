@@ -1,4 +1,4 @@
-"""Rows straight from streams of documents, shuffled, and resumable at every row."""
+"""Shuffled rows from streams of documents, resumable at every row."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,54 +8,53 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from foam_lightning.data import rng as draw
+from foam_lightning.data import rng
 from foam_lightning.data.files import Shard
 from foam_lightning.data.packing import Packer, Row
-from foam_lightning.data.tokenizer import encode, end_of_text
+from foam_lightning.data.tokenizer import encode, end_of_text_id
 from foam_lightning.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BLOCK_CHARACTERS = 2**21  # about 1000 documents of C4: the buffer that it is usually shuffled by
+_BLOCK_CHARACTERS = 2**21  # about 1000 documents of C4, a usual size of a shuffle buffer
 
 
-class Lane(NamedTuple):
+class ReaderSlot(NamedTuple):
     """Which part of a stream a process reads.
 
     Attributes:
-        position: Of this process, counted over the workers of all ranks.
+        number: Of this process among the workers of all ranks.
         total: How many processes there are.
     """
 
-    position: int
+    number: int
     total: int
 
 
-class _Read(NamedTuple):
+class _Document(NamedTuple):
     text: str
-    shards: int  # finished before this document's, in this pass
-    documents: int  # read of its shard, with this one
+    shards: int  # read before this shard, in this pass
+    documents: int  # read of this shard, including this one
     shard: Shard
 
 
 class StreamedSource:
-    """The rows of one stream in one lane, block by block, without end.
+    """The rows of one stream for one process, shuffled in blocks, endless.
 
-    A shuffle buffer cannot be resumed: what it holds is lost. So documents are read up to a block
-    of two million characters, its rows are shuffled, and only then comes the next block. A place
-    in the stream is the beginning of a block and how many of its rows have been taken, and going
-    on means to read that block again.
+    A shuffle buffer cannot be resumed, as its content is not saved. Instead, documents are read in
+    blocks of two million characters, and the rows of each block are shuffled. The position is the
+    start of a block and the number of its rows read so far; resuming reads that block again.
 
-    In every pass the shards come in another order, and each lane takes its share of them; where
-    there are fewer shards than lanes, each reads all of them and takes its share of the documents.
+    Every pass has another order of shards, which the processes divide among them. If there are
+    fewer shards than processes, each process reads all shards and keeps its part of the documents.
 
     Args:
         shards: The stream.
         tokenizer: Its end-of-text token follows each document.
         sequence_length: Tokens in a full row.
-        packing: Fill every row, rather than give each document its own.
-        seed: Decides the order of shards and rows.
+        packing: Fill every row; otherwise each document is a row of its own.
+        seed: Determines the order of shards and rows.
     """
 
     def __init__(
@@ -69,90 +68,90 @@ class StreamedSource:
     ) -> None:
         self.shards = shards
         self.tokenizer = tokenizer
-        self.packer = Packer(sequence_length, end_of_text(tokenizer), packing=packing)
+        self.packer = Packer(sequence_length, end_of_text_id(tokenizer), packing=packing)
         self.seed = seed
         self._next: dict[str, Any] = {}
         self.load_state_dict(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Describe the place after the row taken last."""
+        """Return the position after the row read last."""
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Make the next iteration go on from such a place; from the beginning where it is None."""
+        """Continue from a state in the next iteration; None is the beginning."""
         self._state = dict(state) if state else {"pass": 0, "block": 0, "tail": [], **_START}
 
-    def rows(self, lane: Lane) -> Iterator[Row]:
-        """Read, tokenise, pack and shuffle, from the place of the state on.
+    def rows(self, slot: ReaderSlot) -> Iterator[Row]:
+        """Read, tokenise, pack and shuffle, starting at the current position.
 
         Args:
-            lane: Which part of the stream.
+            slot: The part of the stream to read.
 
         Raises:
-            DataError: A shard cannot be read, or a whole pass gave no row.
+            DataError: A shard is unreadable, or a whole pass has less text than one row.
         """
-        is_fruitful = self._state["block"] > 0 or self._state["rows"] > 0
+        has_rows = self._state["block"] > 0 or self._state["rows"] > 0
         self.packer.load_state_dict({"tail": self._state["tail"], "rows": []})
         while True:
-            documents = self._one_pass(lane)
-            while texts := self._block(documents):
-                rows = self._packed(texts)
-                is_fruitful = is_fruitful or bool(rows)
-                yield from self._shuffled(rows, lane)
+            documents = self._read_pass(slot)
+            while texts := self._read_block(documents):
+                rows = self._pack(texts)
+                has_rows = has_rows or bool(rows)
+                yield from self._shuffle(rows, slot)
                 self._state = {
                     **self._state,
                     **self._next,
                     "block": self._state["block"] + 1,
                     "tail": self.packer.state_dict()["tail"],
                 }
-            if not is_fruitful:
+            if not has_rows:
                 raise DataError(
-                    "a whole pass over the stream gave no full sequence; give a longer dataset, or "
-                    "lower data.sequence_length or data.num_workers"
+                    "the whole stream is shorter than one sequence; use a longer dataset, or lower "
+                    "data.sequence_length or data.num_workers"
                 )
-            is_fruitful = False
+            has_rows = False
             self._state = {**self._state, "pass": self._state["pass"] + 1, **_START}
 
-    def _one_pass(self, lane: Lane) -> Iterator[_Read]:
-        """Read the lane's documents from the place of the state to the end of the pass."""
+    def _read_pass(self, slot: ReaderSlot) -> Iterator[_Document]:
+        """Read the documents of the slot from the current position to the end of the pass."""
         state = self._state
-        order = draw.order(len(self.shards), self.seed, state["pass"])
-        is_own = len(self.shards) >= lane.total  # a shard is of one lane alone
-        mine = order[lane.position :: lane.total] if is_own else order
-        before, place = state["documents"], state["place"]
+        order = rng.permutation(len(self.shards), self.seed, state["pass"])
+        is_own = len(self.shards) >= slot.total  # each shard is read by one process
+        mine = order[slot.number :: slot.total] if is_own else order
+        before, position = state["documents"], state["place"]
         for done in range(state["shards"], len(mine)):
             shard = self.shards[mine[done]]
-            for index, text in enumerate(shard.read(place), start=before):
-                if is_own or index % lane.total == lane.position:
-                    yield _Read(text, done, index + 1, shard)
-            before, place = 0, None
+            for index, text in enumerate(shard.read(position), start=before):
+                if is_own or index % slot.total == slot.number:
+                    yield _Document(text, done, index + 1, shard)
+            before, position = 0, None
 
-    def _block(self, documents: Iterator[_Read]) -> list[str]:
-        """Take documents up to the size of a block, and note where the next one begins."""
+    def _read_block(self, documents: Iterator[_Document]) -> list[str]:
+        """Read one block of documents, and remember where the next block starts."""
         texts = []
         left = _BLOCK_CHARACTERS
-        self._next = {}  # beyond the last block of a pass there is another pass
-        for read in documents:
-            texts.append(read.text)
-            left -= len(read.text)
+        self._next = {}  # after the last block comes another pass
+        for document in documents:
+            texts.append(document.text)
+            left -= len(document.text)
             if left <= 0:
                 self._next = {
-                    "shards": read.shards,
-                    "documents": read.documents,
-                    "place": read.shard.place(),
+                    "shards": document.shards,
+                    "documents": document.documents,
+                    "place": document.shard.position(),
                     "rows": 0,
                 }
                 break
         return texts
 
-    def _packed(self, texts: list[str]) -> list[NDArray[np.int32]]:
+    def _pack(self, texts: list[str]) -> list[NDArray[np.int32]]:
         for piece in encode(self.tokenizer, texts):
             self.packer.add(piece)
         return [np.asarray(ids, dtype=np.int32) for ids in self.packer.rows()]
 
-    def _shuffled(self, rows: list[NDArray[np.int32]], lane: Lane) -> Iterator[Row]:
+    def _shuffle(self, rows: list[NDArray[np.int32]], slot: ReaderSlot) -> Iterator[Row]:
         start, taken = self._state, self._state["rows"]
-        for index in draw.order(len(rows), self.seed, lane.position, start["block"])[taken:]:
+        for index in rng.permutation(len(rows), self.seed, slot.number, start["block"])[taken:]:
             taken += 1
             self._state = {**start, "rows": taken}
             yield {"input_ids": rows[index]}
@@ -162,19 +161,19 @@ _START: dict[str, Any] = {"shards": 0, "documents": 0, "place": None, "rows": 0}
 
 
 class StreamedRows(IterableDataset[Row | DataError]):
-    """Rows of several streams, each as often as its share says, without end.
+    """Rows of several streams, mixed at random in proportion to their shares, endless.
 
-    Which row comes next depends on the seed, the streams, and how many workers of how many ranks
-    share them; neither on micro-batches nor on an interruption. One worker reads what none would.
+    The order depends on the seed, the streams and the numbers of workers and ranks, not on
+    micro-batches or resuming. One worker reads the same rows as none.
 
-    An error comes as the last item: raised in a worker it would arrive as a page of text.
+    An error is yielded as the last item; raised in a worker, it would arrive as a long traceback.
 
     Args:
         sources: The streams.
-        shares: How much of each; they add up to 1.
-        seed: Decides which stream a row is of.
-        world: Ranks.
-        rank: Whose rows these are.
+        shares: Share of each stream; they add up to 1.
+        seed: Determines which stream each row comes from.
+        world: Number of ranks.
+        rank: This rank.
     """
 
     def __init__(
@@ -191,46 +190,46 @@ class StreamedRows(IterableDataset[Row | DataError]):
         self.seed = seed
         self.world = world
         self.rank = rank
-        self._drawn = 0
+        self._num_rows = 0
         self._is_resumed = False
 
     def __iter__(self) -> Iterator[Row | DataError]:
         if not self._is_resumed:
-            self._go_to(0, [None] * len(self.sources))
+            self._set_position(0, [None] * len(self.sources))
         self._is_resumed = False
-        lane = self._lane()
-        streams = [source.rows(lane) for source in self.sources]
+        slot = self._slot()
+        streams = [source.rows(slot) for source in self.sources]
         while True:
-            chosen = draw.choice(self.shares, self.seed, lane.position, self._drawn)
+            chosen = rng.weighted_choice(self.shares, self.seed, slot.number, self._num_rows)
             try:
                 row = next(streams[chosen])
             except DataError as error:
                 yield error
                 return
-            self._drawn += 1
+            self._num_rows += 1
             yield row
 
     def state_dict(self) -> dict[str, Any]:
-        """Describe the place after the row yielded last."""
+        """Return the position after the row yielded last."""
         return {
-            "drawn": self._drawn,
+            "drawn": self._num_rows,
             "sources": [source.state_dict() for source in self.sources],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next iteration go on from such a place."""
-        self._go_to(state["drawn"], state["sources"])
+        """Continue from a state in the next iteration."""
+        self._set_position(state["drawn"], state["sources"])
         self._is_resumed = True
 
-    def _go_to(self, drawn: int, states: Sequence[dict[str, Any] | None]) -> None:
-        self._drawn = drawn
+    def _set_position(self, num_rows: int, states: Sequence[dict[str, Any] | None]) -> None:
+        self._num_rows = num_rows
         for source, state in zip(self.sources, states, strict=True):
             source.load_state_dict(state)
 
-    def _lane(self) -> Lane:
+    def _slot(self) -> ReaderSlot:
         info = get_worker_info()
         if info is None:
-            return Lane(self.rank, self.world)
-        # A worker process is a fork, in which the tokenizer's threads no longer exist.
+            return ReaderSlot(self.rank, self.world)
+        # The threads of the tokenizer do not exist in a forked worker.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        return Lane(self.rank * info.num_workers + info.id, self.world * info.num_workers)
+        return ReaderSlot(self.rank * info.num_workers + info.id, self.world * info.num_workers)

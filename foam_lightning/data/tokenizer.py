@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE trained on the training text, or one that exists already."""
+"""Train a byte-level BPE tokenizer or load an existing one, and encode documents."""
 
 import random
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 _SPECIAL = [END_OF_TEXT, PAD]
-_SMALLEST_VOCABULARY = 256 + len(_SPECIAL)  # every byte is a token of its own
+_MIN_VOCABULARY = 256 + len(_SPECIAL)  # every byte is a token
 _SAMPLE_CHARACTERS = 2**22
 _SAMPLE_DOCUMENTS = 2**17
 _PIECE_CHARACTERS = 2**18
 
 
 class Piece(NamedTuple):
-    """A stretch of a document's tokens.
+    """Consecutive tokens of a document.
 
     Attributes:
-        ids: The tokens.
-        starts: Whether the document starts here.
-        ends: Whether the document ends here.
+        ids: Token ids.
+        starts: Whether this is the first piece of the document.
+        ends: Whether this is the last piece of the document.
     """
 
     ids: list[int]
@@ -44,59 +44,64 @@ def build_tokenizer(
 
     Args:
         name: A local folder or a name on the Hugging Face Hub; None trains byte-level BPE.
-        vocab_size: The model's vocabulary: how many tokens to train, and the limit of what loads.
+        vocab_size: Vocabulary of the model: the number of tokens to train, or the maximum that an
+            existing tokenizer may have.
         documents: The training documents, with the column "text".
-        cache: Where a trained tokenizer is kept.
+        cache: Folder in which a trained tokenizer is cached.
 
     Raises:
         DataError: The tokenizer cannot be loaded, has more tokens than the model, or has no
-            token for the end of a text.
+            end-of-text token.
     """
     if name is None:
-        return _trained(documents, vocab_size, cache)
-    tokenizer = _loaded(name)
+        return _train_or_load_cached(documents, vocab_size, cache)
+    tokenizer = _load(name)
     _check_fits(tokenizer, name, vocab_size)
     return tokenizer
 
 
-def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Give the token that is put after each document."""
+def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the token that is appended to each document.
+
+    Raises:
+        DataError: The tokenizer has none.
+    """
     token = tokenizer.eos_token_id
     if not isinstance(token, int):
         raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), which "
-            "separates documents; set it in its tokenizer_config.json or choose another"
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token) to "
+            "separate documents; set it in its tokenizer_config.json, or choose another tokenizer"
         )
     return token
 
 
-def fingerprint_of(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Name what a tokenizer makes of a text."""
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a cache key that changes whenever the tokenizer may encode text differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     return cache_key(rules, tokenizer.eos_token_id)
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
-    """Choose the token that fills up short rows; the loss never sees it."""
+    """Return the token that pads short rows; the loss ignores it."""
     pad = tokenizer.pad_token_id
-    # T5-like extras may lie above the model's vocabulary, and LLaMA has no pad token at all.
-    return pad if isinstance(pad, int) and pad < vocab_size else end_of_text(tokenizer)
+    # LLaMA has no pad token, and that of other tokenizers may exceed the vocabulary of the model.
+    return pad if isinstance(pad, int) and pad < vocab_size else end_of_text_id(tokenizer)
 
 
-def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Give the tokens that no text becomes."""
+def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the special tokens, which text is never encoded to."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Piece]:
-    """Turn documents into tokens, without any special token.
+    """Encode documents, without special tokens.
 
-    A very long document comes in several pieces, cut after a line: its parts are encoded in
-    parallel and a book of a gigabyte never lies in memory as tokens.
+    A long document yields several pieces, split after a line, so that it is encoded in parallel and
+    the tokens of a file of gigabytes are never in memory together.
     """
-    pieces = [piece for text in texts for piece in _cut(text)]
+    pieces = [piece for text in texts for piece in _split(text)]
     start = 0
     while start < len(pieces):
         stop, size = start, 0
@@ -114,7 +119,7 @@ def _encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> lis
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    # "<|endoftext|>" spelled out in a text must not become the token that ends documents.
+    # The text "<|endoftext|>" must not be encoded as the token that ends documents.
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
     try:
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -123,7 +128,7 @@ def _encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> lis
     return [encoding.ids for encoding in encodings]
 
 
-def _cut(text: str) -> Iterator[tuple[str, bool, bool]]:
+def _split(text: str) -> Iterator[tuple[str, bool, bool]]:
     _require_text(text)
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
@@ -135,24 +140,24 @@ def _cut(text: str) -> Iterator[tuple[str, bool, bool]]:
 
 
 def _require_text(text: object) -> None:
-    """Refuse what a dataset may hold in place of a text: a number, or nothing."""
+    """Check that a document is a string: a dataset may have numbers or None."""
     if not isinstance(text, str):
         raise DataError(
-            f"a document is {text!r:.40}, not a text; name the column that holds the text with "
-            "data.text_column, or choose another dataset"
+            f"a document is {text!r:.40}, not a string; set data.text_column to the column with "
+            "the text, or choose another dataset"
         )
 
 
-def _trained(
+def _train_or_load_cached(
     documents: "Dataset | IterableDataset", vocab_size: int, cache: Path
 ) -> "PreTrainedTokenizerBase":
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < _SMALLEST_VOCABULARY:
+    if vocab_size < _MIN_VOCABULARY:
         raise DataError(
-            f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone are "
-            f"{_SMALLEST_VOCABULARY}; raise model.vocab_size"
+            f"model.vocab_size {vocab_size} is too small: bytes and special tokens need "
+            f"{_MIN_VOCABULARY}; set at least that"
         )
     sample = list(_sample(documents))
     path = cache / f"tokenizer-{cache_key(1, tokenizers.__version__, vocab_size, sample)}.json"
@@ -161,7 +166,7 @@ def _trained(
             _train(sample, vocab_size).save(str(temporary))
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # what tokenizers raises is no more than that
+    except Exception as error:  # tokenizers raises plain Exception
         raise damaged(path, error) from error
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -206,7 +211,7 @@ def _sample(documents: "Dataset | IterableDataset") -> Iterator[str]:
             return
 
 
-def _loaded(name: str) -> "PreTrainedTokenizerBase":
+def _load(name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
@@ -215,22 +220,22 @@ def _loaded(name: str) -> "PreTrainedTokenizerBase":
         )
     except Exception as error:  # a broken tokenizer.json raises a plain Exception
         raise DataError(
-            f"cannot load the tokenizer {name!r}: {first_line(error)}; give a folder that holds "
-            "tokenizer.json, or the name of one on the Hugging Face Hub, with data.tokenizer"
+            f"cannot load the tokenizer {name!r}: {first_line(error)}; set data.tokenizer to a "
+            "folder with tokenizer.json, or to a name on the Hugging Face Hub"
         ) from error
     return tokenizer
 
 
 def _check_fits(tokenizer: "PreTrainedTokenizerBase", name: str, vocab_size: int) -> None:
-    # T5 numbers its sentinels <extra_id_*> above the vocabulary; text never becomes one of them.
-    special = special_ids(tokenizer)
+    # T5 numbers its special tokens <extra_id_*> above the vocabulary; they never appear in text.
+    special = special_token_ids(tokenizer)
     largest = max(
-        end_of_text(tokenizer),
+        end_of_text_id(tokenizer),
         *(number for number in tokenizer.get_vocab().values() if number not in special),
     )
     if largest >= vocab_size:
         raise DataError(
-            f"the tokenizer {name!r} has tokens up to {largest}, and the model's vocabulary of "
-            f"{vocab_size} ends at {vocab_size - 1}; set model.vocab_size to at least "
-            f"{largest + 1}, or with model.pretrained take the tokenizer of that folder"
+            f"the tokenizer {name!r} has token ids up to {largest}, but model.vocab_size is "
+            f"{vocab_size}; set model.vocab_size to at least {largest + 1}, or with "
+            "model.pretrained use the tokenizer of that folder"
         )

@@ -70,9 +70,9 @@ DATA = [
     reading("data: a column that is not there", "--data.files {at}/t.jsonl "
              "--data.text_column body",
          "'body'", files={"t.jsonl": _LINE}),
-    reading("data: no file", "--data.files []", "names no file"),
+    reading("data: no file", "--data.files []", "data.files is empty"),
     reading("data: validation alone", "--data.files null --data.validation_files a.txt",
-         "needs data.files"),
+         "without data.files"),
     reading("data: validation missing", "--data.validation_files {at}/no.txt", "there is no file"),
     reading("data: validation empty", "--data.validation_files {at}/no.txt", "is empty",
          files={"no.txt": ""}),
@@ -92,14 +92,14 @@ DATA = [
          files={"c.jsonl": "{"}),
     reading("data: chat without an answer", f"--data.files {{at}}/c.jsonl {_CHAT}", "assistant",
          files={"c.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}'}),
-    reading("data: chat with a number", f"--data.files {{at}}/c.jsonl {_CHAT}", "no conversation",
+    reading("data: chat with a number", f"--data.files {{at}}/c.jsonl {_CHAT}", "conversation",
          files={"c.jsonl": '{"prompt": "hi", "response": 1}'}),
     reading("data: chat of an unknown role", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 1",
          files={"c.jsonl": '{"messages": [{"role": ["x"], "content": "hi"}]}'}),
 ] + [
     reading(f"sources {name}", "--data.files null", says, more=(f"--data.sources={text}",))
     for name, text, says in [
-        ("empty", "[]", "names no source"),
+        ("empty", "[]", "data.sources is empty"),
         ("a mapping", "{}", "data.sources"),
         ("a word", "text.txt", "data.sources"),
         ("a list of words", "[a.txt]", "data.sources"),

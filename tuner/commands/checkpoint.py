@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from foam_lightning.checkpoint.load import load_module, load_tokenizer
-from foam_lightning.data.chat import end_of_turn
+from foam_lightning.data.chat import end_of_turn_id
 from foam_lightning.errors import CheckpointError
 from foam_lightning.evaluate import format_perplexity, validate
 from foam_lightning.generate import generate_text
@@ -48,6 +48,6 @@ def run_export(settings: Settings) -> None:
     module = load_module(path)
     assert module.model is not None
     tokenizer = load_tokenizer(path)
-    turn = end_of_turn(tokenizer) if settings.data.chat else None
+    turn = end_of_turn_id(tokenizer) if settings.data.chat else None
     save_model(module.model, tokenizer, output, end_of_turn=turn)
     print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")
