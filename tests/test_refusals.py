@@ -83,7 +83,7 @@ def test_a_dataset_that_lacks_something_is_refused(
 
 
 VALIDATION = {
-    "empty": ("", "is empty; give a file that holds text"),
+    "empty": ("", "is empty"),
     "blank": ('{"text": " "}\n', "has no text"),
     "short": ('{"text": "a"}\n', "is shorter than one sequence of 32 tokens"),
 }
@@ -109,7 +109,7 @@ def test_a_prepared_file_that_a_crash_has_damaged_is_named(
     kind: str, content: bytes, tmp_path: Path, refused: Refused
 ) -> None:
     data = parse("fit", ["--config", str(tmp_path / "tiny.yaml")], default=None).job().data
-    TextData(**data).setup()
+    TextData(data).setup()
     damaged = next((tmp_path / "cache").glob(f"{kind}-*"))
     damaged.write_bytes(content)
     assert f"the prepared file {damaged} is damaged" in refused("fit")
