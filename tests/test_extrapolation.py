@@ -18,68 +18,52 @@ from tuner.trials.extrapolation import (
 )
 from tuner.trials.runner import Difference
 
-
-@pytest.fixture
-def plan() -> FoldPlan:
-    return FoldPlan(
-        model={},
-        levels={"a": 2},
-        scales={"a": 0.25},
-        lr=0.02,
-        memory_options=MemoryOptions(micro_batch_size=1),
-    )
+PLAN = FoldPlan(
+    model={},
+    levels={"a": 2},
+    scales={"a": 0.25},
+    lr=0.02,
+    memory_options=MemoryOptions(micro_batch_size=1),
+)
+ADAM = replace(PLAN, levels={"a": 0})
 
 
-def test_the_full_length_takes_the_rate_of_the_plan(plan: FoldPlan) -> None:
-    assert plan_for_length(plan, 600, 600) == plan
-
-
-def test_a_shorter_run_takes_a_higher_rate_and_nothing_else_changes(plan: FoldPlan) -> None:
-    short = plan_for_length(plan, 150, 600)
+def test_a_shorter_run_takes_a_higher_rate_and_nothing_else_changes() -> None:
+    assert plan_for_length(PLAN, 600, 600) == PLAN
+    short = plan_for_length(PLAN, 150, 600)
     assert short.lr == pytest.approx(0.02 * 4**FOLDED_EXPONENT, rel=5e-3)
-    assert replace(short, lr=plan.lr) == plan
-    assert (
-        plan_for_length(plan, 1200, 600).lr
-        < plan.lr
-        < plan_for_length(plan, 300, 600).lr
-        < short.lr
-    )
+    assert replace(short, lr=PLAN.lr) == PLAN
+    rates = [plan_for_length(PLAN, steps, 600).lr for steps in (1200, 600, 300, 150)]
+    assert rates == sorted(set(rates))
 
 
-def test_adam_takes_a_power_of_its_own(plan: FoldPlan) -> None:
-    adam = replace(plan, levels={"a": 0})
-    assert plan_for_length(adam, 150, 600).lr == pytest.approx(0.02 * 4**ADAM_EXPONENT, rel=5e-3)
-    assert plan_for_length(adam, 150, 600).lr < plan_for_length(plan, 150, 600).lr
+def test_adam_has_an_exponent_of_its_own() -> None:
+    short = plan_for_length(ADAM, 150, 600)
+    assert short.lr == pytest.approx(0.02 * 4**ADAM_EXPONENT, rel=5e-3)
+    assert short.lr < plan_for_length(PLAN, 150, 600).lr
 
 
-def test_the_correction_ends_where_nothing_was_measured(plan: FoldPlan) -> None:
-    farthest = plan_for_length(plan, 100, int(100 * MAX_LENGTH_RATIO))
-    assert plan_for_length(plan, 100, 150_000) == farthest
-    assert plan_for_length(plan, 150_000, 100).lr == pytest.approx(0.02**2 / farthest.lr, rel=1e-2)
+def test_the_correction_ends_at_the_largest_ratio_measured() -> None:
+    farthest = plan_for_length(PLAN, 100, int(100 * MAX_LENGTH_RATIO))
+    assert plan_for_length(PLAN, 100, 150_000) == farthest
+    assert plan_for_length(PLAN, 150_000, 100).lr == pytest.approx(0.02**2 / farthest.lr, rel=1e-2)
 
 
-def test_four_times_as_long_a_gap_is_what_was_measured_there() -> None:
-    found = predict_full_run(Difference(-0.1, 0.02), False, num_steps=300, full_steps=1200)
-    assert found.mean == pytest.approx(-0.1 * GAP_REMAINING)
-    assert found.half_width**2 == pytest.approx(
-        (0.02 * GAP_REMAINING) ** 2
-        + 1.96**2 * (TRANSFER_DEVIATION**2 + (0.1 * TRANSFER_SHARE) ** 2)
-    )
-    longer = predict_full_run(Difference(-0.1, 0.02), False, num_steps=300, full_steps=150_000)
-    assert longer == found
-
-
-def test_a_gap_to_adam_stays_and_is_less_sure() -> None:
-    found = predict_full_run(Difference(-0.1, 0.02), True, num_steps=300, full_steps=1200)
-    assert found.mean == -0.1
+@pytest.mark.parametrize(("to_adam", "remaining"), [(False, GAP_REMAINING), (True, 1.0)])
+@pytest.mark.parametrize("full_steps", [1200, 150_000])
+def test_from_four_times_the_length_on_the_prediction_is_as_measured(
+    to_adam: bool, remaining: float, full_steps: int
+) -> None:
+    found = predict_full_run(Difference(-0.1, 0.02), to_adam, num_steps=300, full_steps=full_steps)
+    assert found.mean == pytest.approx(-0.1 * remaining)
     transfer = math.hypot(TRANSFER_DEVIATION, 0.1 * TRANSFER_SHARE)
-    assert found.half_width == pytest.approx(math.hypot(0.02, 1.96 * transfer))
+    assert found.half_width == pytest.approx(math.hypot(0.02 * remaining, 1.96 * transfer))
 
 
 @given(
     st.floats(-1, 1), st.floats(0, 1), st.booleans(), st.integers(1, 10_000), st.integers(1, 10_000)
 )
-def test_a_prediction_lies_between_what_was_measured_and_four_times_as_long(
+def test_a_prediction_lies_between_that_of_equal_and_of_four_times_the_length(
     mean: float, half_width: float, to_adam: bool, num_steps: int, full_steps: int
 ) -> None:
     gap = Difference(mean, half_width)

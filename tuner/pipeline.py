@@ -58,7 +58,7 @@ def tune(context: RunContext) -> TunedPlan | None:
     levels = planner.uniform_levels
     say(f"uniform levels within {ByteSize(context.budget_bytes)}: {levels[0]} to {levels[-1]}")
 
-    search_budget = SearchBudget.of(context.tune_options, job.trainer.max_steps)
+    search_budget = SearchBudget.from_options(context.tune_options, job.trainer.max_steps)
     search_result = None
     if search_budget is None:
         say(not_tuned_message(context.tune_options, job.trainer.max_steps))
@@ -66,7 +66,7 @@ def tune(context: RunContext) -> TunedPlan | None:
         planner = rehearse_tightest_plan(context)
         search_result = search_plan(context, planner, search_budget)
         say(f"{search_result.reason[0].upper()}{search_result.reason[1:]}.")
-    if not context.worker.leads():
+    if not context.worker.claim_lead():
         return None
 
     found = search_result.winner.plan if search_result else planner.default_plan()

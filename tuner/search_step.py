@@ -10,7 +10,7 @@ from tuner.run_context import RunContext
 from tuner.search.proxy_model import NoProxyModelError, ProxyModel
 from tuner.search.search import search
 from tuner.trials.budget import MAX_FINALISTS, SMALLEST_SEARCH, SearchBudget, TuneOptions
-from tuner.trials.cache import job_key, load_earlier_trials
+from tuner.trials.cache import CachedRunner, job_key, load_earlier_trials
 from tuner.trials.results import SearchResult
 from tuner.trials.runner import TrialRunner
 
@@ -41,7 +41,8 @@ def search_plan(
 def _search(
     context: RunContext, job: Job, planner: BudgetPlanner, search_budget: SearchBudget
 ) -> SearchResult:
-    known = load_earlier_trials(context.folder.other_versions("tuning/study.db"), job_key(job))
+    databases = context.folder.other_versions("tuning/study.db")
+    earlier = load_earlier_trials(databases, job_key(job))
     seconds = TrialRunner(job, memory_options=context.memory_options).seconds_per_step(
         planner.uniform(planner.uniform_levels[-1])
     )
@@ -52,17 +53,12 @@ def _search(
         def on_run(description: str, loss: float) -> None:
             say(f"  loss {loss:.4f}  {description}", console=progress.console)
 
-        return search(
-            job,
-            planner,
-            context.folder.tuning,
-            search_budget,
-            memory_options=context.memory_options,
-            known=known,
-            worker=context.worker,
-            on_steps=lambda count: progress.advance(task, count),
-            on_run=on_run,
-        )
+        def on_steps(count: int) -> None:
+            progress.advance(task, count)
+
+        runner = TrialRunner(job, lambda: on_steps(1), memory_options=context.memory_options)
+        cached = CachedRunner(runner, earlier, on_steps=on_steps, on_run=on_run)
+        return search(planner, cached, context.folder.tuning, search_budget, context.worker)
 
 
 def _announcement(search_budget: SearchBudget, max_steps: int, seconds: float) -> str:

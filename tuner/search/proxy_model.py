@@ -1,4 +1,4 @@
-"""A narrow proxy model: where Adam does not fit the budget, the search runs on a narrower model."""
+"""A narrow proxy model to search on where Adam, the reference, does not fit the budget."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,32 +15,31 @@ from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import round_to_three_digits
 from tuner.trials.results import Candidate, SearchResult, TrialRecord
 
-# A quarter of the width is a sixteenth of the matrices: Adam fits wherever the model itself does,
-# and a step costs a tenth. Below the least width, the proxy model would tell of another kind of
-# model.
+# A quarter of the width has a sixteenth of the matrix elements: Adam fits wherever the model itself
+# does, and a step takes a tenth of the time. Models below the smallest width behave differently.
 WIDTH_SHARE = 4
 MIN_WIDTH = 64
 _SCALES = ("scale", "unfolded_scale")
-_Ran = TypeVar("_Ran", Candidate, TrialRecord)
+_Trial = TypeVar("_Trial", Candidate, TrialRecord)
 
 
 class NoProxyModelError(ConfigError):
-    """The model has no proxy model; the message says why, to follow "there is no proxy model: "."""
+    """The model has no proxy model. The message continues "there is no proxy model: "."""
 
 
 def proxy_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
-    """Choose the sizes of the proxy model: a quarter of the width, and not below 64.
+    """Choose the sizes of the proxy model: a quarter of the width, but at least 64.
 
-    Heads stay as wide as they are where such heads make up the width, in groups of as many queries
-    as before; else there are as many of them, narrower ones. The MLP keeps its ratio to the width.
-    Depth and vocabulary are not here, since they stay.
+    Heads keep their width, and their number of queries per key, if such heads can make up the
+    narrow width; otherwise their number stays and they become narrower. The MLP keeps its ratio to
+    the width. Depth and vocabulary do not change.
 
     Args:
         sizes: `hidden_size`, `intermediate_size`, `num_attention_heads` and `num_key_value_heads`
             of the model.
 
     Returns:
-        The same of the proxy model.
+        The same sizes of the proxy model.
 
     Raises:
         NoProxyModelError: The proxy model would not be narrower.
@@ -53,10 +52,10 @@ def proxy_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
         heads = narrow // head_width
         key_value_heads = heads // queries
     else:
-        narrow = heads * 2 * -(-narrow // (2 * heads))  # rotation takes columns of a head in pairs
+        narrow = heads * 2 * -(-narrow // (2 * heads))  # rotary embeddings need an even width
     if narrow >= width:
         raise NoProxyModelError(
-            f"hidden {width} is as narrow as a proxy model may be, which has {MIN_WIDTH} or more"
+            f"a proxy of hidden {width} would not be narrower; the smallest width is {MIN_WIDTH}"
         )
     return {
         "hidden_size": narrow,
@@ -67,44 +66,44 @@ def proxy_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
 
 
 class ProxyModel:
-    """A narrower model to search on, and the way back from its plans to those of the full one.
+    """A narrower model to search on, and the conversion of its plans to the full model.
 
     Depth, roles, vocabulary, data, batch and schedule are those of the full model, and parameters
-    have the same names, so that a plan carries over name by name. Scales are as 1 to the width:
-    what a step of a matrix does to its output grows with the number of its columns, which agree
-    (Yang et al. 2022, arXiv:2203.03466, table 8), and so it was measured here (docs/log.md). The
+    have the same names, so that a plan carries over name by name. Scales are inversely proportional
+    to the width: the effect of a step of a matrix on its output grows with the number of columns,
+    whose steps agree (Yang et al. 2022, arXiv:2203.03466, table 8; measured here: docs/log.md). The
     learning rate stays, and with it the steps of embedding, head and norms.
 
     Args:
-        job: What to train at full width.
-        planner: Its plans, none of which is Adam.
+        job: The job at full width.
+        planner: Plans of the full model that fit the budget, without Adam.
 
     Attributes:
-        job: What to train at the width of the proxy model.
-        planner: What the search may run there.
+        job: The job of the proxy model.
+        planner: The plans that the search may run on the proxy model.
         full: The plans at full width.
 
     Raises:
-        NoProxyModelError: The model starts from weights that no narrower one has, or is narrow as
-            it is, or Adam does not fit the proxy model either.
+        NoProxyModelError: The model starts from pre-trained weights, is too narrow, or Adam does
+            not fit even with the proxy model.
     """
 
     def __init__(self, job: Job, planner: BudgetPlanner) -> None:
         if job.model.pretrained is not None:
-            raise NoProxyModelError("no narrower model has the weights of model.pretrained")
+            raise NoProxyModelError("model.pretrained has no weights for a narrower model")
         self.full = planner
         self._wide = planner.uniform(0).model
         sizes = proxy_sizes(self._wide)
         self._ratio = self._wide["hidden_size"] / sizes["hidden_size"]
         settings: dict[str, Any] = {
             **sizes,
-            # The memory options of the budget may have chosen it.
+            # May come from the memory options of the budget instead of the settings.
             "state_dtype": planner.memory_options.state_dtype,
             **{key: getattr(job.model, key) * self._ratio for key in _SCALES},
         }
         self.job = replace(job, model=replace(job.model, **settings))
         self.planner: BudgetPlanner = ProxyPlanner(self.job, planner)
-        _ = self.planner.memory_options
+        self.planner.check_feasible()
 
     def __str__(self) -> str:
         wide = self._wide
@@ -115,21 +114,22 @@ class ProxyModel:
         )
 
     def to_full_width(self, plan: FoldPlan) -> FoldPlan:
-        """Make a plan of the proxy model one of the full model, within the budget.
+        """Convert a plan of the proxy model to the full model, within the budget.
 
-        Levels carry over name by name. The state of both has the same share of Adam's but for what
-        rounding up of blocks and sizes adds; where that is too much, the nearest levels are taken.
-        A matrix that folds for that alone takes the scale of those that fold, of its role first.
+        Levels carry over name by name. The state of both models is the same share of Adam's, except
+        for the rounding up of blocks and sizes; if that is too much for the budget, the nearest
+        levels that fit are taken. A matrix that folds only for that reason gets the most common
+        scale of the folded matrices of its role, or else of all folded matrices.
 
         Args:
-            plan: Of the proxy model, some matrix folded.
+            plan: A plan of the proxy model with at least one folded matrix.
         """
-        return self._carried(plan, self.full.nearest_levels(plan.levels))
+        return self._convert(plan, self.full.nearest_levels(plan.levels))
 
     def search_result(self, found: SearchResult) -> SearchResult:
-        """Say what was found on the proxy model in plans and bytes of the full model.
+        """Convert the result of a search on the proxy model to plans and bytes of the full model.
 
-        The winner is made to fit; all else is as it ran.
+        Only the levels of the winner are changed where they do not fit.
         """
         plan = self.to_full_width(found.winner.plan)
         winner = replace(found.winner, plan=plan, state_bytes=self.full.folded_state_bytes(plan))
@@ -139,16 +139,16 @@ class ProxyModel:
             finalists=[
                 winner if c is found.winner else self._at_full_width(c) for c in found.finalists
             ],
-            trials=[self._at_full_width(run) for run in found.trials],
+            trials=[self._at_full_width(trial) for trial in found.trials],
             adam_state_bytes=self.full.folded_state_bytes(self.full.uniform(0)),
             reason=f"on {self}, {found.reason}",
         )
 
-    def _at_full_width(self, ran: _Ran) -> _Ran:
-        plan = self._carried(ran.plan, ran.plan.levels)
-        return replace(ran, plan=plan, state_bytes=self.full.folded_state_bytes(plan))
+    def _at_full_width(self, trial: _Trial) -> _Trial:
+        plan = self._convert(trial.plan, trial.plan.levels)
+        return replace(trial, plan=plan, state_bytes=self.full.folded_state_bytes(plan))
 
-    def _carried(self, plan: FoldPlan, levels: Mapping[str, int]) -> FoldPlan:
+    def _convert(self, plan: FoldPlan, levels: Mapping[str, int]) -> FoldPlan:
         scales = {
             name: _folded_scale(plan, name) if levels[name] and not level else plan.scales[name]
             for name, level in plan.levels.items()
@@ -165,10 +165,10 @@ class ProxyModel:
 
 
 class ProxyPlanner(BudgetPlanner):
-    """Plans for a search on a proxy model: the levels of the full model, and Adam.
+    """Plans for a search on a proxy model: the levels that fit the full model, and Adam.
 
     Args:
-        job: What to train at the width of the proxy model.
+        job: The job of the proxy model.
         full: The plans of the full model that fit the budget.
     """
 
@@ -178,43 +178,43 @@ class ProxyPlanner(BudgetPlanner):
 
     @cached_property
     @override
-    def memory_options(self) -> MemoryOptions:
-        """The cheapest memory options with which Adam fits.
+    def _fastest_options(self) -> MemoryOptions | None:
+        return self.ladder.find_fastest(lambda options, _: self._fits_uniform(options, 0))
+
+    @override
+    def check_feasible(self) -> None:
+        """Check that Adam fits the budget.
 
         Raises:
-            NoProxyModelError: None do, or the settings contradict them.
+            NoProxyModelError: It does not, or the settings contradict the memory options it takes.
         """
-        found = self.ladder.find_fastest(
-            lambda memory_options, _: self._fits_uniform(memory_options, 0)
-        )
-        if found is None:
+        if self._fastest_options is None:
             width = self.job.model.hidden_size
             raise NoProxyModelError(f"Adam does not fit the budget at hidden {width} either")
         try:
-            self.job.check_memory_options(found)
+            self.job.check_memory_options(self._fastest_options)
         except ConfigError as error:
             raise NoProxyModelError(str(error)) from error
-        return found
 
     @cached_property
     @override
     def uniform_levels(self) -> list[int]:
-        """The uniform levels that fit at full width, and level 0, which is run beside them."""
+        """Level 0, the reference, and the uniform levels that fit at full width."""
         return [0, *self._full.uniform_levels]
 
     @property
     @override
     def adam_may_win(self) -> bool:
-        """False: Adam is what plans are compared with here, and none that could be trained by."""
+        """False: Adam is only the reference; it does not fit at full width."""
         return False
 
     @cached_property
     @override
     def max_state_bytes(self) -> int:
-        """The same share of the state of Adam as the budget leaves at full width.
+        """The same share of Adam's state as the budget leaves at full width.
 
-        Blocks are rounded up, which is more of a narrow matrix: the lowest uniform level is always
-        within it.
+        It is at least the state of the lowest uniform level, which may be a larger share here,
+        since blocks are rounded up.
         """
         full, lowest = self._full, self._full.uniform_levels[0]
         adam_bytes = full.folded_state_bytes(full.uniform(0))
@@ -223,8 +223,8 @@ class ProxyPlanner(BudgetPlanner):
 
 
 def _folded_scale(plan: FoldPlan, name: str) -> float:
-    """Find the scale of the folded matrices of a role, or of any; the most common one."""
+    """Return the most common scale of the folded matrices of the role, or else of all."""
     folded = [n for n, level in plan.levels.items() if level]
-    alike = [n for n in folded if role_of(n) == role_of(name)] or folded
-    scales = [plan.scales[n] for n in alike]
+    same_role = [n for n in folded if role_of(n) == role_of(name)]
+    scales = [plan.scales[n] for n in same_role or folded]
     return max(dict.fromkeys(scales), key=scales.count)

@@ -1,1 +1,1 @@
-"""Short training runs, the Optuna studies that order them, and their results."""
+"""Trials: short training runs, the Optuna studies that choose them, and their results."""

@@ -1,4 +1,4 @@
-"""What a folder keeps of runs, so that the same command goes on from them."""
+"""Results of earlier trials: read from studies and files, so that no trial runs twice."""
 
 import hashlib
 import json
@@ -17,11 +17,12 @@ from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.training import versions
-from tuner.trials.runner import TrialResult
+from tuner.trials.extrapolation import plan_for_length
+from tuner.trials.runner import TrialResult, TrialRunner
 from tuner.trials.study import Params, trial_result
 
-# Settings of the trainer that no short run depends on: it has its own, or its own place.
-_ELSEWHERE = {
+# Trainer settings that do not affect a short run, which has its own values for them.
+_IRRELEVANT_SETTINGS = {
     *("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "callbacks"),
     *("val_check_interval", "check_val_every_n_epoch", "log_every_n_steps", "limit_val_batches"),
     *("devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary"),
@@ -31,37 +32,92 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class EarlierTrials:
-    """What is known before a search begins.
+    """Trials of earlier searches.
 
     Attributes:
-        runs: Short runs by their key.
-        params: Parameters of finished trials by the name of their study, oldest first.
+        results: Results by `trial_key`.
+        params: Parameters of finished trials of the same job by name of the study, oldest first.
     """
 
-    runs: Mapping[str, TrialResult] = field(default_factory=dict)
+    results: Mapping[str, TrialResult] = field(default_factory=dict)
     params: Mapping[str, Sequence[Params]] = field(default_factory=dict)
 
 
+class CachedRunner:
+    """Run plans at the learning rate of their length, each plan, length and seed once.
+
+    Args:
+        runner: Runs what was not run before.
+        earlier: Trials that are not run again, and parameters to start with.
+        on_steps: Called with the steps of every trial that was found instead of run; `runner` has a
+            callback for steps of its own.
+        on_run: Called for every finished trial with its description and loss.
+    """
+
+    def __init__(
+        self,
+        runner: TrialRunner,
+        earlier: EarlierTrials | None = None,
+        *,
+        on_steps: Callable[[int], None] = lambda _: None,
+        on_run: Callable[[str, float], None] = lambda *_: None,
+    ) -> None:
+        self.job = runner.job
+        self.job_key = job_key(runner.job)
+        self.earlier = earlier or EarlierTrials()
+        self._runner = runner
+        self._results = dict(self.earlier.results)
+        self._run_here: set[str] = set()
+        self._on_steps = on_steps
+        self._on_run = on_run
+
+    def key(self, plan: FoldPlan, num_steps: int, seed: int) -> str:
+        """Return the `trial_key` of a plan for the full run on a run of another length."""
+        as_run = plan_for_length(plan, num_steps, self.job.trainer.max_steps)
+        return trial_key(self.job_key, as_run, num_steps=num_steps, seed=seed)
+
+    def run(self, plan: FoldPlan, num_steps: int, seed: int) -> TrialResult:
+        """Run a plan, unless its result is there."""
+        key = self.key(plan, num_steps, seed)
+        if key not in self._results:
+            as_run = plan_for_length(plan, num_steps, self.job.trainer.max_steps)
+            self._results[key] = self._runner.run(as_run, num_steps=num_steps, seed=seed)
+            self._run_here.add(key)
+        return self._results[key]
+
+    def report(
+        self, description: str, plan: FoldPlan, num_steps: int, seed: int, result: TrialResult
+    ) -> None:
+        """Remember and report a finished trial, which another process may have run."""
+        key = self.key(plan, num_steps, seed)
+        self._results[key] = result
+        if key not in self._run_here:
+            self._on_steps(num_steps)
+        self._run_here.discard(key)
+        self._on_run(description, result.loss)
+
+
 def job_key(job: Job) -> str:
-    """Name everything about a job, besides the plan, that its short runs depend on."""
-    trainer = {key: value for key, value in job.trainer.arguments.items() if key not in _ELSEWHERE}
+    """Return a digest of everything, besides the plan, that the short runs of a job depend on."""
+    trainer = job.trainer.arguments.items()
+    trainer_settings = {key: value for key, value in trainer if key not in _IRRELEVANT_SETTINGS}
     data = {key: value for key, value in asdict(job.data).items() if key != "micro_batch_size"}
     sources = [data, *(data.get("sources") or ())]
     kinds = ("files", "validation_files")
     paths = [path for source in sources for kind in kinds for path in source.get(kind) or ()]
-    stamps = [_stamp(Path(path)) for path in paths]
-    return _digest([asdict(job.model), data, stamps, trainer, job.seed, versions()])
+    stamps = [_size_and_time(Path(path)) for path in paths]
+    return _digest([asdict(job.model), data, stamps, trainer_settings, job.seed, versions()])
 
 
 def trial_key(job_name: str, plan: FoldPlan, *, num_steps: int, seed: int) -> str:
-    """Name a short run.
+    """Return a digest of a short run.
 
     Args:
         job_name: From `job_key`.
-        plan: What it trains by. Of the memory options the dtype of the state alone counts: the
-            others change the loss by rounding.
+        plan: The plan. Of its memory options only the dtype of the state counts: the others change
+            the loss by rounding.
         num_steps: Optimizer steps.
-        seed: Of weights and data.
+        seed: Seed of weights and data.
     """
     levels, scales = dict(plan.levels), dict(plan.scales)
     return _digest(
@@ -70,23 +126,23 @@ def trial_key(job_name: str, plan: FoldPlan, *, num_steps: int, seed: int) -> st
 
 
 def load_earlier_trials(databases: Iterable[Path], job_name: str) -> EarlierTrials:
-    """Collect what earlier searches of a job left.
+    """Read the trials of earlier searches.
 
     Args:
-        databases: The sqlite files of their studies; one that cannot be read is passed over.
-        job_name: From `job_key`.
+        databases: The sqlite files of the studies; files that cannot be read are skipped.
+        job_name: From `job_key`; the parameters of other jobs are left out.
     """
-    runs: dict[str, TrialResult] = {}
+    results: dict[str, TrialResult] = {}
     params: dict[str, list[Params]] = {}
     for database in databases:
-        for study, trial in _trials(database):
-            runs[trial.user_attrs["run"]] = trial_result(trial)
+        for study, trial in _finished_trials(database):
+            results[trial.user_attrs["run"]] = trial_result(trial)
             if trial.user_attrs.get("job") == job_name:
                 params.setdefault(study, []).append(trial.params)
-    return EarlierTrials(runs, params)
+    return EarlierTrials(results, params)
 
 
-def _trials(database: Path) -> list[tuple[str, FrozenTrial]]:
+def _finished_trials(database: Path) -> list[tuple[str, FrozenTrial]]:
     try:
         url = f"sqlite:///{database}"
         names = optuna.get_all_study_names(url)
@@ -97,16 +153,12 @@ def _trials(database: Path) -> list[tuple[str, FrozenTrial]]:
             for trial in study.get_trials(deepcopy=False)
             if trial.state.is_finished() and {"nats", "run"} <= trial.user_attrs.keys()
         ]
-    except (
-        SQLAlchemyError,
-        OptunaError,
-        RuntimeError,
-        KeyError,
-    ):  # of another version, or no study
+    # Of another version of Optuna, or no study at all.
+    except (SQLAlchemyError, OptunaError, RuntimeError, KeyError):
         return []
 
 
-def _stamp(path: Path) -> Any:
+def _size_and_time(path: Path) -> Any:
     try:
         found = path.stat()
     except OSError:
@@ -118,84 +170,47 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
-class JsonStore:
-    """What was measured, by key, in one JSON file, which is whole at every moment.
-
-    Args:
-        path: The file; it need not exist. None keeps nothing beyond this object.
-
-    Raises:
-        ConfigError: It holds something else.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._entries: dict[str, Any] = {}
-        if path is not None and path.exists():
-            try:
-                self._entries = dict(json.loads(path.read_text(encoding="utf-8")).items())
-            except (OSError, ValueError, AttributeError) as error:
-                raise _not_runs(path, error) from error
-
-    def get(self, key: str) -> Any:
-        """Give what was measured under a key; None where nothing was."""
-        return self._entries.get(key)
-
-    def put(self, key: str, entry: Any) -> None:
-        """Keep what was measured, as JSON values."""
-        self._entries[key] = entry
-        if self._path is not None:
-            write_json(self._path, self._entries)
-
-    def items(self) -> Iterable[tuple[str, Any]]:
-        """Give all of it, by key."""
-        return self._entries.items()
-
-    def of(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Give what was measured under a key, before or now."""
-        if key not in self._entries:
-            self.put(key, measure())
-        return self._entries[key]
-
-
 class TrialStore:
-    """Short runs by key, kept in the same way.
+    """Results of short runs in one JSON file, which is complete at every moment.
 
     Args:
-        path: As of `JsonStore`.
+        path: The file; it need not exist. None keeps the results in memory only.
 
     Raises:
         ConfigError: The file holds something else.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._kept = JsonStore(path)
+        self._path = path
+        self._entries: dict[str, Any] = {}
+        self._results: dict[str, TrialResult] = {}
+        if path is None or not path.exists():
+            return
         try:
-            self._runs = {key: _run_of(entry) for key, entry in self._kept.items()}
-        except (TypeError, KeyError) as error:
-            assert path is not None
-            raise _not_runs(path, error) from error
+            self._entries = dict(json.loads(path.read_text(encoding="utf-8")).items())
+            self._results = {
+                key: TrialResult(entry["nats"], entry["num_tokens"])
+                for key, entry in self._entries.items()
+            }
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{path} does not hold runs ({type(error).__name__}); move it away"
+            ) from error
 
     def get(self, key: str) -> TrialResult | None:
-        """Give the run of a key; None where it was not done."""
-        return self._runs.get(key)
+        """Return the result of a key; None if there is none."""
+        return self._results.get(key)
 
-    def put(self, key: str, about: Mapping[str, Any], run: TrialResult) -> None:
-        """Keep a run.
+    def put(self, key: str, about: Mapping[str, Any], result: TrialResult) -> None:
+        """Save a result.
 
         Args:
-            key: What tells it from all others.
-            about: The same for a reader.
-            run: What came of it; its training curve is not kept.
+            key: Identifies the run.
+            about: Describes the run for a human reader of the file.
+            result: The result; its training curve is not saved.
         """
-        self._runs[key] = run
-        lists = {"nats": list(run.nats), "num_tokens": list(run.num_tokens)}
-        self._kept.put(key, {**about, "loss": run.loss, **lists})
-
-
-def _run_of(entry: Mapping[str, Any]) -> TrialResult:
-    return TrialResult(entry["nats"], entry["num_tokens"])
-
-
-def _not_runs(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} does not hold runs ({type(error).__name__}); move it away")
+        self._results[key] = result
+        lists = {"nats": list(result.nats), "num_tokens": list(result.num_tokens)}
+        self._entries[key] = {**about, "loss": result.loss, **lists}
+        if self._path is not None:
+            write_json(self._path, self._entries)

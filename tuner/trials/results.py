@@ -1,4 +1,4 @@
-"""The outcome of a search: every short run, the finalists, and the winner."""
+"""The result of a search: every short run, the finalists, and the winner."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from tuner.trials.budget import SearchBudget
 from tuner.trials.runner import Difference, TrialResult, paired_difference
 
 Kind = Literal["reference", "uniform", "mixed"]
-# Of a gap, and whether it is one to Adam, what it will be on the full run.
+# Predicts a difference on the full run from the measured one, and whether it is one to Adam.
 Predict = Callable[[Difference, bool], Difference]
 
 
@@ -20,10 +20,10 @@ class Candidate:
 
     Attributes:
         kind: "reference" is Adam, "uniform" one level, "mixed" a level per matrix.
-        label: A name for tables, of its own among the candidates.
+        label: A name for tables, unique among the candidates.
         plan: The plan.
-        state_bytes: Of both moments of every parameter that folds.
-        runs: Its final runs, one per seed; those that leave the race early have fewer.
+        state_bytes: Bytes of both moments of every parameter that folds.
+        runs: Its final runs, one per seed; fewer if it dropped out of the race.
         is_configured: Whether learning rate and scales are those of the settings.
     """
 
@@ -36,21 +36,21 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """Mean loss over its seeds; NaN if a run diverged, or there is none."""
+        """Mean loss over the seeds; NaN if a run diverged, or without runs."""
         return math.fsum(run.loss for run in self.runs) / len(self.runs) if self.runs else math.nan
 
     def against(self, other: "Candidate") -> Difference:
-        """Compare with another on the seeds that both ran."""
-        both = min(len(self.runs), len(other.runs))
-        return paired_difference(self.runs[:both], other.runs[:both])
+        """Compare with another candidate on the seeds that both ran."""
+        num_seeds = min(len(self.runs), len(other.runs))
+        return paired_difference(self.runs[:num_seeds], other.runs[:num_seeds])
 
     def expected(self, other: "Candidate", predict: Predict) -> Difference:
-        """Predict how it compares with another on the full run."""
+        """Predict the difference to another candidate on the full run."""
         to_adam = (self.kind == "reference") != (other.kind == "reference")
         return predict(self.against(other), to_adam)
 
     def beats(self, other: "Candidate", predict: Predict = lambda gap, _: gap) -> bool:
-        """Tell whether it is better beyond the interval, as measured or as predicted from it."""
+        """Whether it is significantly better, as measured or as predicted for the full run."""
         difference = self.expected(other, predict)
         return difference.is_decided and difference.mean < 0
 
@@ -62,9 +62,9 @@ class TrialRecord:
     Attributes:
         stage: "uniform" or "mixed".
         description: What was tried.
-        plan: What was run; all with the same seed, so that any two pair.
-        run: What it lost.
-        state_bytes: Of the matrices that fold.
+        plan: The plan; all short runs have one seed, so that any two can be paired.
+        run: The result.
+        state_bytes: Bytes of the moments of the matrices that fold.
         is_configured: Whether learning rate and scales are those of the settings.
     """
 
@@ -83,21 +83,21 @@ class TrialRecord:
 
     @property
     def loss(self) -> float | None:
-        """In nats per token; None if the run diverged."""
+        """Validation loss in nats per token; None if the run diverged."""
         return self.run.loss if math.isfinite(self.run.loss) else None
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What tuning found.
+    """The result of a search.
 
     Attributes:
         winner: The plan to train by.
-        finalists: All that ran in the race, the winner among them.
+        finalists: All that ran in the finals, including the winner.
         trials: Every short run of the search.
-        adam_state_bytes: Of the matrices that fold, at level 0: what to compare bytes of state to.
-        budget: The length of the runs.
-        reason: Why the winner won, in one sentence.
+        adam_state_bytes: Bytes of the moments of the matrices that fold, at level 0.
+        budget: Number and length of the runs.
+        reason: Why the winner won, as a phrase that starts with its label.
     """
 
     winner: Candidate
@@ -114,16 +114,16 @@ class SearchResult:
 
     @property
     def reference(self) -> Candidate | None:
-        """Adam at its best in the finals; None where no run of it came to its end."""
+        """The best Adam of the finals; None if all of its runs diverged."""
         return self._best("reference")
 
     @property
     def baseline(self) -> Candidate:
-        """What to compare all others with: Adam, else the best uniform plan, else the winner."""
+        """The plan that others are compared with: Adam, or the best uniform plan, or the winner."""
         return self.reference or self._best("uniform") or self.winner
 
     def loss_of(self, kind: Kind) -> float | None:
-        """Give the lowest final loss of a kind, None where none ran to its end."""
+        """Return the lowest final loss of a kind; None if all diverged."""
         best = self._best(kind)
         return None if best is None else best.loss
 

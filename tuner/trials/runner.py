@@ -1,4 +1,4 @@
-"""One trial: a plan's complete short run, and the paired difference between two."""
+"""Short runs of plans, and the paired difference between the results of two plans."""
 
 import math
 import time
@@ -18,21 +18,21 @@ from foam_lightning.memory.device import memory_shortage_context
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, MemoryOptions
 
-# How far the paired difference of two plans moves from one seed to another on its own: .01 in the
-# first measurements (docs/log.md). An interval over evaluation batches alone does not contain it.
+# Standard deviation between seeds of the paired difference of two plans, in nats per token, as
+# first measured (docs/log.md). An interval over evaluation batches alone does not include it.
 SEED_DEVIATION = 0.01
 _NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a short run is judged by: its loss on every evaluation batch.
+    """The result of a short run: its loss on every evaluation batch.
 
     Attributes:
         nats: Summed negative log-likelihood by evaluation batch.
         num_tokens: Scored tokens by evaluation batch.
         curve: Training loss by optimizer step, in nats per token; runs of one seed see the same
-            batches, so curves pair step by step. Empty where it was not kept.
+            batches, so curves pair step by step. Empty where it was not saved.
     """
 
     nats: Sequence[float]
@@ -79,12 +79,12 @@ def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]
     """Compare two plans on the same seeds and evaluation batches.
 
     The variance of the mean is that of the batches, which pairing makes small, plus that of the
-    seeds, `SEED_DEVIATION ** 2`, over the number of seeds: too few runs to estimate it from them.
-    A bootstrap over batches and seeds of that deviation has the same interval.
+    seeds, over the number of seeds. The latter is `SEED_DEVIATION ** 2`, since there are too few
+    runs to estimate it. A bootstrap over batches and such seeds has the same interval.
 
     Args:
         runs: The first plan's runs, one per seed.
-        others: The other plan's, same seeds in the same order.
+        others: The runs of the other plan, same seeds in the same order.
 
     Raises:
         ValueError: The runs do not pair.
@@ -96,9 +96,8 @@ def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]
         if list(run.num_tokens) != list(other.num_tokens):
             raise ValueError("the runs were evaluated on different batches")
         tokens = torch.tensor(run.num_tokens, dtype=torch.float64)
-        gaps = torch.tensor(run.nats, dtype=torch.float64) - torch.tensor(
-            other.nats, dtype=torch.float64
-        )
+        nats, other_nats = (torch.tensor(r.nats, dtype=torch.float64) for r in (run, other))
+        gaps = nats - other_nats
         mean = float(gaps.sum() / tokens.sum())
         means.append(mean)
         if len(tokens) > 1:
@@ -111,17 +110,17 @@ def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]
 
 
 class TrialRunner:
-    """Run plans of one job for a few steps, all else being equal.
+    """Short runs of the plans of one job that differ in nothing but the plan.
 
-    Every run of a seed starts from the same weights and sees the same batches, and its schedule
-    is complete: warm-up and decay end with its last step, since a schedule that is cut off ranks
-    plans wrongly (docs/log.md).
+    All runs of a seed start from the same weights and see the same batches. The schedule of a run
+    is complete, warm-up and decay included, since a truncated schedule ranks plans wrongly
+    (docs/log.md).
 
     Args:
         job: What to train.
         on_step: Called after every optimizer step.
-        memory_options: Take the place of those of every plan, where memory ran out with them; they
-            change the loss by rounding alone.
+        memory_options: Replaces the memory options of every plan after memory ran out; they change
+            the loss only by rounding.
     """
 
     def __init__(
@@ -142,10 +141,10 @@ class TrialRunner:
         """Train for `num_steps` and evaluate.
 
         Args:
-            plan: What to train by; all plans of a comparison share their memory options.
+            plan: The plan; all plans of a comparison have the same memory options.
             num_steps: Optimizer steps.
-            seed: Of the weights and of the order of the data.
-            callbacks: Watch the run.
+            seed: Seed of the weights and of the order of the data.
+            callbacks: Callbacks of the trainer.
 
         Raises:
             MemoryShortageError: The device has not enough memory.
@@ -157,7 +156,7 @@ class TrialRunner:
         return TrialResult(recorder.nats, recorder.num_tokens, recorder.curve())
 
     def seconds_per_step(self, plan: FoldPlan) -> float:
-        """Measure an optimizer step, by the mean of the second and the third.
+        """Measure the time of an optimizer step: the mean of the second and the third.
 
         Raises:
             MemoryShortageError: The device has not enough memory.
@@ -167,7 +166,7 @@ class TrialRunner:
         return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
 
     def train(self, plan: FoldPlan, *, num_steps: int, callbacks: Sequence[Callback]) -> None:
-        """Train for a few steps that somebody watches.
+        """Train for a few steps, without evaluation, for the sake of the callbacks.
 
         Raises:
             MemoryShortageError: The device has not enough memory.
@@ -198,7 +197,7 @@ class TrialRunner:
 
 
 class StepClock(Callback):
-    """Note when each optimizer step ends: `times`, in seconds."""
+    """Records when each optimizer step ends, in `times`, in seconds."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -213,7 +212,7 @@ class StepClock(Callback):
         batch_idx: int,
     ) -> None:
         if trainer.global_step > len(self.times):
-            float(outputs["loss"])  # a GPU has come so far only when a value of the step is there
+            float(outputs["loss"])  # waits until the GPU has finished the step
             self.times.append(time.monotonic())
 
 
@@ -221,13 +220,13 @@ class _Recorder(Callback):
     def __init__(self, on_step: Callable[[], None]) -> None:
         self.nats: list[float] = []
         self.num_tokens: list[int] = []
-        # By optimizer step, on the device, which is not made to wait for them.
+        # By optimizer step, on the device: reading a value would make the CPU wait for it.
         self._losses: list[Tensor] = []
-        self._num_begun = 1
+        self._step = 1  # in progress, from 1
         self._on_step = on_step
 
     def curve(self) -> list[float]:
-        """Give the training loss by optimizer step."""
+        """Return the training loss by optimizer step."""
         return torch.stack(self._losses).tolist() if self._losses else []
 
     @override
@@ -240,12 +239,12 @@ class _Recorder(Callback):
         batch_idx: int,
     ) -> None:
         loss = outputs["loss"].detach().float()  # divided by the number of micro-batches
-        if len(self._losses) < self._num_begun:
+        if len(self._losses) < self._step:
             self._losses.append(loss)
         else:
             self._losses[-1] = self._losses[-1] + loss
-        if trainer.global_step == self._num_begun:
-            self._num_begun += 1
+        if trainer.global_step == self._step:
+            self._step += 1
             self._on_step()
 
     @override

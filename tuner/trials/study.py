@@ -1,5 +1,6 @@
-"""The search as Optuna studies in one sqlite file: shared by workers, and nothing kills it."""
+"""The search as Optuna studies in one sqlite file, shared by workers and resumed after a kill."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,28 +19,27 @@ from tuner.trials.runner import TrialResult
 from tuner.trials.workers import Worker
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-# How long sqlite waits for another process that writes, which takes milliseconds.
-_PATIENCE_SECONDS = 600
+_SQLITE_TIMEOUT_SECONDS = 600  # a write of another process takes milliseconds
 Params = dict[str, Any]
 
 
 class Study:
     """One stage of the search.
 
-    A worker takes a trial up and finishes it in its turn, and a trial under way carries the name
-    of its worker. Where that one is gone the trial is failed, and the next worker begins a new one
-    with the same parameters.
+    Workers start and finish trials one at a time, and a running trial carries the name of its
+    worker. If that worker is no longer alive, the trial is marked as failed, and the next worker
+    starts a new one with the same parameters.
 
-    A trial depends on nothing but the trials before it: the sampler is seeded anew by their
-    number. So a search with one worker that was killed ends as one that was not; with several it
-    depends on who is faster.
+    A trial depends only on the trials before it: the sampler is seeded anew with their number. So
+    a search with one worker that is killed and resumed ends as one that ran through. With several
+    workers the result depends on their speed.
 
     Args:
         path: The sqlite file, shared by all stages.
-        name: The stage.
+        name: The name of the stage.
         seed: Seeds the sampler.
-        worker: Who works on it here; by default one that no other worker waits for.
-        about: What is looked for, for whoever opens the study elsewhere.
+        worker: This process among those that share the search; by default the only one.
+        about: What the stage looks for, shown by other tools that open the study.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Study:
         self._worker = worker or Worker(path.parent, "tune")
         with self._worker.turn():
             if not path.exists():
-                _make(path)
+                _create_database(path)
+            connect_args = {"timeout": _SQLITE_TIMEOUT_SECONDS}
             self._study = optuna.create_study(
                 study_name=name,
                 storage=RDBStorage(
-                    f"sqlite:///{path}",
-                    engine_kwargs={"connect_args": {"timeout": _PATIENCE_SECONDS}},
+                    f"sqlite:///{path}", engine_kwargs={"connect_args": connect_args}
                 ),
                 load_if_exists=True,
                 pruner=optuna.pruners.NopPruner(),
@@ -78,136 +78,146 @@ class Study:
         evaluate: Callable[[optuna.Trial], TrialResult],
         on_trial: Callable[[FrozenTrial], None] = lambda _: None,
     ) -> None:
-        """Run trials until so many are finished, those of other workers included.
+        """Run trials until enough are finished, by this and all other workers.
 
         Args:
-            openers: Parameters of the first trials; the sampler chooses the rest.
-            num_trials: Finished trials to end with, those of earlier processes included.
-            evaluate: Asks the trial for its parameters and runs them.
-            on_trial: Called with every finished trial, whoever ran it, in the order of their
-                numbers; at once with those found finished.
+            openers: Parameters of the first trials; the sampler chooses those of the others.
+            num_trials: Number of finished trials to reach, including those of earlier processes.
+            evaluate: Suggests parameters to the trial and runs it.
+            on_trial: Called for every finished trial of any worker, in the order of their numbers;
+                those found finished come first.
         """
-        num_shown = 0
+        num_reported = 0
 
-        def show() -> None:
-            nonlocal num_shown
-            # What follows a trial under way waits for it, so that the order is always the same.
+        def report() -> None:
+            nonlocal num_reported
+            # Trials after a running one wait for it, so that the order is always the same.
             states = (*_FINISHED, TrialState.RUNNING, TrialState.WAITING)
             trials = self._study.get_trials(states=states)
             settled = list(takewhile(lambda trial: trial.state in _FINISHED, trials))
-            for trial in settled[num_shown:]:
+            for trial in settled[num_reported:]:
                 on_trial(trial)
-            num_shown = len(settled)
+            num_reported = len(settled)
 
-        self._work(lambda: self._next_trial(openers, num_trials), evaluate, show)
+        self._run_all(lambda: self._start_next(openers, num_trials), evaluate, report)
 
-    def do(
+    def run_named(
         self,
         names: Sequence[str],
         run: Callable[[str], TrialResult],
         on_run: Callable[[str, TrialResult], None] = lambda *_: None,
     ) -> dict[str, TrialResult]:
-        """Do runs that no sampler asks for, each once, by whichever worker.
+        """Run trials without a sampler, each once, by any worker.
 
         Args:
-            names: What tells them apart.
-            run: Does the run of a name.
-            on_run: Called with every name and run, whoever did it, in the order of `names`.
+            names: One name per trial.
+            run: Runs the trial of a name.
+            on_run: Called with every name and result of any worker, in the order of `names`.
 
         Returns:
-            The runs by name, in the order of `names`; one may have diverged.
+            The results by name, in the order of `names`, diverged ones included.
         """
         found: dict[str, TrialResult] = {}
-        num_shown = 0
+        num_reported = 0
 
-        def show() -> None:
-            nonlocal num_shown
+        def report() -> None:
+            nonlocal num_reported
             found.update(
-                (trial.user_attrs["run"], trial_result(trial)) for trial in self.finished()
+                (trial.user_attrs["run"], trial_result(trial)) for trial in self.finished_trials()
             )
-            for name in takewhile(found.__contains__, names[num_shown:]):
+            for name in takewhile(found.__contains__, names[num_reported:]):
                 on_run(name, found[name])
-                num_shown += 1
+                num_reported += 1
 
-        self._work(lambda: self._next_name(names), lambda asked: run(asked.user_attrs["run"]), show)
+        self._run_all(
+            lambda: self._start_next_named(names),
+            lambda trial: run(trial.user_attrs["run"]),
+            report,
+        )
         return {name: found[name] for name in names}
 
-    def finished(self) -> list[FrozenTrial]:
-        """List the finished trials, oldest first."""
+    def finished_trials(self) -> list[FrozenTrial]:
+        """List the finished trials, oldest first, diverged ones included."""
         return list(self._study.get_trials(states=_FINISHED))
 
-    def best(self, where: Callable[[FrozenTrial], bool] = lambda _: True) -> FrozenTrial | None:
-        """Find the trial of the lowest loss among those that hold; None if there is none."""
-        done = [t for t in self.finished() if t.state is TrialState.COMPLETE and where(t)]
-        return min(done, key=lambda t: (t.values[0], t.number), default=None)
+    def best_trial(
+        self, where: Callable[[FrozenTrial], bool] = lambda _: True
+    ) -> FrozenTrial | None:
+        """Return the trial of the lowest loss for which `where` holds; None if there is none."""
+        trials = self.finished_trials()
+        complete = [t for t in trials if t.state is TrialState.COMPLETE and where(t)]
+        return min(complete, key=lambda t: (t.values[0], t.number), default=None)
 
-    def _work(
+    def _run_all(
         self,
-        take: Callable[[], optuna.Trial | None],
+        start_next: Callable[[], optuna.Trial | None],
         evaluate: Callable[[optuna.Trial], TrialResult],
-        show: Callable[[], None],
+        report: Callable[[], None],
     ) -> None:
-        """Take trials up and finish them until none is left, and none under way elsewhere."""
+        """Start and finish trials until none is left to start, and none runs elsewhere."""
         while True:
             with self._worker.turn():
-                asked = take()
-                others = [] if asked else [t.user_attrs["worker"] for t in self._under_way()]
-            show()
-            if asked is not None:
-                self._finish(asked, evaluate(asked))
+                trial = start_next()
+                others = [] if trial else [t.user_attrs["worker"] for t in self._running_trials()]
+            report()
+            if trial is not None:
+                self._finish(trial, evaluate(trial))
             elif others:
-                self._worker.wait_for(others, f"the stage {self._name!r}")
+                self._worker.wait_for(others, f"the stage {self._name!r} of the search")
             else:
                 return
 
-    # ---- in the worker's turn
+    # ---- called in the turn of the worker
 
-    def _next_trial(self, openers: Sequence[Params], num_trials: int) -> optuna.Trial | None:
-        for trial in self._abandoned():
-            self._repeat(trial)
+    def _start_next(self, openers: Sequence[Params], num_trials: int) -> optuna.Trial | None:
+        for trial in self._abandoned_trials():
+            self._fail_and_requeue(trial)
         states = Counter(trial.state for trial in self._study.get_trials(deepcopy=False))
-        num_begun = sum(states[state] for state in (*_FINISHED, TrialState.RUNNING))
-        if num_begun >= num_trials:
+        num_started = sum(states[state] for state in (*_FINISHED, TrialState.RUNNING))
+        if num_started >= num_trials:
             return None
-        if not states[TrialState.WAITING] and num_begun < len(openers):
-            self._enqueue(openers[num_begun])
+        if not states[TrialState.WAITING] and num_started < len(openers):
+            self._enqueue(openers[num_started])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.sampler = TPESampler(
-                seed=(self._seed * 10_007 + num_begun) % 2**32,  # numpy takes no more
+                seed=(self._seed * 10_007 + num_started) % 2**32,  # the limit of numpy's seeds
                 n_startup_trials=max(1, len(openers)),
                 multivariate=True,
             )
-        return self._ask()
+        return self._start_trial()
 
-    def _next_name(self, names: Sequence[str]) -> optuna.Trial | None:
-        for trial in self._abandoned():
+    def _start_next_named(self, names: Sequence[str]) -> optuna.Trial | None:
+        for trial in self._abandoned_trials():
             self._study.tell(trial.number, state=TrialState.FAIL)
         trials = self._study.get_trials(deepcopy=False, states=(*_FINISHED, TrialState.RUNNING))
-        begun = {trial.user_attrs["run"] for trial in trials}
-        name = next((name for name in names if name not in begun), None)
-        return None if name is None else self._ask(run=name)
+        started = {trial.user_attrs["run"] for trial in trials}
+        name = next((name for name in names if name not in started), None)
+        return None if name is None else self._start_trial(run=name)
 
-    def _ask(self, **attributes: str) -> optuna.Trial:
-        asked = self._study.ask()
+    def _start_trial(self, **attributes: str) -> optuna.Trial:
+        trial = self._study.ask()
         for key, value in {**attributes, "worker": self._worker.name}.items():
-            asked.set_user_attr(key, value)
-        return asked
+            trial.set_user_attr(key, value)
+        return trial
 
-    def _abandoned(self) -> list[FrozenTrial]:
-        """List the trials under way whose worker is gone, or is this one, which runs none now."""
+    def _abandoned_trials(self) -> list[FrozenTrial]:
+        """List the running trials of dead workers, and of this one, which runs none now."""
 
-        def is_worked_on(trial: FrozenTrial) -> bool:
+        def is_abandoned(trial: FrozenTrial) -> bool:
             worker = trial.user_attrs.get("worker", self._worker.name)
-            return worker != self._worker.name and self._worker.is_alive(worker)
+            return worker == self._worker.name or not self._worker.is_alive(worker)
 
-        return [trial for trial in self._under_way() if not is_worked_on(trial)]
+        return [trial for trial in self._running_trials() if is_abandoned(trial)]
 
-    def _under_way(self) -> list[FrozenTrial]:
+    def _running_trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
-    def _repeat(self, trial: FrozenTrial) -> None:
-        """Let a trial's parameters be run by the next that asks, and fail it, in this order."""
+    def _fail_and_requeue(self, trial: FrozenTrial) -> None:
+        """Queue the parameters of a trial again, then mark it as failed.
+
+        In this order a kill in between loses nothing: the queued trial says what it repeats.
+        """
         trials = self._study.get_trials(deepcopy=False)
         if all(other.user_attrs.get("repeats") != trial.number for other in trials):
             given = trial.user_attrs.get("given", {})
@@ -217,17 +227,17 @@ class Study:
     def _enqueue(self, params: Params, **attributes: int) -> None:
         self._study.enqueue_trial(params, user_attrs={"given": params, **attributes})
 
-    def _finish(self, asked: optuna.Trial, run: TrialResult) -> None:
+    def _finish(self, trial: optuna.Trial, result: TrialResult) -> None:
         with self._worker.turn():
-            for key, value in asdict(run).items():
-                asked.set_user_attr(key, value)
-            if run.loss == run.loss:
-                self._study.tell(asked, run.loss)
-            else:  # not a number: it diverged
-                self._study.tell(asked, state=TrialState.PRUNED)
+            for key, value in asdict(result).items():
+                trial.set_user_attr(key, value)
+            if math.isnan(result.loss):  # it diverged
+                self._study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self._study.tell(trial, result.loss)
 
 
-def _make(path: Path) -> None:
+def _create_database(path: Path) -> None:
     """Create the file with all its tables.
 
     Optuna creates an index after its table. If it were killed in between, the index would never be
@@ -239,7 +249,7 @@ def _make(path: Path) -> None:
 
 
 def trial_result(trial: FrozenTrial) -> TrialResult:
-    """Read a trial's short run back."""
+    """Read the result of a finished trial."""
     return TrialResult(
         **{field.name: trial.user_attrs[field.name] for field in fields(TrialResult)}
     )

@@ -1,4 +1,4 @@
-"""The processes that search in one folder: which of them live, whose turn it is, and who leads."""
+"""The processes that share one search: which are alive, whose turn it is, and which one leads."""
 
 import os
 import secrets
@@ -15,29 +15,28 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.storage.atomic import write_text
 
 Task = Literal["tune", "fit"]
-_TASKS = ("tune", "fit")  # the later one does what the earlier one does, and more
-_GLANCE_SECONDS = 0.5
+_TASKS = ("tune", "fit")  # `fit` does all that `tune` does, and more
+_POLL_SECONDS = 0.5
 
 
 class Worker:
-    """This process, as one of those that search in a folder; a context manager.
+    """This process as one of those that share a search; a context manager.
 
-    It lives as long as it holds the lock of a file of its own, which the system lets go of however
-    the process ends, `kill -9` included, and in no other case: no signs of life are needed that a
-    stopped or busy process would fail to give. One of the living leads: it alone goes on when the
-    search is over.
+    A worker is alive as long as it holds the lock of a file of its own. The operating system
+    releases the lock however the process ends, `kill -9` included, and never earlier, so that no
+    heartbeat is needed, which a stopped or busy process could miss. One living worker is the
+    leader: it alone continues after the search.
 
-    Locks are those of `flock`. They are sure on one machine; on a folder that several machines
-    share, the file system decides.
+    The locks are those of `flock`. They are reliable on one machine; on a network file system it
+    depends on the file system.
 
     Args:
-        folder: What the workers share; gets the folder `workers`.
-        task: What the process was asked for.
-        say: Called with lines for a person to read.
+        folder: Shared by the workers; gets the folder `workers`.
+        task: The command of this process.
+        say: Called with messages for the user.
 
     Attributes:
-        name: Tells it from all other workers, earlier ones too; begins with its task and the
-            number of its process.
+        name: Unique, also among earlier workers; the task, the process number and a random part.
 
     Raises:
         ConfigError: The file system has no locks.
@@ -50,15 +49,15 @@ class Worker:
         self._folder = folder / "workers"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._say = say
-        self._said: str | None = None
-        self._life = _lock(self._file(self.name))
-        self._turn = _lock(self._folder / "turn.lock")
+        self._last_wait: str | None = None
+        self._own_lock = _lock(self._lock_file(self.name))
+        self._turn_lock = _lock(self._folder / "turn.lock")
 
     def __enter__(self) -> Self:
-        """Begin to live, and lead if nobody does."""
+        """Join the workers, and lead if no other worker is alive."""
         try:
-            self._life.acquire()
-        except OSError as error:  # as a file system without locks says
+            self._own_lock.acquire()
+        except OSError as error:  # what a file system without locks raises
             raise ConfigError(
                 f"cannot lock a file in {self._folder}: {error.strerror}; choose another place "
                 "with --runs"
@@ -66,7 +65,7 @@ class Worker:
         with self.turn():
             leader = self._find_leader()
         if leader != self.name:
-            self._say(f"joined {leader}: every run of the search is done once, by one of us")
+            self._say(f"joined {leader}: each trial of the search runs in one of the processes")
         return self
 
     def __exit__(
@@ -75,21 +74,21 @@ class Worker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave: what it had begun is free to be taken up."""
-        self._file(self.name).unlink(missing_ok=True)
-        self._life.release()
+        """Leave; another worker may repeat the trial that this one had started."""
+        self._lock_file(self.name).unlink(missing_ok=True)
+        self._own_lock.release()
 
     def turn(self) -> AbstractContextManager[object]:
-        """Wait for the turn of this worker; while it has it, no other one has."""
-        return self._turn
+        """Return a context that one worker at a time can enter; the others wait."""
+        return self._turn_lock
 
     def is_alive(self, name: str) -> bool:
-        """Tell whether a worker lives. To be asked in one's turn.
+        """Whether a worker is alive. Call it inside `turn`.
 
         Args:
-            name: Of any worker, this one too.
+            name: The name of any worker.
         """
-        path = self._file(name)
+        path = self._lock_file(name)
         if not path.exists():
             return False
         try:
@@ -99,11 +98,11 @@ class Worker:
             return True
         return False
 
-    def leads(self) -> bool:
-        """Find out whether this one goes on alone; if not, there is nothing left for it to do.
+    def claim_lead(self) -> bool:
+        """Whether this worker continues after the search; if not, it has nothing left to do.
 
-        The lead goes to the first that asks while no leader lives. One that trains waits until
-        another, which only tunes, has done so.
+        The first worker that asks while no leader is alive becomes the leader. A worker of `fit`
+        waits for a leader of `tune`, which does not train.
         """
         while True:
             with self.turn():
@@ -111,24 +110,24 @@ class Worker:
             if leader == self.name:
                 return True
             if _rank(leader) >= _rank(self.name):
-                self._say(f"{leader} goes on from here; nothing is left to do for this process")
+                self._say(f"{leader} continues with the plan; this process is done")
                 return False
-            self.wait_for([leader], "the plan")
+            self.wait_for([leader], "its plan")
 
     def wait_for(self, others: Iterable[str], what: str) -> None:
-        """Let a moment pass, and say once what is waited for.
+        """Sleep for a moment, and say once what for.
 
         Args:
-            others: Who is at work.
-            what: At what.
+            others: The workers to wait for.
+            what: What they have to finish.
         """
-        if what != self._said:
-            self._say(f"waiting for {', '.join(sorted(others))} to end {what}")
-            self._said = what
-        time.sleep(_GLANCE_SECONDS)
+        if what != self._last_wait:
+            self._say(f"waiting for {', '.join(sorted(others))} to finish {what}")
+            self._last_wait = what
+        time.sleep(_POLL_SECONDS)
 
     def _find_leader(self) -> str:
-        """Name the living leader, which is this worker if there is none."""
+        """Return the name of the living leader; this worker becomes it if there is none."""
         path = self._folder / "leader"
         leader = path.read_text(encoding="utf-8") if path.exists() else None
         if leader is not None and self.is_alive(leader):
@@ -136,12 +135,12 @@ class Worker:
         write_text(path, self.name)
         return self.name
 
-    def _file(self, name: str) -> Path:
+    def _lock_file(self, name: str) -> Path:
         return self._folder / f"{name}.lock"
 
 
 def _lock(path: Path) -> FileLock:
-    # Where there is no flock, a mere file in its place would outlive a process that was killed.
+    # The fallback without flock is a plain file, which would outlive a process that was killed.
     return FileLock(path, fallback_to_soft=False)
 
 
