@@ -76,7 +76,7 @@ def outcome_of(winner: Candidate, *others: Candidate, trials: list[TrialRecord])
         trials=trials,
         adam_state_bytes=ADAM_STATE,
         budget=SearchBudget(num_trials=12, steps=160, num_seeds=2),
-        reason=f"{winner.label} is better than every other finalist beyond its interval",
+        reason=f"{winner.label}: significantly better than every other finalist",
     )
 
 
