@@ -1,6 +1,6 @@
 """A GPU for machines without one: its figures are set, and what is asked of it is noted."""
 
-from foam_lightning.memory.device import DeviceCosts, Gpu, Usage
+from foam_lightning.memory.device import DeviceCosts, Gpu, GpuUsage
 
 
 class FakeGpu(Gpu):
@@ -10,7 +10,7 @@ class FakeGpu(Gpu):
         super().__init__()
         self.total = 24_000_000_000
         self.free = 23_500_000_000
-        self.taken = Usage(0, 0, 0)
+        self.taken = GpuUsage(0, 0, 0)
         self.costs = DeviceCosts(context=500_000_000, workspace=17_000_000)
         self.asked: list[str] = []
         self._name = name
@@ -25,7 +25,7 @@ class FakeGpu(Gpu):
     def limit(self, fraction: float) -> None:
         self.asked.append(f"limit {fraction:.6g}")
 
-    def usage(self) -> Usage:
+    def usage(self) -> GpuUsage:
         return self.taken
 
     def reset_peaks(self) -> None:

@@ -204,9 +204,9 @@ def test_the_replay_asks_for_what_the_account_counts(memory_options: MemoryOptio
     accountant = accountant_of(module, on_gpu=True)
     for level in (0, 2, 8):
         plan = module.uniform_plan(level, memory_options)
-        usage = accountant.usage(plan)
-        assert usage.requested == sum(accountant.trace(plan).values())
-        growing = accountant.usage(plan, expandable=True)
+        usage = accountant.replay_allocator(plan)
+        assert usage.requested == sum(accountant.tensor_terms(plan).values())
+        growing = accountant.replay_allocator(plan, expandable=True)
         assert (growing.requested, growing.reserved >= growing.allocated) == (usage[0], True)
 
 
@@ -219,7 +219,7 @@ def test_the_margin_covers_what_every_level_reserves_and_less_state_never_needs_
     margins = []
     for level in (0, 1, 2, 3, 4, 8):
         plan = module.uniform_plan(level, memory_options)
-        usage = accountant.usage(plan)
+        usage = accountant.replay_allocator(plan)
         margins.append(accountant.account(plan).breakdown["margin"])
         assert margins[-1] - DeviceCosts().workspace >= usage.reserved - usage.requested
     assert margins == sorted(margins, reverse=True)
@@ -248,17 +248,6 @@ def test_a_change_of_state_changes_the_peak_by_what_was_asked(
             end = -1 if beyond < 0 else 0
             change = accountant.state_change(plan, changing[end] - changing[start] + beyond)
             assert change == pytest.approx(states[end] + beyond - states[start], abs=2)
-
-
-def test_the_margin_is_replayed_once_for_all_plans_of_the_same_levers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module = LlamaFoam()
-    accountant = accountant_of(module, on_gpu=True)
-    accountant.account(module.uniform_plan(0, ON_GPU[0]))
-    monkeypatch.setattr(accountant, "usage", None)  # not to be called again
-    for level in (0, 1, 5, 8):
-        accountant.account(module.uniform_plan(level, ON_GPU[0]))
 
 
 SHAPES = {

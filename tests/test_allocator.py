@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foam_lightning.memory.allocator import Events, Update, Usage, replay, training
+from foam_lightning.memory.allocator import (
+    AllocatorPeaks,
+    Events,
+    ParameterUpdate,
+    replay,
+    two_steps,
+)
 from foam_lightning.memory.timeline import Repeat
 from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.memory.tracker import StorageTracker
@@ -39,8 +45,8 @@ def reserved(*steps: int, expandable: bool = False) -> int:
 
 
 def test_nothing_takes_nothing() -> None:
-    assert replay(Events()) == Usage(0, 0, 0)
-    assert replay(written(0, -1, 0)) == Usage(0, 0, 0)
+    assert replay(Events()) == AllocatorPeaks(0, 0, 0)
+    assert replay(written(0, -1, 0)) == AllocatorPeaks(0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,7 @@ def test_nothing_takes_nothing() -> None:
     ],
 )
 def test_one_block_is_rounded_and_has_a_segment(size: int, allocated: int, segment: int) -> None:
-    assert replay(births(size)) == Usage(size, allocated, segment)
+    assert replay(births(size)) == AllocatorPeaks(size, allocated, segment)
 
 
 def test_small_blocks_share_a_segment() -> None:
@@ -191,7 +197,7 @@ def test_small_blocks_reserve_alike_in_segments_that_grow_or_not_within_one(even
 
 def test_two_steps_keep_state_and_free_what_is_left() -> None:
     step = written(100, 200, -1, 300)
-    events = training([1000], step, [Update((10, 20), 5)])
+    events = two_steps([1000], step, [ParameterUpdate((10, 20), 5)])
     assert events.sizes == [1000, 100, 200, 300, 10, 20, 5, 100, 200, 300, 5]
     dead = [~change for change in events.changes if change < 0]
     assert dead == [1, 6, 2, 3, 7, 10, 8, 9]
@@ -200,8 +206,8 @@ def test_two_steps_keep_state_and_free_what_is_left() -> None:
 
 def test_updates_inside_backward_come_at_their_marks() -> None:
     step = Events([7, 8], [0, ~0, 1, ~1], [(1, "update 1"), (2, "other"), (3, "update 0")])
-    updates = [Update((10,), 1), Update((20,), 2)]
-    events = training([], step, updates)
+    updates = [ParameterUpdate((10,), 1), ParameterUpdate((20,), 2)]
+    events = two_steps([], step, updates)
     assert events.sizes == [7, 20, 2, 8, 10, 1, 7, 2, 8, 1]
 
 
@@ -209,8 +215,8 @@ def test_updates_of_alike_layers_are_counted_from_both_ends() -> None:
     # Three layers of one parameter between two others were traced; there are five.
     order = [4, 3, 2, 2, 2, 1, 0]
     step = Events([], [], [(0, f"update {index}") for index in order])
-    updates = [Update((), size) for size in (1, 9, 9, 9, 9, 9, 5)]
-    assert training([], step, updates).sizes == [5, 9, 9, 9, 9, 9, 1] * 2
+    updates = [ParameterUpdate((), size) for size in (1, 9, 9, 9, 9, 9, 5)]
+    assert two_steps([], step, updates).sizes == [5, 9, 9, 9, 9, 9, 1] * 2
 
 
 def storages(count: int, size: int = 1) -> list[Tensor]:
@@ -293,7 +299,7 @@ def test_events_of_three_layers_stand_for_those_of_six(
     ]
     assert places[0] == places[1]
     assert sorted(folded.sizes) == sorted(full.sizes)
-    updates = [Update((), 1)] * len(places[0])
-    usages = [replay(training([], found, updates)) for found in (folded, full)]
+    updates = [ParameterUpdate((), 1)] * len(places[0])
+    usages = [replay(two_steps([], found, updates)) for found in (folded, full)]
     assert usages[0].requested == usages[1].requested
     assert usages[0].reserved == pytest.approx(usages[1].reserved, rel=0.05)

@@ -13,7 +13,7 @@ from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.callbacks.residual_energy import ResidualEnergy
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.job import Job
-from foam_lightning.memory.device import Usage, calibrate
+from foam_lightning.memory.device import GpuUsage, calibrate
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
@@ -243,9 +243,9 @@ class Busy(FakeGpu):
         super().__init__()
         self.retries = [7, *retries]  # 7 from an earlier run in this process
 
-    def usage(self) -> Usage:
+    def usage(self) -> GpuUsage:
         retries = self.retries.pop(0) if len(self.retries) > 1 else self.retries[0]
-        return Usage(allocated=9_000_000_000, reserved=9_500_000_000, retries=retries)
+        return GpuUsage(allocated=9_000_000_000, reserved=9_500_000_000, retries=retries)
 
 
 def watched(
@@ -274,7 +274,7 @@ def test_on_a_gpu_the_peak_is_what_was_reserved(
     assert gpu.asked == ["measure", "forget peaks"]
     # The context is half a GB.
     assert memory.measured_bytes == 10_000_000_000
-    assert memory.usage == Usage(9_000_000_000, 9_500_000_000, retries=0)
+    assert memory.usage == GpuUsage(9_000_000_000, 9_500_000_000, retries=0)
     assert {name: logged[f"memory/{name}"] for name in ("allocated_bytes", "reserved_bytes")} == {
         "allocated_bytes": 9_000_000_000,
         "reserved_bytes": 9_500_000_000,

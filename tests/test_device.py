@@ -10,7 +10,7 @@ from foam_lightning.memory import device
 from foam_lightning.memory.device import (
     DeviceCosts,
     Gpu,
-    Usage,
+    GpuUsage,
     calibrate,
     find_gpu,
     is_out_of_memory,
@@ -76,7 +76,7 @@ def test_a_card_that_has_less_than_the_budget_is_named_with_both() -> None:
     assert missing_memory_warning(gpu, 22 * GB, GB // 2) is None
     line = missing_memory_warning(gpu, 24 * GB, GB // 2)
     assert line is not None
-    assert line.startswith("the Fake 24 has 22 GB free of 24 GB, less than the budget of 24GB: ")
+    assert line.startswith("the Fake 24 has 22 GB free of 24 GB, less than the budget of 24 GB: ")
     assert len(line.splitlines()) == 1
 
 
@@ -176,7 +176,7 @@ def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.Monk
     gpu = Gpu(4)
     assert gpu.memory() == (5, 7)
     assert gpu.name == "Card"
-    assert gpu.usage() == Usage(allocated=1, reserved=2, retries=3)
+    assert gpu.usage() == GpuUsage(allocated=1, reserved=2, retries=3)
     gpu.limit(0.25)
     gpu.reset_peaks()
     assert asked == [
@@ -192,7 +192,7 @@ def test_everything_is_asked_of_the_card_of_that_number(monkeypatch: pytest.Monk
 def test_what_stays_is_what_the_card_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     worked: list[tuple[str, torch.dtype]] = []
     allocated = [1_000, 18_000]  # before, after
-    monkeypatch.setattr(device, "work", lambda *words: worked.append(words))
+    monkeypatch.setattr(device, "run_llama_operators", lambda *words: worked.append(words))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated[len(worked) // 2])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20_000)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
@@ -204,7 +204,7 @@ def test_what_stays_is_what_the_card_costs(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_work_leaves_no_tensor(dtype: torch.dtype) -> None:
     with StorageTracker() as tracker:
-        device.work("cpu", dtype)
+        device.run_llama_operators("cpu", dtype)
         tracker.mark("after")
     assert tracker.peak().total_bytes > 0
     assert tracker.timeline().at("after")[0].total_bytes == 0
@@ -212,7 +212,7 @@ def test_the_work_leaves_no_tensor(dtype: torch.dtype) -> None:
 
 def test_counters_that_never_counted_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {})
-    assert Gpu().usage() == Usage(0, 0, 0)
+    assert Gpu().usage() == GpuUsage(0, 0, 0)
 
 
 @pytest.mark.parametrize(

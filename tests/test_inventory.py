@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foam_lightning.distributed.topology import Devices
 from foam_lightning.memory.account import Accountant
-from foam_lightning.memory.inventory import Holding
+from foam_lightning.memory.inventory import TensorGroup
 from foam_lightning.memory.timeline import TERMS
 from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.module import LlamaFoam
@@ -58,7 +58,7 @@ def mixed(memory_options: MemoryOptions) -> FoldPlan:
     return replace(plan, levels=levels)
 
 
-def by_term(holdings: list[Holding]) -> dict[str, int]:
+def by_term(holdings: list[TensorGroup]) -> dict[str, int]:
     return {
         term: sum(holding.num_bytes for holding in holdings if holding.term == term)
         for term in TERMS
@@ -68,8 +68,8 @@ def by_term(holdings: list[Holding]) -> dict[str, int]:
 @pytest.mark.parametrize("name", LEVERS)
 def test_the_tensors_at_the_peak_add_up_to_every_term(name: str) -> None:
     found, plan = accountant(), mixed(LEVERS[name])
-    holdings = found.tensors(plan)
-    assert by_term(holdings) == found.trace(plan)
+    holdings = found.list_tensors(plan)
+    assert by_term(holdings) == found.tensor_terms(plan)
     assert all(holding.count > 0 and holding.size > 0 for holding in holdings)
     assert all(holding.origin.made_by for holding in holdings)
     sizes = [holding.num_bytes for holding in holdings]
@@ -79,23 +79,23 @@ def test_the_tensors_at_the_peak_add_up_to_every_term(name: str) -> None:
 def test_what_one_of_several_devices_holds_adds_up_too() -> None:
     plan = mixed(LEVERS["plain"])
     shared = accountant(devices=Devices(count=2))
-    holdings = shared.tensors(plan)
-    assert by_term(holdings) == shared.trace(plan)
+    holdings = shared.list_tensors(plan)
+    assert by_term(holdings) == shared.tensor_terms(plan)
     buckets = [holding for holding in holdings if holding.origin.made_by == "bucket of gradients"]
     assert sum(holding.num_bytes for holding in buckets) == by_term(holdings)["weights"]
     sharded = accountant(devices=Devices(count=2, shards=True))
-    holdings = sharded.tensors(plan)
-    assert by_term(holdings) == sharded.trace(plan)
+    holdings = sharded.list_tensors(plan)
+    assert by_term(holdings) == sharded.tensor_terms(plan)
     gathered = find(holdings, "model.embed_tokens.weight", "throughout")
     assert [h.origin.shape for h in gathered if h.term == "weights"] == [(150, 64)]
 
 
-def find(holdings: list[Holding], made_by: str, phase: str) -> list[Holding]:
+def find(holdings: list[TensorGroup], made_by: str, phase: str) -> list[TensorGroup]:
     return [h for h in holdings if (h.origin.made_by, h.origin.phase) == (made_by, phase)]
 
 
 def test_a_holding_says_what_it_is() -> None:
-    found = accountant().tensors(mixed(LEVERS["plain"]))
+    found = accountant().list_tensors(mixed(LEVERS["plain"]))
     (weights,) = find(found, "model.layers.*.mlp.gate_proj.weight", "throughout")
     assert (weights.count, weights.size, weights.term) == (LAYERS, 4 * 64 * 172, "weights")
     assert (weights.origin.shape, weights.origin.dtype) == ((172, 64), torch.float32)
@@ -110,11 +110,11 @@ def test_a_holding_says_what_it_is() -> None:
 
 
 def test_gradients_go_by_the_names_of_their_parameters() -> None:
-    found = accountant().tensors(mixed(LEVERS["a small batch"]))
+    found = accountant().list_tensors(mixed(LEVERS["a small batch"]))
     gradients = {h.origin.made_by for h in found if h.term == "gradients"}
     assert "model.layers.*.mlp.up_proj.weight" in gradients
     assert gradients == {h.origin.made_by for h in found if h.term == "weights"}
-    released = accountant().tensors(mixed(LEVERS["released, offloaded"]))
+    released = accountant().list_tensors(mixed(LEVERS["released, offloaded"]))
     visiting = [h for h in released if h.term == "workspace" and " exp_avg" in h.origin.made_by]
     assert {h.origin.phase for h in visiting} == {"update"}
     assert len({h.origin.made_by.split()[0] for h in visiting}) == 1
@@ -124,7 +124,7 @@ def test_what_is_computed_again_says_so() -> None:
     memory_options = MemoryOptions(
         micro_batch_size=8, activation_checkpointing=True, gradient_release=True
     )
-    found = accountant().tensors(mixed(memory_options))
+    found = accountant().list_tensors(mixed(memory_options))
     phases = {h.origin.phase for h in found if h.term == "activations"}
     assert "forward" in phases
     assert phases & {"recompute", "backward"}
@@ -135,7 +135,7 @@ def test_what_is_computed_again_says_so() -> None:
 def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
     memory_options = LEVERS[name]
 
-    def step(*, noted: bool) -> Any:
+    def step(*, with_origins: bool) -> Any:
         def make_batch() -> tuple[Tensor, Tensor]:
             ids = torch.zeros(memory_options.micro_batch_size, 32, dtype=torch.int64)
             return ids, ids
@@ -156,10 +156,10 @@ def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
                 accumulate_grad_batches=memory_options.accumulate_grad_batches,
                 gradient_release=memory_options.gradient_release,
                 num_layers=LAYERS,
-                noted=noted,
+                with_origins=with_origins,
             )
 
-    plain, noted = step(noted=False), step(noted=True)
+    plain, noted = step(with_origins=False), step(with_origins=True)
     assert plain.peak == noted.peak
     assert not plain.timeline.record.origins
     record = noted.timeline.record
@@ -167,7 +167,7 @@ def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
     # At any moment, not at the peak alone, what is held is what is counted.
     end = noted.timeline.peak().time
     for moment in (noted.peak, *noted.updates):
-        held = noted.timeline.holdings(moment.time)
+        held = noted.timeline.count_alive(moment.time)
         found = dict.fromkeys(TERMS, 0)
         for index, count in held.items():
             found[TERMS[record.terms[index]]] += count * record.sizes[index]

@@ -12,7 +12,7 @@ import pytest
 
 from foam_lightning.errors import ConfigError, MemoryFallbackError, PlanError
 from foam_lightning.job import Job
-from foam_lightning.memory.device import MemoryShortageError, Usage
+from foam_lightning.memory.device import GpuUsage, MemoryShortageError
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.run_folder import RunFolder
@@ -55,7 +55,7 @@ def test_the_line_says_where_how_much_and_what_changes(
     tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = FakeGpu()
-    gpu.taken = Usage(1, 23_000_000_000, 0)
+    gpu.taken = GpuUsage(1, 23_000_000_000, 0)
     monkeypatch.setattr(Job, "gpu", gpu)
     plan = replace(tiny.plan, memory_options=tiny.second)
     line = run_out(tiny.planner, folder, plan)
@@ -80,7 +80,7 @@ def test_a_budget_caps_the_memory_of_all_that_runs(
     with fall_back_when_out_of_memory(tiny.planner.with_budget(25 * 10**9), folder):
         assert gpu.asked[2:] == ["limit 1"]
     (warning,) = capfd.readouterr().out.splitlines()
-    assert "25GB" in warning
+    assert "25 GB" in warning
 
 
 def test_every_shortage_takes_the_next_options_and_is_recorded(

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from foam_lightning.memory.account import Account
-from foam_lightning.memory.inventory import Holding
+from foam_lightning.memory.inventory import TensorGroup
 from foam_lightning.memory.timeline import Origin
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from tests.search_results import ACCOUNT, BREAKDOWN, MIXED, PEAK, UNIFORM, mixed_plan, uniform_plan
@@ -223,14 +223,16 @@ def test_where_memory_is_short_the_table_names_the_settings_that_free_some() -> 
 # ---- plan --tensors
 
 HOLDINGS = [
-    Holding(
+    TensorGroup(
         90_177_536,
         32,
         "optimizer_state",
         Origin("model.layers.*.mlp.gate_proj.weight exp_avg", "throughout", (9, 5), torch.bfloat16),
     ),
-    Holding(8_388_608, 32, "activations", Origin("model.layers.*", "forward", (1, 2), torch.int8)),
-    Holding(4, 1, "loss", Origin("loss", "backward", (), torch.float32)),
+    TensorGroup(
+        8_388_608, 32, "activations", Origin("model.layers.*", "forward", (1, 2), torch.int8)
+    ),
+    TensorGroup(4, 1, "loss", Origin("loss", "backward", (), torch.float32)),
 ]
 
 

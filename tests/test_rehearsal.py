@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foam_lightning.job import Job
-from foam_lightning.memory.device import MemoryShortageError, Usage
+from foam_lightning.memory.device import GpuUsage, MemoryShortageError
 from foam_lightning.plan import FoldPlan
 from tests.limited import limited
 from tests.runs import open_folder
@@ -95,7 +95,7 @@ def test_the_record_of_an_older_run_is_read(
     }
     (context.folder.tuning / "rehearsal.json").write_text(json.dumps(record), encoding="utf-8")
     found = rehearse(context, plan)
-    assert found == Rehearsal(5, 9_600_000_000, *Usage(8_000_000_000, 9_000_000_000, 2))
+    assert found == Rehearsal(5, 9_600_000_000, *GpuUsage(8_000_000_000, 9_000_000_000, 2))
     for figure in ("9.6 GB measured", "8 GB allocated", "9 GB reserved", "2 allocator retries"):
         assert figure in str(found)
 

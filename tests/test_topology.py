@@ -29,7 +29,7 @@ from foam_lightning.distributed.topology import (
 )
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
-from foam_lightning.memory.distributed import NCCL_BYTES, buckets, one_of
+from foam_lightning.memory.distributed import NCCL_BYTES, as_first_device, bucket_sizes
 from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.model.llama import save_tokenizer
 from foam_lightning.module import LlamaFoam
@@ -333,7 +333,7 @@ def test_a_trace_of_a_few_layers_has_the_terms_of_all(
         return torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
 
     def traced(layers: int) -> dict[str, int]:
-        with one_of(devices, "32-true") as join, fake_tensors("32-true"):
+        with as_first_device(devices, "32-true") as join, fake_tensors("32-true"):
             model = module.build_for_trace(memory_options, layers)
             join(model)
             step = track_step(
@@ -352,7 +352,7 @@ def test_a_trace_of_a_few_layers_has_the_terms_of_all(
     found = accountant(devices, num_layers=num_layers)
     plan = plan_of(memory_options, num_layers)
     assert found.account(plan).breakdown["weights"] == weights
-    assert found.usage(plan).requested > 0
+    assert found.replay_allocator(plan).requested > 0
 
 
 def test_sharding_needs_less_memory_and_copies_need_more() -> None:
@@ -391,8 +391,8 @@ def test_buckets_fill_from_the_last_parameter() -> None:
     megabyte = 2**20
     sizes = [30 * megabyte, 3 * megabyte, 24 * megabyte, megabyte, megabyte // 2]
     expected = [megabyte * 3 // 2, 27 * megabyte, 30 * megabyte]
-    assert buckets(DDP, sizes) == expected
-    assert buckets(SHARED, sizes) == buckets(ONE_DEVICE, sizes) == []
+    assert bucket_sizes(DDP, sizes) == expected
+    assert bucket_sizes(SHARED, sizes) == bucket_sizes(ONE_DEVICE, sizes) == []
 
 
 def test_a_plan_names_its_number_of_devices() -> None:

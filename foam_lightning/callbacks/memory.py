@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from foam_lightning.memory.device import Gpu, Usage, load_costs
+from foam_lightning.memory.device import Gpu, GpuUsage, load_costs
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.units import format_bytes
 
@@ -45,7 +45,7 @@ class MemoryMonitor(Callback):
         self.predicted_bytes = predicted_bytes
         self.budget_bytes = budget_bytes
         self.measured_bytes: int | None = None
-        self.usage: Usage | None = None
+        self.usage: GpuUsage | None = None
         self._through_evaluation = through_evaluation
         self._gpu = gpu
         self._context = 0

@@ -1,4 +1,4 @@
-"""The memory account of a run: every byte of its peak under a name, before it trains."""
+"""The memory account: the predicted peak of a run, term by term, before it trains."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,21 @@ import torch
 from torch import Tensor
 
 from foam_lightning.distributed.topology import ONE_DEVICE, Devices
-from foam_lightning.memory.allocator import Margin, Update, Usage, replay, training
+from foam_lightning.memory.allocator import (
+    AllocatorMargin,
+    AllocatorPeaks,
+    ParameterUpdate,
+    replay,
+    two_steps,
+)
 from foam_lightning.memory.device import DeviceCosts
-from foam_lightning.memory.distributed import NCCL_BYTES, buckets, communicators, one_of
-from foam_lightning.memory.inventory import Holding, Peak, tensors_at
+from foam_lightning.memory.distributed import (
+    NCCL_BYTES,
+    as_first_device,
+    bucket_sizes,
+    num_communicators,
+)
+from foam_lightning.memory.inventory import PeakMoment, TensorGroup, group_tensors
 from foam_lightning.memory.timeline import TERMS, Timeline
 from foam_lightning.memory.trace import (
     Step,
@@ -35,7 +46,7 @@ _LOGGED_BYTES = 256
 
 
 class AccountedModel(Protocol):
-    """The model to account for, at any depth."""
+    """What the account needs of a model."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -43,11 +54,11 @@ class AccountedModel(Protocol):
         ...
 
     def llama_config(self) -> Any:
-        """Describe the model; `hidden_size` is what one layer hands to the next for each token."""
+        """Return the configuration, which has the `hidden_size`."""
         ...
 
     def build_for_trace(self, memory_options: MemoryOptions, num_layers: int) -> Traceable:
-        """Lay the model out with these memory options and so many layers, in fake mode."""
+        """Build an uninitialized copy with this number of layers and these memory options."""
         ...
 
     def make_optimizer(
@@ -64,7 +75,7 @@ class Account:
     Attributes:
         breakdown: Bytes by term at the moment of the peak: weights, gradients, optimizer_state,
             activations, loss, workspace, context, margin.
-        devices: How many there are.
+        devices: The number of devices of the run.
     """
 
     breakdown: Mapping[str, int]
@@ -72,7 +83,7 @@ class Account:
 
     @property
     def peak_bytes(self) -> int:
-        """The peak: the sum of the terms."""
+        """The peak in bytes: the sum of the terms."""
         return sum(self.breakdown.values())
 
     @property
@@ -84,29 +95,29 @@ class Account:
 class Accountant:
     """Predict the peak of plans for one model, on fake tensors and without a GPU.
 
-    The forward and backward passes do not depend on the levels, and the optimizer's workspace
-    does not depend on the batch, so each is traced once and kept. With gradient release the
-    workspace of each parameter is added to what is alive at the moment of its update.
+    The forward and backward passes do not depend on the levels, and the optimizer's workspace does
+    not depend on the batch, so each is traced once and cached. With gradient release the workspace
+    of each parameter is added to what is alive when that parameter is updated.
 
-    On a GPU, context and the workspace of cuBLAS are given, as measured or by default. What the
-    caching allocator reserves beyond the tensors is replayed (see `allocator` and `margin`): the
-    weights, then two steps through all layers, with the state made in the first. It is on the safe
-    side in that an allocator short of memory gives cached segments back; it does not see what
-    operators other than cuBLAS take inside, nor mixed levels. No GPU has measured it yet.
+    On a GPU, the context and the workspace of cuBLAS are measured values or defaults. What the
+    caching allocator reserves beyond the tensors is replayed (see `memory.allocator`): the weights,
+    then two steps through all layers, the first of which creates the state. The replay is an upper
+    estimate, since an allocator short of memory frees cached segments. It leaves out what operators
+    other than cuBLAS allocate inside, and mixed levels. It has not been compared with a GPU yet.
 
     Args:
-        trainee: The model.
-        num_layers: Its decoder layers.
+        model: The model.
+        num_layers: Number of its decoder layers.
         sequence_length: Tokens in a row.
         precision: Lightning's name of the precision.
-        on_gpu: Whether the run will be on a GPU, and so holds a context and needs a margin.
-        devices: Those of the run; the account is of the first, and no other needs more.
-        costs: What a GPU takes beside the tensors; by default that of one never measured.
+        on_gpu: Whether the run will be on a GPU, and so needs a context and a margin.
+        devices: The devices of the run; the account is of the first, and no other needs more.
+        costs: The GPU's context and workspace; by default those of a GPU that was never measured.
     """
 
     def __init__(
         self,
-        trainee: AccountedModel,
+        model: AccountedModel,
         *,
         num_layers: int,
         sequence_length: int,
@@ -115,121 +126,125 @@ class Accountant:
         devices: Devices = ONE_DEVICE,
         costs: DeviceCosts | None = None,
     ) -> None:
-        self._trainee = trainee
+        self._model = model
         self._costs = costs or DeviceCosts()
         self._devices = devices
-        self._shapes = {name: devices.shard_shape(shape) for name, shape in trainee.shapes.items()}
+        self._shapes = {name: devices.shard_shape(shape) for name, shape in model.shapes.items()}
         self._num_layers = num_layers
-        self._width = num_layers * int(trainee.llama_config().hidden_size)
+        self._width = num_layers * int(model.llama_config().hidden_size)
         self._sequence_length = sequence_length
         self._precision = precision
         self._on_gpu = on_gpu
         self._passes: dict[MemoryOptions, Step] = {}
         self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
-        self._margin = Margin(
-            lambda plan: self.usage(plan), self._state_bytes, self._costs.workspace
+        self._margin = AllocatorMargin(
+            self.replay_allocator, self._state_bytes, self._costs.workspace
         )
 
     def account(self, plan: FoldPlan) -> Account:
-        """Name every byte of the peak of one training step of this plan."""
-        return Account(
-            {
-                **self.trace(plan),
-                "context": self.context,
-                "margin": self._margin.of(plan) if self._on_gpu else 0,
-            },
-            self._devices.count,
-        )
+        """Predict the peak of one training step of this plan."""
+        terms = {
+            **self.tensor_terms(plan),
+            "context": self.context,
+            "margin": self._margin.bytes_for(plan) if self._on_gpu else 0,
+        }
+        return Account(terms, self._devices.count)
 
-    def trace(self, plan: FoldPlan) -> dict[str, int]:
-        """Give the peak by term as tensors make it, without what the device adds."""
+    def tensor_terms(self, plan: FoldPlan) -> dict[str, int]:
+        """Predict the peak of the bytes in tensors by term, without what the device adds."""
         return self._peak(plan, self._traced_passes(plan.memory_options)).terms
 
-    def tensors(self, plan: FoldPlan) -> list[Holding]:
-        """List every tensor behind `trace`, the largest first; together they are its bytes.
+    def list_tensors(self, plan: FoldPlan) -> list[TensorGroup]:
+        """List every tensor behind `tensor_terms`, the largest first; their bytes add up to it.
 
-        It takes a trace of its own, which notes where tensors come from.
+        This takes a trace of its own, which records where tensors come from.
         """
-        passes = self._track(plan.memory_options, noted=True)
+        passes = self._track(plan.memory_options, with_origins=True)
         peak = self._peak(plan, passes)
-        name = peak.updated
-        return tensors_at(
+        update = None
+        if peak.updated is not None:
+            shape = self._shapes[peak.updated]
+            update = self._trace_update(plan, peak.updated, shape, with_origins=True)
+        return group_tensors(
             peak,
             passes.timeline,
-            None if name is None else self._update(plan, name, self._shapes[name], noted=True),
+            update,
             shapes=self._shapes,
             buckets=self._buckets,
             plan=plan,
             dtype=weight_dtype(self._precision),
         )
 
-    def _peak(self, plan: FoldPlan, passes: Step) -> Peak:
-        standing = self._standing(plan)
-        workspaces = {named[0]: self._beside(plan, *named) for named in self._shapes.items()}
+    def _peak(self, plan: FoldPlan, passes: Step) -> PeakMoment:
+        persistent = self._persistent_bytes(plan)
+        workspaces = {named[0]: self._update_bytes(plan, *named) for named in self._shapes.items()}
         before_step: dict[str, int] = dict(passes.peak.terms.items())
         before_step["gradients"] += sum(self._buckets)
-        peaks = [Peak(before_step, passes.peak, None)]
+        peaks = [PeakMoment(before_step, passes.peak, None)]
         if plan.memory_options.gradient_release:
             for update, name in zip(passes.updates, workspaces, strict=True):
                 terms: dict[str, int] = dict(update.terms.items())
                 terms["workspace"] += workspaces[name]
-                peaks.append(Peak(terms, update, name))
+                peaks.append(PeakMoment(terms, update, name))
         else:  # updates come one after the other, when backward has left all gradients behind
             largest = max(workspaces, key=lambda name: workspaces[name])
             step: dict[str, int] = {**dict.fromkeys(TERMS, 0), "workspace": workspaces[largest]}
-            peaks.append(Peak({**step, "gradients": standing["weights"]}, None, largest))
+            peaks.append(PeakMoment({**step, "gradients": persistent["weights"]}, None, largest))
         return max(
-            (peak._replace(terms={**peak.terms, **standing}) for peak in peaks),
+            (peak._replace(terms={**peak.terms, **persistent}) for peak in peaks),
             key=lambda peak: sum(peak.terms.values()),
         )
 
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
-        """Tell whether the peak of a plan is within a budget, without a trace where it can."""
+        """Whether the peak is within a budget; traces only where the bound does not decide."""
         return (
             self.lower_bound(plan) <= budget_bytes
-            and sum(self.trace(plan).values()) + self.context <= budget_bytes
+            and sum(self.tensor_terms(plan).values()) + self.context <= budget_bytes
             and self.account(plan).peak_bytes <= budget_bytes
         )
 
     def lower_bound(self, plan: FoldPlan) -> int:
         """Count bytes that the peak of a plan is never below, without a trace."""
-        standing, memory_options = self._standing(plan), plan.memory_options
+        persistent, memory_options = self._persistent_bytes(plan), plan.memory_options
         # Whatever is recomputed, the inputs of all layers are alive where backward begins, and
-        # gradients, if they are kept, where it ends; from the second micro-batch on, both.
+        # gradients, unless they are released, where it ends; from the second micro-batch on, both.
         tokens = memory_options.micro_batch_size * self._sequence_length
         inputs = tokens * self._width * weight_dtype(self._precision).itemsize
-        gradients = 0 if memory_options.gradient_release else standing["weights"]
+        gradients = 0 if memory_options.gradient_release else persistent["weights"]
         accumulates = memory_options.accumulate_grad_batches > 1
-        passing = inputs + gradients if accumulates else max(inputs, gradients)
-        return self.context + sum(standing.values()) + passing
+        in_passes = inputs + gradients if accumulates else max(inputs, gradients)
+        return self.context + sum(persistent.values()) + in_passes
 
-    def usage(self, plan: FoldPlan, *, expandable: bool = False) -> Usage:
+    def replay_allocator(self, plan: FoldPlan, *, expandable: bool = False) -> AllocatorPeaks:
         """Replay the caching allocator over two steps, without the workspace of cuBLAS.
 
         Args:
-            plan: Every layer must have the levels of the others.
-            expandable: Whether the allocator's segments may grow.
+            plan: A plan whose layers all have the same levels.
+            expandable: Whether the allocator uses expandable segments.
         """
         shapes = self._shapes
         updates = []
         for name, shape in shapes.items():
-            kept = _kept_bytes(shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
+            kept = _state_sizes(shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
             state = () if plan.memory_options.state_offload else kept
-            updates.append(Update(state, self._beside(plan, name, shape)))
+            updates.append(ParameterUpdate(state, self._update_bytes(plan, name, shape)))
         itemsize = weight_dtype(self._precision).itemsize
         weights = [math.prod(shape) * itemsize for shape in shapes.values()]
         step = self._traced_passes(plan.memory_options).events
         kept_whole = [*weights, *self._buckets]
-        return replay(training(kept_whole, step, updates), expandable=expandable)
+        return replay(two_steps(kept_whole, step, updates), expandable=expandable)
 
     def state_change(self, plan: FoldPlan, slack_bytes: int) -> int:
-        """Tell by how many bytes the state may change for the peak to change by so many.
+        """Convert a change of the peak into the change of the state that causes it.
 
-        The margin changes with the state, and with it; the rest of the peak is taken as it is.
+        The margin grows with the state; the other terms are taken as constant.
 
         Args:
-            plan: Where the change starts from.
-            slack_bytes: Bytes more for the peak, or fewer if below 0.
+            plan: The plan before the change.
+            slack_bytes: The change of the peak in bytes; below 0 it shrinks.
+
+        Returns:
+            The change of the state in bytes.
         """
         if not self._on_gpu or plan.memory_options.state_offload:
             return slack_bytes
@@ -237,18 +252,18 @@ class Accountant:
 
     @cached_property
     def context(self) -> int:
-        """Bytes that the process takes outside torch's allocator: its context, and NCCL's own."""
+        """Bytes that the process takes outside torch's allocator: the CUDA context and NCCL."""
         if not self._on_gpu:
             return 0
-        return self._costs.context + communicators(self._devices) * NCCL_BYTES
+        return self._costs.context + num_communicators(self._devices) * NCCL_BYTES
 
     @cached_property
     def _buckets(self) -> list[int]:
         itemsize = weight_dtype(self._precision).itemsize
-        return buckets(self._devices, (math.prod(s) * itemsize for s in self._shapes.values()))
+        return bucket_sizes(self._devices, (math.prod(s) * itemsize for s in self._shapes.values()))
 
-    def _standing(self, plan: FoldPlan) -> dict[str, int]:
-        """Count what is there from the first step to the last."""
+    def _persistent_bytes(self, plan: FoldPlan) -> dict[str, int]:
+        """Count what is alive from the first step to the last."""
         elements = sum(math.prod(shape) for shape in self._shapes.values())
         return {
             "weights": elements * weight_dtype(self._precision).itemsize,
@@ -259,25 +274,25 @@ class Accountant:
         return optimizer_state_bytes(self._shapes, plan.levels, plan.memory_options.state_dtype)
 
     def _traced_passes(self, memory_options: MemoryOptions) -> Step:
-        # How state is kept does not show in the passes.
+        # The passes do not depend on how the state is stored.
         memory_options = replace(memory_options, state_dtype="float32", state_offload=False)
         if memory_options not in self._passes:
             self._passes[memory_options] = self._track(memory_options)
         return self._passes[memory_options]
 
-    def _track(self, memory_options: MemoryOptions, *, noted: bool = False) -> Step:
+    def _track(self, memory_options: MemoryOptions, *, with_origins: bool = False) -> Step:
         size = (memory_options.micro_batch_size, self._sequence_length)
 
         def make_batch() -> tuple[Tensor, Tensor]:
             # Two tensors, as the data loader gives them, though the tokens are the same.
             return torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
 
-        with one_of(self._devices, self._precision) as join, fake_tensors(self._precision):
-            num_seen = 4 if self._devices.shards else 3
-            twin = self._trainee.build_for_trace(memory_options, min(self._num_layers, num_seen))
-            join(twin)
+        with as_first_device(self._devices, self._precision) as join, fake_tensors(self._precision):
+            num_traced = min(self._num_layers, 4 if self._devices.shards else 3)
+            model = self._model.build_for_trace(memory_options, num_traced)
+            join(model)
             return track_step(
-                twin,
+                model,
                 None,
                 make_batch,
                 accumulate_grad_batches=memory_options.accumulate_grad_batches,
@@ -285,30 +300,31 @@ class Accountant:
                 autocast=autocast_for(self._precision),
                 num_layers=self._num_layers,
                 held={"logged values": torch.zeros(_LOGGED_BYTES, dtype=torch.uint8)},
-                noted=noted,
+                with_origins=with_origins,
             )
 
-    def _beside(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
-        """Count what the update of one parameter brings to the device and takes away again."""
-        visiting = optimizer_state_bytes(
-            {name: shape}, plan.levels, plan.memory_options.state_dtype
-        )
-        return self._workspace(plan, name, shape) + visiting * plan.memory_options.state_offload
+    def _update_bytes(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
+        """Count what is on the device during the update of one parameter only."""
+        workspace = self._update_workspace(plan, name, shape)
+        if not plan.memory_options.state_offload:
+            return workspace
+        dtype = plan.memory_options.state_dtype
+        return workspace + optimizer_state_bytes({name: shape}, plan.levels, dtype)
 
-    def _workspace(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
-        """Trace what the update of one parameter needs beside it, its gradient and its state."""
+    def _update_workspace(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
+        """Trace the temporaries of the update of one parameter."""
         key = (shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
         if key not in self._workspaces:
-            update = self._update(plan, name, shape)
+            update = self._trace_update(plan, name, shape)
             self._workspaces[key] = update.peak().terms["workspace"]
         return self._workspaces[key]
 
-    def _update(
-        self, plan: FoldPlan, name: str, shape: tuple[int, ...], *, noted: bool = False
+    def _trace_update(
+        self, plan: FoldPlan, name: str, shape: tuple[int, ...], *, with_origins: bool = False
     ) -> Timeline:
-        # The kernel of the CPU has no temporary, and goes by the device of fake tensors. An update
-        # compiled for a GPU has some, within what the plain one has: operators that any device has,
-        # in a third of the time on meta tensors. What visits from the host is counted apart.
+        # The compiled kernel of the CPU has no temporaries, and is chosen by the device of the fake
+        # tensors. An update compiled for a GPU has some, fewer than the plain one, which is traced
+        # here on meta tensors, in a third of the time. State from host memory is counted apart.
         dtype, device = weight_dtype(self._precision), "meta" if self._on_gpu else "cpu"
         alone = replace(
             plan,
@@ -318,28 +334,28 @@ class Accountant:
         with nullcontext() if self._on_gpu else fake_tensors(self._precision):
             parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             parameter.grad = torch.empty_like(parameter)
-            optimizer = self._trainee.make_optimizer([(name, parameter)], alone)
+            optimizer = self._model.make_optimizer([(name, parameter)], alone)
             for group in optimizer.param_groups:
                 group["fused"] = not self._on_gpu
-            return track_optimizer_step(optimizer, noted=name if noted else None)
+            return track_optimizer_step(optimizer, name=name if with_origins else None)
 
 
 def optimizer_state_bytes(
     shapes: Mapping[str, tuple[int, ...]], levels: Mapping[str, int], dtype: StateDtype
 ) -> int:
-    """Count the bytes of the state of every parameter, by formula: what the optimizer allocates.
+    """Count the bytes of optimizer state that all parameters together need, by formula.
 
     Args:
         shapes: Shape of every parameter by name, in elements.
-        levels: Fold level by name; a parameter that is not named is not folded.
+        levels: Fold level by name; a parameter without one is not folded.
         dtype: The dtype of the moments.
     """
     return sum(
-        sum(_kept_bytes(shape, levels.get(name, 0), dtype)) for name, shape in shapes.items()
+        sum(_state_sizes(shape, levels.get(name, 0), dtype)) for name, shape in shapes.items()
     )
 
 
 @cache
-def _kept_bytes(shape: tuple[int, ...], level: int, dtype: StateDtype) -> tuple[int, ...]:
+def _state_sizes(shape: tuple[int, ...], level: int, dtype: StateDtype) -> tuple[int, ...]:
     """Count the bytes of every tensor of the state of one parameter."""
     return tuple(kept.nbytes for kept in state_layout(shape, level, getattr(torch, dtype)).values())

@@ -1,12 +1,12 @@
-"""What torch's CUDA caching allocator reserves for blocks that come and go, replayed in bytes.
+"""A replay of torch's CUDA caching allocator: the bytes that it reserves for a run.
 
 The rules and sizes are those of torch's CUDACachingAllocator (c10/cuda/CUDACachingAllocator.cpp) at
 its default settings: a request is rounded up to 512 bytes; one of up to 1 MiB is served from the
 small pool, whose segments are of 2 MiB, any other from the large pool, whose segments are of 20 MiB
 below 10 MiB and else of the request rounded up to 2 MiB. The smallest free block that is large
-enough is taken, and split where the rest is worth keeping; free neighbours in a segment become one.
-A segment, once reserved, stays. Not replayed: other streams than the first, and that a device
-without room for a new segment gives free segments back first, so that a run may get by with less.
+enough is taken, and split if the rest is large enough; free neighbours in a segment are merged.
+A reserved segment is kept. Not replayed: other streams than the first, and that a device without
+room for a new segment first frees unused ones, so that a run may need less.
 """
 
 import math
@@ -21,21 +21,21 @@ from foam_lightning.plan import FoldPlan, MemoryOptions
 
 MiB = 2**20
 _ROUNDING = 512
-_LARGEST_SMALL = MiB
+_MAX_SMALL = MiB
 _SMALL_SEGMENT = 2 * MiB
 _LARGE_SEGMENT = 20 * MiB
-_LEAST_OWN_SEGMENT = 10 * MiB
+_MIN_OWN_SEGMENT = 10 * MiB
 _OWN_SEGMENT_ROUNDING = 2 * MiB
 
 
 @dataclass(frozen=True)
 class Events:
-    """Blocks that come and go.
+    """Allocations and frees in order of time.
 
     Attributes:
-        sizes: Bytes of every block, in order of birth.
-        changes: n where block n is born, ~n where it dies.
-        marks: Named moments in order of time: how many changes come before, and the name.
+        sizes: Bytes of every block, in order of allocation.
+        changes: n where block n is allocated, ~n where it is freed.
+        marks: Named moments: the number of changes before each, and its name.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -43,23 +43,23 @@ class Events:
     marks: list[tuple[int, str]] = field(default_factory=list)
 
     def allocate(self, size: int) -> int:
-        """Add the birth of a block and return its number."""
+        """Add the allocation of a block and return its number."""
         self.changes.append(len(self.sizes))
         self.sizes.append(size)
         return self.changes[-1]
 
     def free(self, block: int) -> None:
-        """Add the death of a block."""
+        """Add the free of a block."""
         self.changes.append(~block)
 
 
-class Usage(NamedTuple):
-    """The most bytes that there were at any moment, each at its own; torch counts by these names.
+class AllocatorPeaks(NamedTuple):
+    """The peaks of the allocator's counters, each at its own moment, under torch's names.
 
     Attributes:
-        requested: Of the blocks that were asked for.
-        allocated: Of the blocks that were given, rounded up.
-        reserved: Of the segments that they lie in.
+        requested: Bytes of the blocks that were requested.
+        allocated: Bytes of the blocks that were allocated, rounded up.
+        reserved: Bytes of the segments that hold them.
     """
 
     requested: int
@@ -67,16 +67,16 @@ class Usage(NamedTuple):
     reserved: int
 
 
-def replay(events: Events, *, expandable: bool = False) -> Usage:
-    """Serve every request in turn, starting from nothing.
+def replay(events: Events, *, expandable: bool = False) -> AllocatorPeaks:
+    """Replay allocations and frees, starting with an empty allocator.
 
     Args:
-        events: The requests; a block of no bytes takes none.
-        expandable: With the allocator's `expandable_segments`: a pool is one segment that grows at
-            its end, by pages of 2 MiB or 20 MiB, and any free part of it serves any size.
+        events: The requests; a block of 0 bytes needs no memory.
+        expandable: Replay `expandable_segments`: a pool is one segment that grows at its end, by
+            pages of 2 MiB or 20 MiB, and any free part of it serves any size.
     """
     small, large = _Pool(is_small=True, expandable=expandable), _Pool(False, expandable)
-    given: dict[int, tuple[_Pool, _Block]] = {}
+    alive: dict[int, tuple[_Pool, _Block]] = {}
     sizes = events.sizes
     requested = allocated = most_requested = most_allocated = 0
     for change in events.changes:  # a plan replays hundreds of thousands
@@ -85,10 +85,10 @@ def replay(events: Events, *, expandable: bool = False) -> Usage:
         if size == 0:
             continue
         if change >= 0:
-            rounded = _up(size, _ROUNDING)
-            pool = small if rounded <= _LARGEST_SMALL else large
-            block = pool.take(rounded)
-            given[number] = pool, block
+            rounded = _round_up(size, _ROUNDING)
+            pool = small if rounded <= _MAX_SMALL else large
+            block = pool.allocate(rounded)
+            alive[number] = pool, block
             requested += size
             allocated += block.size
             if requested > most_requested:
@@ -96,31 +96,31 @@ def replay(events: Events, *, expandable: bool = False) -> Usage:
             if allocated > most_allocated:
                 most_allocated = allocated
         else:
-            pool, block = given.pop(number)
+            pool, block = alive.pop(number)
             requested -= size
             allocated -= block.size
-            pool.give(block)
-    return Usage(most_requested, most_allocated, small.reserved + large.reserved)
+            pool.free(block)
+    return AllocatorPeaks(most_requested, most_allocated, small.reserved + large.reserved)
 
 
-def training(weights: Iterable[int], step: Events, updates: Sequence["Update"]) -> Events:
-    """Lay out two optimizer steps; state comes into being in the first, so the second is any later.
+def two_steps(weights: Iterable[int], step: Events, updates: Sequence["ParameterUpdate"]) -> Events:
+    """List the events of two optimizer steps; the first creates the state, later ones are alike.
 
     Args:
-        weights: Bytes of every parameter; they come first.
+        weights: Bytes of every parameter; they are allocated first.
         step: Forward and backward passes of one step. A mark "update i" is where parameter i is
             updated inside backward; without such marks all are updated at the end, in their order.
-            What is then still alive dies: gradients.
+            What is still alive then, such as gradients, is freed.
         updates: One per parameter in the order of the marks' i.
     """
     events = Events()
     for size in weights:
         events.allocate(size)
     inside = [(at, int(name.split()[1])) for at, name in step.marks if name.startswith("update ")]
-    num_seen = max((index + 1 for _, index in inside), default=0)
-    missing = len(updates) - num_seen
+    num_traced = max((index + 1 for _, index in inside), default=0)
+    missing = len(updates) - num_traced
     # Layers are alike: the first half is counted from the front, the rest from the back.
-    inside = [(at, i if 2 * i < num_seen else i + missing) for at, i in inside]
+    inside = [(at, i if 2 * i < num_traced else i + missing) for at, i in inside]
     whole = len(step.changes)
     order: list[tuple[int, int | None]] = [*inside] or [(whole, i) for i in range(len(updates))]
     for is_first in (True, False):
@@ -140,19 +140,19 @@ def training(weights: Iterable[int], step: Events, updates: Sequence["Update"]) 
     return events
 
 
-class Update(NamedTuple):
+class ParameterUpdate(NamedTuple):
     """What the update of one parameter needs.
 
     Attributes:
         state: Bytes of every tensor of its state.
-        workspace: Bytes of its temporaries at most; they count as one block.
+        workspace: Peak of the bytes of its temporaries; they count as one block.
     """
 
     state: tuple[int, ...]
     workspace: int
 
 
-def _update(events: Events, update: Update, *, is_first: bool) -> None:
+def _update(events: Events, update: ParameterUpdate, *, is_first: bool) -> None:
     if is_first:
         for size in update.state:
             events.allocate(size)
@@ -160,7 +160,7 @@ def _update(events: Events, update: Update, *, is_first: bool) -> None:
 
 
 class _Block:
-    """A part of a segment, given or free, between its neighbours in the segment."""
+    """A part of a segment, allocated or free, with its neighbours in the segment."""
 
     __slots__ = ("address", "after", "before", "is_free", "size")
 
@@ -178,22 +178,22 @@ class _Pool:
     def __init__(self, is_small: bool, expandable: bool) -> None:
         self.reserved = 0
         self._page = _SMALL_SEGMENT if is_small else _LARGE_SEGMENT
-        # A smaller rest stays with the block.
-        self._least_rest = _ROUNDING if is_small or expandable else _LARGEST_SMALL + 1
+        # A smaller rest stays part of the block.
+        self._min_rest = _ROUNDING if is_small or expandable else _MAX_SMALL + 1
         self._expandable = expandable
-        self._last: _Block | None = None  # of the segment that grows
+        self._last: _Block | None = None  # in the expandable segment
         self._order: list[tuple[int, int]] = []  # of free blocks: size, address
-        self._free: dict[int, _Block] = {}  # by address
+        self._free_blocks: dict[int, _Block] = {}  # by address
 
-    def take(self, size: int) -> _Block:
-        """Give a block of at least so many bytes, a multiple of 512."""
+    def allocate(self, size: int) -> _Block:
+        """Allocate a block of at least `size` bytes, a multiple of 512."""
         best = bisect_left(self._order, (size, -1))
         if best < len(self._order):
-            block = self._free.pop(self._order.pop(best)[1])
+            block = self._free_blocks.pop(self._order.pop(best)[1])
         else:
-            block = self._grow(size) if self._expandable else self._segment(size)
+            block = self._grow(size) if self._expandable else self._new_segment(size)
         block.is_free = False
-        if block.size - size >= self._least_rest:
+        if block.size - size >= self._min_rest:
             rest = _Block(block.size - size, block.address + size)
             rest.before, rest.after = block, block.after
             if block.after is not None:
@@ -204,17 +204,17 @@ class _Pool:
             self._add(rest)
         return block
 
-    def give(self, block: _Block) -> None:
-        """Take a block back and join it with its free neighbours."""
+    def free(self, block: _Block) -> None:
+        """Free a block and merge it with its free neighbours."""
         if block.before is not None and block.before.is_free:
-            block = self._joined(block.before, block)
+            block = self._merge(block.before, block)
         if block.after is not None and block.after.is_free:
-            block = self._joined(block, block.after)
+            block = self._merge(block, block.after)
         self._add(block)
 
-    def _segment(self, size: int) -> _Block:
-        length = self._page if size < _LEAST_OWN_SEGMENT else _up(size, _OWN_SEGMENT_ROUNDING)
-        # Addresses order blocks of one size, as they do on a device.
+    def _new_segment(self, size: int) -> _Block:
+        length = self._page if size < _MIN_OWN_SEGMENT else _round_up(size, _OWN_SEGMENT_ROUNDING)
+        # Blocks of one size are ordered by address, as on a device.
         block = _Block(length, self.reserved)
         self.reserved += length
         return block
@@ -222,17 +222,17 @@ class _Pool:
     def _grow(self, size: int) -> _Block:
         last = self._last
         missing = size - (last.size if last is not None and last.is_free else 0)
-        pages = _Block(_up(missing, self._page), self.reserved)
+        pages = _Block(_round_up(missing, self._page), self.reserved)
         self.reserved += pages.size
         pages.before = last
         if last is not None:
             last.after = pages
             if last.is_free:
-                pages = self._joined(last, pages)
+                pages = self._merge(last, pages)
         self._last = pages
         return pages
 
-    def _joined(self, first: _Block, second: _Block) -> _Block:
+    def _merge(self, first: _Block, second: _Block) -> _Block:
         for block in (first, second):
             if block.is_free:
                 self._remove(block)
@@ -246,69 +246,69 @@ class _Pool:
 
     def _add(self, block: _Block) -> None:
         block.is_free = True
-        self._free[block.address] = block
+        self._free_blocks[block.address] = block
         insort(self._order, (block.size, block.address))
 
     def _remove(self, block: _Block) -> None:
         block.is_free = False
-        del self._free[block.address]
+        del self._free_blocks[block.address]
         del self._order[bisect_left(self._order, (block.size, block.address))]
 
 
-def _up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-# The uniform levels at which the allocator is replayed; the state is what they change.
+# The uniform levels at which the allocator is replayed; they differ in their state.
 _REPLAYED_LEVELS = (8, 4, 3, 2, 1, 0)
 
 
-class Margin:
-    """The margin of plans, from replays at a few uniform levels.
+class AllocatorMargin:
+    """What the allocator reserves beyond the tensors of a plan, from replays at uniform levels.
 
-    How far the peak of reserved memory is above that of the tensors jumps from level to level. So
-    the margin of a plan is the most at any replayed level that keeps no more state, and on a line
-    between two of them: less state never needs more.
+    This excess is not monotonic in the level. The margin of a plan is the largest excess at any
+    replayed level with at most as much state, interpolated between two of them, so that less state
+    never needs more memory.
 
     Args:
-        usage: Replays the allocator for a plan whose layers all have the same levels.
-        state_bytes: Counts the state of a plan.
-        workspace: What the libraries take from the allocator, in bytes, whatever the plan.
+        replay_plan: Replays the allocator for a plan whose layers all have the same levels.
+        state_bytes: Counts the optimizer state of a plan.
+        workspace: Bytes that libraries take from the allocator, the same for every plan.
     """
 
     def __init__(
         self,
-        usage: Callable[[FoldPlan], Usage],
+        replay_plan: Callable[[FoldPlan], AllocatorPeaks],
         state_bytes: Callable[[FoldPlan], int],
         workspace: int,
     ) -> None:
-        self._usage = usage
+        self._replay_plan = replay_plan
         self._state_bytes = state_bytes
         self._workspace = workspace
         self._excesses: dict[tuple[MemoryOptions, int], int] = {}
 
-    def of(self, plan: FoldPlan) -> int:
-        """Give the margin of a plan in bytes."""
-        kept = self._state_bytes(plan)
-        return math.ceil(np.interp(kept, *self._points(plan, kept)))
+    def bytes_for(self, plan: FoldPlan) -> int:
+        """Return the margin of a plan in bytes."""
+        state = self._state_bytes(plan)
+        return math.ceil(np.interp(state, *self._points(plan, state)))
 
     def state_change(self, plan: FoldPlan, slack_bytes: int) -> int:
-        """Tell by how many bytes the state may change for state and margin to change by so many.
+        """Convert a change of state and margin together into the change of the state alone.
 
         Args:
-            plan: Where the change starts from.
-            slack_bytes: Bytes more for both, or fewer if below 0.
+            plan: The plan before the change.
+            slack_bytes: The change of both in bytes; below 0 they shrink.
         """
-        kept = self._state_bytes(plan)
+        state = self._state_bytes(plan)
         states, margins = self._points(plan, math.inf)
         sums = np.add(states, margins)
-        target = kept + np.interp(kept, states, margins) + slack_bytes
-        # Beyond the ends the margin is what it is there.
+        target = state + np.interp(state, states, margins) + slack_bytes
+        # Beyond the ends the margin is constant.
         beyond = min(target - sums[0], 0) + max(target - sums[-1], 0)
-        return math.floor(float(np.interp(target, sums, states) + beyond)) - kept
+        return math.floor(float(np.interp(target, sums, states) + beyond)) - state
 
     def _points(self, plan: FoldPlan, most: float) -> tuple[list[int], list[int]]:
-        """Give state and margin at uniform levels, the highest first, as far as `most` of state."""
+        """Return state and margin at uniform levels, the highest first, up to `most` of state."""
         states: list[int] = []
         excesses = [0]
         for level in _REPLAYED_LEVELS:
@@ -322,8 +322,8 @@ class Margin:
     def _excess(self, uniform: FoldPlan, level: int) -> int:
         key = (uniform.memory_options, level)
         if key not in self._excesses:
-            usage = self._usage(uniform)
-            self._excesses[key] = usage.reserved - usage.requested
+            peaks = self._replay_plan(uniform)
+            self._excesses[key] = peaks.reserved - peaks.requested
         return self._excesses[key]
 
 

@@ -1,4 +1,4 @@
-"""A real GPU: what it costs beside tensors, a wall at the budget, and what a run has taken."""
+"""A real GPU: its memory beyond the tensors, a cap on memory, and what a run has used."""
 
 import json
 import re
@@ -16,12 +16,12 @@ from foam_lightning.errors import FoamError, first_line
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.paths import cache_home
-from foam_lightning.units import ByteSize, format_bytes
+from foam_lightning.units import format_bytes, format_bytes_apart
 
-# A context with all modules loaded stays below; what is above belongs to other processes.
+# A context with all modules loaded is smaller; anything above belongs to other processes.
 _MOST_CONTEXT_BYTES = 2_000_000_000
 _DRIVER = Path("/proc/driver/nvidia/version")
-_REFUSAL = re.compile(
+_OUT_OF_MEMORY = re.compile(
     "CUDA (driver )?error: out of memory|Cuda failure .*out of memory|_STATUS_ALLOC_FAILED"
     "|DefaultCPUAllocator:"
 )
@@ -29,16 +29,16 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceCosts:
-    """What a GPU takes beside the tensors of a run, in bytes.
+    """What a GPU needs beyond the tensors of a run, in bytes.
 
     The defaults are for a GPU that was never measured.
 
     Attributes:
-        context: What a CUDA process holds outside torch's counters: its context and the modules
+        context: Memory of a CUDA process outside torch's counters: its context and the modules
             loaded into it. Reports range from 0.3 to 0.6 GB on an otherwise empty card.
-        workspace: What cuBLAS keeps, which torch takes from the caching allocator: one workspace
-            for each thread and stream, and forward and backward are two threads. 32 MiB each on
-            compute capability 9.0, 8.125 MiB before (parseChosenWorkspaceSize in
+        workspace: Workspaces of cuBLAS in torch's caching allocator: one for each thread and
+            stream, and forward and backward are two threads. 32 MiB each on compute capability
+            9.0, 8.125 MiB before (parseChosenWorkspaceSize in
             aten/src/ATen/cuda/CublasHandlePool.cpp); the default is the larger one, twice.
     """
 
@@ -46,14 +46,14 @@ class DeviceCosts:
     workspace: int = 2 * 32 * 2**20
 
 
-class Usage(NamedTuple):
-    """What a process has taken from a GPU since its peaks were last forgotten.
+class GpuUsage(NamedTuple):
+    """What a process has used of a GPU since its peaks were last reset.
 
     Attributes:
         allocated: Peak of the bytes in tensors.
-        reserved: Peak of the bytes that torch's caching allocator held for them.
-        retries: How often the allocator had to give cached memory back to get more, ever: work
-            that slows a run down and a sign that it is at its limit.
+        reserved: Peak of the bytes that torch's caching allocator reserved for them.
+        retries: How often the allocator had to free cached memory to get more, since the process
+            started: it slows a run down and shows that it is at its limit.
     """
 
     allocated: int
@@ -62,7 +62,7 @@ class Usage(NamedTuple):
 
 
 class Gpu:
-    """One CUDA device as this process sees it; everything asked of torch.cuda is asked here.
+    """One CUDA device as this process sees it; all calls of torch.cuda about memory are here.
 
     Args:
         index: Its number among the visible devices.
@@ -73,42 +73,42 @@ class Gpu:
 
     @property
     def name(self) -> str:
-        """What its maker calls it."""
+        """The product name."""
         return torch.cuda.get_device_name(self.index)
 
     def memory(self) -> tuple[int, int]:
-        """Give free and total bytes of the card; what other processes took is not free."""
+        """Return free and total bytes of the card; what other processes use is not free."""
         free, total = torch.cuda.mem_get_info(self.index)
         return free, total
 
     def limit(self, fraction: float) -> None:
-        """Refuse memory to this process beyond a share of the card, from 0 to 1."""
+        """Limit this process to a share of the card's memory, from 0 to 1."""
         torch.cuda.set_per_process_memory_fraction(fraction, self.index)
 
-    def usage(self) -> Usage:
-        """Tell what was taken so far."""
+    def usage(self) -> GpuUsage:
+        """Return the peaks so far."""
         stats = torch.cuda.memory_stats(self.index)
-        return Usage(
+        return GpuUsage(
             stats.get("allocated_bytes.all.peak", 0),
             stats.get("reserved_bytes.all.peak", 0),
             stats.get("num_alloc_retries", 0),
         )
 
     def reset_peaks(self) -> None:
-        """Count the peaks of `usage` from now on, without what earlier runs have left cached."""
+        """Reset the peaks of `usage`, and free what earlier runs left in the cache."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def measure(self) -> DeviceCosts:
-        """Run what a training step runs, small, and see what stays when its tensors are gone.
+        """Run the operators of a small training step and measure what stays allocated.
 
-        The context is all that the card has given away and that torch does not hold. So it counts
-        other processes on the card too, and must be measured while there are none; and a kernel
-        that this did not load, such as a compiled one, still adds some megabytes when it is.
+        The context is all used memory of the card that torch has not reserved. That includes other
+        processes, so there should be none. A kernel that is loaded later, such as a compiled one,
+        still adds some megabytes.
         """
         before = torch.cuda.memory_allocated(self.index)
         for dtype in (torch.bfloat16, torch.float32):
-            work(f"cuda:{self.index}", dtype)
+            run_llama_operators(f"cuda:{self.index}", dtype)
         torch.cuda.synchronize(self.index)
         free, total = self.memory()
         return DeviceCosts(
@@ -117,12 +117,12 @@ class Gpu:
         )
 
 
-def work(device: str, dtype: torch.dtype) -> None:
-    """Run the operators of a LLaMA forward and backward: modules are loaded when first used.
+def run_llama_operators(device: str, dtype: torch.dtype) -> None:
+    """Run the operators of a LLaMA forward and backward, which loads their CUDA modules.
 
     Args:
-        device: Where, such as "cuda:0".
-        dtype: Of weights and activations.
+        device: The device, such as "cuda:0".
+        dtype: The dtype of weights and activations.
     """
     table = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
     ids = torch.zeros(64, dtype=torch.int64, device=device)
@@ -133,64 +133,64 @@ def work(device: str, dtype: torch.dtype) -> None:
 
 
 def find_gpu(*, wanted: bool, index: int = 0) -> Gpu | None:
-    """Find the GPU that this process trains on; None without one.
+    """Return the GPU that this process trains on; None without one.
 
     Args:
-        wanted: Whether the run is for a GPU at all.
+        wanted: Whether the run may use a GPU.
         index: Its number among the visible devices.
     """
     return Gpu(index) if wanted and torch.cuda.is_available() else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that a device, or the host, had no memory left.
+    """Whether an error means that a device, or the host, ran out of memory.
 
     Besides torch's own error these are errors of the CUDA runtime, of cuBLAS, cuDNN and NCCL, which
-    need memory of their own, and of the allocator of the CPU.
+    allocate memory of their own, and of torch's CPU allocator.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and _REFUSAL.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 @contextmanager
 def memory_cap(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None]:
-    """Keep this process within a budget, on a larger card too.
+    """Cap the memory of this process at a budget, on a larger card too.
 
-    What the caching allocator reserves may not exceed the budget less what it does not see, such as
-    the context. An allocation beyond that fails as on a card of that size, after the allocator has
-    given back what it had cached.
+    The caching allocator may reserve the budget less what it does not count, such as the context.
+    An allocation beyond that fails as on a card of that size, after the allocator has freed its
+    cache.
 
     Args:
         gpu: The card.
-        budget_bytes: For all that the process takes from the card.
-        outside_bytes: What the process takes outside the allocator.
+        budget_bytes: Limit for all that the process uses of the card.
+        outside_bytes: What the process uses outside the allocator.
     """
     _, total = gpu.memory()
     gpu.limit(min(1.0, max(0, budget_bytes - outside_bytes) / total))
     try:
         yield
     finally:
-        with suppress(RuntimeError):  # a context that broke takes no orders
+        with suppress(RuntimeError):  # after an error that broke the CUDA context
             gpu.limit(1.0)
 
 
 def missing_memory_warning(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> str | None:
-    """Say in one line that a card has less to give than the budget; None if it has enough."""
+    """Write one line if less memory of a card is free than the budget; None if enough is."""
     free, total = gpu.memory()
     free += outside_bytes  # this process has its context already
     if free >= budget_bytes:
         return None
+    available, budget = format_bytes_apart(free, budget_bytes)
     return (
-        f"the {gpu.name} has {format_bytes(free)} free of {format_bytes(total)}, less than the "
-        f"budget of {ByteSize(budget_bytes)}: a plan that needs more runs out of memory; free the "
-        "card or "
+        f"the {gpu.name} has {available} free of {format_bytes(total)}, less than the budget of "
+        f"{budget}: a plan that needs more runs out of memory; end other processes on the card or "
         "lower --memory-budget"
     )
 
 
 def load_costs(gpu: Gpu | None) -> DeviceCosts:
-    """Look up what was measured on such a GPU, on this machine; else give the defaults."""
+    """Return what was measured on this kind of GPU on this machine, or the defaults."""
     found = _read_costs().get(_identity(gpu)) if gpu else None
     try:
         return DeviceCosts(**found) if found else DeviceCosts()
@@ -199,10 +199,10 @@ def load_costs(gpu: Gpu | None) -> DeviceCosts:
 
 
 def calibrate(gpu: Gpu) -> DeviceCosts:
-    """Measure what a GPU costs, unless that is known, and remember it for the next process.
+    """Measure what a GPU needs beyond tensors, or load what was measured before.
 
-    Kept by name of the GPU, driver, torch and CUDA, in the cache folder. Where other processes
-    hold so much of the card that nothing can be said, the defaults are given and nothing is kept.
+    The result is stored in the cache folder by name of the GPU, driver, torch and CUDA. Where other
+    processes use too much of the card to measure, the defaults are returned and nothing is stored.
     """
     kept = _read_costs()
     if _identity(gpu) in kept:
@@ -251,9 +251,9 @@ class MemoryShortageError(FoamError):
 
     Args:
         where: What ran, such as "training".
-        plan: What it ran by.
-        step: Optimizer steps it had done.
-        reason: What was refused, in one line.
+        plan: The plan of the run.
+        step: Optimizer steps done before.
+        reason: The allocation that failed, in one line.
     """
 
     exit_code = 3
@@ -268,21 +268,21 @@ class MemoryShortageError(FoamError):
 
 @contextmanager
 def memory_shortage_context(where: str, plan: FoldPlan, trainer: Trainer) -> Iterator[None]:
-    """Turn the error of a device without memory into one that says what ran.
+    """Turn an out-of-memory error into one that names the run.
 
     Args:
         where: What runs in this context, such as "training".
-        plan: What it runs by.
-        trainer: Knows the step.
+        plan: The plan of the run.
+        trainer: The trainer, for the current step.
 
     Raises:
-        MemoryShortageError: The device had no memory left.
+        MemoryShortageError: The device ran out of memory.
     """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        # The text of torch goes on about its allocator.
+        # torch's text continues with details of its allocator.
         reason = first_line(error).split(". GPU ")[0]
         raise MemoryShortageError(where, plan, trainer.global_step, reason) from error

@@ -1,4 +1,8 @@
-"""One of several devices, traced alone: no process is started and nothing is sent."""
+"""The first of several devices, traced in this process alone, without communication.
+
+Private parts of torch that are used, checked on torch 2.13: the fake process group and its store,
+and `_get_fsdp_state()`, `_pre_forward` and `_post_forward` of FSDP2.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,61 +18,60 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.memory.trace import Traceable
 from foam_lightning.settings import Precision
 
-# What NCCL holds for each communicator outside torch's counters: a buffer of 4 MiB (NCCL_BUFFSIZE)
-# for each of at most 32 channels, to send and to receive. The most of NCCL's own defaults; fewer
-# channels, as between cards without NVLink, take less. Not calibrated yet.
+# What NCCL allocates for each communicator outside torch's counters: a buffer of 4 MiB
+# (NCCL_BUFFSIZE) for each of at most 32 channels, to send and to receive. This is the maximum of
+# NCCL's defaults; fewer channels, as between cards without NVLink, need less. Not measured yet.
 NCCL_BYTES = 2 * 32 * 4 * 2**20
 # torch fills the first bucket of DDP up to 1 MiB and each of the others up to 25 MiB
 # (dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb).
 _BUCKET_BYTES = (2**20, 25 * 2**20)
 
-# Makes a module, just laid out, one of the ranks.
+# Prepares a freshly built module as the first rank has it.
 Join = Callable[[Traceable], None]
 
 
 @contextmanager
-def one_of(devices: Devices, precision: Precision) -> Iterator[Join]:
-    """Let modules be laid out, in fake mode, as the first of these devices has them.
+def as_first_device(devices: Devices, precision: Precision) -> Iterator[Join]:
+    """Prepare modules, in fake mode, as the first of these devices has them.
 
-    Under FSDP2 the fake process group of torch stands for the other ranks: every collective
-    returns at once, and what is allocated around it is what a real one would need. Under DDP the
-    buckets are left to the caller (see `buckets`); a gradient goes into its bucket as soon as it is
-    complete, and its own memory is free again.
+    With FSDP2, torch's fake process group stands for the other ranks: every collective returns at
+    once, and allocates what a real one would. With DDP, the caller counts the buckets (see
+    `bucket_sizes`); a gradient is added to its bucket as soon as it is complete, and then freed.
 
     Args:
         devices: The devices.
         precision: Lightning's name of the precision.
 
     Yields:
-        A function that takes such a module.
+        A function to call with the module.
 
     Raises:
         ConfigError: This process already is one of several.
     """
     if not devices.shards:
-        yield _fill_buckets if devices.count > 1 else _stay_alone
+        yield _fill_buckets if devices.count > 1 else _leave_unchanged
         return
     with _fake_group(devices.count) as mesh:
-        yield lambda module: _share(module, mesh, precision)
+        yield lambda module: _shard(module, mesh, precision)
 
 
-def communicators(devices: Devices) -> int:
-    """Count the communicators of a run on a GPU.
+def num_communicators(devices: Devices) -> int:
+    """Count the NCCL communicators of a run on a GPU.
 
-    Under FSDP2 the mesh has one beside that of all processes, which metrics and barriers use.
+    With FSDP2 there are two: that of the mesh, and that of all processes for metrics and barriers.
     """
     if devices.count == 1:
         return 0
     return 2 if devices.shards else 1
 
 
-def buckets(devices: Devices, sizes: Iterable[int]) -> list[int]:
-    """Give the bytes of the buckets of DDP, which hold every gradient from the first step on.
+def bucket_sizes(devices: Devices, sizes: Iterable[int]) -> list[int]:
+    """Return the bytes of each bucket of DDP, which hold all gradients from the first step on.
 
-    Parameters are taken from the last to the first; a bucket is full once it reaches its cap.
+    Parameters are added from the last to the first; a bucket is full once it reaches its cap.
 
     Args:
-        devices: Without DDP there are no buckets.
+        devices: The devices; without DDP there are no buckets.
         sizes: Bytes of every parameter, in the order of the module.
     """
     if devices.count == 1 or devices.shards:
@@ -81,12 +84,12 @@ def buckets(devices: Devices, sizes: Iterable[int]) -> list[int]:
     return found
 
 
-def _stay_alone(_module: Traceable) -> None:
+def _leave_unchanged(_module: Traceable) -> None:
     pass
 
 
 def _fill_buckets(module: Traceable) -> None:
-    """Free each gradient as soon as it could be added to what its bucket has."""
+    """Free each gradient once it could be added to its bucket."""
 
     def free(parameter: Tensor) -> None:
         parameter.grad = None
@@ -95,12 +98,12 @@ def _fill_buckets(module: Traceable) -> None:
         parameter.register_post_accumulate_grad_hook(free)
 
 
-def _share(module: Traceable, mesh: DeviceMesh, precision: Precision) -> None:
+def _shard(module: Traceable, mesh: DeviceMesh, precision: Precision) -> None:
     assert isinstance(module, nn.Module)
     shard(module, module.layers(), mesh, precision)
     assert isinstance(module, FSDPModule)
-    # The trace runs the two halves of what is one forward pass to FSDP2, so it begins in the one
-    # and ends in the other; there is no public name for either.
+    # The trace runs in two halves what FSDP2 sees as one forward pass, so the hooks at its start
+    # and its end are called here; there is no public name for either.
     state = module._get_fsdp_state()
     hidden_states, mean_loss = module.hidden_states, module.mean_loss
 

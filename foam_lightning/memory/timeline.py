@@ -1,4 +1,4 @@
-"""What was alive at every moment of a step, with stretches of it repeated to its full depth."""
+"""What was alive at every moment of a step, with stretches of it repeated for all layers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from foam_lightning.memory.allocator import Events
 
 Term = Literal["weights", "gradients", "optimizer_state", "activations", "loss", "workspace"]
 TERMS: tuple[Term, ...] = get_args(Term)
-# What lives from the first step to the last counts as if it had been there from the start.
-_STANDING = (TERMS.index("weights"), TERMS.index("optimizer_state"))
+# These count as if they had been there from the start of the step.
+_PERSISTENT = (TERMS.index("weights"), TERMS.index("optimizer_state"))
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Moment:
 
     Attributes:
         terms: Bytes by term.
-        time: Births and deaths before it, at full depth.
+        time: Number of allocations and frees before it, at full depth.
     """
 
     terms: Mapping[Term, int]
@@ -37,7 +37,7 @@ class Moment:
 
 
 class Repeat(NamedTuple):
-    """A stretch of the record, between two marks, that happens more often than it was seen."""
+    """A stretch of the record, between two marks, that stands for several."""
 
     start: str
     stop: str
@@ -49,9 +49,9 @@ class Origin(NamedTuple):
 
     Attributes:
         made_by: The module that ran, or the name of the parameter that it belongs to.
-        phase: What the step was doing, such as "backward".
-        shape: Of the tensor that it was born with.
-        dtype: Of the same.
+        phase: The phase of the step, such as "backward".
+        shape: Shape of its first tensor.
+        dtype: Dtype of the same.
     """
 
     made_by: str
@@ -62,14 +62,14 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """Every storage that was seen, in order of birth, and when it was born and died.
+    """Every storage in order of allocation, and when it was allocated and freed.
 
     Attributes:
-        terms: Index of the term of each storage.
-        sizes: Bytes of each.
-        origins: Where each comes from; empty where nobody asked.
-        changes: n: storage n is born; ~n: it dies.
-        marks: Named moments: how many changes come before.
+        terms: Index in `TERMS` of the term of each storage.
+        sizes: Bytes of each storage.
+        origins: Where each storage comes from; empty if not recorded.
+        changes: n: storage n is allocated; ~n: it is freed.
+        marks: Named moments: the number of changes before each.
     """
 
     terms: list[int] = field(default_factory=list)
@@ -80,20 +80,20 @@ class Record:
 
 
 class Timeline:
-    """A record at full depth; it must not change any more.
+    """A finished record at full depth.
 
-    Weights and optimizer state count as if they had been there from the start: what holds for this
-    step holds for any later one.
+    Weights and optimizer state count as if they had been there from the start, so that this step
+    stands for any later one.
 
     Args:
-        record: What was seen.
-        repeats: Stretches to count `times` over, in order of time and apart from each other.
+        record: The record.
+        repeats: Stretches to count several times, in order of time and not overlapping.
     """
 
     def __init__(self, record: Record, repeats: Sequence[Repeat] = ()) -> None:
         self.record = record
         self._repeats = repeats
-        self._pieces, done = [], 0  # start, stop, and how often what is between happens
+        self._pieces, done = [], 0  # start, stop, times
         for repeat in repeats:
             start, stop = record.marks[repeat.start], record.marks[repeat.stop]
             self._pieces += [(done, start, 1), (start, stop, repeat.times)]
@@ -101,11 +101,11 @@ class Timeline:
         self._pieces.append((done, len(record.changes), 1))
 
     def peak(self) -> Moment:
-        """Find the moment at which most bytes were alive."""
+        """Find the moment with the most bytes alive."""
         return self._moment(int(self._alive.sum(axis=1).argmax()))
 
     def at(self, name: str) -> list[Moment]:
-        """Look at a marked moment, once for each time that it happens, in order of time."""
+        """Return a marked moment, once for each time that it happens, in order of time."""
         marks = self.record.marks
         position, times, length, shift = marks[name], 1, 0, 0
         for repeat in self._repeats:
@@ -116,21 +116,21 @@ class Timeline:
                 shift += (repeat.times - 1) * (stop - start)
         return [self._moment(position + shift + time * length) for time in range(times)]
 
-    def holdings(self, time: int) -> Counter[int]:
+    def count_alive(self, time: int) -> Counter[int]:
         """Count how many of each storage are alive at a moment.
 
-        Of a storage that is born in one repeated stretch and dies in another there are several.
-        Where one is born outside and a like one dies inside, the count of the one may be below
-        zero, and that of the other too high by as much: only sums over what is alike mean anything.
+        There are several of a storage that is allocated in one repeated stretch and freed in
+        another. Where a storage is allocated outside a stretch and one like it is freed inside, a
+        count may be below 0 and the other too high by as much: only sums over equal storages count.
 
         Args:
-            time: As `Moment` has it.
+            time: The time of a `Moment`.
 
         Returns:
             The count by number in the record.
         """
         record = self.record
-        counts = Counter(n for n, term in enumerate(record.terms) if term in _STANDING)
+        counts = Counter(n for n, term in enumerate(record.terms) if term in _PERSISTENT)
         for start, stop, times in self._pieces:
             length = stop - start
             whole = min(times, time // length) if length else 0
@@ -139,20 +139,20 @@ class Timeline:
             for position in range(start, stop):
                 change = record.changes[position]
                 index = max(change, ~change)
-                if record.terms[index] not in _STANDING:
+                if record.terms[index] not in _PERSISTENT:
                     happened = whole + (position - start < rest)
                     counts[index] += happened if change >= 0 else -happened
         return counts
 
     def events(self) -> Events:
-        """Write out every birth, death and mark, without weights and optimizer state.
+        """List every allocation, free and mark at full depth, without weights and optimizer state.
 
-        A storage whose life crosses the edge of a repeat stands for one of each time. Which of them
-        dies where is then a matter of size: of those of one size the last born dies first, as
-        activations do. So every size has its right number of storages alive at every moment.
+        A storage that outlives its repeated stretch stands for one of each time. Of such storages
+        of one size, the last one allocated is freed first, as activations are. So every size has
+        its right number of storages alive at every moment.
         """
         record = self.record
-        stays = self._within_one_time()
+        stays = self._within_one_repeat()
         marked = defaultdict(list)
         for name, position in record.marks.items():
             marked[position].append(name)
@@ -162,7 +162,7 @@ class Timeline:
             for position in list(range(start, stop)) * times:
                 change = record.changes[position]
                 index = max(change, ~change)
-                if record.terms[index] not in _STANDING:
+                if record.terms[index] not in _PERSISTENT:
                     size = record.sizes[index]
                     alike = alive[index if index in stays else ~size]
                     if change >= 0:
@@ -175,25 +175,27 @@ class Timeline:
     @cached_property
     def _alive(self) -> npt.NDArray[np.int64]:
         """The bytes alive before the first change and after each, (1 + changes, terms)."""
-        births = np.array(self.record.changes, dtype=np.int64)
-        index = np.where(births >= 0, births, ~births)
+        changes = np.array(self.record.changes, dtype=np.int64)
+        index = np.where(changes >= 0, changes, ~changes)
         terms, sizes = np.array(self.record.terms)[index], np.array(self.record.sizes)[index]
-        deltas = np.zeros((len(births), len(TERMS)), dtype=np.int64)
-        deltas[np.arange(len(births)), terms] = np.where(births >= 0, sizes, -sizes)
-        standing = np.zeros(len(TERMS), dtype=np.int64)
-        for term in _STANDING:
-            standing[term] = deltas[births >= 0, term].sum()
+        deltas = np.zeros((len(changes), len(TERMS)), dtype=np.int64)
+        deltas[np.arange(len(changes)), terms] = np.where(changes >= 0, sizes, -sizes)
+        persistent = np.zeros(len(TERMS), dtype=np.int64)
+        for term in _PERSISTENT:
+            persistent[term] = deltas[changes >= 0, term].sum()
             deltas[:, term] = 0
         pieces = [np.tile(deltas[start:stop], (n, 1)) for start, stop, n in self._pieces]
-        alive: npt.NDArray[np.int64] = np.cumsum(np.concatenate([standing[None], *pieces]), axis=0)
+        alive: npt.NDArray[np.int64] = np.cumsum(
+            np.concatenate([persistent[None], *pieces]), axis=0
+        )
         return alive
 
     def _moment(self, time: int) -> Moment:
         row = self._alive[time]
         return Moment({term: int(size) for term, size in zip(TERMS, row, strict=True)}, time)
 
-    def _within_one_time(self) -> set[int]:
-        """Find the storages that no edge of a repeat comes between, from birth to death."""
+    def _within_one_repeat(self) -> set[int]:
+        """Find the storages that are allocated and freed within one repeat, or outside of all."""
         place = {}  # of a change: the repeat that it is in, or none
         for number, (start, stop, times) in enumerate(self._pieces):
             for change in self.record.changes[start:stop]:

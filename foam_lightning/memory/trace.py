@@ -1,9 +1,9 @@
-"""One training step watched storage by storage: on fake tensors to predict, on real to measure.
+"""One training step traced tensor by tensor: on fake tensors to predict, on real ones to measure.
 
-The same tracker serves both, so that prediction and measurement cannot differ in what they count:
-every tensor storage that an operator returns, from its birth until its last reference dies. What
-happens inside one operator (a workspace of its own) is not seen, nor is what the device's
-allocator adds by rounding and caching; on a GPU the account's margin stands for those.
+The same tracker serves both, so that prediction and measurement count the same: every tensor
+storage that an operator returns, until its last reference is gone. What an operator allocates
+inside itself is not seen, nor what the device's allocator adds by rounding and caching; on a GPU
+the account's margin stands for those.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.allocator import Events
 from foam_lightning.memory.timeline import Moment, Repeat, Term, Timeline
-from foam_lightning.memory.tracker import StorageTracker, modules_noted, qualified
+from foam_lightning.memory.tracker import StorageTracker, qualified, record_modules
 from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.gradient_release import release_gradients
 from foam_lightning.settings import Precision
@@ -34,15 +34,15 @@ class Traceable(Protocol):
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yield the same, each with its name."""
+        """Yield every trained tensor with its name."""
         ...
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor that is kept but not trained, each with its name."""
+        """Yield every other tensor that is kept, with its name."""
         ...
 
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        """Yield every module in it, each with its name."""
+        """Yield every module with its name."""
         ...
 
     def layers(self) -> Sequence[torch.nn.Module]:
@@ -54,20 +54,20 @@ class Traceable(Protocol):
         ...
 
     def mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Run head and cross entropy: to a scalar."""
+        """Run the head and the cross entropy, to a scalar."""
         ...
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step had alive.
+    """What was alive during one optimizer step.
 
     Attributes:
-        peak: At most.
-        updates: With gradient release, when the update of each parameter began, in the order of
-            the module's parameters at full depth: its gradient is alive, the workspace of the
-            update is still to come. Else none.
-        timeline: Every birth and death at full depth.
+        peak: The moment with the most bytes.
+        updates: With gradient release, the moment at which the update of each parameter begins, in
+            the order of the module's parameters at full depth: its gradient is alive, the workspace
+            of the update is not yet. Empty otherwise.
+        timeline: Every allocation and free at full depth.
     """
 
     peak: Moment
@@ -76,7 +76,7 @@ class Step:
 
     @cached_property
     def events(self) -> Events:
-        """Every birth and death, for the allocator."""
+        """Every allocation and free, for a replay of the allocator."""
         return self.timeline.events()
 
 
@@ -90,29 +90,29 @@ def track_step(
     autocast: AbstractContextManager[object] | None = None,
     num_layers: int | None = None,
     held: Mapping[str, Tensor] | None = None,
-    noted: bool = False,
+    with_origins: bool = False,
 ) -> Step:
-    """Run one optimizer step as the training loop runs it, and watch it.
+    """Run one optimizer step as the training loop does, and track its tensors.
 
     The order is Lightning's, with gradients freed after the step: micro-batches forward and
     backward, step, free. From the second micro-batch on nothing changes, so two stand for all.
 
     Args:
-        module: The model, its tensors real or fake.
-        optimizer: Made for the module's parameters; None leaves every update out.
-        make_batch: Gives input ids and labels, both (B, S).
+        module: The model, with real or fake tensors.
+        optimizer: The optimizer of the module's parameters; None leaves every update out.
+        make_batch: Returns input ids and labels, both (B, S).
         accumulate_grad_batches: Micro-batches per step.
         gradient_release: Update and free inside backward.
         autocast: The context of a mixed-precision forward pass.
-        num_layers: The depth to give the peak for. Where it is more than the module has, the
-            second of its layers, at least three, stands for those missing, and the last but one
-            in backward: decoder layers are alike, so this is exact and costs three layers of time.
-            Sharded, it takes four, as backward gathers the weights of one layer during the one
-            before. The weights are those of the module.
-        held: Other tensors that are alive throughout, by name; they are "workspace".
-        noted: Keep the origin of every storage.
+        num_layers: The depth to report. Where it is more than the module has, the second of its
+            layers, at least three, stands for those missing, and in backward the last but one:
+            decoder layers are alike, so this is exact and takes the time of three layers. With
+            FSDP2 it takes four, as backward gathers the weights of a layer during the one before.
+            The weights are those of the module.
+        held: Other tensors that are alive throughout, by name; they count as "workspace".
+        with_origins: Record where every storage comes from.
     """
-    tracker = StorageTracker(noted=noted)
+    tracker = StorageTracker(with_origins=with_origins)
     names, parameters = _named(module.named_parameters())
     tracker.claim(parameters, "weights")
     tracker.name(zip(names, parameters, strict=True))
@@ -124,12 +124,12 @@ def track_step(
     repeats = []
     with ExitStack() as watched:
         watched.enter_context(tracker)
-        if noted:
-            watched.enter_context(modules_noted(tracker, module.named_modules()))
+        if with_origins:
+            watched.enter_context(record_modules(tracker, module.named_modules()))
         if gradient_release:
-            watched.enter_context(_updates_marked(tracker, names, parameters, optimizer))
+            watched.enter_context(_mark_updates(tracker, names, parameters, optimizer))
         for micro_batch in range(min(accumulate_grad_batches, 2)):
-            with _layers_marked(tracker, module, f"{micro_batch}"):
+            with _mark_layers(tracker, module, f"{micro_batch}"):
                 _run_micro_batch(tracker, module, make_batch, accumulate_grad_batches, autocast)
             tracker.claim((p.grad for p in parameters), "gradients")
             tracker.name((name, p.grad) for name, p in zip(names, parameters, strict=True))
@@ -140,7 +140,7 @@ def track_step(
                     Repeat(f"{backward} {num_seen - 2}", f"{backward} {num_seen - 3}", times),
                 ]
         if optimizer is not None:
-            tracker.term, tracker.phase, tracker.place = "workspace", "update", "optimizer"
+            tracker.term, tracker.phase, tracker.made_by = "workspace", "update", "optimizer"
             optimizer.step()
             tracker.claim(_state_tensors(optimizer), "optimizer_state")
             optimizer.zero_grad(set_to_none=True)
@@ -150,15 +150,15 @@ def track_step(
     return Step(timeline.peak(), updates, timeline)
 
 
-def track_optimizer_step(optimizer: torch.optim.Optimizer, *, noted: str | None = None) -> Timeline:
-    """Run the optimizer on its parameters' gradients and watch it; its own are "workspace".
+def track_optimizer_step(optimizer: torch.optim.Optimizer, *, name: str | None = None) -> Timeline:
+    """Run one step of the optimizer and track its temporaries, which count as "workspace".
 
     Args:
-        optimizer: Its state may be made now.
-        noted: Keep the origin of every storage, under this name.
+        optimizer: Its parameters have gradients; its state may be created in this step.
+        name: Record the origin of every storage under this name.
     """
-    tracker = StorageTracker(noted=noted is not None)
-    tracker.phase, tracker.place = "update", noted or ""
+    tracker = StorageTracker(with_origins=name is not None)
+    tracker.phase, tracker.made_by = "update", name or ""
     for group in optimizer.param_groups:
         tracker.claim(group["params"], "weights")
         tracker.claim((p.grad for p in group["params"]), "weights")
@@ -170,16 +170,16 @@ def track_optimizer_step(optimizer: torch.optim.Optimizer, *, noted: str | None 
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Add up the bytes of every state tensor that the optimizer holds."""
+    """Add up the bytes of every state tensor of the optimizer."""
     return sum(tensor.nbytes for tensor in _state_tensors(optimizer))
 
 
 @contextmanager
 def fake_tensors(precision: Precision) -> Iterator[None]:
-    """Make every tensor fake, shapes without memory, in the dtype that a precision trains in.
+    """Create only fake tensors, shapes without memory, in the dtype that a precision trains in.
 
     The fake device is the CPU: fake CUDA tensors abort a torch built without CUDA, and the
-    fused attention of both devices keeps the same tensors.
+    fused attention of both devices saves the same tensors.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(weight_dtype(precision))
@@ -191,10 +191,10 @@ def fake_tensors(precision: Precision) -> Iterator[None]:
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
-    """Tell the dtype of the weights under a precision.
+    """Return the dtype of the weights under a precision.
 
     Raises:
-        ConfigError: The precision is not one that the account knows.
+        ConfigError: The account does not support the precision.
     """
     if precision not in get_args(Precision):
         raise ConfigError(
@@ -205,7 +205,7 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 
 
 def autocast_for(precision: Precision) -> AbstractContextManager[object]:
-    """Give the forward context of a precision, on the CPU where the trace runs."""
+    """Return the forward context of a precision, on the CPU where the trace runs."""
     if precision == "bf16-mixed":
         # As Lightning has it: without the cache, which would keep a copy of every weight.
         return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
@@ -213,7 +213,7 @@ def autocast_for(precision: Precision) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _layers_marked(tracker: StorageTracker, module: Traceable, prefix: str) -> Iterator[None]:
+def _mark_layers(tracker: StorageTracker, module: Traceable, prefix: str) -> Iterator[None]:
     """Mark where each layer begins, forward and backward."""
 
     def before(index: int) -> Callable[..., None]:
@@ -226,7 +226,7 @@ def _layers_marked(tracker: StorageTracker, module: Traceable, prefix: str) -> I
 
         def arrive(_gradient: Tensor) -> None:
             tracker.mark(f"{prefix} backward {index}")
-            tracker.place = names.get(layers[index], "")
+            tracker.made_by = names.get(layers[index], "")
 
         return watch
 
@@ -244,27 +244,27 @@ def _layers_marked(tracker: StorageTracker, module: Traceable, prefix: str) -> I
 
 
 @contextmanager
-def _updates_marked(
+def _mark_updates(
     tracker: StorageTracker,
     names: Sequence[str],
     parameters: Sequence[Tensor],
     optimizer: FOAM | None,
 ) -> Iterator[None]:
-    """Release gradients; mark the beginning of each update and tell its memory from the rest."""
+    """Release gradients; mark the start of each update, and count its memory as "workspace"."""
     before: list[tuple[Term, str, str]] = []
 
     def begin(index: int, param: Tensor) -> None:
         tracker.claim([param.grad], "gradients")
         tracker.name([(names[index], param.grad)])
         tracker.mark(f"update {index}")
-        before.append((tracker.term, tracker.phase, tracker.place))
-        tracker.term, tracker.phase, tracker.place = "workspace", "update", names[index]
+        before.append((tracker.term, tracker.phase, tracker.made_by))
+        tracker.term, tracker.phase, tracker.made_by = "workspace", "update", names[index]
 
     def end(param: Tensor) -> None:
         param.grad = None
-        tracker.term, tracker.phase, tracker.place = before.pop()
+        tracker.term, tracker.phase, tracker.made_by = before.pop()
 
-    with ExitStack() as hooks:  # which run in the order in which they come here
+    with ExitStack() as hooks:  # they run in the order in which they are registered
         for index, param in enumerate(parameters):
             hooks.enter_context(param.register_post_accumulate_grad_hook(partial(begin, index)))
         if optimizer is not None:
@@ -275,11 +275,11 @@ def _updates_marked(
 
 
 def _at_full_depth(updates: Iterable[Sequence[Moment]]) -> list[Moment]:
-    """Put updates in order, one per parameter, where those of one layer happened more than once."""
+    """Put updates in the order of the parameters, where those of one layer happen repeatedly."""
     ordered: list[Moment] = []
     for times, alike in groupby(updates, key=len):
         layer = list(alike)
-        # Backward comes to the last layer first.
+        # Backward reaches the last layer first.
         for time in reversed(range(times)):
             ordered += [update[time] for update in layer]
     return ordered
@@ -293,15 +293,15 @@ def _run_micro_batch(
     autocast: AbstractContextManager[object] | None,
 ) -> None:
     def enter_backward(_: Tensor) -> None:
-        tracker.term, tracker.place = "activations", "decoder"
+        tracker.term, tracker.made_by = "activations", "decoder"
 
-    tracker.term, tracker.phase, tracker.place = "activations", "forward", "batch"
+    tracker.term, tracker.phase, tracker.made_by = "activations", "forward", "batch"
     with autocast or nullcontext():
         input_ids, labels = make_batch()
         hidden = module.hidden_states(input_ids)
-        # Fires when the gradient leaves the head: what follows is the decoder's backward.
+        # Runs when the gradient leaves the head: what follows is the backward of the decoder.
         hidden.register_hook(enter_backward)
-        tracker.term, tracker.place = "loss", "loss"
+        tracker.term, tracker.made_by = "loss", "loss"
         loss = module.mean_loss(hidden, labels) / accumulate_grad_batches
     del hidden
     tracker.phase = "backward"

@@ -1,4 +1,9 @@
-"""Every tensor storage of a run, from its birth to its death, while it runs."""
+"""Track every tensor storage of a run, from its allocation until it is freed.
+
+Two private parts of torch are used, checked on torch 2.13: the address of a storage,
+`UntypedStorage._cdata`, and a patch of `UntypedStorage.resize_`, through which FSDP2 frees and
+gathers weights, and which a dispatch mode does not see.
+"""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,41 +25,40 @@ from foam_lightning.memory.timeline import TERMS, Moment, Origin, Record, Repeat
 
 
 class StorageTracker(TorchDispatchMode):
-    """Record the birth and death of every tensor storage while active.
+    """Record the allocation and the free of every tensor storage while active.
 
-    A storage born now belongs to `term`, the phase the step is in, unless `claim` says otherwise,
-    before or after. Of a sharded tensor the shard that this process has counts. A storage that is
-    emptied dies and one that is filled again is born: so FSDP2 gathers weights, which belong to
-    "workspace".
+    A new storage counts as the current `term`, unless `claim` assigns it another one, before or
+    after. Of a sharded tensor, the shard of this process counts. A storage that is resized is freed
+    and allocated anew, as "workspace": so FSDP2 gathers weights.
 
     Args:
-        noted: Keep the origin of each: the `place` and the `phase` that the run is in at its birth.
+        with_origins: Record where each comes from: the current `made_by` and `phase`.
     """
 
-    def __init__(self, *, noted: bool = False) -> None:
+    def __init__(self, *, with_origins: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.term: Term = "activations"
-        self.place = self.phase = ""
+        self.made_by = self.phase = ""
         self.record = Record()
-        self._noted = noted
+        self._with_origins = with_origins
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address
         self._is_over = False
 
     def claim(self, tensors: Iterable[Tensor | None], term: Term) -> None:
-        """Say what these tensors are, such as gradients; None entries are skipped."""
+        """Assign tensors to a term, such as gradients; None entries are skipped."""
         for tensor in tensors:
             if tensor is not None:
                 self.record.terms[self._index(tensor)] = TERMS.index(term)
 
     def name(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Say which parameters these tensors belong to, where origins are noted; as `claim`."""
+        """Record as origin the names of parameters; None entries are skipped."""
         for name, tensor in tensors:
-            if tensor is not None and self._noted:
+            if tensor is not None and self._with_origins:
                 index = self._index(tensor)
                 self.record.origins[index] = self.record.origins[index]._replace(made_by=name)
 
     def mark(self, name: str) -> None:
-        """Name this moment; a name that was given before keeps its first moment."""
+        """Name this moment; a name that is used again keeps its first moment."""
         self.record.marks.setdefault(name, len(self.record.changes))
 
     def peak(self) -> Moment:
@@ -62,25 +66,24 @@ class StorageTracker(TorchDispatchMode):
         return self.timeline().peak()
 
     def timeline(self, repeats: Sequence[Repeat] = ()) -> Timeline:
-        """Look at what was seen so far.
+        """Return what was recorded so far.
 
         Args:
-            repeats: Stretches to count `times` over, in order of time and apart from each other.
+            repeats: Stretches to count several times, in order of time and not overlapping.
         """
         return Timeline(self.record, repeats)
 
     @override
     def __enter__(self) -> Self:
         super().__enter__()  # type: ignore[no-untyped-call]
-        # No operator, so that the mode does not see it.
         resize = self._resize = torch.UntypedStorage.resize_
 
-        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+        def resize_and_record(storage: torch.UntypedStorage, size: int) -> Any:
             resized = resize(storage, size)
-            self._resized(storage, size)
+            self._record_resize(storage, size)
             return resized
 
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize_and_record  # type: ignore[method-assign, assignment]
         return self
 
     @override
@@ -92,7 +95,7 @@ class StorageTracker(TorchDispatchMode):
     ) -> None:
         super().__exit__(exc_type, exc_value, traceback)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        # What dies from now on, such as the model itself, is not of this run.
+        # What is freed from now on, such as the model itself, is not part of this run.
         self._is_over = True
 
     @override
@@ -103,7 +106,7 @@ class StorageTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run the operator and look at what it returns."""
+        """Run the operator and record the storages that it returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
@@ -114,12 +117,13 @@ class StorageTracker(TorchDispatchMode):
         local = _local(tensor)
         storage = local.untyped_storage()
         address = storage._cdata
-        known = self._alive.get(address)
-        if known is not None:
-            return known[0]
+        if (found := self._alive.get(address)) is not None:
+            return found[0]
         shape = tuple(local.shape)
-        origin = Origin(self.place, self.phase, shape, local.dtype) if self._noted else None
-        index = self._bear(storage.nbytes(), self.term, origin)
+        origin = (
+            Origin(self.made_by, self.phase, shape, local.dtype) if self._with_origins else None
+        )
+        index = self._record_allocation(storage.nbytes(), self.term, origin)
 
         def free(_: object) -> None:
             last, _reference = self._alive.pop(address)
@@ -129,7 +133,7 @@ class StorageTracker(TorchDispatchMode):
         self._alive[address] = (index, weakref.ref(storage, free))
         return index
 
-    def _bear(self, size: int, term: Term, origin: Origin | None) -> int:
+    def _record_allocation(self, size: int, term: Term, origin: Origin | None) -> int:
         record = self.record
         index = len(record.terms)
         record.terms.append(TERMS.index(term))
@@ -139,19 +143,22 @@ class StorageTracker(TorchDispatchMode):
             record.origins.append(origin)
         return index
 
-    def _resized(self, storage: torch.UntypedStorage, size: int) -> None:
-        known = self._alive.get(storage._cdata)
-        if known is not None:
-            index, reference = known
+    def _record_resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        found = self._alive.get(storage._cdata)
+        if found is not None:
+            index, reference = found
             record = self.record
             record.terms[index] = TERMS.index("workspace")
             record.changes.append(~index)
             origin = record.origins[index] if record.origins else None
-            self._alive[storage._cdata] = (self._bear(size, "workspace", origin), reference)
+            self._alive[storage._cdata] = (
+                self._record_allocation(size, "workspace", origin),
+                reference,
+            )
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Give the shard of a sharded tensor, any other as it is."""
+    """Return the shard of a sharded tensor, and any other tensor unchanged."""
     inner: Any = tensor
     while is_traceable_wrapper_subclass(inner):
         names, _ = inner.__tensor_flatten__()
@@ -163,37 +170,37 @@ _WRAPPER = "model."
 
 
 def qualified(name: str) -> str:
-    """Name a part of a LightningModule as its parameters are named without the module around."""
+    """Name a part of a LightningModule as the model inside it does."""
     return name.removeprefix(_WRAPPER)
 
 
 @contextmanager
-def modules_noted(
+def record_modules(
     tracker: StorageTracker, modules: Iterable[tuple[str, nn.Module]]
 ) -> Iterator[None]:
-    """Tell the tracker which module runs.
+    """Keep the tracker's `made_by` at the module that runs.
 
-    A forward pass in the middle of backward is one that is recomputed.
+    A forward pass in the middle of backward is a recomputation.
 
     Args:
-        tracker: Its `place` and `phase` change.
-        modules: By name; of others it is not told.
+        tracker: Its `made_by` and `phase` change.
+        modules: The modules to record, with their names.
     """
     names = {module: qualified(name) for name, module in modules}
     before: list[tuple[str, str]] = []
 
     def enter(module: nn.Module, *_: object) -> None:
         if module in names:
-            before.append((tracker.place, tracker.phase))
+            before.append((tracker.made_by, tracker.phase))
             phase = "recompute" if tracker.phase == "backward" else tracker.phase
-            tracker.place, tracker.phase = names[module], phase
+            tracker.made_by, tracker.phase = names[module], phase
 
     def leave(module: nn.Module, *_: object) -> None:
         if module in names:
-            tracker.place, tracker.phase = before.pop()
+            tracker.made_by, tracker.phase = before.pop()
 
     with ExitStack() as hooks:
         hooks.enter_context(register_module_forward_pre_hook(enter))
-        # Recomputation ends as soon as it has what it needs, by an exception.
+        # Recomputation ends with an exception as soon as it has what it needs.
         hooks.enter_context(register_module_forward_hook(leave, always_call=True))
         yield

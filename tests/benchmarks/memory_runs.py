@@ -96,7 +96,7 @@ def predict(one: Combination, device: str, text: Path) -> Peak:
     module = job.new_module()
     if one.is_foam:
         accountant, plan = job.new_accountant(), plan_of(module, one)
-        tensors = sum(accountant.trace(plan).values())
+        tensors = sum(accountant.tensor_terms(plan).values())
         return Peak(tensors, accountant.account(plan).peak_bytes if device == "cuda" else None)
     size = (one.memory_options.micro_batch_size, job.data.sequence_length)
 

@@ -69,7 +69,7 @@ def plan(
     account = planner.accountant.account(found)
     minimum = None if budget_bytes is None else planner.minimum.account.peak_bytes
     near = nearby_budgets(planner) if uniform_level is None else []
-    tensors = planner.accountant.tensors(found) if num_tensors else []
+    tensors = planner.accountant.list_tensors(found) if num_tensors else []
     if picture is not None:
         _draw(planner, found, budget_bytes, picture)
     table = plan_table(found, account, budget_bytes, minimum, near, planner.option_costs(found))

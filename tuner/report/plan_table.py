@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foam_lightning.memory.account import Account
-from foam_lightning.memory.inventory import Holding
+from foam_lightning.memory.inventory import TensorGroup
 from foam_lightning.memory.timeline import TERMS
 from foam_lightning.model.roles import ROLES, layer_of, role_of
 from foam_lightning.plan import FoldPlan, MemoryOptions
@@ -138,7 +138,7 @@ def plan_json(
     return json.dumps(content, indent=2)
 
 
-def tensor_table(holdings: Sequence[Holding], max_rows: int) -> RenderableType:
+def tensor_table(holdings: Sequence[TensorGroup], max_rows: int) -> RenderableType:
     """Lay the largest tensors out for the terminal, and the rest as one row.
 
     Args:
@@ -172,7 +172,7 @@ def tensor_table(holdings: Sequence[Holding], max_rows: int) -> RenderableType:
     return ByWidth(build)
 
 
-def tensors_as_json(holdings: Sequence[Holding], max_tensors: int) -> list[dict[str, object]]:
+def tensors_as_json(holdings: Sequence[TensorGroup], max_tensors: int) -> list[dict[str, object]]:
     """Give the largest tensors as `plan_json` takes them.
 
     Args:
@@ -193,7 +193,7 @@ def tensors_as_json(holdings: Sequence[Holding], max_tensors: int) -> list[dict[
     ]
 
 
-def _dtype(holding: Holding) -> str:
+def _dtype(holding: TensorGroup) -> str:
     return str(holding.origin.dtype).removeprefix("torch.")
 
 
