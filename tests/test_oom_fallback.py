@@ -122,7 +122,7 @@ def test_options_that_the_settings_contradict_are_skipped(
         if memory_options.micro_batch_size == 2:
             raise ConfigError("contradicts")
 
-    monkeypatch.setattr(Job, "check", refuse)
+    monkeypatch.setattr(Job, "check_memory_options", refuse)
     assert "4 micro-batches of 1" in run_out(tiny.planner, folder, tiny.plan)
 
 

@@ -219,7 +219,7 @@ def test_a_nearby_budget_whose_options_the_settings_contradict_has_no_plan(
     def refuse(*_: object) -> None:
         raise ConfigError("gradient release keeps no gradients to clip")
 
-    monkeypatch.setattr(Job, "check", refuse)
+    monkeypatch.setattr(Job, "check_memory_options", refuse)
     assert [each.plan for each in nearby_budgets(fit(2 * span[1]))] == [None, None]
 
 
