@@ -1,6 +1,7 @@
-"""A made-up search: plans, runs and what it found, for tests of what is shown of them."""
+"""Made-up plans, runs and results of a search, for tests of tables, plots and the report."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from foam_lightning.memory.account import Account
@@ -48,7 +49,7 @@ def uniform_plan(level: int, num_layers: int = 4) -> FoldPlan:
 
 
 def mixed_plan(num_layers: int = 4) -> FoldPlan:
-    """Make all layers alike but the last, which has its q and k lower and its down higher."""
+    """Make a plan at level 2, but for q, k and down of the last layer."""
     plan = uniform_plan(2, num_layers)
     last = {
         name_of(num_layers - 1, role): level for role, level in (("q", 1), ("k", 1), ("down", 4))
@@ -58,18 +59,18 @@ def mixed_plan(num_layers: int = 4) -> FoldPlan:
 
 
 def run_at(loss: float) -> TrialResult:
-    """Make a run whose batches and steps differ from each other in the same way in every run."""
-    tokens = [1000] * 16
+    """Make a run; batches and steps vary alike in all runs, so that differences have no noise."""
     nats = [(loss + 0.002 * (i % 5 - 2)) * 1000 for i in range(16)]
-    return TrialResult(nats, tokens, [loss + curve_above(loss, step) for step in range(320)])
+    curve = [
+        loss + (4 - loss % 1) * math.exp(-step / 30) + 0.1 * math.sin(7 * step)
+        for step in range(320)
+    ]
+    return TrialResult(nats, [1000] * 16, curve)
 
 
-def curve_above(loss: float, step: int) -> float:
-    """Fall for 100 steps, at a rate of its own, then end at the loss but for the batch."""
-    return (4 - loss % 1) * math.exp(-step / 30) + 0.1 * math.sin(7 * step)
-
-
-def outcome_of(winner: Candidate, *others: Candidate, trials: list[TrialRecord]) -> SearchResult:
+def search_result_of(
+    winner: Candidate, *others: Candidate, trials: Sequence[TrialRecord] = ()
+) -> SearchResult:
     return SearchResult(
         winner=winner,
         finalists=[*others, winner],
@@ -80,8 +81,7 @@ def outcome_of(winner: Candidate, *others: Candidate, trials: list[TrialRecord])
     )
 
 
-def adams_plan(lr: float, scale: float) -> FoldPlan:
-    plan = uniform_plan(0)
+def with_scale(plan: FoldPlan, lr: float, scale: float) -> FoldPlan:
     return replace(plan, lr=lr, scales=dict.fromkeys(plan.levels, scale))
 
 
@@ -89,11 +89,10 @@ def candidate(kind: Kind, label: str, plan: FoldPlan, share: float, *losses: flo
     return Candidate(kind, label, plan, int(ADAM_STATE * share), [run_at(loss) for loss in losses])
 
 
-REFERENCE = candidate("reference", "split-lr Adam", adams_plan(0.033, 0.04), 1, 3.47, 3.49)
-CONFIGURED = replace(
-    candidate("reference", "split-lr Adam as configured, lr 0.02", adams_plan(0.02, 0.05), 1, 3.49),
-    is_configured=True,
-)
+TUNED_ADAM, ADAM = (with_scale(uniform_plan(0), *it) for it in ((0.033, 0.04), (0.02, 0.05)))
+REFERENCE = candidate("reference", "split-lr Adam", TUNED_ADAM, 1, 3.47, 3.49)
+CONFIGURED = candidate("reference", "split-lr Adam as configured, lr 0.02", ADAM, 1, 3.49)
+CONFIGURED = replace(CONFIGURED, is_configured=True)
 UNIFORM = candidate("uniform", "uniform level 2", uniform_plan(2), 1 / 4, 3.41, 3.43)
 HIGHER = candidate("uniform", "uniform level 3", uniform_plan(3), 1 / 8, 3.393, 3.4)
 MIXED = candidate("mixed", "mixed levels 1-4", mixed_plan(), 1 / 4, 3.37, 3.39)
@@ -101,9 +100,8 @@ DIVERGED = candidate("uniform", "uniform level 1", uniform_plan(1), 1 / 2, math.
 
 
 def short_run(level: int, lr: float, scale: float, loss: float) -> TrialRecord:
-    """Make a run of one level; the settings ask for lr .02."""
-    plan = uniform_plan(level)
-    plan = replace(plan, lr=lr, scales=dict.fromkeys(plan.levels, scale))
+    """Make a short run at one level; 0.02 is the configured learning rate."""
+    plan = with_scale(uniform_plan(level), lr, scale)
     description = f"uniform level {level}, lr {lr:g}, scale {scale:g}"
     state_bytes = ADAM_STATE // 2**level
     return TrialRecord("uniform", description, plan, run_at(loss), state_bytes, lr == 0.02)
@@ -113,7 +111,7 @@ def mixed_run(number: int, loss: float, state_bytes: int) -> TrialRecord:
     return TrialRecord("mixed", f"mixed {number}", mixed_plan(), run_at(loss), state_bytes, False)
 
 
-SEARCHED = [
+TRIALS = [
     short_run(0, 0.02, 0.05, 3.701),
     short_run(0, 0.04, 0.1, 5.812),
     short_run(0, 0.033, 0.04, 3.686),
@@ -128,10 +126,10 @@ SEARCHED = [
     mixed_run(1, 3.611, 1_023_000),
     mixed_run(2, 3.659, 1_021_000),
 ]
-TUNED = outcome_of(MIXED, REFERENCE, CONFIGURED, UNIFORM, HIGHER, trials=SEARCHED)
-NO_REFERENCE = outcome_of(UNIFORM, HIGHER, trials=SEARCHED[4:7])
-ONE_DIVERGED = outcome_of(UNIFORM, DIVERGED, trials=SEARCHED[8:10])
-ALL_DIVERGED = outcome_of(
-    DIVERGED, replace(DIVERGED, label="uniform level 2"), trials=SEARCHED[8:10]
+TUNED = search_result_of(MIXED, REFERENCE, CONFIGURED, UNIFORM, HIGHER, trials=TRIALS)
+NO_REFERENCE = search_result_of(UNIFORM, HIGHER, trials=TRIALS[4:7])
+ONE_DIVERGED = search_result_of(UNIFORM, DIVERGED, trials=TRIALS[8:10])
+ALL_DIVERGED = search_result_of(
+    DIVERGED, replace(DIVERGED, label="uniform level 2"), trials=TRIALS[8:10]
 )
-ADAM_WINS = outcome_of(REFERENCE, trials=SEARCHED[:1])
+ADAM_WINS = search_result_of(REFERENCE, trials=TRIALS[:1])

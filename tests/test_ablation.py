@@ -10,10 +10,10 @@ from tests.search_results import (
     ALL_DIVERGED,
     MIXED,
     NO_REFERENCE,
-    SEARCHED,
+    TRIALS,
     TUNED,
     UNIFORM,
-    outcome_of,
+    search_result_of,
 )
 from tuner.report.ablation import Ablation, ablations, at_equal_bytes, paired_loss_curve
 from tuner.trials.results import SearchResult
@@ -70,7 +70,7 @@ def test_without_adam_levels_are_compared_with_the_best_one() -> None:
 
 
 def test_without_the_configured_settings_nothing_is_compared_with_them() -> None:
-    trials = [replace(run, is_configured=False) for run in SEARCHED]
+    trials = [replace(run, is_configured=False) for run in TRIALS]
     finalists = [replace(c, is_configured=False) for c in TUNED.finalists]
     choices = [a.choice for a in ablations(replace(TUNED, trials=trials, finalists=finalists))]
     assert choices
@@ -84,8 +84,8 @@ def test_diverged_runs_are_not_compared() -> None:
 
 def test_mixed_plans_are_compared_only_at_equal_bytes() -> None:
     half = replace(MIXED, state_bytes=2 * MIXED.state_bytes)
-    trials = [run for run in SEARCHED if run.level is not None]
-    choices = [a.choice for a in ablations(outcome_of(half, UNIFORM, trials=trials))]
+    trials = [run for run in TRIALS if run.level is not None]
+    choices = [a.choice for a in ablations(search_result_of(half, UNIFORM, trials=trials))]
     assert not any("per matrix" in choice for choice in choices)
 
 

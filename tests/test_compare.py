@@ -18,13 +18,7 @@ from tests.runs import NewJob
 from tests.test_profile import SmallRunner
 from tuner.commands.compare import run_comparison
 from tuner.comparison import compare as comparing
-from tuner.comparison.compare import (
-    MAX_RATES,
-    CompareOptions,
-    Comparison,
-    OptimizerResult,
-    compare,
-)
+from tuner.comparison.compare import MAX_RATES, CompareOptions, Comparison, compare
 from tuner.comparison.profile import num_profile_steps
 from tuner.comparison.report import compare_table, write_comparison
 from tuner.trials.runner import TrialResult
@@ -73,7 +67,7 @@ def job(new_job: NewJob) -> Job:
     return new_job(model={"lr": 0.02, "level": 2})
 
 
-def result_of(found: Comparison, name: str) -> OptimizerResult:
+def result_of(found: Comparison, name: str) -> comparing.OptimizerResult:
     return next(result for result in found.results if result.name == name)
 
 

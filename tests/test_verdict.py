@@ -16,7 +16,7 @@ from tests.search_results import (
     TUNED,
     UNIFORM,
     candidate,
-    outcome_of,
+    search_result_of,
     uniform_plan,
 )
 from tuner.planning.planner import BudgetPlanner
@@ -64,20 +64,20 @@ def test_a_mixed_plan_is_compared_with_adam_and_with_uniform_at_equal_bytes() ->
 def test_only_significant_differences_are_claimed(
     of_adam: float, of_uniform: float, to_adam: str, to_uniform: str
 ) -> None:
-    loss, *_ = said(outcome_of(MIXED, adam(of_adam), uniform(2, of_uniform), trials=[])).split("\n")
+    loss, *_ = said(search_result_of(MIXED, adam(of_adam), uniform(2, of_uniform))).split("\n")
     first, second = loss.split(" and ")
     assert to_adam in first
     assert to_uniform in second
 
 
 def test_a_uniform_plan_is_compared_with_the_mixed_one_at_its_bytes() -> None:
-    text = said(outcome_of(UNIFORM, REFERENCE, HIGHER, MIXED, trials=[]))
+    text = said(search_result_of(UNIFORM, REFERENCE, HIGHER, MIXED))
     assert "0.040 ± 0.014 nats higher than mixed levels 1-4 at equal bytes" in text
     assert "level 3" not in text
 
 
 def test_plans_of_other_sizes_are_not_compared() -> None:
-    text = said(outcome_of(MIXED, REFERENCE, HIGHER, trials=[]))
+    text = said(search_result_of(MIXED, REFERENCE, HIGHER))
     assert "equal bytes" not in text
     assert "level 3" not in text
 
@@ -92,7 +92,7 @@ def test_plans_of_other_sizes_are_not_compared() -> None:
 def test_where_adam_wins_the_smallest_tied_plan_is_named(
     folded: list[Candidate], difference: str
 ) -> None:
-    plan, closest = said(outcome_of(REFERENCE, *folded, trials=[])).splitlines()
+    plan, closest = said(search_result_of(REFERENCE, *folded)).splitlines()
     assert plan.startswith("Plan: Adam")
     assert "uniform level 3" in closest
     assert "12.5 %" in closest
@@ -103,7 +103,7 @@ def test_where_no_adam_finished_the_plan_is_compared_with_the_others() -> None:
     text = said(NO_REFERENCE, AdamRequirement(None, 40_000_001))
     assert "Not compared with Adam" in text
     assert "40.01MB" in text
-    text = said(outcome_of(MIXED, UNIFORM, trials=[]))
+    text = said(search_result_of(MIXED, UNIFORM))
     assert "Not compared with Adam" in text
     assert "0.040 ± 0.014 nats lower than uniform level 2" in text
 
@@ -120,7 +120,7 @@ def test_memory_options_that_adam_would_need_are_named() -> None:
 
 def test_a_plan_found_on_a_proxy_model_says_so() -> None:
     winner = replace(MIXED, plan=replace(MIXED.plan, proxy_model={"hidden_size": 64}))
-    assert "proxy model of hidden size 64" in said(outcome_of(winner, REFERENCE, trials=[]))
+    assert "proxy model of hidden size 64" in said(search_result_of(winner, REFERENCE))
 
 
 def test_a_longer_full_run_gets_a_prediction() -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from foam_lightning.units import ByteSize
 from tests.benchmarks.heading import ROOT
-from tuner.report.style import BLUE, GREY, GRID, ORANGE, RED, new_figure, save
+from tuner.report.style import BLUE, GREY, ORANGE, RED, add_grid, new_figure, save
 from tuner.trials.runner import Difference
 
 PAGE = ROOT / "tests/benchmarks/results/tuned_larger_2026-11.md"
@@ -119,8 +119,7 @@ def draw(page: str) -> Figure:
         fontsize=9,
         color=GREY,
     )
-    axes.grid(color=GRID)
-    axes.set_axisbelow(True)
+    add_grid(axes)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -25,11 +25,11 @@ from tuner.report.style import (
     BLUE,
     GREEN,
     GREY,
-    GRID,
     ORANGE,
     PINK,
     RED,
     SKY,
+    add_grid,
     new_figure,
     save,
 )
@@ -236,7 +236,7 @@ def _draw_state(axes: Axes, found: Comparison) -> None:
         axes.errorbar(state, result.loss, bar, color=colour, marker=marker, ms=9, capsize=4)
     axes.set_xlim(left=0)
     axes.margins(y=0.15)
-    _grid_lines(axes)
+    add_grid(axes)
 
 
 def _draw_rates(axes: Axes, found: Comparison) -> None:
@@ -255,15 +255,10 @@ def _draw_rates(axes: Axes, found: Comparison) -> None:
         for lr, loss in result.losses.items():
             if not loss <= top + 0.05:  # NaN too
                 _mark_above(axes, lr, colour, "^" if math.isfinite(loss) else "x")
-    _grid_lines(axes)
+    add_grid(axes)
 
 
 def _mark_above(axes: Axes, place: float, colour: str, marker: str) -> None:
     """Mark at the top a run whose loss is above the axis (^) or that diverged (x)."""
     edge = axes.get_xaxis_transform()
     axes.plot(place, 0.98, marker=marker, color=colour, ms=7, ls="", transform=edge)
-
-
-def _grid_lines(axes: Axes) -> None:
-    axes.grid(color=GRID)
-    axes.set_axisbelow(True)

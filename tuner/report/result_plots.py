@@ -6,16 +6,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from tuner.report.ablation import Ablation, CurveWindow, paired_loss_curve
-from tuner.report.style import BLUE, GREEN, GREY, GRID, ORANGE, PINK, RED, SKY, new_figure
+from tuner.report.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, add_grid, new_figure
 from tuner.trials.results import Candidate, SearchResult
+from tuner.trials.runner import Difference
 
 _MARKS = {
     "adam": ("Adam (level 0)", "*", RED, 16.0),
@@ -85,7 +86,7 @@ def _draw_short_runs(axes: Axes, search_result: SearchResult) -> set[str]:
 def _draw_finals(axes: Axes, search_result: SearchResult) -> set[str]:
     baseline, finalists = search_result.baseline, search_result.finalists
     axes.set_title(f"Finals ({search_result.budget.final_steps} steps)", fontsize=11)
-    axes.set_ylabel(f"validation loss minus {baseline.label} (nats, 95 % interval)")
+    axes.set_ylabel(f"difference to {baseline.label} (nats, 95 % interval)")
     shares = [c.state_bytes / search_result.adam_state_bytes for c in finalists]
     _share_axis(axes, shares)
     left, right = axes.get_xlim()
@@ -125,8 +126,7 @@ def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
     powers = range(math.floor(math.log2(min(shares))), math.ceil(math.log2(max(shares))) + 1)
     axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
     axes.xaxis.set_major_formatter(FuncFormatter(_fraction))
-    axes.grid(color=GRID)
-    axes.set_axisbelow(True)
+    add_grid(axes)
 
 
 def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
@@ -144,15 +144,8 @@ def _mark(axes: Axes, share: float, loss: float, kind: str, level: int | None) -
     _, marker, colour, size = _MARKS[kind]
     axes.plot(share, loss, marker=marker, ms=size, color=colour, mec="white", ls="", zorder=4)
     if level:
-        axes.annotate(
-            str(level),
-            (share, loss),
-            ha="center",
-            va="center_baseline",
-            color="white",
-            fontsize=9,
-            zorder=5,
-        )
+        number = axes.text(share, loss, str(level), color="white", fontsize=9, zorder=5)
+        number.set(ha="center", va="center_baseline")
 
 
 def _mark_at_edge(axes: Axes, share: float, kind: str, num_before: int) -> None:
@@ -206,7 +199,7 @@ def draw_curves(search_result: SearchResult) -> Figure | None:
     curves = {
         c.label: windows
         for c in search_result.finalists
-        if c is not baseline and (windows := _finite(_against(c, baseline)))
+        if c is not baseline and (windows := _windows(c, baseline))
     }
     if not curves:
         return None
@@ -220,10 +213,10 @@ def draw_curves(search_result: SearchResult) -> Figure | None:
         panels.flat, curves.items(), _LINES * len(curves), strict=False
     ):
         _draw_curve(axes, label, windows, colour)
-        _name_zero(axes, baseline.label, windows)
     for axes in panels.flat[: len(curves)][-num_columns:]:
         axes.tick_params(labelbottom=True)  # the panel below may be hidden
-    panels.flat[0].set_ylim(*_curve_scale(list(curves.values())))
+    late = [w.difference for ws in curves.values() for w in ws[int(_EARLY * len(ws)) :]]
+    panels.flat[0].set_ylim(*_range_of(late))
     figure.suptitle(f"Training loss minus {baseline.label}, on the same batches", fontsize=12)
     figure.supylabel("difference (nats per token); below 0 is better", fontsize=10)
     figure.supxlabel("optimizer step (means of windows, with 95 % intervals)", fontsize=10)
@@ -248,7 +241,10 @@ def draw_ablation(ablations: Sequence[Ablation]) -> Figure | None:
     heights = [0.6 + 0.4 * len(group) for group in groups]
     figure = new_figure(8.4, 0.9 + sum(heights))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
-    low, high = _ablation_scale(finite)
+    sizes = [abs(a.difference.mean) + a.difference.half_width for a in finite]
+    # A run that nearly diverged must not flatten the others.
+    limit = 10 * statistics.median(sizes)
+    low, high = _range_of([a.difference for a in finite if abs(a.difference.mean) <= limit])
     for axes, group in zip(panels.flat, groups, strict=True):
         _draw_ablations(axes, group, low, high)
     panels.flat[0].set_xlim(low, high)
@@ -262,12 +258,10 @@ def draw_ablation(ablations: Sequence[Ablation]) -> Figure | None:
 # ---- training curves
 
 
-def _against(candidate: Candidate, baseline: Candidate) -> list[CurveWindow]:
-    both = min(len(candidate.runs), len(baseline.runs))
-    return paired_loss_curve(candidate.runs[:both], baseline.runs[:both])
-
-
-def _finite(windows: Sequence[CurveWindow]) -> list[CurveWindow]:
+def _windows(candidate: Candidate, baseline: Candidate) -> list[CurveWindow]:
+    """Compare the training losses on the seeds that both ran; none where a run diverged."""
+    num_seeds = min(len(candidate.runs), len(baseline.runs))
+    windows = paired_loss_curve(candidate.runs[:num_seeds], baseline.runs[:num_seeds])
     return [window for window in windows if math.isfinite(window.difference.mean)]
 
 
@@ -277,38 +271,16 @@ def _draw_curve(axes: Axes, label: str, windows: Sequence[CurveWindow], colour: 
     steps = [(window.first + window.last) / 2 for window in windows]
     means = [window.difference.mean for window in windows]
     widths = [window.difference.half_width for window in windows]
-    low = [mean - width for mean, width in zip(means, widths, strict=True)]
-    high = [mean + width for mean, width in zip(means, widths, strict=True)]
+    low, high = np.subtract(means, widths), np.add(means, widths)
     axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
     axes.plot(steps, means, color=colour, marker="o", markersize=3.5)
-    axes.grid(color=GRID)
-    axes.set_axisbelow(True)
+    add_grid(axes)
 
 
-def _name_zero(axes: Axes, label: str, windows: Sequence[CurveWindow]) -> None:
-    """Label the zero line at its right end, on the side away from the curve."""
-    late = windows[-max(1, len(windows) // 3) :]
-    is_below = sum(window.difference.mean for window in late) > 0
-    axes.annotate(
-        label,
-        (1, 0),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(-4, -3 if is_below else 3),
-        textcoords="offset points",
-        ha="right",
-        va="top" if is_below else "bottom",
-        fontsize=9,
-        color=GREY,
-        path_effects=[withStroke(linewidth=3, foreground="white")],  # readable over a curve
-    )
-
-
-def _curve_scale(curves: Sequence[Sequence[CurveWindow]]) -> tuple[float, float]:
-    late = [
-        window.difference for windows in curves for window in windows[int(_EARLY * len(windows)) :]
-    ]
-    low = min(0.0, *(d.mean - d.half_width for d in late))
-    high = max(0.0, *(d.mean + d.half_width for d in late))
+def _range_of(differences: Sequence[Difference]) -> tuple[float, float]:
+    """Choose the range of an axis: zero and all intervals, with a margin."""
+    low = min(0.0, *(d.mean - d.half_width for d in differences))
+    high = max(0.0, *(d.mean + d.half_width for d in differences))
     margin = 0.1 * (high - low)
     return low - margin, high + margin
 
@@ -335,17 +307,4 @@ def _draw_ablations(axes: Axes, ablations: Sequence[Ablation], low: float, high:
     )
     axes.set_ylim(len(ablations) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(7))
-    axes.grid(axis="x", color=GRID)
-    axes.set_axisbelow(True)
-
-
-def _ablation_scale(ablations: Sequence[Ablation]) -> tuple[float, float]:
-    """Choose the range to draw: one that nearly diverged must not flatten the others."""
-    limit = 10 * statistics.median(
-        abs(a.difference.mean) + a.difference.half_width for a in ablations
-    )
-    drawn = [a.difference for a in ablations if abs(a.difference.mean) <= limit]
-    low = min(0.0, *(d.mean - d.half_width for d in drawn))
-    high = max(0.0, *(d.mean + d.half_width for d in drawn))
-    margin = 0.08 * (high - low)
-    return low - margin, high + margin
+    add_grid(axes, "x")

@@ -1,7 +1,9 @@
 """What all plots share: the figure, the colours, and how the file is written."""
 
 from pathlib import Path
+from typing import Literal
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -11,7 +13,6 @@ from foam_lightning.storage.atomic import atomic_path
 # Okabe and Ito's palette, safe for the colour-blind: jfly.uni-koeln.de/color.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, YELLOW, PINK, GREY = "#56B4E9", "#F0E442", "#CC79A7", "#666666"
-GRID = "#E5E5E5"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -24,6 +25,12 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def add_grid(axes: Axes, axis: Literal["x", "both"] = "both") -> None:
+    """Draw grid lines behind the data."""
+    axes.grid(axis=axis, color="#E5E5E5")
+    axes.set_axisbelow(True)
 
 
 def save(figure: Figure, path: Path) -> None:
