@@ -1,8 +1,5 @@
 """A second device on a machine that has none: tensors that claim to be elsewhere, and a bus."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -19,15 +16,15 @@ class AwayTensor(Tensor):
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "AwayTensor":
-        made: AwayTensor = Tensor._make_wrapper_subclass(
+    def __new__(cls, inner):
+        made = Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=AWAY
         )
         made.inner = inner
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+    def __torch_dispatch__(cls, func, *_):
         raise RuntimeError(f"{func} on the second device, which is off: enter SecondDevice")
 
 
@@ -43,29 +40,23 @@ class SecondDevice(TorchDispatchMode):
         peak_bytes: The most that was there at once, views of others not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.sent_bytes = self.returned_bytes = self.peak_bytes = 0
         self._there = WeakIdKeyDictionary()
 
-    def alive(self) -> list[AwayTensor]:
+    def alive(self):
         """List the tensors that are there and are no view of another."""
-        own: dict[int, AwayTensor] = {}
+        own = {}
         for tensor in self._there:
             own.setdefault(tensor.inner.untyped_storage()._cdata, tensor)
         return list(own.values())
 
-    def alive_bytes(self) -> int:
+    def alive_bytes(self):
         """Add up what is there."""
         return sum(tensor.inner.untyped_storage().nbytes() for tensor in self.alive())
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = list(_tensors((*args, *kwargs.values())))
         if any(isinstance(x, DTensor) for x in tensors):
@@ -93,13 +84,13 @@ class SecondDevice(TorchDispatchMode):
             search_result, Tensor, lambda x: given[id(x)] if id(x) in given else self._away(x)
         )
 
-    def _away(self, inner: Tensor) -> AwayTensor:
+    def _away(self, inner):
         made = AwayTensor(inner)
         self._there[made] = None
         self.peak_bytes = max(self.peak_bytes, self.alive_bytes())
         return made
 
-    def _take(self, source: Tensor, *, to_away: bool, waits: bool) -> None:
+    def _take(self, source, *, to_away, waits):
         """Count a copy over the bus."""
         if to_away and not isinstance(source, AwayTensor):
             self.sent_bytes += source.nbytes
@@ -109,16 +100,16 @@ class SecondDevice(TorchDispatchMode):
                 raise RuntimeError("a copy to the CPU that the CPU does not wait for")
 
 
-def here(tensors: Iterable[Tensor]) -> list[Tensor]:
+def here(tensors):
     """Look at the values of tensors, wherever they are."""
     return [x.inner if isinstance(x, AwayTensor) else x for x in tensors]
 
 
-def _inner(tree: Any) -> Any:
+def _inner(tree):
     return _mapped(tree, AwayTensor, lambda x: x.inner)
 
 
-def _tensors(tree: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(tree):
     for leaf in tree:
         if isinstance(leaf, Tensor):
             yield leaf
@@ -126,7 +117,7 @@ def _tensors(tree: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(leaf)
 
 
-def _mapped(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def _mapped(tree, kind, function):
     if isinstance(tree, list | tuple):
         return type(tree)([_mapped(leaf, kind, function) for leaf in tree])
     return function(tree) if isinstance(tree, kind) else tree

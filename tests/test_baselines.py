@@ -1,22 +1,18 @@
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from foam_lightning.errors import CheckpointError, ConfigError
-from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim import baselines, low_rank
 from foam_lightning.optim.baselines import OPTIMIZERS, BaselineSettings, create_baseline
 from foam_lightning.optim.plain_state import measure_state_bytes
 from foam_lightning.training import train
-from tests.runs import NewJob, open_folder, small
+from tests.runs import open_folder, small
 from tests.test_gradient_release import assert_same
 from tests.test_training import StopAfter, StopError, final_weights
 from tests.training import through_a_file
@@ -33,7 +29,7 @@ BASELINES = [
 HIDDEN, HEADS, LAYERS, VOCABULARY, WIDE = 32, 2, 2, 320, 88
 
 
-def new_model(seed: int = 0) -> torch.nn.Module:
+def new_model(seed=0):
     module = LlamaFoam(
         hidden_size=HIDDEN,
         intermediate_size=WIDE,
@@ -47,14 +43,14 @@ def new_model(seed: int = 0) -> torch.nn.Module:
     return module.model
 
 
-def new_optimizer(name: str, model: torch.nn.Module, **changed: Any) -> torch.optim.Optimizer:
+def new_optimizer(name, model, **changed):
     settings = BaselineSettings(
         **{"lr": 5e-3, "matrix_scale": 0.5, "hidden_size": HIDDEN, "num_heads": HEADS, **changed}
     )
     return create_baseline(name, model.named_parameters(), settings)
 
 
-def steps(model: Any, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
+def steps(model, optimizer, numbers):
     losses = []
     for number in numbers:
         random = torch.Generator().manual_seed(number)
@@ -68,9 +64,7 @@ def steps(model: Any, optimizer: torch.optim.Optimizer, numbers: range) -> list[
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_each_lowers_the_loss_and_resumes_exactly(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_lowers_the_loss_and_resumes_exactly(name, monkeypatch):
     if name in ("galore", "apollo", "fira"):  # a new projection before and after the save
         monkeypatch.setattr(low_rank, "UPDATE_GAP", 3)
     whole = new_model()
@@ -112,14 +106,14 @@ BYTES = {
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_state_bytes_match_the_formula(name: str) -> None:
+def test_state_bytes_match_the_formula(name):
     model = new_model()
     optimizer = new_optimizer(name, model)
     steps(model, optimizer, range(2))
     assert measure_state_bytes(optimizer) == BYTES[name]
 
 
-def test_adam_mini_stores_little_more_than_one_moment() -> None:
+def test_adam_mini_stores_little_more_than_one_moment():
     model = new_model()
     optimizer = new_optimizer("adam_mini", model)
     steps(model, optimizer, range(2))
@@ -130,7 +124,7 @@ def test_adam_mini_stores_little_more_than_one_moment() -> None:
 @NEEDS_TORCHAO
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_bytes_of_8_bit_state_are_counted() -> None:
+def test_the_bytes_of_8_bit_state_are_counted():
     model = new_model()
     optimizer = new_optimizer("adamw8bit", model)
     steps(model, optimizer, range(1))
@@ -141,7 +135,7 @@ def test_the_bytes_of_8_bit_state_are_counted() -> None:
 # ---- which tensors, at which settings
 
 
-def test_split_adamw_scales_the_learning_rate_of_matrices_only() -> None:
+def test_split_adamw_scales_the_learning_rate_of_matrices_only():
     model = new_model()
     optimizer = new_optimizer("split_adamw", model, lr=0.1, matrix_scale=0.25, weight_decay=0.3)
     found = {
@@ -157,7 +151,7 @@ def test_split_adamw_scales_the_learning_rate_of_matrices_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore", "adam_mini", "muon"])
-def test_weight_decay_applies_to_matrices_that_are_not_frozen(name: str) -> None:
+def test_weight_decay_applies_to_matrices_that_are_not_frozen(name):
     model = new_model()
     frozen = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     frozen.requires_grad_(False)
@@ -172,7 +166,7 @@ def test_weight_decay_applies_to_matrices_that_are_not_frozen(name: str) -> None
             assert group["weight_decay"] == (0.5 if id(parameter) in folding else 0.0)
 
 
-def test_the_rank_is_a_quarter_of_the_smaller_side_of_each_matrix() -> None:
+def test_the_rank_is_a_quarter_of_the_smaller_side_of_each_matrix():
     wide, narrow = (torch.nn.Parameter(torch.randn(size)) for size in ((32, 64), (8, 32)))
     settings = BaselineSettings(lr=1e-3, hidden_size=32, num_heads=2)
     optimizer = create_baseline("galore", [("q.weight", wide), ("k.weight", narrow)], settings)
@@ -186,12 +180,12 @@ def test_the_rank_is_a_quarter_of_the_smaller_side_of_each_matrix() -> None:
 # ---- refusals
 
 
-def test_an_unknown_name_is_refused_with_all_names() -> None:
+def test_an_unknown_name_is_refused_with_all_names():
     with pytest.raises(ConfigError, match=r"'adam'.* foam, adamw, .*adamw8bit"):
         new_optimizer("adam", new_model())
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, new_job: NewJob) -> None:
+def test_a_missing_package_is_named(monkeypatch, new_job):
     monkeypatch.setattr(
         baselines, "find_spec", lambda name: None if name == "pytorch_optimizer" else name
     )
@@ -201,7 +195,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, new_job: Ne
         _ = new_job(model={"optimizer": "galore"}).memory_options
 
 
-def test_pytorch_optimizer_is_not_imported_before_it_is_needed() -> None:
+def test_pytorch_optimizer_is_not_imported_before_it_is_needed():
     code = "import sys, foam_lightning.module; print('pytorch_optimizer' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
@@ -210,18 +204,18 @@ def test_pytorch_optimizer_is_not_imported_before_it_is_needed() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("gradient_release", True), ("state_offload", True), ("clip_norm", 1.0)]
 )
-def test_options_of_foam_are_refused(name: str, value: Any) -> None:
+def test_options_of_foam_are_refused(name, value):
     with pytest.raises(ConfigError, match=rf"muon .*model\.{name}"):
         LlamaFoam(optimizer="muon", **{name: value})
 
 
-def test_fsdp_is_refused(new_job: NewJob) -> None:
+def test_fsdp_is_refused(new_job):
     sharded = {"devices": 2, "strategy": "fsdp2"}
     with pytest.raises(ConfigError, match="adamw"):
         _ = new_job(model={"optimizer": "adamw"}, trainer=sharded).memory_options
 
 
-def test_memory_options_of_foam_are_refused(new_job: NewJob) -> None:
+def test_memory_options_of_foam_are_refused(new_job):
     job = new_job(model={"optimizer": "adamw"})
     for changed in ({"gradient_release": True}, {"state_dtype": "int8"}):
         with pytest.raises(ConfigError, match="FOAM"):
@@ -231,14 +225,14 @@ def test_memory_options_of_foam_are_refused(new_job: NewJob) -> None:
 # ---- in fit
 
 
-def baseline_job(new_job: Callable[..., Job], name: str, **trainer: Any) -> Job:
+def baseline_job(new_job, name, **trainer):
     job = small(new_job, **trainer)
-    model: Any = {"level": 2, "optimizer": name, "lr": 3e-3}
+    model = {"level": 2, "optimizer": name, "lr": 3e-3}
     return replace(job, model=replace(job.model, **model))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "galore"])
-def test_a_killed_run_resumes_exactly(name: str, new_job: NewJob, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(name, new_job, tmp_path):
     job = baseline_job(new_job, name)
     plan = job.configured_plan()
     assert set(plan.levels.values()) == {0}

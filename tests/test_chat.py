@@ -1,10 +1,7 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 from foam_lightning.data.chat import PLAIN_TEMPLATE, ChatText, encode_chat, read_conversations
 from foam_lightning.data.module import TextData
@@ -28,20 +25,20 @@ FORGETFUL = CHAT_TEMPLATE.replace(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder, template=CHAT_TEMPLATE)
     return folder
 
 
 @pytest.fixture
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def tokenizer(folder):
     return load_tokenizer(folder)
 
 
-def learned(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
+def learned(tokenizer, labels):
     """Decode every run of tokens that has labels."""
-    texts: list[list[int]] = [[]]
+    texts = [[]]
     for label in labels:
         if label != IGNORED:
             texts[-1].append(label)
@@ -50,9 +47,7 @@ def learned(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
     return [str(tokenizer.decode(ids)) for ids in texts if ids]
 
 
-def test_only_messages_of_the_assistant_have_labels(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_only_messages_of_the_assistant_have_labels(tokenizer):
     ids, labels = encode_chat(tokenizer, TALK, "here")
     assert learned(tokenizer, labels) == ["It is 4.<|end|>\n", "Now it is 6.<|end|>\n"]
     whole = tokenizer.apply_chat_template(TALK[:5], return_dict=False)
@@ -60,9 +55,7 @@ def test_only_messages_of_the_assistant_have_labels(
     assert [i for i, label in zip(ids, labels, strict=True) if label not in (i, IGNORED)] == []
 
 
-def test_the_plain_template(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_the_plain_template(tokenizer):
     tokenizer.chat_template = PLAIN_TEMPLATE
     ids, labels = encode_chat(tokenizer, TALK, "here")
     assert learned(tokenizer, labels) == ["It is 4.</s>", "Now it is 6.</s>"]
@@ -72,29 +65,26 @@ def test_the_plain_template(
     )
 
 
-def write_lines(path: Path, lines: list[Any]) -> str:
+def write_lines(path, lines):
     texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
     path.write_text("".join(f"{text}\n" for text in texts))
     return str(path)
 
 
-def prompts(number: int) -> list[Any]:
+def prompts(number):
     return [{"prompt": f"{i} + {i}?", "response": f"{2 * i}."} for i in range(number)]
 
 
-def test_prompt_and_response_are_a_conversation_of_two_messages(tmp_path: Path) -> None:
+def test_prompt_and_response_are_a_conversation_of_two_messages(tmp_path):
     path = write_lines(tmp_path / "chat.jsonl", [*prompts(1), "", {"messages": TALK}])
     (_, pair), (place, messages) = read_conversations(Path(path))
-    assert pair == [
-        {"role": "user", "content": "0 + 0?"},
-        {"role": "assistant", "content": "0."},
-    ]
+    assert [list(message.values()) for message in pair] == [["user", "0 + 0?"], ["assistant", "0."]]
     assert messages == TALK
     assert place == f"{path} line 3"
 
 
 NOT = "line 3 is not a conversation"
-BROKEN: dict[str, tuple[Any, str]] = {
+BROKEN = {
     "no json": ('{"prompt": ', r"line 3 is not JSON"),
     "a list": ([1, 2], NOT),
     "no response": ({"prompt": "Why?"}, NOT),
@@ -110,7 +100,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_line_is_named(kind: str, tmp_path: Path) -> None:
+def test_a_broken_line_is_named(kind, tmp_path):
     line, message = BROKEN[kind]
     path = write_lines(tmp_path / "chat.jsonl", [*prompts(2), line])
     with pytest.raises(DataError, match=message) as caught:
@@ -127,36 +117,23 @@ def test_a_broken_line_is_named(kind: str, tmp_path: Path) -> None:
     ],
     ids=["forgetful", "refusing"],
 )
-def test_a_template_that_does_not_separate_responses_is_refused(
-    template: str, message: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_template_that_does_not_separate_responses_is_refused(template, message, tokenizer):
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=message):
         encode_chat(tokenizer, TALK, "here")
 
 
 @pytest.fixture
-def chat(folder: Path, tmp_path: Path) -> Callable[..., TextData]:
-    def make(lines: list[Any], **settings: Any) -> TextData:
-        return TextData(
-            **{
-                "files": [write_lines(tmp_path / "chat.jsonl", lines)],
-                "chat": True,
-                "tokenizer": str(folder),
-                "vocab_size": 320,
-                "sequence_length": 40,
-                "batch_size": 4,
-                "cache_dir": str(tmp_path / "cache"),
-                **settings,
-            }
-        )
+def chat(folder, tmp_path):
+    def make(lines, **settings):
+        own = {"files": [write_lines(tmp_path / "chat.jsonl", lines)], "tokenizer": str(folder)}
+        own |= {"chat": True, "vocab_size": 320, "sequence_length": 40, "batch_size": 4}
+        return TextData(**own | {"cache_dir": str(tmp_path / "cache")} | settings)
 
     return make
 
 
-def test_conversations_are_padded_rows(
-    chat: Callable[..., TextData], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_conversations_are_padded_rows(chat, tokenizer):
     data = chat(prompts(47))
     data.setup()
     batches = list(data.train_dataloader())
@@ -170,9 +147,7 @@ def test_conversations_are_padded_rows(
             assert response == f"{2 * int(question)}.<|end|>\n"
 
 
-def test_long_conversations_are_truncated_and_counted(
-    chat: Callable[..., TextData], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_long_conversations_are_truncated_and_counted(chat, capfd):
     far = {"prompt": "Why? " * 40, "response": "So."}
     wordy = {"prompt": "Why?", "response": "So. " * 40}
     data = chat([*prompts(21), far, wordy], batch_size=1)
@@ -194,16 +169,12 @@ def test_long_conversations_are_truncated_and_counted(
     ],
     ids=["blank", "nothing to validate on", "no response left", "no batch"],
 )
-def test_too_few_conversations_are_refused(
-    lines: list[Any], settings: dict[str, Any], message: str, chat: Callable[..., TextData]
-) -> None:
+def test_too_few_conversations_are_refused(lines, settings, message, chat):
     with pytest.raises(DataError, match=message):
         chat(lines, **settings).setup()
 
 
-def test_other_files_and_settings_are_refused(
-    chat: Callable[..., TextData], tmp_path: Path
-) -> None:
+def test_other_files_and_settings_are_refused(chat, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("no conversation")
     with pytest.raises(DataError, match=r"text\.txt .*needs \.jsonl"):

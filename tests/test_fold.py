@@ -15,7 +15,7 @@ matrices = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31
 levels = st.integers(0, 12)
 
 
-def name_of(shape: tuple[int, ...]) -> str:
+def name_of(shape):
     return "x".join(map(str, shape))
 
 

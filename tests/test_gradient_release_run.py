@@ -1,22 +1,19 @@
 """Gradient release in a run: Lightning, plan, account and settings."""
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.errors import ConfigError
-from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.plan import MemoryOptions
 from foam_lightning.training import train
 from tests.pretrained import save_tokenizer
-from tests.runs import STEPS, NewJob, open_folder, small
+from tests.runs import STEPS, open_folder, small
 from tests.test_gradient_release import assert_same
 from tests.test_training import StopAfter, StopError, final_weights
 from tuner.planning.planner import BudgetPlanner
@@ -25,35 +22,34 @@ from tuner.planning.planner import BudgetPlanner
 class Losses(Callback):
     """Record losses, learning rates, and whether gradients remain after backward."""
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.rates: list[float] = []
-        self.left: list[bool] = []
+    def __init__(self):
+        self.losses = []
+        self.rates = []
+        self.left = []
 
-    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_after_backward(self, trainer, module):
         self.left.append(any(p.grad is not None for p in module.parameters()))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer, module, outputs, *_):
         self.losses.append(float(outputs["loss"]))
         self.rates.append(float(trainer.callback_metrics["train/learning_rate"]))
         assert all(p.grad is None for p in module.parameters())
         assert not any(p._post_accumulate_grad_hooks for p in module.parameters())
 
 
-def releasing(plan: FoldPlan, **memory_options: Any) -> FoldPlan:
-    return replace(
-        plan, memory_options=replace(plan.memory_options, gradient_release=True, **memory_options)
-    )
+def with_options(plan, **memory_options):
+    return replace(plan, memory_options=replace(plan.memory_options, **memory_options))
 
 
-def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaFoam:
+def releasing(plan, **memory_options):
+    return with_options(plan, gradient_release=True, **memory_options)
+
+
+def fit(job, plan, *watches, **settings):
     module = job.new_module()
     module.set_plan(plan)
-    trainer = job.new_trainer(
-        plan.memory_options, list(watches), bare=True, limit_val_batches=0, **settings
-    )
+    settings = {"bare": True, "limit_val_batches": 0, **settings}
+    trainer = job.new_trainer(plan.memory_options, list(watches), **settings)
     trainer.fit(module, datamodule=job.new_data(plan.memory_options))
     return module
 
@@ -67,20 +63,11 @@ def fit(job: Job, plan: FoldPlan, *watches: Callback, **settings: Any) -> LlamaF
         ("bf16-mixed", 3, None, {"chunked_loss": True}),
     ],
 )
-def test_a_run_gives_the_same_weights_with_and_without_release(
-    new_job: NewJob,
-    precision: str,
-    level: int,
-    clip_norm: float | None,
-    memory_options: dict[str, bool],
-) -> None:
-    job = new_job(
-        model={"clip_norm": clip_norm},
-        data={"sequence_length": 80},
-        trainer={"precision": precision},
-    )
+def test_release_changes_no_weight_of_a_run(new_job, precision, level, clip_norm, memory_options):
+    data, trainer = {"sequence_length": 80}, {"precision": precision}
+    job = new_job(model={"clip_norm": clip_norm}, data=data, trainer=trainer)
     plan = job.uniform_plan(level)
-    plan = replace(plan, memory_options=replace(plan.memory_options, **memory_options))
+    plan = with_options(plan, **memory_options)
     kept, released = Losses(), Losses()
     expected = fit(job, plan, kept)
     found = fit(job, releasing(plan), released)
@@ -91,32 +78,27 @@ def test_a_run_gives_the_same_weights_with_and_without_release(
     assert_same(found.state_dict(), expected.state_dict())
 
 
-def test_a_tied_model_trains_the_same(new_job: NewJob, tmp_path: Path) -> None:
+def test_a_tied_model_trains_the_same(new_job, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "tied"
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "vocab_size": 300}
+    config = LlamaConfig(**sizes, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder, vocab_size=300, template=None)
     job = new_job(model={"pretrained": str(folder)}, trainer={"max_steps": 3})
     plan, memory = job.uniform_plan(2), MemoryMonitor()
     modules = [fit(job, plan), fit(job, releasing(plan), memory)]
     assert_same(modules[0].state_dict(), modules[1].state_dict())
-    model: Any = modules[1].model
+    model = modules[1].model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert_predicted(job, releasing(plan), memory)
 
 
-def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(new_job, tmp_path):
     plan = releasing(small(new_job).uniform_plan(1), micro_batch_size=8, accumulate_grad_batches=1)
-    kept = replace(plan, memory_options=replace(plan.memory_options, gradient_release=False))
+    kept = with_options(plan, gradient_release=False)
     runs = {name: open_folder(tmp_path / name) for name in ("kept", "whole", "broken")}
     train(small(new_job), kept, runs["kept"])
     expected = train(small(new_job), plan, runs["whole"])
@@ -129,14 +111,14 @@ def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
     assert STEPS > 7
 
 
-def assert_predicted(job: Job, plan: FoldPlan, memory: MemoryMonitor) -> int:
+def assert_predicted(job, plan, memory):
     assert memory.measured_bytes is not None
     predicted = job.new_accountant().account(plan).peak_bytes
     assert 0.995 <= predicted / memory.measured_bytes <= 1.01
     return memory.measured_bytes
 
 
-def test_the_measured_peak_is_the_predicted_one_and_lower_with_release(new_job: NewJob) -> None:
+def test_the_measured_peak_is_the_predicted_one_and_lower_with_release(new_job):
     job = new_job(
         model={"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6},
         data={"sequence_length": 32, "batch_size": 1},
@@ -155,38 +137,35 @@ def test_the_measured_peak_is_the_predicted_one_and_lower_with_release(new_job: 
 # ---- settings that are refused
 
 
-def test_a_setting_turns_release_on(new_job: NewJob) -> None:
-    memory_options = new_job(model={"gradient_release": True}).memory_options
-    assert (memory_options.gradient_release, memory_options.micro_batch_size) == (True, 8)
-    assert not new_job().memory_options.gradient_release
-
-
-def test_settings_that_accumulate_are_refused(new_job: NewJob) -> None:
-    job = new_job(model={"gradient_release": True}, data={"micro_batch_size": 4})
-    with pytest.raises(ConfigError, match="accumulate micro-batches of 4"):
-        _ = job.memory_options
-
-
-@pytest.fixture
-def clipping(new_job: NewJob) -> Callable[..., Job]:
-    return lambda **model: new_job(model=model, trainer={"gradient_clip_val": 1.0})
-
-
+CLIPPING = {"gradient_clip_val": 1.0}
 MESSAGE = r"trainer\.gradient_clip_val 1\.0 .*model\.clip_norm"
 
 
-def test_settings_that_clip_all_gradients_are_refused(clipping: Callable[..., Job]) -> None:
-    with pytest.raises(ConfigError, match=MESSAGE):
-        _ = clipping(gradient_release=True).memory_options
-    assert clipping().memory_options.batch_size == 8
+def test_a_setting_turns_release_on(new_job):
+    memory_options = new_job(model={"gradient_release": True}).memory_options
+    assert (memory_options.gradient_release, memory_options.micro_batch_size) == (True, 8)
+    assert not new_job(trainer=CLIPPING).memory_options.gradient_release
 
 
-def test_a_plan_or_a_budget_that_needs_release_is_refused_when_clipping(
-    clipping: Callable[..., Job],
-) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {"micro_batch_size": 4}}, "micro-batches of 4 .*data.batch_size 8"),
+        ({"trainer": CLIPPING}, MESSAGE),
+        *(({"model": {"clip_norm": x}}, "above 0") for x in (0.0, -1.0, math.nan, math.inf)),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_release_are_refused(new_job, settings, message):
+    model = {"gradient_release": True, **settings.pop("model", {})}
+    with pytest.raises(ConfigError, match=message):
+        _ = new_job(model=model, **settings).memory_options
+
+
+def test_a_plan_or_a_budget_that_needs_release_is_refused_when_clipping(new_job):
     # Two short rows, so that gradients are most of the peak.
-    job = clipping(hidden_size=128, intermediate_size=344, num_hidden_layers=3)
-    job = replace(job, data=replace(job.data, batch_size=2))
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3}
+    job = new_job(model=sizes, data={"batch_size": 2}, trainer=CLIPPING)
     rich, poor = BudgetPlanner(job, 10**12), BudgetPlanner(job, 1)
     plan = rich.uniform(8)
     rich.check(plan)
@@ -208,7 +187,7 @@ def test_a_plan_or_a_budget_that_needs_release_is_refused_when_clipping(
     ],
     ids=["clipping", "accumulation", "strategy"],
 )
-def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got: str) -> None:
+def test_a_trainer_that_needs_gradients_is_refused(settings, got):
     module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, **settings)
     module.trainer = trainer
@@ -218,9 +197,3 @@ def test_a_trainer_that_needs_gradients_is_refused(settings: dict[str, Any], got
     module.set_plan(releasing(plan))
     with pytest.raises(ConfigError, match=rf"model\.clip_norm.*{got}"):
         module.on_train_start()
-
-
-@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_clip_norm_out_of_range_is_refused(clip_norm: float) -> None:
-    with pytest.raises(ConfigError, match=r"model\.clip_norm .* above 0"):
-        LlamaFoam(clip_norm=clip_norm)

@@ -5,13 +5,10 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from tests.runs import Finished
 
 pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install -e '.[eval]'")
 
@@ -30,7 +27,7 @@ metric_list:
 """
 
 
-def last_words(folder: Path, texts: list[str]) -> tuple[float, float]:
+def last_words(folder, texts):
     """Give perplexity and accuracy of the last word of every text, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -46,9 +43,7 @@ def last_words(folder: Path, texts: list[str]) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_lm_eval_scores_the_exported_folder_as_transformers_does(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_lm_eval_scores_the_exported_folder_as_transformers_does(finished, tmp_path):
     texts = [f"{i} and {i * i % 97} make {i * 3}." for i in range(0, 1000, 25)]
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -1,22 +1,15 @@
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from foam_lightning.job import Job
 from foam_lightning.model import loss
 from foam_lightning.model.loss import IGNORED, token_loss
-from tests.runs import NewJob
 from tests.unequal import BATCH, job_of_unequal_rows, trained
 
 H, V = 8, 50
 
 
-def example(
-    rows: int = 3, length: int = 200, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, nn.Linear, Tensor]:
+def example(rows=3, length=200, dtype=torch.float32):
     hidden = torch.randn(rows, length, H, dtype=dtype, requires_grad=True)
     head = nn.Linear(H, V, bias=False, dtype=dtype)
     labels = torch.randint(0, V, (rows, length))
@@ -24,7 +17,7 @@ def example(
     return hidden, head, labels
 
 
-def by_hand(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[float, int]:
+def by_hand(hidden, head, labels):
     """Sum over positions one by one, in float64."""
     log_p = (hidden.detach().double() @ head.weight.detach().double().T).log_softmax(-1)
     total, count = 0.0, 0
@@ -38,7 +31,7 @@ def by_hand(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[float, int
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
-def test_the_loss_is_the_sum_over_labelled_tokens(chunked: bool) -> None:
+def test_the_loss_is_the_sum_over_labelled_tokens(chunked):
     hidden, head, labels = example()
     total, count = token_loss(hidden, head, labels, chunked=chunked)
     expected, expected_count = by_hand(hidden, head, labels)
@@ -47,7 +40,7 @@ def test_the_loss_is_the_sum_over_labelled_tokens(chunked: bool) -> None:
     assert count.dtype == torch.int64
 
 
-def test_chunks_change_neither_the_loss_nor_a_gradient() -> None:
+def test_chunks_change_neither_the_loss_nor_a_gradient():
     hidden, head, labels = example()
     found = []
     for chunked in (False, True):
@@ -58,7 +51,7 @@ def test_chunks_change_neither_the_loss_nor_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
-def test_ignored_labels_get_no_gradient(chunked: bool) -> None:
+def test_ignored_labels_get_no_gradient(chunked):
     hidden, head, labels = example()
     total, _ = token_loss(hidden, head, labels, chunked=chunked)
     (grad,) = torch.autograd.grad(total, hidden)
@@ -69,7 +62,7 @@ def test_ignored_labels_get_no_gradient(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
-def test_the_loss_of_bfloat16_weights_is_float32(chunked: bool) -> None:
+def test_the_loss_of_bfloat16_weights_is_float32(chunked):
     hidden, head, labels = example(dtype=torch.bfloat16)
     total, _ = token_loss(hidden, head, labels, chunked=chunked)
     assert total.dtype == torch.float32
@@ -81,16 +74,16 @@ def test_the_loss_of_bfloat16_weights_is_float32(chunked: bool) -> None:
 class RecordingHead(nn.Linear):
     """Records the number of tokens of every call."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(H, V, bias=False)
-        self.sizes: list[int] = []
+        self.sizes = []
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, states):
         self.sizes.append(len(states))
         return super().forward(states)
 
 
-def chunk_sizes(rows: int, length: int) -> list[int]:
+def chunk_sizes(rows, length):
     hidden, _, labels = example(rows, length)
     head = RecordingHead()
     with torch.no_grad():
@@ -98,13 +91,13 @@ def chunk_sizes(rows: int, length: int) -> list[int]:
     return head.sizes
 
 
-def test_chunks_have_at_least_256_tokens_and_are_at_most_64() -> None:
+def test_chunks_have_at_least_256_tokens_and_are_at_most_64():
     assert chunk_sizes(2, 301) == [256, 256, 88]
     assert chunk_sizes(1, 64 * 300 + 1) == [300] * 64
 
 
 @pytest.mark.parametrize("length", [2, 3, 86, 129, 200, 256, 257, 258, 2048])
-def test_fewer_rows_than_the_minimum_are_one_chunk(length: int) -> None:
+def test_fewer_rows_than_the_minimum_are_one_chunk(length):
     rows = loss.min_rows_for_chunks(length)
     assert len(chunk_sizes(rows, length)) > 1
     if rows > 1:
@@ -115,11 +108,11 @@ def test_fewer_rows_than_the_minimum_are_one_chunk(length: int) -> None:
 
 
 @pytest.fixture
-def unequal(new_job: NewJob, tmp_path: Path) -> Job:
+def unequal(new_job, tmp_path):
     return job_of_unequal_rows(new_job, tmp_path)
 
 
-WAYS: dict[str, dict[str, Any]] = {
+WAYS = {
     "one by one": {"micro_batch_size": 1, "accumulate_grad_batches": 4},
     "two by two": {"micro_batch_size": 2, "accumulate_grad_batches": 2},
     "released": {"micro_batch_size": 4, "gradient_release": True},
@@ -127,7 +120,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_micro_batches_of_unequal_rows_change_nothing(way: str, unequal: Job) -> None:
+def test_micro_batches_of_unequal_rows_change_nothing(way, unequal):
     whole = trained(unequal, micro_batch_size=BATCH)
     found = trained(unequal, **WAYS[way])
     for name, weights in whole.items():

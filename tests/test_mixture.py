@@ -1,8 +1,6 @@
 import json
 from collections import Counter
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,14 +14,12 @@ from foam_lightning.errors import ConfigError, DataError
 weights = st.lists(st.floats(min_value=0.01, max_value=100), min_size=1, max_size=5)
 
 
-def scaled(values: list[float]) -> list[float]:
+def scaled(values):
     return [value / sum(values) for value in values]
 
 
 @given(st.integers(min_value=0, max_value=10**6), weights)
-def test_apportioned_parts_add_up_and_are_within_one_of_their_shares(
-    total: int, values: list[float]
-) -> None:
+def test_apportioned_parts_add_up_and_are_within_one_of_their_shares(total, values):
     parts = rng.apportion(total, scaled(values))
     assert sum(parts) == total
     assert all(
@@ -33,25 +29,25 @@ def test_apportioned_parts_add_up_and_are_within_one_of_their_shares(
 
 
 @given(st.lists(st.integers(min_value=-(2**63), max_value=2**64), min_size=1, max_size=4))
-def test_random_numbers_depend_only_on_the_key(key: list[int]) -> None:
+def test_random_numbers_depend_only_on_the_key(key):
     assert rng.random_integer(*key) == rng.random_integer(*key)
     assert 0 <= rng.random_integer(*key) < 2**64
     assert sorted(rng.permutation(9, *key)) == list(range(9))
 
 
-def test_weighted_choices_have_the_given_probabilities() -> None:
+def test_weighted_choices_have_the_given_probabilities():
     found = Counter(rng.weighted_choice([0.5, 0.2, 0.3], 0, index) for index in range(20_000))
     assert [found[index] / 20_000 for index in range(3)] == pytest.approx([0.5, 0.2, 0.3], abs=0.02)
 
 
-def sampler(epoch: int = 0, **settings: Any) -> MixtureSampler:
+def sampler(epoch=0, **settings):
     settings = {"batch_size": 10, "world": 1, "rank": 0, "seed": 0} | settings
     made = MixtureSampler([30, 73], [0.75, 0.25], **settings)
     made.set_epoch(epoch)
     return made
 
 
-def test_an_epoch_has_the_exact_shares_and_repeats_no_row_before_all_were_read() -> None:
+def test_an_epoch_has_the_exact_shares_and_repeats_no_row_before_all_were_read():
     epochs = [list(sampler(epoch)) for epoch in range(6)]
     assert all(len(rows) == 100 for rows in epochs)
     assert all(sum(row < 30 for row in rows) == 75 for rows in epochs)
@@ -63,7 +59,7 @@ def test_an_epoch_has_the_exact_shares_and_repeats_no_row_before_all_were_read()
     assert len({str(rows) for rows in epochs}) == 6
 
 
-def test_a_mixture_resumes_exactly_and_ranks_take_turns() -> None:
+def test_a_mixture_resumes_exactly_and_ranks_take_turns():
     whole = list(sampler(2))
     running = sampler(2)
     list(islice(running, 37))
@@ -75,7 +71,7 @@ def test_a_mixture_resumes_exactly_and_ranks_take_turns() -> None:
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> list[dict[str, Any]]:
+def sources(tmp_path):
     made = []
     for name, weight in (("a", 3), ("b", 1)):
         path = tmp_path / f"{name}.jsonl"
@@ -86,23 +82,21 @@ def sources(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def data(tmp_path: Path, sources: list[dict[str, Any]]) -> Any:
-    def make(**settings: Any) -> TextData:
+def data(tmp_path, sources):
+    def make(**settings):
         own = {"sources": sources, "vocab_size": 300, "sequence_length": 8}
         return TextData(**own | {"cache_dir": str(tmp_path / "cache"), "packing": False} | settings)
 
     return make
 
 
-def origins(module: TextData, batches: Any) -> Counter[str]:
+def origins(module, batches):
     texts = module.tokenizer.batch_decode([row for batch in batches for row in batch["input_ids"]])
     return Counter(text[0] for text in texts)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_training_and_validation_rows_have_the_proportion_of_the_weights(
-    data: Any, streaming: bool
-) -> None:
+def test_training_and_validation_rows_have_the_proportion_of_the_weights(data, streaming):
     module = data(streaming=streaming, validation_sequences=12)
     module.stream_rows = 800
     module.setup()
@@ -113,18 +107,18 @@ def test_training_and_validation_rows_have_the_proportion_of_the_weights(
     assert train.total() == (800 if streaming else 568)
 
 
-def test_validation_keeps_the_proportion_if_a_source_is_short(data: Any) -> None:
+def test_validation_keeps_the_proportion_if_a_source_is_short(data):
     module = data(validation_sequences=1000)
     module.setup()
     assert origins(module, module.val_dataloader()) == {"a": 15, "b": 5}
 
 
-def test_sources_are_interleaved() -> None:
+def test_sources_are_interleaved():
     documents = interleave([[{"text": "a"}, {"text": "b"}, {"text": "c"}], [{"text": "x"}]])
     assert [document["text"] for document in documents] == ["a", "x", "b", "c"]
 
 
-def test_weights_are_normalized() -> None:
+def test_weights_are_normalized():
     made = read_sources([{"dataset": "x", "weight": 3}, {"files": ["a.txt"], "weight": 1.0}])
     assert normalized_weights(made) == [0.75, 0.25]
 
@@ -153,17 +147,13 @@ GOOD = {"dataset": "x", "weight": 1}
     ],
     ids=str,
 )
-def test_invalid_sources_are_refused_in_one_line(
-    settings: list[dict[str, Any]], message: str
-) -> None:
+def test_invalid_sources_are_refused_in_one_line(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         TextData(sources=settings)
     assert "\n" not in str(caught.value)
 
 
-def test_a_source_shorter_than_a_row_is_named(
-    data: Any, tmp_path: Path, sources: list[dict[str, Any]]
-) -> None:
+def test_a_source_shorter_than_a_row_is_named(data, tmp_path, sources):
     path = tmp_path / "short.txt"
     path.write_text("x")
     short = {"files": [str(path)], "weight": 1}

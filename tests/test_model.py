@@ -1,12 +1,8 @@
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import Callback
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +10,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError
-from foam_lightning.job import Job
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.model import llama, pretrained
 from foam_lightning.model.activation_checkpointing import _selective_contexts, checkpoint_layers
@@ -43,12 +38,12 @@ TINY = {
 }
 
 
-def tiny(**sizes: Any) -> LlamaConfig:
+def tiny(**sizes):
     return llama.create_config(**{**TINY, **sizes})
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_sizes_of_the_paper_have_its_parameter_counts(name: str) -> None:
+def test_the_sizes_of_the_paper_have_its_parameter_counts(name):
     layers, h, i, heads, millions = SIZES[name]
     config = llama.create_config(
         hidden_size=h,
@@ -75,16 +70,16 @@ def test_the_sizes_of_the_paper_have_its_parameter_counts(name: str) -> None:
         ({"num_attention_heads": -1}, r"model\.num_attention_heads .*65536, got -1"),
     ],
 )
-def test_invalid_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
+def test_invalid_sizes_are_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**sizes)
 
 
-def weights(model: LlamaForCausalLM) -> torch.Tensor:
+def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_weights_depend_only_on_the_seed() -> None:
+def test_weights_depend_only_on_the_seed():
     first = weights(llama.create_initialized(tiny(), seed=3))
     before = torch.random.get_rng_state()
     assert torch.equal(first, weights(llama.create_initialized(tiny(), seed=3)))
@@ -93,7 +88,7 @@ def test_weights_depend_only_on_the_seed() -> None:
     assert 0.015 < float(first.std()) < 0.25  # ones in the norms, 0.02 elsewhere
 
 
-def test_a_new_model_equals_that_of_transformers() -> None:
+def test_a_new_model_equals_that_of_transformers():
     ours = llama.create_initialized(tiny(), seed=0).eval()
     theirs = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -103,20 +98,20 @@ def test_a_new_model_equals_that_of_transformers() -> None:
 
 
 class Frequencies(Callback):
-    def __init__(self) -> None:
-        self.seen: dict[str, torch.Tensor] = {}
+    def __init__(self):
+        self.seen = {}
 
-    def look(self, module: Any, moment: str) -> None:
+    def look(self, module, moment):
         self.seen[moment] = module.model.model.rotary_emb.inv_freq.clone()
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer, module, *_):
         self.look(module, "training")
 
-    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer, module, *_):
         self.look(module, "validation")
 
 
-def test_rope_stays_float32_in_a_bfloat16_run(new_job: Callable[..., Job]) -> None:
+def test_rope_stays_float32_in_a_bfloat16_run(new_job):
     job = new_job(trainer={"precision": "bf16-true"})
     module = job.new_module()
     module.set_plan(job.uniform_plan(1))
@@ -133,7 +128,7 @@ def test_rope_stays_float32_in_a_bfloat16_run(new_job: Callable[..., Job]) -> No
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """Make a LLaMA folder by transformers alone."""
     torch.manual_seed(5)
     config = LlamaConfig(**TINY, rope_theta=5000.0, rms_norm_eps=1e-5)
@@ -141,9 +136,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
-def test_load_and_save_preserve_a_hugging_face_folder(
-    folder: Path, tmp_path: Path, corpus: dict[str, Any]
-) -> None:
+def test_load_and_save_preserve_a_hugging_face_folder(folder, tmp_path, corpus):
     model = pretrained.load_pretrained(str(folder))
     tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
     llama.save_model(model, tokenizer, tmp_path / "saved")
@@ -159,7 +152,7 @@ def test_load_and_save_preserve_a_hugging_face_folder(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: dict[str, Any]) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, corpus):
     (tmp_path / "file").write_text("in the way")
     tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
     with pytest.raises(CheckpointError, match=r"cannot write .*file/hf"):
@@ -171,20 +164,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, corpus: dict[s
 class Products(TorchDispatchMode):
     """Count matrix products and attentions, forward and recomputed."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self):
+        super().__init__()
         self.counts = Counter[str]()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
         if any(part in name for part in ("mm", "attention")) and "backward" not in name:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-def checkpointed(checkpointing: str, config: LlamaConfig) -> LlamaForCausalLM:
+def checkpointed(checkpointing, config):
     """Create a model with one of three kinds of checkpointing."""
     model = llama.create_initialized(config, seed=0)
     model.train()
@@ -193,7 +184,7 @@ def checkpointed(checkpointing: str, config: LlamaConfig) -> LlamaForCausalLM:
     return model
 
 
-def pass_through(model: LlamaForCausalLM, dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor]]:
+def pass_through(model, dtype):
     """Return the loss and the gradients."""
     ids = torch.arange(48).view(2, 24)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
@@ -208,9 +199,7 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("backend", BACKENDS, ids=["fused", "plain"])
 @pytest.mark.parametrize("bias", [False, True], ids=["bare", "biased"])
-def test_checkpointing_changes_no_gradient_and_selective_repeats_no_product(
-    bias: bool, backend: SDPBackend, autocast: torch.dtype | None
-) -> None:
+def test_checkpointing_changes_no_gradient_and_repeats_no_product(bias, backend, autocast):
     config = tiny()
     config.attention_bias = config.mlp_bias = bias
     found, counts = {}, {}
@@ -231,7 +220,7 @@ def test_checkpointing_changes_no_gradient_and_selective_repeats_no_product(
 
 
 # Attention operators of a GPU, with their arguments after queries, keys and values.
-ON_GPU: dict[str, tuple[Any, ...]] = {
+ON_GPU = {
     "flash": (0.0, True),
     "efficient": (None, True, 0.0, True),
     "cudnn": (None, True, 0.0, True),
@@ -239,27 +228,27 @@ ON_GPU: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("kind", ON_GPU)
-def test_attention_on_a_gpu_runs_once(kind: str) -> None:
+def test_attention_on_a_gpu_runs_once(kind):
     attention = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
     shape = (2, 4, 24, 8)
     parts = [torch.empty(shape, device="meta", requires_grad=True) for _ in range(3)]
 
-    def layer(*parts: Tensor) -> Tensor:
-        output: Tensor = attention(*(part * 2 for part in parts), *ON_GPU[kind])[0]
+    def layer(*parts):
+        output = attention(*(part * 2 for part in parts), *ON_GPU[kind])[0]
         return output * 2
 
     with Products() as products:
         for once in (True, False):
-            how: Any = {"context_fn": lambda: _selective_contexts(7)} if once else {}
+            how = {"context_fn": lambda: _selective_contexts(7)} if once else {}
             checkpoint(layer, *parts, use_reentrant=False, **how).sum().backward()
             assert products.counts.total() == (1 if once else 1 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_saved_by_a_selective_layer(dtype: torch.dtype) -> None:
+def test_bytes_saved_by_a_selective_layer(dtype):
     hidden, inner, keys, heads = (TINY["hidden_size"], TINY["intermediate_size"], 8, 4)
 
-    def kept(checkpointing: str, num_layers: int) -> int:
+    def kept(checkpointing, num_layers):
         torch.set_default_dtype(dtype)
         try:
             model = checkpointed(checkpointing, tiny(num_hidden_layers=num_layers))
@@ -273,7 +262,7 @@ def test_bytes_saved_by_a_selective_layer(dtype: torch.dtype) -> None:
             del states
         return tracker.timeline().at("forward is over")[0].terms["activations"]
 
-    def of_a_layer(checkpointing: str) -> float:
+    def of_a_layer(checkpointing):
         return (kept(checkpointing, 3) - kept(checkpointing, 2)) / 48  # tokens
 
     elements = 4 * hidden + 2 * keys + 2 * inner
@@ -282,7 +271,7 @@ def test_bytes_saved_by_a_selective_layer(dtype: torch.dtype) -> None:
     assert of_a_layer("none") > 1.5 * of_a_layer("selective")
 
 
-def test_rows_beyond_a_sliding_window_are_refused(tmp_path: Path) -> None:
+def test_rows_beyond_a_sliding_window_are_refused(tmp_path):
     folder = save_pretrained(tmp_path, "mistral")  # its window is 64
     module = LlamaFoam(pretrained=str(folder))
     module.set_plan(module.uniform_plan(1, MemoryOptions(micro_batch_size=1)))
@@ -292,7 +281,7 @@ def test_rows_beyond_a_sliding_window_are_refused(tmp_path: Path) -> None:
         module.hidden_states(torch.zeros(1, 65, dtype=torch.int64))
 
 
-def test_an_evaluation_is_not_checkpointed() -> None:
+def test_an_evaluation_is_not_checkpointed():
     model = checkpointed("selective", tiny()).eval()
     ids = torch.arange(48).view(2, 24)
     with torch.no_grad(), Products() as products:

@@ -1,9 +1,7 @@
 """The benchmark of the optimizer step, at its smallest."""
 
 import math
-from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ COUNT, ELEMENTS = 5, 5 * 64 * 64
 
 
 @pytest.fixture
-def weights() -> Weights:
+def weights():
     work = optimizer_step.choose_work("cpu", None, small=True)
     assert set(work.shapes.values()) == {SHAPE}
     assert len(work.shapes) == COUNT
@@ -30,27 +28,27 @@ def weights() -> Weights:
 
 
 @pytest.fixture
-def _threads() -> Iterator[None]:
+def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-def stepped(name: str, weights: Weights) -> Stepped:
+def stepped(name, weights):
     row = next(row for row in ROWS if row.name == name)
     found = first_steps(row, weights)
     assert found.failure is None
     return found
 
 
-def cells(text: str) -> dict[str, list[str]]:
+def cells(text):
     """Read the table: the columns of a row by its name."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {name: rest for name, *rest in lines[1:]}
 
 
 @pytest.mark.parametrize("row", EAGER, ids=lambda row: row.name)
-def test_each_row_steps_and_leaves_the_gradients_alone(row: Row, weights: Weights) -> None:
+def test_each_row_steps_and_leaves_the_gradients_alone(row, weights):
     gradients = [grad.clone() for grad in weights.gradients]
     before = [p.detach().clone() for p in weights.named.values()]
 
@@ -80,11 +78,11 @@ def test_each_row_steps_and_leaves_the_gradients_alone(row: Row, weights: Weight
         ("FOAM row fold", 8 * (COUNT - 1) * 64 + 8 * 64 * 64),
     ],
 )
-def test_state_bytes_match_the_formula(name: str, expected: int, weights: Weights) -> None:
+def test_state_bytes_match_the_formula(name, expected, weights):
     assert stepped(name, weights).state_bytes == expected
 
 
-def test_temporaries_are_the_tensors_that_a_step_creates(weights: Weights) -> None:
+def test_temporaries_are_the_tensors_that_a_step_creates(weights):
     matrix_bytes = 4 * 64 * 64
 
     assert stepped("torch AdamW, fused", weights).temporary_bytes == 0
@@ -95,8 +93,8 @@ def test_temporaries_are_the_tensors_that_a_step_creates(weights: Weights) -> No
     assert matrix_bytes <= loop < COUNT * matrix_bytes
 
 
-def test_a_row_that_fails_says_why_and_the_others_continue(weights: Weights) -> None:
-    def refuse(_: Weights) -> list[torch.optim.Optimizer]:
+def test_a_row_that_fails_says_why_and_the_others_continue(weights):
+    def refuse(_):
         raise RuntimeError("no such | device\nand more")
 
     rows = [Row("broken", refuse), EAGER[0], Row("absent", refuse, package="no_such_package")]
@@ -110,12 +108,12 @@ def test_a_row_that_fails_says_why_and_the_others_continue(weights: Weights) -> 
     assert lines[3].startswith("| torch AdamW, fused | ")
 
 
-def test_a_row_that_changes_the_gradients_fails(weights: Weights) -> None:
-    def halve(*_: object) -> None:
+def test_a_row_that_changes_the_gradients_fails(weights):
+    def halve(*_):
         for grad in weights.gradients:
             grad.mul_(0.5)
 
-    def greedy(weights: Weights) -> list[torch.optim.Optimizer]:
+    def greedy(weights):
         optimizer = SGD(weights.named.values())
         optimizer.register_step_pre_hook(halve)
         return [optimizer]
@@ -123,13 +121,13 @@ def test_a_row_that_changes_the_gradients_fails(weights: Weights) -> None:
     assert "changes the gradients" in str(first_steps(Row("greedy", greedy), weights).failure)
 
 
-def test_rows_that_would_begin_too_late_are_skipped(weights: Weights) -> None:
+def test_rows_that_would_begin_too_late_are_skipped(weights):
     found, _ = step_all(EAGER[:2], weights, rounds=1, copy_bytes=2**12, begin_seconds=-1.0)
 
     assert [row.failure for row in found] == ["skipped: out of time"] * 2
 
 
-def test_ratios_and_the_floor_follow_from_the_measurements(weights: Weights) -> None:
+def test_ratios_and_the_floor_follow_from_the_measurements(weights):
     found = [
         Stepped(contenders.FUSED, seconds=[0.002, 0.004, 0.003], state_bytes=8 * ELEMENTS),
         Stepped("other", seconds=[0.006], temporary_bytes=1000, state_bytes=0, first_seconds=1.5),
@@ -143,7 +141,7 @@ def test_ratios_and_the_floor_follow_from_the_measurements(weights: Weights) -> 
     assert lines[3] == "| other | 6 | 2.00 | 14.00 | 0.001 | 0 | 1.5 |"
 
 
-def test_a_model_is_cut_to_the_layers_that_fit() -> None:
+def test_a_model_is_cut_to_the_layers_that_fit():
     shapes = {f"model.layers.{i}.w": (10, 10) for i in range(12)} | {"lm_head.weight": (5, 10)}
 
     kept, words = optimizer_step.cut(shapes, 1000)
@@ -157,12 +155,12 @@ def test_a_model_is_cut_to_the_layers_that_fit() -> None:
         optimizer_step.cut(shapes, 100)
 
 
-def test_rows_that_do_not_exist_are_named() -> None:
+def test_rows_that_do_not_exist_are_named():
     with pytest.raises(SystemExit, match=r"FROM .*torch AdamW"):
         optimizer_step.chosen(["FROM"], ROWS)
 
 
-def test_rows_that_take_minutes_on_a_cpu_run_only_if_named() -> None:
+def test_rows_that_take_minutes_on_a_cpu_run_only_if_named():
     default = optimizer_step.choose_work("cpu", None, small=False).rows
 
     assert [row.name for row in ROWS if row not in default] == ["torch Muon"]
@@ -171,9 +169,7 @@ def test_rows_that_take_minutes_on_a_cpu_run_only_if_named() -> None:
 
 
 @pytest.mark.usefixtures("_threads")
-def test_the_file_contains_the_command_and_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_contains_the_command_and_the_table(tmp_path, capsys):
     words = ["--small", "--only", "fused", "foam level 2", "--output", str(tmp_path / "table.md")]
 
     optimizer_step.main(words)
@@ -194,9 +190,7 @@ def test_the_file_contains_the_command_and_the_table(
     find_spec("torchao") is None, reason="torchao is not installed: pip install -e '.[baselines]'"
 )
 @pytest.mark.usefixtures("_threads")
-def test_compiled_rows_step_and_their_state_is_counted(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_compiled_rows_step_and_their_state_is_counted(capsys):
     optimizer_step.main(["--small", "--only", *(row.name for row in COMPILED)])
 
     found = cells(capsys.readouterr().out)
@@ -210,9 +204,7 @@ def test_compiled_rows_step_and_their_state_is_counted(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_threads")
-def test_the_first_step_is_timed_over_the_shapes_of_a_large_model(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_first_step_is_timed_over_the_shapes_of_a_large_model(capsys):
     optimizer_step.main(["--small", "--first-step", "--only", "FOAM"])
 
     text = capsys.readouterr().out

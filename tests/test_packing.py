@@ -1,13 +1,10 @@
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
 
 from foam_lightning.data import packing
 from foam_lightning.data.packing import (
@@ -28,16 +25,16 @@ EOS = 0
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def tokenizer(tmp_path_factory):
     documents = Dataset.from_dict({"text": TEXTS})
     cache = tmp_path_factory.mktemp("tokenizer")
     return build_tokenizer(None, vocab_size=300, documents=documents, cache=cache)
 
 
-def pack(documents: list[list[list[int]]], length: int, *, packing: bool) -> list[list[int]]:
+def pack(documents, length, *, packing):
     """Pack documents, each given as its pieces."""
     packer = Packer(length, EOS, packing=packing)
-    rows: list[list[int]] = []
+    rows = []
     for document in documents:
         for index, ids in enumerate(document):
             packer.add(Piece(ids, starts=index == 0, ends=index == len(document) - 1))
@@ -45,11 +42,11 @@ def pack(documents: list[list[list[int]]], length: int, *, packing: bool) -> lis
     return rows
 
 
-def joined(parts: list[list[int]]) -> list[int]:
+def joined(parts):
     return list(chain.from_iterable(parts))
 
 
-def flow(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
+def flow(tokenizer, texts):
     return [
         token
         for text in texts
@@ -65,9 +62,7 @@ documents_of_pieces = st.lists(
 
 
 @given(documents_of_pieces, st.integers(min_value=1, max_value=7))
-def test_packed_rows_are_the_tokens_without_an_incomplete_last_row(
-    documents: list[list[list[int]]], length: int
-) -> None:
+def test_packed_rows_are_the_tokens_without_an_incomplete_last_row(documents, length):
     flowing = [token for document in documents for token in [*joined(document), EOS]]
     rows = pack(documents, length, packing=True)
     assert all(len(row) == length for row in rows)
@@ -75,20 +70,13 @@ def test_packed_rows_are_the_tokens_without_an_incomplete_last_row(
 
 
 @given(documents_of_pieces, st.integers(min_value=1, max_value=7))
-def test_unpacked_rows_are_the_truncated_documents(
-    documents: list[list[list[int]]], length: int
-) -> None:
+def test_unpacked_rows_are_the_truncated_documents(documents, length):
     rows = pack(documents, length, packing=False)
     assert rows == [[*joined(document), EOS][:length] for document in documents]
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 256])
-def test_rows_continue_across_batches_of_documents(
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at_once: int,
-) -> None:
+def test_rows_continue_across_batches_of_documents(tokenizer, tmp_path, monkeypatch, at_once):
     monkeypatch.setattr(packing, "_DOCUMENTS_PER_BATCH", at_once)
     rows = packed(tokenizer, tmp_path, sequence_length=16)
     expected = flow(tokenizer, TEXTS)
@@ -96,23 +84,19 @@ def test_rows_continue_across_batches_of_documents(
     assert [token for row in rows for token in row["input_ids"]] == expected[: len(rows) * 16]
 
 
-def packed(tokenizer: PreTrainedTokenizerBase, cache: Path, **settings: Any) -> Dataset:
+def packed(tokenizer, cache, **settings):
     settings = {"fingerprint": "f", "sequence_length": 16, "packing": True} | settings
     documents = Dataset.from_dict({"text": TEXTS})
     return packed_dataset(documents, tokenizer=tokenizer, cache=cache, **settings)
 
 
-def test_one_row_per_document_without_packing(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_one_row_per_document_without_packing(tokenizer, tmp_path):
     rows = packed(tokenizer, tmp_path, packing=False)
     assert len(rows) == len(TEXTS)
     assert all(1 <= len(row["input_ids"]) <= 16 for row in rows)
 
 
-def test_rows_are_written_once(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_written_once(tokenizer, tmp_path, monkeypatch):
     first = packed(tokenizer, tmp_path)
     monkeypatch.setattr(packing, "encode", None)  # a call would fail
     assert packed(tokenizer, tmp_path)["input_ids"][:].tolist() == first["input_ids"][:].tolist()
@@ -121,17 +105,13 @@ def test_rows_are_written_once(
 @pytest.mark.parametrize(
     "change", [{"fingerprint": "g"}, {"sequence_length": 8}, {"packing": False}], ids=str
 )
-def test_rows_of_other_settings_are_cached_separately(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_rows_of_other_settings_are_cached_separately(tokenizer, tmp_path, change):
     packed(tokenizer, tmp_path)
     packed(tokenizer, tmp_path, **change)
     assert len(list(tmp_path.glob("rows-*.arrow"))) == 2
 
 
-def test_rows_of_another_tokenizer_are_cached_separately(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_rows_of_another_tokenizer_are_cached_separately(tokenizer, tmp_path):
     documents = Dataset.from_dict({"text": TEXTS})
     other = build_tokenizer(None, vocab_size=270, documents=documents, cache=tmp_path)
     packed(tokenizer, tmp_path)
@@ -139,21 +119,21 @@ def test_rows_of_another_tokenizer_are_cached_separately(
     assert len(list(tmp_path.glob("rows-*.arrow"))) == 2
 
 
-def test_labels_are_the_tokens_except_padding() -> None:
+def test_labels_are_the_tokens_except_padding():
     batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], sequence_length=3, pad=1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
-def test_the_number_of_rows_is_rounded_down_to_whole_batches() -> None:
+def test_the_number_of_rows_is_rounded_down_to_whole_batches():
     assert rows_in_whole_batches(10, 4, 1) == 8
     with pytest.raises(DataError, match=r"10 sequences of 1 tokens.* batch of 11"):
         rows_in_whole_batches(10, 11, 1)
 
 
 @given(st.data())
-def test_evenly_spaced_positions_are_distinct_and_inside(data: st.DataObject) -> None:
+def test_evenly_spaced_positions_are_distinct_and_inside(data):
     total = data.draw(st.integers(min_value=1, max_value=500))
     count = data.draw(st.integers(min_value=1, max_value=total))
     chosen = evenly_spaced(count, total)
@@ -161,9 +141,7 @@ def test_evenly_spaced_positions_are_distinct_and_inside(data: st.DataObject) ->
     assert 0 <= min(chosen) <= max(chosen) < total
 
 
-def test_a_stream_packs_to_the_same_rows_as_the_whole_split(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_a_stream_packs_to_the_same_rows_as_the_whole_split(tokenizer, tmp_path):
     whole = packed(tokenizer, tmp_path)
     stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
     rows = packed_rows(stream, tokenizer, sequence_length=16, packing=True)

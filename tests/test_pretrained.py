@@ -1,12 +1,8 @@
 """Local Hugging Face folders: loading them, and that the check agrees with loading."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from foam_lightning.errors import CheckpointError
@@ -16,7 +12,7 @@ from tests.test_model import TINY
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """Make a LLaMA folder by transformers alone."""
     torch.manual_seed(5)
     config = LlamaConfig(**TINY, rope_theta=5000.0, rms_norm_eps=1e-5)
@@ -24,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
-def test_loading_uses_the_default_dtype(folder: Path) -> None:
+def test_loading_uses_the_default_dtype(folder):
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = pretrained.load_pretrained(str(folder))
@@ -33,11 +29,11 @@ def test_loading_uses_the_default_dtype(folder: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def cut_off(file: Path, size: int) -> None:
+def cut_off(file, size):
     file.write_bytes(file.read_bytes()[:size])
 
 
-def split(folder: Path) -> Path:
+def split(folder):
     """Save the model in several files, and return the last of them."""
     model = LlamaForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -45,7 +41,7 @@ def split(folder: Path) -> Path:
     return sorted(folder.glob("*.safetensors"))[-1]
 
 
-def with_biases(folder: Path) -> None:
+def with_biases(folder):
     """Add biases to the first layer that its configuration lacks, as Qwen2 has them."""
     weights = load_file(folder / "model.safetensors")
     for role in "qk":
@@ -55,7 +51,7 @@ def with_biases(folder: Path) -> None:
 
 LOAD_ERROR = r"cannot load the weights in .*llama"
 READ_ERROR = r"cannot read .*config\.json"
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
     "no folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), r"no config\.json"),
     "config cut off": (lambda folder: cut_off(folder / "config.json", 20), READ_ERROR),
@@ -85,7 +81,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("read", ["load_pretrained", "check_weights"])
-def test_a_damaged_folder_is_refused_in_one_line(folder: Path, damage: str, read: str) -> None:
+def test_a_damaged_folder_is_refused_in_one_line(folder, damage, read):
     break_, message = DAMAGE[damage]
     break_(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -93,28 +89,28 @@ def test_a_damaged_folder_is_refused_in_one_line(folder: Path, damage: str, read
     assert len(str(caught.value).splitlines()) == 1
 
 
-def as_bin(folder: Path) -> dict[str, Tensor]:
+def as_bin(folder):
     """Load the weights and delete their file, to be saved as before safetensors."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     return weights
 
 
-def without_head(folder: Path) -> None:
+def without_head(folder):
     """Rename the weights as a model without its head saves them."""
     weights = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("model."): weight for name, weight in weights.items()}
     save_file(bare, folder / "model.safetensors", {"format": "pt"})
 
 
-def with_rotation(folder: Path) -> None:
+def with_rotation(folder):
     """Add the buffer that older versions saved."""
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-WHOLE: dict[str, Callable[[Path], object]] = {
+WHOLE = {
     "one file": lambda folder: None,
     "several files": split,
     "before safetensors": lambda folder: torch.save(as_bin(folder), folder / "pytorch_model.bin"),
@@ -127,18 +123,18 @@ WHOLE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", WHOLE)
-def test_a_folder_that_loads_passes_the_check(folder: Path, how: str) -> None:
+def test_a_folder_that_loads_passes_the_check(folder, how):
     WHOLE[how](folder)
     pretrained.check_weights(str(folder))
     pretrained.load_pretrained(str(folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_folders_of_every_family_pass_the_check(family: str, tmp_path: Path) -> None:
+def test_folders_of_every_family_pass_the_check(family, tmp_path):
     pretrained.check_weights(str(save_pretrained(tmp_path, family)))
 
 
-def test_a_damaged_file_from_before_safetensors_is_refused(folder: Path) -> None:
+def test_a_damaged_file_from_before_safetensors_is_refused(folder):
     torch.save(as_bin(folder), folder / "pytorch_model.bin")
     cut_off(folder / "pytorch_model.bin", 3000)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin .*truncated"):

@@ -1,40 +1,39 @@
 """FOAM on parameters that FSDP2 shards over two processes, against one process."""
 
 import socket
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from foam_lightning import FOAM
 
 WORLD = 2
 
 
-def network() -> nn.Sequential:
+def network():
     """Build it the same in every process; 7 and 5 rows do not divide by two."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(10, 7), nn.SiLU(), nn.Linear(7, 5), nn.SiLU(), nn.Linear(5, 1))
 
 
-def optimizer_of(model: nn.Module, options: dict[str, object]) -> FOAM:
+def optimizer_of(model, options):
     parameters = list(model.parameters())
     return FOAM(
         [{"params": parameters[:2], "level": 1}, {"params": parameters[2:], "level": 3}],
         lr=0.05,
         weight_decay=0.1,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 
-def batches() -> list[Tensor]:
+def batches():
     random = torch.Generator().manual_seed(1)
     return [torch.randn(2 * WORLD, 10, generator=random) for _ in range(4)]
 
 
-def alone(options: dict[str, object]) -> dict[str, Tensor]:
+def alone(options):
     model = network()
     optimizer = optimizer_of(model, options)
     for x in batches():
@@ -44,7 +43,7 @@ def alone(options: dict[str, object]) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def one_of_two(rank: int, port: int, folder: Path, options: dict[str, object]) -> None:
+def one_of_two(rank, port, folder, options):
     """Train a shard, count what `step` communicates, save the whole."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.debug import CommDebugMode
@@ -75,9 +74,7 @@ def one_of_two(rank: int, port: int, folder: Path, options: dict[str, object]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fused": False}], ids=["fused", "plain"])
-def test_two_processes_equal_one_and_step_does_not_communicate(
-    options: dict[str, object], tmp_path: Path
-) -> None:
+def test_two_processes_equal_one_and_step_does_not_communicate(options, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -90,7 +87,7 @@ def test_two_processes_equal_one_and_step_does_not_communicate(
     assert found["shapes"][0]["exp_avg"] == (7, 5)
 
 
-def test_sharded_columns_do_not_fold() -> None:
+def test_sharded_columns_do_not_fold():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

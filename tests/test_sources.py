@@ -4,7 +4,6 @@ import platform
 import subprocess
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -14,7 +13,6 @@ from pyarrow import parquet
 
 from foam_lightning.data.cache import cache_folder, cached_dataset
 from foam_lightning.data.sources import (
-    TextSource,
     is_held_out,
     open_dataset,
     open_default_corpus,
@@ -25,43 +23,36 @@ from foam_lightning.errors import DataError
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
+def cache(tmp_path):
     return cache_folder(str(tmp_path / "cache"))
 
 
-def write(path: Path, content: str | bytes) -> str:
+def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
 
 
-def jsonl(path: Path, texts: list[Any], column: str = "text") -> str:
+def jsonl(path, texts, column="text"):
     return write(path, "".join(json.dumps({column: text, "id": 1}) + "\n" for text in texts))
 
 
-def read(files: list[str], cache: Path, **settings: Any) -> TextSource:
-    settings = {"validation_files": None, "text_column": "text"} | settings
-    return open_files(
-        files,
-        settings.pop("validation_files"),
-        settings.pop("text_column"),
-        cache=cache,
-        **settings,
-    )
+def read(files, cache, validation_files=None, text_column="text", **settings):
+    return open_files(files, validation_files, text_column, cache=cache, **settings)
 
 
-def texts(dataset: Any) -> list[str]:
+def texts(dataset):
     return [document["text"] for document in dataset]
 
 
-def test_the_default_corpus_has_both_splits() -> None:
+def test_the_default_corpus_has_both_splits():
     source = open_default_corpus()
     assert len(source.train) > 10 * len(source.validation) > 0
     assert source.train.column_names == source.validation.column_names == ["text"]
     assert open_default_corpus().fingerprint == source.fingerprint
 
 
-def test_files_of_every_kind_are_read_in_the_order_given(tmp_path: Path, cache: Path) -> None:
+def test_files_of_every_kind_are_read_in_the_order_given(tmp_path, cache):
     parquet.write_table(
         pa.table({"text": ["p1", None, "p2"], "n": [1, 2, 3]}), tmp_path / "a.parquet"
     )
@@ -76,7 +67,7 @@ def test_files_of_every_kind_are_read_in_the_order_given(tmp_path: Path, cache: 
     assert texts(source.validation) == ["held out"]
 
 
-def test_a_fraction_of_many_documents_is_held_out(tmp_path: Path, cache: Path) -> None:
+def test_a_fraction_of_many_documents_is_held_out(tmp_path, cache):
     files = [jsonl(tmp_path / "a.jsonl", [f"document {index}" for index in range(60)])]
     source = read(files, cache)
     assert texts(source.validation) == ["document 10", "document 30", "document 50"]
@@ -84,16 +75,14 @@ def test_a_fraction_of_many_documents_is_held_out(tmp_path: Path, cache: Path) -
     assert len(read(files, cache, validation_fraction=0.5).validation) == 30
 
 
-def test_the_end_of_each_of_a_few_documents_is_held_out(tmp_path: Path, cache: Path) -> None:
+def test_the_end_of_each_of_a_few_documents_is_held_out(tmp_path, cache):
     text = "".join(chr(97 + index % 26) for index in range(1000))
     source = read([write(tmp_path / "a.txt", text)], cache)
     assert texts(source.train) == [text[:950]]
     assert texts(source.validation) == [text[950:]]
 
 
-def test_the_second_reading_comes_from_the_cache_until_a_file_changes(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_the_second_reading_comes_from_the_cache_until_a_file_changes(tmp_path, cache):
     path = tmp_path / "a.txt"
     write(path, "first")
     first = read([str(path)], cache, validation_files=[str(path)])
@@ -128,9 +117,7 @@ def test_the_second_reading_comes_from_the_cache_until_a_file_changes(
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_a_bad_file_is_named_in_one_line(
-    tmp_path: Path, cache: Path, name: str, content: str | bytes | None, message: str
-) -> None:
+def test_a_bad_file_is_named_in_one_line(tmp_path, cache, name, content, message):
     path = str(tmp_path / name) if content is None else write(tmp_path / name, content)
     with pytest.raises(DataError) as caught:
         read([path], cache)
@@ -143,20 +130,16 @@ def test_a_bad_file_is_named_in_one_line(
 @pytest.mark.parametrize(
     ("column", "message"), [("words", "'words'; it has text, n;"), ("n", "'n' is int64")]
 )
-def test_a_parquet_column_without_text_is_named(
-    tmp_path: Path, cache: Path, column: str, message: str
-) -> None:
+def test_a_parquet_column_without_text_is_named(tmp_path, cache, column, message):
     parquet.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=message):
         read([str(tmp_path / "a.parquet")], cache, text_column=column)
 
 
-def test_a_file_without_permission_is_named(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_without_permission_is_named(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "a.txt", "secret")
 
-    def refuse(*_args: object, **_settings: object) -> str:
+    def refuse(*_args, **_settings):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", refuse)
@@ -164,21 +147,21 @@ def test_a_file_without_permission_is_named(
         read([path], cache)
 
 
-def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path):
     write(tmp_path / "file", "in the way")
     with pytest.raises(DataError, match=r"cannot create the cache folder .*data\.cache_dir"):
         cache_folder(str(tmp_path / "file" / "cache"))
 
 
-def test_the_cache_follows_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_follows_xdg_cache_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / "foam-lightning"
 
 
-def test_a_failure_leaves_nothing_behind(cache: Path) -> None:
+def test_a_failure_leaves_nothing_behind(cache):
     schema = pa.schema([("text", pa.large_string())])
 
-    def batches() -> Any:
+    def batches():
         yield pa.record_batch([pa.array(["a"], pa.large_string())], schema=schema), 1
         raise DataError("half way")
 
@@ -187,7 +170,7 @@ def test_a_failure_leaves_nothing_behind(cache: Path) -> None:
     assert not list(cache.iterdir())
 
 
-def test_what_a_killed_process_left_half_written_is_cleared_and_written_again(cache: Path) -> None:
+def test_what_a_killed_process_left_half_written_is_cleared_and_written_again(cache):
     gone = subprocess.Popen(["true"])
     gone.wait()
     left, running = (
@@ -203,9 +186,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_and_written_again(ca
     assert sorted(cache.iterdir()) == [cache / "a.arrow", running]
 
 
-def test_long_writing_says_in_the_end_where_how_much_was_written(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_long_writing_says_in_the_end_where_how_much_was_written(cache, monkeypatch, capsys):
     monkeypatch.setattr("foam_lightning.data.cache._QUIET_SECONDS", 0)
     schema = pa.schema([("text", pa.large_string())])
     batch = pa.record_batch([pa.array(["a" * 5000], pa.large_string())], schema=schema)
@@ -216,9 +197,7 @@ def test_long_writing_says_in_the_end_where_how_much_was_written(
     assert line.endswith(f"kB of text to {cache / 'a.arrow'}")
 
 
-def test_text_goes_to_the_cache_in_chunks_however_much_there_is(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_goes_to_the_cache_in_chunks_however_much_there_is(tmp_path, cache, monkeypatch):
     monkeypatch.setattr("foam_lightning.data.files._CHUNK_CHARACTERS", 100)
     source = read([jsonl(tmp_path / "a.jsonl", ["x" * 30] * 400)], cache)
     sizes = [chunk.num_rows for chunk in source.validation.data.to_batches()]
@@ -229,11 +208,11 @@ def test_text_goes_to_the_cache_in_chunks_however_much_there_is(
 class Hub:
     """Stands in for datasets.load_dataset."""
 
-    def __init__(self, splits: dict[str, dict[str, list[str]]]) -> None:
+    def __init__(self, splits):
         self.splits = splits
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls = []
 
-    def __call__(self, name: str, config: str | None, *, streaming: bool) -> Any:
+    def __call__(self, name, config, *, streaming):
         self.calls.append((name, config, streaming))
         found = {key: datasets.Dataset.from_dict(value) for key, value in self.splits.items()}
         if streaming:
@@ -242,7 +221,7 @@ class Hub:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_dataset_keeps_its_splits(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+def test_a_hub_dataset_keeps_its_splits(monkeypatch, streaming):
     hub = Hub({name: {"body": [name], "url": ["u"]} for name in ("train", "validation", "test")})
     monkeypatch.setattr(datasets, "load_dataset", hub)
     source = open_dataset("some/text", "en", "body", streaming=streaming)
@@ -253,9 +232,7 @@ def test_a_hub_dataset_keeps_its_splits(monkeypatch: pytest.MonkeyPatch, streami
     assert isinstance(source.train, kind)
 
 
-def test_a_stream_may_learn_its_columns_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_may_learn_its_columns_late(tmp_path, monkeypatch):
     files = {name: jsonl(tmp_path / f"{name}.jsonl", [name]) for name in ("train", "validation")}
     stream = datasets.load_dataset("json", data_files=files, streaming=True)
     # What has been mapped may hold any columns.
@@ -280,16 +257,14 @@ TWO = {name: {"body": ["a"], "url": ["b"]} for name in ("train", "validation")}
         (TWO, "no column 'text'; it has body, url;"),
     ],
 )
-def test_a_missing_split_or_column_is_named(
-    monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any], message: str
-) -> None:
+def test_a_missing_split_or_column_is_named(monkeypatch, splits, message):
     monkeypatch.setattr(datasets, "load_dataset", Hub(splits))
     with pytest.raises(DataError, match=message):
         open_dataset("some/text", None, "text", streaming=False)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_empty_split_is_named(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+def test_an_empty_split_is_named(monkeypatch, streaming):
     load = Hub({"train": {"text": ["a"]}, "validation": {"text": ["b"]}})
     splits = load("some/text", None, streaming=streaming)
     splits["validation"] = splits["validation"].filter(lambda _document: False)
@@ -298,8 +273,8 @@ def test_an_empty_split_is_named(monkeypatch: pytest.MonkeyPatch, streaming: boo
         open_dataset("some/text", None, "text", streaming=streaming)
 
 
-def test_an_unknown_configuration_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: object, **_settings: object) -> None:
+def test_an_unknown_configuration_is_named(monkeypatch):
+    def fail(*_args, **_settings):
         raise ValueError("BuilderConfig 'xx' not found. Available: ['en']\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
@@ -309,7 +284,7 @@ def test_an_unknown_configuration_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_offline_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+def test_offline_the_error_is_one_line(monkeypatch, streaming):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"cannot reach .*'allenai/c4'") as caught:
@@ -321,12 +296,12 @@ def test_offline_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch, streamin
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def library(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
     return tmp_path
 
 
-def test_the_standard_library_is_about_12_megabytes_sorted_and_without_tests() -> None:
+def test_the_standard_library_is_about_12_megabytes_sorted_and_without_tests():
     documents = list(python_library_documents())
     names = [document.name for document in documents]
     assert names == sorted(names)
@@ -336,13 +311,13 @@ def test_the_standard_library_is_about_12_megabytes_sorted_and_without_tests() -
     assert folders.isdisjoint({"test", "tests", "idle_test", "site-packages", "__pycache__"})
 
 
-def test_about_5_percent_of_the_files_are_for_validation() -> None:
+def test_about_5_percent_of_the_files_are_for_validation():
     names = [document.name for document in python_library_documents()]
     share = sum(map(is_held_out, names)) / len(names)
     assert 0.03 < share < 0.07
 
 
-def test_the_split_of_a_file_never_changes() -> None:
+def test_the_split_of_a_file_never_changes():
     names = [f"module_{index}.py" for index in range(60)]
     assert [name for name in names if is_held_out(name)] == [
         "module_14.py",
@@ -350,7 +325,7 @@ def test_the_split_of_a_file_never_changes() -> None:
     ]
 
 
-def test_files_without_source_text_are_skipped(library: Path) -> None:
+def test_files_without_source_text_are_skipped(library):
     write(library / "kept.py", b"x = 1\n")
     write(library / "package" / "also_kept.py", b"y = 2\n")
     write(library / "latin.py", b"# caf\xe9\n")
@@ -370,6 +345,6 @@ def test_files_without_source_text_are_skipped(library: Path) -> None:
     ]
 
 
-def test_a_python_without_sources_is_refused(library: Path) -> None:
+def test_a_python_without_sources_is_refused(library):
     with pytest.raises(DataError, match=r"no \.py files; set data\.files"):
         next(python_library_documents())

@@ -2,21 +2,18 @@ import json
 import multiprocessing
 import random
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
 import pytest
 from datasets import Dataset
 from pyarrow import parquet
-from transformers import PreTrainedTokenizerBase
 
 from foam_lightning.data import streaming
-from foam_lightning.data.files import Shard, list_shards, open_file_streams
+from foam_lightning.data.files import list_shards, open_file_streams
 from foam_lightning.data.loader import StreamLoader
 from foam_lightning.data.packing import collate
 from foam_lightning.data.streaming import StreamedRows, StreamedSource
@@ -31,14 +28,14 @@ LENGTH = 16
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def tokenizer(tmp_path_factory):
     documents = Dataset.from_dict({"text": TEXTS})
     cache = tmp_path_factory.mktemp("tokenizer")
     return build_tokenizer(None, vocab_size=300, documents=documents, cache=cache)
 
 
 @pytest.fixture(params=["files", "hub"])
-def shards(request: pytest.FixtureRequest, tmp_path: Path) -> list[Shard]:
+def shards(request, tmp_path):
     """Three shards, with about ten documents in a block."""
     request.getfixturevalue("small_blocks")
     if request.param == "hub":
@@ -56,18 +53,18 @@ def shards(request: pytest.FixtureRequest, tmp_path: Path) -> list[Shard]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch):
     monkeypatch.setattr(streaming, "_BLOCK_CHARACTERS", 1000)
 
 
-def jsonl(path: Path, texts: list[str]) -> str:
+def jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
 
 
 @pytest.fixture
-def streamed(tokenizer: PreTrainedTokenizerBase) -> Callable[..., StreamedRows]:
-    def make(*sources: list[Shard], packing: bool = True, **settings: Any) -> StreamedRows:
+def streamed(tokenizer):
+    def make(*sources, packing=True, **settings):
         shares = settings.pop("shares", [1.0])
         seed = settings.pop("seed", 0)
         return StreamedRows(
@@ -85,16 +82,16 @@ def streamed(tokenizer: PreTrainedTokenizerBase) -> Callable[..., StreamedRows]:
     return make
 
 
-def load(rows: StreamedRows, **settings: Any) -> StreamLoader:
+def load(rows, **settings):
     settings = {"batch_size": 4, "num_rows": 240, "num_workers": 0} | settings
     return StreamLoader(rows, partial(collate, sequence_length=LENGTH, pad=0), **settings)
 
 
-def ids(rows: Any) -> list[list[int]]:
+def ids(rows):
     return [list(map(int, row["input_ids"])) for row in rows]
 
 
-def first_pass(rows: StreamedRows) -> list[list[int]]:
+def first_pass(rows):
     (source,) = rows.sources
     taken = []
     for row in rows:
@@ -105,12 +102,7 @@ def first_pass(rows: StreamedRows) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_processes_read_every_document_once_in_a_pass(
-    shards: list[Shard],
-    streamed: Callable[..., StreamedRows],
-    tokenizer: PreTrainedTokenizerBase,
-    world: int,
-) -> None:
+def test_processes_read_every_document_once_in_a_pass(shards, streamed, tokenizer, world):
     padded = [
         first_pass(streamed(shards, packing=False, world=world, rank=rank)) for rank in range(world)
     ]
@@ -121,9 +113,7 @@ def test_processes_read_every_document_once_in_a_pass(
     assert sum(found.values()) == len(TEXTS)
 
 
-def test_blocks_and_passes_are_shuffled_by_the_seed(
-    shards: list[Shard], streamed: Callable[..., StreamedRows]
-) -> None:
+def test_blocks_and_passes_are_shuffled_by_the_seed(shards, streamed):
     rows = ids(islice(streamed(shards, packing=False), 2 * len(TEXTS)))
     first, second = rows[: len(TEXTS)], rows[len(TEXTS) :]
     other = ids(islice(streamed(shards, packing=False, seed=7), len(TEXTS)))
@@ -132,9 +122,7 @@ def test_blocks_and_passes_are_shuffled_by_the_seed(
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_stream_resumes_exactly_at_every_row_and_across_passes(
-    shards: list[Shard], streamed: Callable[..., StreamedRows], packing: bool
-) -> None:
+def test_a_stream_resumes_exactly_at_every_row_and_across_passes(shards, streamed, packing):
     many = 300  # more than one pass
     running = streamed(shards, packing=packing)
     states, expected = [], []
@@ -149,9 +137,7 @@ def test_a_stream_resumes_exactly_at_every_row_and_across_passes(
         assert following[: many - done] == ids(expected[done : done + 20])
 
 
-def test_a_resumed_stream_starts_over_in_the_next_iteration(
-    shards: list[Shard], streamed: Callable[..., StreamedRows]
-) -> None:
+def test_a_resumed_stream_starts_over_in_the_next_iteration(shards, streamed):
     rows = streamed(shards)
     first = ids(islice(rows, 40))
     list(islice(rows, 11))
@@ -160,10 +146,8 @@ def test_a_resumed_stream_starts_over_in_the_next_iteration(
     assert ids(islice(rows, 40)) == first
 
 
-def test_sources_are_mixed_by_their_shares_and_resume_exactly(
-    shards: list[Shard], streamed: Callable[..., StreamedRows]
-) -> None:
-    def make() -> StreamedRows:
+def test_sources_are_mixed_by_their_shares_and_resume_exactly(shards, streamed):
+    def make():
         return streamed(shards[:1], shards[1:], shares=[0.8, 0.2], packing=False)
 
     own = set(map(tuple, first_pass(streamed(shards[:1], packing=False))))
@@ -177,14 +161,12 @@ def test_sources_are_mixed_by_their_shares_and_resume_exactly(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_a_loader_resumes_exactly_after_any_batch(
-    shards: list[Shard], streamed: Callable[..., StreamedRows], num_workers: int
-) -> None:
-    def loader(batch_size: int) -> StreamLoader:
+def test_a_loader_resumes_exactly_after_any_batch(shards, streamed, num_workers):
+    def loader(batch_size):
         rows = streamed(shards, shards[:1], shares=[0.7, 0.3])
         return load(rows, batch_size=batch_size, num_workers=num_workers)
 
-    def rows(batches: Any) -> list[list[int]]:
+    def rows(batches):
         return [row for batch in batches for row in batch["input_ids"].tolist()]
 
     kept = loader(4)
@@ -202,16 +184,12 @@ def test_a_loader_resumes_exactly_after_any_batch(
             assert rows(resumed) == whole[4 * done :], (done, batch_size)
 
 
-def test_another_number_of_workers_is_refused(
-    shards: list[Shard], streamed: Callable[..., StreamedRows]
-) -> None:
+def test_another_number_of_workers_is_refused(shards, streamed):
     with pytest.raises(DataError, match=r"num_workers 0 on 1 .* has 2 on 1"):
         load(streamed(shards), num_workers=2).load_state_dict(load(streamed(shards)).state_dict())
 
 
-def test_one_worker_reads_the_same_as_none(
-    shards: list[Shard], streamed: Callable[..., StreamedRows]
-) -> None:
+def test_one_worker_reads_the_same_as_none(shards, streamed):
     orders = [
         [batch["input_ids"].tolist() for batch in load(streamed(shards), num_workers=num_workers)]
         for num_workers in (0, 1)
@@ -222,13 +200,9 @@ def test_one_worker_reads_the_same_as_none(
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("fault", ["gone", "broken"])
-def test_a_file_that_breaks_while_streaming_is_an_error_of_one_line(
-    tmp_path: Path,
-    streamed: Callable[..., StreamedRows],
-    small_blocks: None,
-    num_workers: int,
-    fault: str,
-) -> None:
+def test_a_file_that_breaks_while_streaming_is_named(
+    tmp_path, streamed, small_blocks, num_workers, fault
+):
     paths = [jsonl(tmp_path / f"{name}.jsonl", TEXTS[:30]) for name in "ab"]
     train, _, _ = open_file_streams(paths, None, "text")
     if fault == "gone":
@@ -244,9 +218,7 @@ def test_a_file_that_breaks_while_streaming_is_an_error_of_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_shard_of_the_hub_is_named(
-    tmp_path: Path, streamed: Callable[..., StreamedRows], small_blocks: None
-) -> None:
+def test_a_missing_shard_of_the_hub_is_named(tmp_path, streamed, small_blocks):
     paths = [jsonl(tmp_path / f"{name}.jsonl", TEXTS) for name in "ab"]
     documents = datasets.load_dataset("json", data_files=paths, streaming=True, split="train")
     rows = streamed(list(list_shards(documents, "some/text")))
@@ -256,7 +228,7 @@ def test_a_missing_shard_of_the_hub_is_named(
     assert "\n" not in str(error)
 
 
-def test_files_hold_out_every_twentieth_document(tmp_path: Path) -> None:
+def test_files_hold_out_every_twentieth_document(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [f"document {index}" for index in range(60)])
     train, validation, fingerprint = open_file_streams([path], None, "text")
     held_out = [document["text"] for document in validation]
@@ -265,7 +237,7 @@ def test_files_hold_out_every_twentieth_document(tmp_path: Path) -> None:
     assert fingerprint == open_file_streams([path], None, "text")[2]
 
 
-def test_a_txt_file_needs_validation_files(tmp_path: Path) -> None:
+def test_a_txt_file_needs_validation_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("a document")
     with pytest.raises(ConfigError, match=r"a\.txt .*validation_files"):
@@ -274,9 +246,7 @@ def test_a_txt_file_needs_validation_files(tmp_path: Path) -> None:
     assert list(train) == list(validation) == [{"text": "a document"}]
 
 
-def test_a_stream_too_short_for_a_row_ends_with_an_error(
-    streamed: Callable[..., StreamedRows],
-) -> None:
+def test_a_stream_too_short_for_a_row_ends_with_an_error(streamed):
     nothing = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset().filter(lambda _: False)
     (error,) = streamed(list(list_shards(nothing, "")))
     assert "shorter than one sequence" in str(error)

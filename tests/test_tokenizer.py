@@ -1,11 +1,8 @@
-from pathlib import Path
-from typing import Any
-
 import huggingface_hub.constants
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from foam_lightning.data import tokenizer as module
 from foam_lightning.data.tokenizer import build_tokenizer, encode, end_of_text_id, pad_id
@@ -14,12 +11,12 @@ from foam_lightning.errors import DataError
 TEXTS = [f"def name_{index}(value):\n    return value + {index}\n" for index in range(200)]
 
 
-def build(cache: Path, name: str | None = None, vocab_size: int = 300) -> PreTrainedTokenizerBase:
+def build(cache, name=None, vocab_size=300):
     documents = Dataset.from_dict({"text": TEXTS})
     return build_tokenizer(name, vocab_size=vocab_size, documents=documents, cache=cache)
 
 
-def save_words(folder: Path, num_words: int, **special: Any) -> str:
+def save_words(folder, num_words, **special):
     """Save a tokenizer of whole words, numbered from 0, special tokens after them."""
     words = {f"w{index}": index for index in range(num_words)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -28,7 +25,7 @@ def save_words(folder: Path, num_words: int, **special: Any) -> str:
     return str(folder)
 
 
-def test_a_trained_tokenizer_has_the_size_and_the_special_tokens(tmp_path: Path) -> None:
+def test_a_trained_tokenizer_has_the_size_and_the_special_tokens(tmp_path):
     tokenizer = build(tmp_path)
     assert len(tokenizer) == 300
     assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
@@ -40,15 +37,13 @@ def test_a_trained_tokenizer_has_the_size_and_the_special_tokens(tmp_path: Path)
 @pytest.mark.parametrize(
     "text", [" two  spaces , and\ttabs\r\n", "caf\u00e9 \U0001f600", "\x00\x01"]
 )
-def test_decoding_restores_the_text(tmp_path: Path, text: str) -> None:
+def test_decoding_restores_the_text(tmp_path, text):
     tokenizer = build(tmp_path)
     (piece,) = encode(tokenizer, [text])
     assert tokenizer.decode(piece.ids) == text
 
 
-def test_training_is_deterministic_and_cached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_is_deterministic_and_cached(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     first, second = build(tmp_path), build(tmp_path / "other")
     assert first.get_vocab() == second.get_vocab()
@@ -58,27 +53,25 @@ def test_training_is_deterministic_and_cached(
     assert len(build(tmp_path, vocab_size=290)) == 290  # another size is another tokenizer
 
 
-def test_a_tokenizer_trains_on_a_stream(tmp_path: Path) -> None:
+def test_a_tokenizer_trains_on_a_stream(tmp_path):
     documents = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
     tokenizer = build_tokenizer(None, vocab_size=300, documents=documents, cache=tmp_path)
     assert len(tokenizer) == 300
 
 
-def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_too_small_a_vocabulary_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"model\.vocab_size 257 .*258"):
         build(tmp_path, vocab_size=257)
 
 
-def test_the_text_of_a_special_token_is_encoded_as_text(tmp_path: Path) -> None:
+def test_the_text_of_a_special_token_is_encoded_as_text(tmp_path):
     tokenizer = build(tmp_path)
     (piece,) = encode(tokenizer, ["a<|endoftext|>b"])
     assert end_of_text_id(tokenizer) not in piece.ids
     assert end_of_text_id(tokenizer) in tokenizer("a<|endoftext|>b")["input_ids"]
 
 
-def test_long_documents_are_split_after_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_documents_are_split_after_a_line(tmp_path, monkeypatch):
     tokenizer = build(tmp_path)
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 100)
     long, endless = "a line of text\n" * 300, "x" * 250
@@ -91,21 +84,21 @@ def test_long_documents_are_split_after_a_line(
     assert pieces[-1].ends
 
 
-def test_loading_from_a_folder(tmp_path: Path) -> None:
+def test_loading_from_a_folder(tmp_path):
     build(tmp_path).save_pretrained(tmp_path / "saved")
     loaded = build(tmp_path, str(tmp_path / "saved"))
     assert loaded.get_vocab() == build(tmp_path).get_vocab()
     assert (end_of_text_id(loaded), pad_id(loaded, 300)) == (0, 1)
 
 
-def test_more_tokens_than_the_model_has_are_refused(tmp_path: Path) -> None:
+def test_more_tokens_than_the_model_has_are_refused(tmp_path):
     folder = save_words(tmp_path / "words", 50, eos_token="w1")
     assert len(build(tmp_path, folder, vocab_size=50)) == 50
     with pytest.raises(DataError, match=r"ids up to 49, .*is 49; .*at least 50"):
         build(tmp_path, folder, vocab_size=49)
 
 
-def test_special_tokens_above_the_vocabulary_are_allowed(tmp_path: Path) -> None:
+def test_special_tokens_above_the_vocabulary_are_allowed(tmp_path):
     folder = save_words(
         tmp_path / "words",
         50,
@@ -120,16 +113,14 @@ def test_special_tokens_above_the_vocabulary_are_allowed(tmp_path: Path) -> None
     assert max(piece.ids) < 50
 
 
-def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
     folder = save_words(tmp_path / "words", 50)
     with pytest.raises(DataError, match="eos_token"):
         build(tmp_path, folder, vocab_size=50)
 
 
 @pytest.mark.parametrize("content", [None, "not json", "offline"])
-def test_a_tokenizer_that_cannot_be_loaded_is_named_in_one_line(
-    tmp_path: Path, content: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_named_in_one_line(tmp_path, content, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
     if content:

@@ -13,10 +13,10 @@ pytestmark = [
 MB = 10**6
 
 
-def test_nothing_is_reserved_beyond_the_cap() -> None:
+def test_nothing_is_reserved_beyond_the_cap():
     gpu, costs = Gpu(), Gpu().measure()
     budget = costs.context + torch.cuda.memory_reserved() + 500 * MB
-    kept: list[torch.Tensor] = []
+    kept = []
     gpu.reset_peaks()
     with memory_cap(gpu, budget, costs.context):
         with pytest.raises(torch.OutOfMemoryError) as caught:
@@ -27,7 +27,7 @@ def test_nothing_is_reserved_beyond_the_cap() -> None:
     kept.append(torch.empty(600 * MB, dtype=torch.int8, device="cuda"))
 
 
-def test_the_overhead_of_a_gpu_has_the_expected_size() -> None:
+def test_the_overhead_of_a_gpu_has_the_expected_size():
     costs = Gpu().measure()
     assert 100 * MB < costs.context < 2_000 * MB
     assert 0 <= costs.workspace <= 4 * 33.6 * MB

@@ -1,10 +1,8 @@
 """State in host memory with a real GPU; tests/test_offload.py simulates elsewhere."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foam_lightning import FOAM
 from foam_lightning.optim.gradient_release import release_gradients
@@ -17,13 +15,13 @@ pytestmark = [
 COUNT, SIZE = 6, 2048  # matrices of 17 MB in float32
 
 
-def network(dtype: torch.dtype) -> nn.Sequential:
+def network(dtype):
     torch.manual_seed(0)
     layers = (nn.Linear(SIZE, SIZE, bias=False) for _ in range(COUNT))
     return nn.Sequential(*layers).to("cuda", dtype)
 
 
-def train(net: nn.Module, optimizer: FOAM, steps: range, *, releases: bool = False) -> None:
+def train(net, optimizer, steps, *, releases=False):
     for step in steps:
         random = torch.Generator().manual_seed(step)
         x = torch.randn(64, SIZE, generator=random).to("cuda", next(net.parameters()).dtype)
@@ -37,7 +35,7 @@ def train(net: nn.Module, optimizer: FOAM, steps: range, *, releases: bool = Fal
         optimizer.zero_grad()
 
 
-def moments(optimizer: FOAM) -> list[Tensor]:
+def moments(optimizer):
     return [
         value for state in optimizer.state.values() for key, value in state.items() if key != "step"
     ]
@@ -54,9 +52,7 @@ def moments(optimizer: FOAM) -> list[Tensor]:
     ],
     ids=["f32", "bf16", "int8"],
 )
-def test_state_is_pinned_in_host_memory_and_the_weights_are_the_same(
-    dtype: torch.dtype, state_dtype: torch.dtype, fused: bool, releases: bool
-) -> None:
+def test_pinned_state_gives_the_same_weights(dtype, state_dtype, fused, releases):
     nets, optimizers = [], []
     for state_offload in (False, True):
         net = network(dtype)
@@ -79,7 +75,7 @@ def test_state_is_pinned_in_host_memory_and_the_weights_are_the_same(
         assert torch.equal(kept.cpu(), offloaded)
 
 
-def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one() -> None:
+def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one():
     peaks = []
     for state_offload in (False, True):
         net = network(torch.float32)
@@ -98,7 +94,7 @@ def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one() -> None:
 
 @pytest.mark.parametrize("saves", [False, True], ids=["from-device", "from-host"])
 @pytest.mark.parametrize("loads", [False, True], ids=["to-device", "to-host"])
-def test_a_state_loads_with_and_without_offload(saves: bool, loads: bool) -> None:
+def test_a_state_loads_with_and_without_offload(saves, loads):
     straight, stopped = network(torch.float32), network(torch.float32)
     train(straight, FOAM(straight.parameters()), range(4))
     first = FOAM(stopped.parameters(), state_offload=saves)
@@ -111,13 +107,13 @@ def test_a_state_loads_with_and_without_offload(saves: bool, loads: bool) -> Non
         assert torch.equal(expected, found)
 
 
-def test_lightning_leaves_a_loaded_state_in_host_memory() -> None:
+def test_lightning_leaves_a_loaded_state_in_host_memory():
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     net = network(torch.float32)
     saving = FOAM(net.parameters())
     train(net, saving, range(1))
-    saved: dict[str, Any] = saving.state_dict()
+    saved = saving.state_dict()
     optimizer = FOAM(net.parameters(), state_offload=True)
     strategy = SingleDeviceStrategy(device=torch.device("cuda", 0))
     strategy._optimizers = [optimizer]
