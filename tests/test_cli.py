@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -68,13 +67,9 @@ def test_help_lists_options_that_exist_with_their_defaults(command: str) -> None
             assert str(defaults[option.name]) == said[1]
 
 
-@pytest.mark.parametrize("budget", ["24 potatoes", "-1GB", "0", "24", "", "GB"])
+@pytest.mark.parametrize("budget", ["=24 potatoes", "=-1GB", "=0", "=24", "=", "=GB", ""])
 def test_a_bad_budget_is_one_line(budget: str, refused: Check) -> None:
-    assert "memory" in refused("fit", f"--memory-budget={budget}")
-
-
-def test_a_budget_without_a_value_is_one_line(refused: Check) -> None:
-    refused("fit", "--memory-budget")
+    assert "memory" in refused("fit", f"--memory-budget{budget}")
 
 
 @pytest.mark.parametrize(
@@ -100,55 +95,31 @@ def test_a_bad_configuration_is_one_line(
     assert expected in refused("plan", "--config", path, "--memory-budget", "1GB")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("missing.txt", None, "missing.txt"),
-        ("empty.txt", b"", "empty"),
-        ("short.txt", b"x = 1\n", "shorter"),
-        ("garbage.txt", bytes(range(256)) * 10, "text"),
-        ("other.jsonl", b'{"body": "no text here"}\n', "body"),
-        ("text.docx", b"abc", ".docx"),
-    ],
-)
-def test_bad_data_is_one_line(
-    name: str,
-    content: bytes | None,
-    expected: str,
-    settings: Path,
-    tmp_path: Path,
-    refused: Check,
-) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    assert expected in refused("fit", "--config", settings, "--data.files", path)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
     settings: Path, refused: Check, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    def plan(budget: str, output: str) -> tuple[int, str, str]:
+        words = ["plan", "--config", str(settings), "--memory-budget", budget, "--format", output]
+        return cli.main(words), *capfd.readouterr()
+
+    words = ["--config", str(settings)]
+    least = BudgetPlanner(parse("plan", words, default=None).job(), 1).minimum.account.peak_bytes
     for command in ("plan", "fit", "tune"):
-        line = refused(command, "--config", settings, "--memory-budget", "100kB", code=3)
-    enough = line.split("at least ")[1].split()[0]
-    assert cli.main(["plan", "--config", str(settings), "--memory-budget", enough]) == 0
+        line = refused(command, *words, "--memory-budget", f"{least - 1}B", code=3)
+        assert line.endswith(f"to at least {at_least(least)}\n")
+    code, out, _ = plan(f"{least - 1}B", "json")
+    assert code == 3
+    content = json.loads(out)
+    assert (content["feasible"], content["minimum_budget_bytes"]) == (False, least)
+    code, out, _ = plan(at_least(least), "table")
+    assert code == 0
+    assert at_least(least) in out
     assert not (settings.parent / "runs").exists()
-    capfd.readouterr()
-    assert (
-        cli.main(
-            ["plan", "--config", str(settings), "--memory-budget", "100kB", "--format", "json"]
-        )
-        == 3
-    )
-    content = json.loads(capfd.readouterr().out)
-    assert content["feasible"] is False
-    assert content["minimum_budget_bytes"] <= ByteSize(enough)
 
 
 @pytest.fixture(scope="module")
-def fitting_of() -> Callable[[str], BudgetPlanner]:
-    """Fit a recipe's model with few rows; what was traced is kept."""
+def planner_of() -> Callable[[str], BudgetPlanner]:
+    """Plan for the model of a recipe with few rows; what was traced is kept."""
 
     @cache
     def make(size: str) -> BudgetPlanner:
@@ -160,24 +131,23 @@ def fitting_of() -> Callable[[str], BudgetPlanner]:
 
 _RECIPES = [
     pytest.param(size, marks=[] if size == "350m" else pytest.mark.slow)
-    for size in ("60m", "350m", "1b", "3b", "7b", "13b")
+    for size in ("60m", "350m", "1b", "7b", "13b")
 ]
 
 
 @pytest.mark.parametrize("size", _RECIPES)
 def test_the_budget_that_a_refusal_names_works_and_one_byte_less_is_refused(
-    size: str, fitting_of: Callable[[str], BudgetPlanner]
+    size: str, planner_of: Callable[[str], BudgetPlanner]
 ) -> None:
-    planner = fitting_of(size)
+    planner = planner_of(size)
     least = planner.minimum.account.peak_bytes
     with pytest.raises(InfeasibleBudgetError) as caught:
         planner.with_budget(least - 1).default_plan()
     assert caught.value.exit_code == 3
     assert caught.value.minimum_bytes == least
     assert sum(caught.value.breakdown.values()) == least
-    shown = re.findall(r"(?<=needs |least )[0-9.]+[kMGT]?B", str(caught.value))
-    assert len(shown) == 2
-    for budget in (least, *map(ByteSize, shown)):
+    (shown,) = re.findall(r"(?<=at least )[0-9.]+[kMGT]?B", str(caught.value))
+    for budget in (least, ByteSize(shown)):
         inside = planner.with_budget(budget)
         plan = inside.default_plan()
         account = inside.accountant.account(plan)
@@ -186,25 +156,7 @@ def test_the_budget_that_a_refusal_names_works_and_one_byte_less_is_refused(
         inside.check(plan)
 
 
-def test_plan_below_its_own_minimum_exits_3_and_says_what_works(
-    settings: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def plan(budget: str, output: str) -> tuple[int, str, str]:
-        words = ["plan", "--config", str(settings), "--memory-budget", budget, "--format", output]
-        return cli.main(words), *capfd.readouterr()
-
-    least = BudgetPlanner(parse("plan", ["--config", str(settings)], default=None).job(), 1).minimum
-    shown = at_least(least.account.peak_bytes)
-    code, out, err = plan(f"{least.account.peak_bytes - 1}B", "json")
-    assert code == 3
-    assert json.loads(out)["minimum_budget_bytes"] == least.account.peak_bytes
-    assert f"to at least {shown}\n" in err
-    code, out, _ = plan(shown, "table")
-    assert code == 0
-    assert f"The smallest budget that works is {shown}." in out
-
-
-def test_a_given_plan_that_does_not_fit_is_not_said_to_pull_every_lever(
+def test_a_given_plan_that_does_not_fit_is_refused_with_what_it_needs(
     settings: Path, refused: Check
 ) -> None:
     planner = BudgetPlanner(parse("plan", ["--config", str(settings)], default=None).job(), 10**12)
@@ -212,7 +164,8 @@ def test_a_given_plan_that_does_not_fit_is_not_said_to_pull_every_lever(
     plan.save(settings.parent / "plan.json")
     words = ["fit", "--config", settings, "--fold-plan", settings.parent / "plan.json"]
     line = refused(*words, "--memory-budget", "100kB", code=3)
-    assert f"this plan needs {at_least(planner.accountant.account(plan).peak_bytes)}" in line
+    assert "this plan" in line
+    assert at_least(planner.accountant.account(plan).peak_bytes) in line
 
 
 def test_plan_as_json_is_one_object_whose_terms_add_up(
@@ -233,7 +186,7 @@ def test_plan_lists_the_largest_tensors_on_request(
 ) -> None:
     words = ["plan", "--config", str(settings), "--uniform-level", "2", "--tensors"]
     assert cli.main([*words, "3"]) == 0
-    assert "kinds more" in capfd.readouterr().out
+    assert "of tensor" in capfd.readouterr().out
     assert cli.main([*words, "1000", "--format", "json"]) == 0
     content = json.loads(capfd.readouterr().out)
     for term in ("weights", "gradients", "optimizer_state", "activations", "loss", "workspace"):
@@ -325,7 +278,7 @@ def test_unknown_words_are_one_line(refused: Check) -> None:
     refused("export")
 
 
-def test_interruption_says_how_to_go_on(
+def test_an_interrupted_command_says_how_to_resume(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -335,9 +288,3 @@ def test_interruption_says_how_to_go_on(
         assert capfd.readouterr().err == (
             f"ended by {number.name}; run the same command again to resume\n"
         )
-
-
-def test_help_is_quick() -> None:
-    start = time.monotonic()
-    subprocess.run([sys.executable, "cli.py", "--help"], check=True, cwd=REPOSITORY, stdout=-3)
-    assert time.monotonic() - start < 2

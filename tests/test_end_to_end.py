@@ -1,5 +1,6 @@
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,9 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
     checkpoint = str(folder / "checkpoints" / "last.ckpt")
     capfd.readouterr()
     assert cli.main(["validate", "--ckpt_path", checkpoint]) == 0
-    assert f"loss {summary['final_validation_loss']:.4f} nats" in capfd.readouterr().out
+    assert capfd.readouterr().out.startswith(f"loss {summary['final_validation_loss']:.4f} nats")
     assert cli.main(["validate", "--ckpt_path", checkpoint, "--biased", "true"]) == 0
-    assert "as the released FOAM code would print it: the losses of 4 batches" in (
-        capfd.readouterr().out
-    )
+    assert "of 4 batches" in capfd.readouterr().out
     options = ["--prompt", "import ", "--max_new_tokens", "8"]
     assert cli.main(["generate", "--ckpt_path", checkpoint, *options]) == 0
     assert capfd.readouterr().out.startswith("import ")
@@ -89,8 +88,5 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
 
 
 def test_the_benchmark_of_tuned_plans_starts() -> None:
-    words = ["-m", "tests.benchmarks.tuned", "--help"]
-    import sys
-
-    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
-    assert "--seeds" in done.stdout
+    words = [sys.executable, "-m", "tests.benchmarks.tuned", "--help"]
+    assert "--seeds" in subprocess.run(words, check=True, capture_output=True, text=True).stdout

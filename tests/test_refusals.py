@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import cli
-from foam_lightning.data.module import TextData
 from tests.tiny import write_settings
 from tuner.config.parser import parse
 
@@ -52,6 +51,30 @@ def test_numbers_out_of_range_are_refused(
     words = ["--ckpt_path", "x.ckpt"] if command == "generate" else []
     line = refused(command, *words, f"{flag}={value}")
     assert flag.lstrip("-") in line or value.split(",")[-1] in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.txt", None, "missing.txt"),
+        ("empty.txt", b"", "empty"),
+        ("short.txt", b"x = 1\n", "shorter"),
+        ("garbage.txt", bytes(range(256)) * 10, "text"),
+        ("other.jsonl", b'{"body": "no text here"}\n', "body"),
+        ("text.docx", b"abc", ".docx"),
+    ],
+)
+def test_bad_data_is_one_line(
+    name: str,
+    content: bytes | None,
+    expected: str,
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert expected in refused("fit", "--data.files", path)
 
 
 DATASETS = {
@@ -108,8 +131,8 @@ def test_nothing_to_validate_on_is_refused(
 def test_a_prepared_file_that_a_crash_has_damaged_is_named(
     kind: str, content: bytes, tmp_path: Path, refused: Refused
 ) -> None:
-    data = parse("fit", ["--config", str(tmp_path / "tiny.yaml")], default=None).job().data
-    TextData(data).setup()
+    job = parse("fit", ["--config", str(tmp_path / "tiny.yaml")], default=None).job()
+    job.new_data(job.memory_options).setup()
     damaged = next((tmp_path / "cache").glob(f"{kind}-*"))
     damaged.write_bytes(content)
     assert f"the prepared file {damaged} is damaged" in refused("fit")

@@ -1,5 +1,6 @@
 """The commands on one checkpoint: validate, generate, export."""
 
+import sys
 from pathlib import Path
 
 from foam_lightning.checkpoint.load import load_module, load_tokenizer
@@ -22,7 +23,13 @@ def run_validate(settings: Settings) -> None:
     plan = module.plan
     assert plan is not None
     data = job.new_data(plan.memory_options)
-    trainer = job.new_trainer(plan.memory_options, [], logger=False, enable_checkpointing=False)
+    trainer = job.new_trainer(
+        plan.memory_options,
+        [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
     loss, num_tokens = validate(trainer, module, data)
     num_batches = len(data.val_dataloader()) if settings.biased else None
     print(format_perplexity(loss, num_tokens, num_batches=num_batches))
