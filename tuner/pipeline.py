@@ -10,7 +10,7 @@ from rich.console import Console
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.training import train, versions
-from foam_lightning.units import ByteSize, format_bytes
+from foam_lightning.units import ByteSize, format_bytes_apart
 from tuner.console import say
 from tuner.oom_fallback import Fallback
 from tuner.rehearsal import rehearse_plan, rehearse_tightest_plan
@@ -126,8 +126,11 @@ def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict
     job, planner, folder = context.job, context.planner, context.folder
     folder.write_config(context.settings_text)
     predicted = planner.accountant.account(plan).peak_bytes if job.is_foam else None
-    peak = "" if predicted is None else f", predicted peak {format_bytes(predicted)}"
-    say(f"training: {job.trainer.max_steps} steps{peak}")
+    text = f"training: {job.trainer.max_steps} steps"
+    if predicted is not None:
+        peak, *_ = format_bytes_apart(predicted, planner.budget_bytes or predicted)
+        text += f", predicted peak {peak}"
+    say(text)
     trained = train(
         job,
         plan,

@@ -42,6 +42,10 @@ class Rehearsal:
     reserved_bytes: int | None = None
     allocator_retries: int | None = None
 
+    def peak_to_plan_for(self, budget_bytes: int) -> int:
+        """Return the predicted peak of a plan whose measured peak would be the budget."""
+        return budget_bytes - (self.measured_peak_bytes - self.predicted_peak_bytes)
+
     def __str__(self) -> str:
         measured, predicted = format_bytes_apart(
             self.measured_peak_bytes, self.predicted_peak_bytes
@@ -76,16 +80,17 @@ def rehearse_tightest_plan(context: RunContext) -> BudgetPlanner:
         plans = [planner.default_plan(), planner.uniform(planner.uniform_levels[0])]
         return max(plans, key=lambda plan: planner.accountant.account(plan).peak_bytes)
 
-    planner = context.planner
+    budget, planner = context.budget_bytes, context.planner
     plan = tightest(planner)
-    peak = planner.accountant.account(plan).peak_bytes
+    while (found := _find(context, plan)) is not None and found.measured_peak_bytes > budget:
+        planner = planner.with_budget(found.peak_to_plan_for(budget))  # as before it was resumed
+        plan = tightest(planner)
     has_fallen_back = context.memory_options is not None  # to options that need less
-    is_recorded = _find(context, plan) is not None
-    if peak < _CLOSE_TO_BUDGET * context.budget_bytes or (has_fallen_back and not is_recorded):
+    if has_fallen_back or planner.accountant.account(plan).peak_bytes < _CLOSE_TO_BUDGET * budget:
         return planner
     assert context.worker is not None
     with context.worker.turn():
-        planner, _, rehearsal = _fold_until_it_fits(context, planner, tightest(planner), tightest)
+        planner, _, rehearsal = _fold_until_it_fits(context, planner, plan, tightest)
     say(f"rehearsal of the tightest plan: {rehearsal}")
     return planner
 
@@ -112,7 +117,9 @@ def rehearse_plan(
             plan, levels=tighter.nearest_levels(plan.levels), memory_options=tighter.memory_options
         )
 
-    _, plan, rehearsal = _fold_until_it_fits(context, planner, plan, fold_further)
+    # Options that a run fell back to are not the planner's, so its levels would not fit them.
+    choose = fold_further if context.memory_options is None else None
+    _, plan, rehearsal = _fold_until_it_fits(context, planner, plan, choose)
     return plan, rehearsal
 
 
@@ -120,9 +127,16 @@ def _fold_until_it_fits(
     context: RunContext,
     planner: BudgetPlanner,
     plan: FoldPlan,
-    choose: Callable[[BudgetPlanner], FoldPlan],
+    choose: Callable[[BudgetPlanner], FoldPlan] | None,
 ) -> tuple[BudgetPlanner, FoldPlan, Rehearsal]:
-    """Rehearse plans, each for a budget smaller by what the one before took too much."""
+    """Rehearse plans, each for a budget smaller by what the one before took too much.
+
+    Args:
+        context: The run.
+        planner: Where the plan comes from.
+        plan: The first plan.
+        choose: Finds the next one in a smaller budget; None allows the first one only.
+    """
     budget = context.budget_bytes
     for number in range(1, MAX_REHEARSALS + 1):
         rehearsal = rehearse(context, plan)
@@ -132,14 +146,14 @@ def _fold_until_it_fits(
         taken, limit = format_bytes_apart(rehearsal.measured_peak_bytes, budget)
         reason = f"it took {taken}, the budget is {limit}"
         shortage = MemoryShortageError("the rehearsal", plan, _STEPS, reason)
-        if number == MAX_REHEARSALS or context.memory_options is not None:
+        if number == MAX_REHEARSALS or choose is None:
             break
         try:
-            planner = planner.with_budget(rehearsal.predicted_peak_bytes - excess)
+            planner = planner.with_budget(rehearsal.peak_to_plan_for(budget))
             plan = choose(planner)
         except (InfeasibleBudgetError, ConfigError) as error:
             raise shortage from error
-        say(f"rehearsal: {rehearsal}; {excess} B above the budget, so the plan folds further")
+        say(f"rehearsal: {rehearsal}; {excess} B above the budget, folding further")
     raise shortage
 
 

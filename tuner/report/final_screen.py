@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.units import format_bytes
+from foam_lightning.units import format_bytes_apart
 
 
 def final_screen(folder: RunFolder, summary: Mapping[str, Any]) -> str:
@@ -36,9 +36,9 @@ def _results(summary: Mapping[str, Any]) -> dict[str, str]:
     }
     measured, predicted = summary["measured_peak_bytes"], summary["predicted_peak_bytes"]
     if measured is not None:
-        found["memory"] = f"peak {format_bytes(measured)} measured"
-        if predicted is not None:
-            found["memory"] += f", {format_bytes(predicted)} predicted"
+        texts = format_bytes_apart(*(n for n in (measured, predicted) if n is not None))
+        labels = ("measured", "predicted")
+        found["memory"] = "peak " + ", ".join(map(" ".join, zip(texts, labels, strict=False)))
     if summary["tokens_per_second"] is not None:
         found["speed"] = f"{summary['tokens_per_second']:.0f} tokens/s"
     if summary.get("skipped_steps"):
