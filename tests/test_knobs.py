@@ -16,7 +16,7 @@ from tuner.planning.knobs import (
     base_curve,
     damage_table,
     decode,
-    nearest,
+    nearest_levels,
     state_bytes_table,
     suggest,
 )
@@ -72,7 +72,7 @@ def test_by_default_damage_is_elements_times_the_curve() -> None:
     np.testing.assert_allclose(table, np.outer(sizes, [base_curve(level) for level in LEVELS]))
 
 
-def test_a_multiplier_moves_its_role_alone() -> None:
+def test_a_multiplier_changes_only_its_role() -> None:
     ratio = damage_table(SHAPES, Knobs(v=3.0), [4]) / damage_table(SHAPES, Knobs(), [4])
     expected = [3.0 if role_of(name) == "v" else 1.0 for name in NAMES]
     np.testing.assert_allclose(ratio[:, 0], expected)
@@ -85,18 +85,15 @@ def test_depth_runs_from_the_first_layer_to_the_last() -> None:
     first, middle, last = math.exp(-0.5 + 0.2), math.exp(-0.1), math.exp(0.5 + 0.2)
     np.testing.assert_allclose(ratio[:, 0], [first] * 7 + [middle] * 7 + [last] * 7 + [1.0])
 
-
-def test_one_layer_has_no_depth() -> None:
-    shapes = llama_shapes(1)
+    one = llama_shapes(1)
     np.testing.assert_array_equal(
-        damage_table(shapes, Knobs(depth_slope=2.0), [1]), damage_table(shapes, Knobs(), [1])
+        damage_table(one, Knobs(depth_slope=2.0), [1]), damage_table(one, Knobs(), [1])
     )
 
 
 def test_levels_above_the_cap_may_not_be_chosen() -> None:
     table = damage_table(SHAPES, Knobs(level_cap=3), LEVELS)
-    assert np.isfinite(table[:, :4]).all()
-    assert np.isinf(table[:, 4:]).all()
+    assert np.isfinite(table).all(axis=0).tolist() == [True] * 4 + [False] * 5
 
 
 def test_state_bytes_count_both_moments_with_a_ragged_last_block() -> None:
@@ -121,22 +118,24 @@ def test_any_knobs_decode_to_levels_that_fit(knobs: Knobs, fraction: float) -> N
     levels = decode(SHAPES, knobs, LEVELS, cost, budget)
     assert list(levels) == NAMES
     assert sum(int(cost[row, levels[name]]) for row, name in enumerate(NAMES)) <= budget
+    with pytest.raises(AllocationError):
+        decode(SHAPES, knobs, LEVELS, cost, low - 1)
 
 
-def test_a_cap_the_budget_affords_is_kept_and_another_is_raised_just_enough() -> None:
+def test_a_cap_is_raised_only_as_far_as_the_budget_needs() -> None:
     cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
     budget = int(cost[:, 3].sum())
     assert max(decode(SHAPES, Knobs(level_cap=5), LEVELS, cost, budget).values()) == 5
     assert set(decode(SHAPES, Knobs(level_cap=2), LEVELS, cost, budget).values()) == {3}
 
 
-def test_a_high_exponent_spreads_the_bytes_and_a_low_one_gathers_them() -> None:
+def test_a_high_exponent_spreads_the_bytes_and_a_low_one_concentrates_them() -> None:
     cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
     budget = int(cost[:, 2].sum())
     spread = decode(SHAPES, Knobs(exponent=8.0), LEVELS, cost, budget)
-    gathered = decode(SHAPES, Knobs(exponent=1.0), LEVELS, cost, budget)
+    concentrated = decode(SHAPES, Knobs(exponent=1.0), LEVELS, cost, budget)
     assert list(spread.values()).count(0) == 0
-    assert list(gathered.values()).count(0) >= 5
+    assert list(concentrated.values()).count(0) >= 5
 
 
 def test_the_most_damaged_role_keeps_the_most_state() -> None:
@@ -145,13 +144,7 @@ def test_the_most_damaged_role_keeps_the_most_state() -> None:
     assert {level for name, level in levels.items() if role_of(name) == "v"} == {0}
 
 
-def test_no_levels_fit_a_budget_below_the_floor() -> None:
-    cost = state_bytes_table(SHAPES, LEVELS, "bfloat16")
-    with pytest.raises(AllocationError):
-        decode(SHAPES, Knobs(), LEVELS, cost, int(cost[:, -1].sum()) - 1)
-
-
-def test_a_trial_reads_back_the_knobs_that_were_enqueued() -> None:
+def test_a_trial_returns_the_knobs_that_were_enqueued() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     knobs = Knobs(q=0.125, down=8.0, depth_slope=-1.5, exponent=3.0, level_cap=2)
@@ -169,8 +162,8 @@ def test_a_trial_reads_back_the_knobs_that_were_enqueued() -> None:
         ({"q": 0.0}, "q must be above 0"),
         ({"exponent": -1.0}, "exponent must be above 0"),
         ({"depth_slope": math.nan}, "depth_slope must be finite"),
-        ({"level_cap": 0}, "level_cap must be from 1 to 8, got 0"),
-        ({"level_cap": 9}, "level_cap must be from 1 to 8, got 9"),
+        ({"level_cap": 0}, "level_cap .* got 0"),
+        ({"level_cap": 9}, "level_cap .* got 9"),
     ],
 )
 def test_a_knob_out_of_range_is_named(knobs: dict[str, float], message: str) -> None:
@@ -183,7 +176,7 @@ def test_levels_that_fit_are_the_nearest_to_themselves(levels: list[int]) -> Non
     wanted = dict(zip(NAMES, levels, strict=True))
     costs = state_bytes_table(SHAPES, LEVELS, "float32")
     spent = sum(int(costs[row, level]) for row, level in enumerate(levels))
-    assert nearest(SHAPES, wanted, LEVELS, costs, spent) == wanted
+    assert nearest_levels(SHAPES, wanted, LEVELS, costs, spent) == wanted
 
 
 @given(
@@ -208,7 +201,7 @@ def test_the_nearest_levels_that_fit_are_those_of_brute_force(
     def spent(chosen: Sequence[int]) -> int:
         return sum(int(costs[row, level]) for row, level in enumerate(chosen))
 
-    found = list(nearest(shapes, wanted, (0, 1, 2), costs, budget).values())
+    found = list(nearest_levels(shapes, wanted, (0, 1, 2), costs, budget).values())
     assert spent(found) <= budget
-    planner = [chosen for chosen in product((0, 1, 2), repeat=4) if spent(chosen) <= budget]
-    assert distance(found) == min(map(distance, planner))
+    fitting = [chosen for chosen in product((0, 1, 2), repeat=4) if spent(chosen) <= budget]
+    assert distance(found) == min(map(distance, fitting))

@@ -37,7 +37,7 @@ def uniform(level: int, scale: float, lr: float = 0.02) -> FoldPlan:
 
 
 @given(lr_factor=FACTORS, scale_factor=FACTORS, qk_factor=FACTORS)
-def test_the_factors_turn_what_they_are_named_after(
+def test_each_factor_multiplies_what_it_is_named_after(
     lr_factor: float, scale_factor: float, qk_factor: float
 ) -> None:
     plan = uniform(0, 0.1)
@@ -48,10 +48,7 @@ def test_the_factors_turn_what_they_are_named_after(
         factor = scale_factor * (qk_factor if name in QK else 1.0)
         assert scale == pytest.approx(0.1 * factor, rel=THREE_DIGITS)
     assert list(found.scales) == NAMES
-
-
-def test_a_plan_that_is_not_turned_stays() -> None:
-    assert scale_plan(uniform(2, 0.25)) == uniform(2, 0.25)
+    assert scale_plan(plan) == plan
 
 
 @given(
@@ -59,7 +56,7 @@ def test_a_plan_that_is_not_turned_stays() -> None:
     rates=st.tuples(st.floats(0.005, 0.1), st.floats(0.005, 0.1)),
     qk_factors=st.tuples(FACTORS, FACTORS),
 )
-def test_in_a_mixed_plan_every_matrix_takes_the_steps_it_took_before(
+def test_in_a_mixed_plan_the_steps_of_every_matrix_keep_their_size(
     levels: list[int], rates: tuple[float, float], qk_factors: tuple[float, float]
 ) -> None:
     adam = scale_plan(uniform(0, 0.1, rates[0]), qk_factor=qk_factors[0])
@@ -79,12 +76,9 @@ def test_in_a_mixed_plan_every_matrix_takes_the_steps_it_took_before(
             assert plan.lr * plan.scales[name] == pytest.approx(step, rel=THREE_DIGITS)
 
 
-def test_one_scale_is_one_number() -> None:
+def test_scales_are_described_by_level_and_role() -> None:
     assert scale_rows(uniform(2, 0.25)) == []
     assert describe_scales(uniform(2, 0.25)) == "0.25"
-
-
-def test_scales_are_said_by_level_and_role() -> None:
     adam = scale_plan(uniform(0, 0.1), qk_factor=2.5)
     assert describe_scales(adam) == "0.1 (q, k: 0.25)"
     assert scale_rows(adam) == [["0", "0.25", "0.25", "0.1", "0.1", "0.1", "0.1", "0.1"]]

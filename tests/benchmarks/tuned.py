@@ -1,13 +1,13 @@
-"""Is the tuned plan as good as Adam, and better than uniform and random ones of its bytes?
+"""Compare tuned plans with Adam and with uniform and random plans of the same bytes.
 
     python -m tests.benchmarks.tuned [--model default] [--seeds 3] [--steps 1200] [--output FILE]
 
-The search runs at a half, a quarter and an eighth of Adam's state of the matrices, on seed 0, with
-Adam to compare with, which may not win there. What wins, and the best mixed plan, then train in
-full on every seed beside every Adam (of the ranking, and as found), uniform levels and random plans
-of the same bytes. The Adam of lowest mean is the reference: it is chosen on the very runs that are
-compared, which no other plan is. Two processes of one thread each train. Studies and runs are kept
-beside FILE: interrupted, it goes on from them. Delete them after a change of the code.
+The search runs with a half, a quarter and an eighth of Adam's state of the matrices, on seed 0,
+with Adam as the reference, which may not win. The winner and the best mixed plan of each search
+then train in full on every seed, as do several settings of Adam, uniform levels and random plans.
+The reference of the table is the Adam of lowest mean loss, chosen on the very runs that are
+compared, which favours Adam. Two processes of one thread train at a time. Studies and results are
+saved next to FILE, and an interrupted run resumes from them: delete them after changing the code.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,31 +23,31 @@ import torch
 from typing_extensions import override
 
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.plan import MemoryOptions
 from foam_lightning.training import versions
 from foam_lightning.units import format_bytes
 from tests.benchmarks.heading import commit_and_date, machine, publish
-from tests.benchmarks.rival_plans import MODELS, Task, job_of, plans_of, runs_of
+from tests.benchmarks.rival_plans import MODELS, RivalPlan, Task, make_job, rival_plans, run_tasks
 from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import ADAM_QK_FACTOR, describe_scales, scale_plan
 from tuner.search.search import search
 from tuner.trials.budget import SearchBudget
-from tuner.trials.cache import job_key, load_earlier_trials
+from tuner.trials.cache import CachedRunner, job_key, load_earlier_trials
 from tuner.trials.results import SearchResult
-from tuner.trials.runner import TrialResult, paired_difference
+from tuner.trials.runner import TrialResult, TrialRunner, paired_difference
 
 LOWEST_LEVELS = (1, 2, 3)  # a half, a quarter and an eighth of Adam's state
-# Of the learning rate of the configuration, beside those of the ranking.
+# Further settings of Adam: factors of the configured learning rate.
 ADAM_RATES = {"default": (0.25, 0.5), "larger": (0.5, 2.0)}
-EFFORT = SearchBudget(num_trials=12, steps=300, num_seeds=2)
+BUDGET = SearchBudget(num_trials=12, steps=300, num_seeds=2)
 
 
 class StateBudgetPlanner(BudgetPlanner):
-    """The plans that take no more state than a uniform level does, and Adam to compare with.
+    """Plans with no more state than a uniform level has, and Adam as the reference.
 
     Args:
         job: What to train.
-        lowest: The level.
+        lowest: The uniform level.
     """
 
     def __init__(self, job: Job, lowest: int) -> None:
@@ -75,65 +75,84 @@ class StateBudgetPlanner(BudgetPlanner):
         return self.folded_state_bytes(self.uniform(self._lowest))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A plan of the table.
-
-    Attributes:
-        name: What it is.
-        share: Its part of Adam's state, 1, 1/2, 1/4 or 1/8.
-        plan: The plan, with the learning rate of the full length.
-    """
-
-    name: str
-    share: float
-    plan: FoldPlan
-
-
 def run_search(job: Job, lowest: int, folder: Path) -> SearchResult:
-    """Search within the bytes of a uniform level; what earlier searches ran is not run again."""
-    place = folder / f"level_{lowest}"
-    place.mkdir(parents=True, exist_ok=True)
-    others = [path for path in sorted(folder.glob("level_*/study.db")) if path.parent != place]
-    return search(
-        job,
-        StateBudgetPlanner(job, lowest),
-        place,
-        EFFORT,
-        known=load_earlier_trials(others, job_key(job)),
+    """Search within the bytes of a uniform level, reusing the trials of the other searches."""
+    own = folder / f"level_{lowest}"
+    own.mkdir(parents=True, exist_ok=True)
+    others = [path for path in sorted(folder.glob("level_*/study.db")) if path.parent != own]
+    runner = CachedRunner(
+        TrialRunner(job),
+        load_earlier_trials(others, job_key(job)),
         on_run=lambda *run: print(lowest, *run, flush=True),
     )
+    return search(StateBudgetPlanner(job, lowest), runner, own, BUDGET)
 
 
-def rows(job: Job, model: str, folder: Path) -> tuple[list[Row], list[str]]:
-    """List the plans, and why each search chose its winner."""
+def collect_plans(job: Job, model: str, folder: Path) -> tuple[list[RivalPlan], list[str]]:
+    """Run the searches; return all plans to compare, and a line for each search."""
     found = [
-        Row(row.name, row.share, row.plan)
-        for row in plans_of(model)
-        if row.share in (1, 0.5, 0.25, 0.125) and (not row.is_folded or "low" not in row.name)
+        rival
+        for rival in rival_plans(model)
+        if rival.share in (1, 0.5, 0.25, 0.125) and (not rival.is_folded or "low" not in rival.name)
     ]
     adam = job.uniform_plan(0)
     for factor in ADAM_RATES[model]:
         plan = scale_plan(adam, lr_factor=factor, qk_factor=ADAM_QK_FACTOR)
-        found.append(Row(f"split-lr Adam, q, k at .25, lr x {factor:g}", 1, plan))
+        found.append(RivalPlan(f"split-lr Adam, q, k at .25, lr x {factor:g}", 1, plan))
     reasons = []
     for lowest in LOWEST_LEVELS:
-        search_result = run_search(job, lowest, folder)
+        result = run_search(job, lowest, folder)
         share = 0.5**lowest
-        reasons.append(f"- at {share:g} of Adam's state, the search chose: {search_result.reason}")
-        for c in search_result.finalists:
-            where = 2.0 ** round(math.log2(c.state_bytes / search_result.adam_state_bytes))
-            is_winner = c is search_result.winner
+        reasons.append(f"- search at {share:g} of Adam's state: {result.reason}")
+        for c in result.finalists:
+            is_winner = c is result.winner
             if c.kind == "uniform" and not is_winner:
                 continue
+            share_of_adam = 2.0 ** round(math.log2(c.state_bytes / result.adam_state_bytes))
             name = f"**{c.label}, chosen at {share:g}**" if is_winner else f"{c.label}, found"
-            if is_winner or all(row.plan != c.plan for row in found):
-                found.append(Row(name, where, c.plan))
-    return sorted(found, key=lambda row: -row.share), reasons
+            if is_winner or all(rival.plan != c.plan for rival in found):
+                found.append(RivalPlan(name, share_of_adam, c.plan))
+    return sorted(found, key=lambda rival: -rival.share), reasons
 
 
 def mean_loss(runs: Sequence[TrialResult]) -> float:
     return sum(run.loss for run in runs) / len(runs)
+
+
+def compare_runs(runs: Sequence[TrialResult], others: Sequence[TrialResult]) -> str:
+    return "0" if runs is others else str(paired_difference(runs, others))
+
+
+def table(
+    job: Job, rivals: Sequence[RivalPlan], results: Sequence[Sequence[TrialResult]]
+) -> list[str]:
+    """Lay out the results of the plans, one result per seed."""
+    planner = BudgetPlanner(job, None)
+    num_seeds = len(results[0])
+    pairs = list(zip(rivals, results, strict=True))
+    adam = min((runs for rival, runs in pairs if rival.share == 1), key=mean_loss)
+    uniform = {
+        rival.share: runs
+        for rival, runs in pairs
+        if rival.name.startswith("uniform level") and "," not in rival.name
+    }
+    lines = [
+        "| state | plan | lr | scale | bytes | "
+        + " | ".join(f"seed {seed}" for seed in range(num_seeds))
+        + " | mean | to Adam | to uniform |",
+        "|---|---|---|---|---|" + "---|" * (num_seeds + 3),
+    ]
+    for rival, runs in pairs:
+        of_bytes = uniform.get(rival.share)
+        lines.append(
+            f"| {rival.share:g} | {rival.name} | {rival.plan.lr:g} | "
+            f"{describe_scales(rival.plan)} | "
+            f"{format_bytes(planner.folded_state_bytes(rival.plan))} | "
+            + " | ".join(f"{run.loss:.4f}" for run in runs)
+            + f" | {mean_loss(runs):.4f} | {compare_runs(runs, adam)} | "
+            + f"{'' if of_bytes is None else compare_runs(runs, of_bytes)} |"
+        )
+    return lines
 
 
 def main() -> None:
@@ -142,29 +161,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--kept", type=Path, help="a folder; runs.json in it, and the studies")
+    parser.add_argument("--folder", type=Path, help="where runs.json and the studies are saved")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     output: Path | None = arguments.output
-    kept: Path = (
-        arguments.kept
+    folder: Path = (
+        arguments.folder
         or (output and output.with_suffix(""))
         or Path(tempfile.mkdtemp(prefix="tuned-"))
     )
-    kept.mkdir(parents=True, exist_ok=True)
-    job = job_of(arguments.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    job = make_job(arguments.model)
     job = replace(job, trainer=job.trainer.replace(max_steps=arguments.steps))
-    table, reasons = rows(job, arguments.model, kept)
-    seeds = range(arguments.seeds)
-
-    def task(row: Row, seed: int) -> Task:
-        return Task(arguments.model, row.plan.to_json(), arguments.steps, seed)
-
-    runs = runs_of([task(row, seed) for seed in seeds for row in table], kept / "runs.json")
-    of_row = [[runs[task(row, seed)] for seed in seeds] for row in table]
-    of_adam = [found for found, row in zip(of_row, table, strict=True) if row.share == 1]
-    reference = min(of_adam, key=mean_loss)
-    planner = BudgetPlanner(job, None)
+    rivals, reasons = collect_plans(job, arguments.model, folder)
+    tasks = [
+        [Task(arguments.model, rival.plan.to_json(), arguments.steps, seed) for rival in rivals]
+        for seed in range(arguments.seeds)
+    ]
+    found = run_tasks([task for of_seed in tasks for task in of_seed], folder / "runs.json")
+    results = [[found[task] for task in of_rival] for of_rival in zip(*tasks, strict=True)]
     lines = [
         f"# Tuned plans against Adam, uniform and random ones, the {arguments.model} model",
         "",
@@ -172,39 +187,18 @@ def main() -> None:
         f"- {commit_and_date()}",
         f"- {machine()}",
         "- " + ", ".join(f"{name} {number}" for name, number in versions().items()),
-        f"- searches on seed 0: {EFFORT.num_trials} short runs of {EFFORT.steps} steps, a race of "
-        f"{EFFORT.final_steps} steps over {EFFORT.num_seeds} seeds; full runs of "
+        f"- searches on seed 0: {BUDGET.num_trials} short runs of {BUDGET.steps} steps, finals of "
+        f"{BUDGET.final_steps} steps on {BUDGET.num_seeds} seeds; full runs of "
         f"{arguments.steps} steps on seeds 0 to {arguments.seeds - 1}",
         *reasons,
         "",
-        "Validation loss in nats per token. Differences are paired, same weights and batches, with "
-        "95 % intervals; below zero the row is better: than the Adam of lowest mean, and than the "
-        "uniform level of the same bytes at the learning rate and scale of the configuration.",
+        "Validation loss in nats per token. Differences are paired (same weights and batches), "
+        "with 95 % intervals: to the Adam of lowest mean, and to the uniform level of the same "
+        "bytes with the configured learning rate and scale. Below zero the row is better.",
         "",
-        "| state | plan | lr | scale | bytes | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | mean | to Adam | to uniform |",
-        "|---|---|---|---|---|" + "---|" * (arguments.seeds + 3),
+        *table(job, rivals, results),
     ]
-    uniform = {
-        row.share: found
-        for row, found in zip(table, of_row, strict=True)
-        if row.name.startswith("uniform level") and "," not in row.name
-    }
-    for row, found in zip(table, of_row, strict=True):
-        beside = uniform.get(row.share)
-        lines.append(
-            f"| {row.share:g} | {row.name} | {row.plan.lr:g} | {describe_scales(row.plan)} | "
-            f"{format_bytes(planner.folded_state_bytes(row.plan))} | "
-            + " | ".join(f"{run.loss:.4f}" for run in found)
-            + f" | {mean_loss(found):.4f} | {_against(found, reference)} | "
-            + f"{'' if beside is None else _against(found, beside)} |"
-        )
     publish(lines, output)
-
-
-def _against(runs: Sequence[TrialResult], others: Sequence[TrialResult]) -> str:
-    return "0" if runs is others else str(paired_difference(runs, others))
 
 
 if __name__ == "__main__":

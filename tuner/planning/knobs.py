@@ -31,18 +31,19 @@ class Knobs:
     """One point of the search space; the defaults treat all matrices alike.
 
     Args:
-        q: Multiplier of the damage to query matrices, above 0; so for the other six roles.
-        k: Key.
-        v: Value.
-        o: Attention output.
-        gate: MLP gate.
-        up: MLP up.
-        down: MLP down.
-        depth_slope: How the log of the damage grows with the relative depth x in [-1, 1].
-        depth_curvature: How it grows with x**2 - 1/3, so from the middle towards both ends.
-        exponent: Power of the base curve, above 0. Damage is concave in the bytes kept below 2,
-            which spends them on few matrices at level 0, and convex above, which spreads them.
-        level_cap: The highest level to use, from 1 to 8, where the budget can afford it.
+        q: Multiplier of the damage to query matrices, above 0.
+        k: Multiplier for key matrices.
+        v: Multiplier for value matrices.
+        o: Multiplier for attention output matrices.
+        gate: Multiplier for MLP gate matrices.
+        up: Multiplier for MLP up matrices.
+        down: Multiplier for MLP down matrices.
+        depth_slope: Growth of the log of the damage with the relative depth x in [-1, 1].
+        depth_curvature: Growth with x**2 - 1/3, that is from the middle towards both ends.
+        exponent: Power of the base curve, above 0. Below 2 the damage is concave in the bytes of
+            state, which leads to few matrices at level 0 and the rest high; above 2 it is convex,
+            which leads to levels close to each other.
+        level_cap: The highest level to use, from 1 to 8, unless the budget needs a higher one.
 
     Raises:
         ValueError: A knob is out of range.
@@ -72,10 +73,10 @@ class Knobs:
 
 
 def suggest(trial: "optuna.Trial") -> Knobs:
-    """Ask a trial for knobs; this declares the search space.
+    """Suggest knobs for a trial; this declares the search space.
 
     Args:
-        trial: Its parameters get the names of the knobs.
+        trial: The trial; its parameters get the names of the knobs.
     """
     steepest = math.log(_LARGEST_MULTIPLIER)
     multipliers = {
@@ -92,21 +93,21 @@ def suggest(trial: "optuna.Trial") -> Knobs:
 
 
 def as_params(knobs: Knobs) -> dict[str, float | int]:
-    """Turn knobs into the parameters of a trial that `suggest` reads back, to enqueue them."""
+    """Convert knobs to parameters of a trial, from which `suggest` returns them."""
     return asdict(knobs)
 
 
 def base_curve(level: int) -> float:
-    """Give the damage of a level to a matrix like any other: sqrt(1 - 2**-level).
+    """Return the damage of a level before all weighting: sqrt(1 - 2**-level).
 
-    This is the norm of the residual over the norm of the gradient where adjacent columns have
-    nothing in common, as measured for every role.
+    This is the norm of the residual over the norm of the gradient if adjacent columns are
+    independent, which is what was measured for every role (docs/log.md).
 
     Args:
         level: Fold level, 0 or more.
 
     Returns:
-        0 at level 0, rising towards 1.
+        From 0 at level 0 towards 1.
     """
     return math.sqrt(1.0 - 2.0**-level)
 
@@ -114,15 +115,15 @@ def base_curve(level: int) -> float:
 def damage_table(
     shapes: Mapping[str, tuple[int, ...]], knobs: Knobs, levels: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Estimate what each level costs each matrix in training quality, in arbitrary units.
+    """Estimate the damage of each level to each matrix, in arbitrary units.
 
     Args:
-        shapes: The matrices to fold, by qualified name.
-        knobs: What to weight them with.
-        levels: One column each.
+        shapes: Shapes of the matrices that fold, by parameter name.
+        knobs: The weights.
+        levels: The levels, one per column.
 
     Returns:
-        Shape (matrices, levels): elements * role * depth * base curve, and inf above the cap.
+        Shape (matrices, levels): elements * role * depth * base curve; inf above the level cap.
     """
     curve = np.array([base_curve(level) ** knobs.exponent for level in levels])
     curve[np.array(levels) > knobs.level_cap] = np.inf
@@ -141,8 +142,8 @@ def state_bytes_table(
     """Count the bytes of the state of each matrix at each level.
 
     Args:
-        shapes: The matrices to fold, by qualified name.
-        levels: One column each.
+        shapes: Shapes of the matrices that fold, by parameter name.
+        levels: The levels, one per column.
         dtype: The dtype of the moments.
 
     Returns:
@@ -164,17 +165,17 @@ def decode(
     cost_bytes: NDArray[np.int64],
     budget_bytes: int,
 ) -> dict[str, int]:
-    """Turn knobs into the levels that fill the budget with the least damage.
+    """Convert knobs to the levels that fit the budget with the least damage.
 
-    A level cap too low for the budget is raised to the lowest one that fits, so that any knobs
-    decode wherever any levels fit.
+    A level cap too low for the budget is raised to the lowest that fits, so that any knobs decode
+    if any levels fit.
 
     Args:
-        shapes: The matrices to fold, by qualified name.
-        knobs: What to weight them with.
+        shapes: Shapes of the matrices that fold, by parameter name.
+        knobs: The weights.
         levels: The levels to choose from, one column of `cost_bytes` each.
         cost_bytes: Shape (matrices, levels).
-        budget_bytes: The most that the levels may cost together.
+        budget_bytes: Limit on the bytes of all levels together.
 
     Returns:
         The level of each matrix.
@@ -188,24 +189,23 @@ def decode(
     return {name: levels[column] for name, column in zip(shapes, chosen, strict=True)}
 
 
-def nearest(
+def nearest_levels(
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, int],
     levels: Sequence[int],
     cost_bytes: NDArray[np.int64],
     budget_bytes: int,
 ) -> dict[str, int]:
-    """Find the levels that fit a budget and differ least from those wanted.
+    """Find the levels that fit a budget and differ least from the wanted ones.
 
-    The difference is that of the levels, by element of the matrices; where those wanted fit, there
-    is none.
+    The difference of a matrix is that of its levels times its number of elements.
 
     Args:
-        shapes: The matrices to fold, by qualified name.
-        wanted: The level that each would have.
+        shapes: Shapes of the matrices that fold, by parameter name.
+        wanted: The wanted level of each matrix.
         levels: The levels to choose from, one column of `cost_bytes` each.
         cost_bytes: Shape (matrices, levels).
-        budget_bytes: The most that the levels may cost together.
+        budget_bytes: Limit on the bytes of all levels together.
 
     Returns:
         The level of each matrix.
@@ -241,5 +241,5 @@ def _depth_weight(name: str, num_layers: int, knobs: Knobs) -> float:
     if layer is None or num_layers == 1:
         return 1.0
     x = 2 * layer / (num_layers - 1) - 1
-    # x**2 averages 1/3 over [-1, 1], so curvature moves damage about without adding any.
+    # The mean of x**2 over [-1, 1] is 1/3, so that curvature does not change the mean log damage.
     return math.exp(knobs.depth_slope * x + knobs.depth_curvature * (x**2 - 1 / 3))

@@ -20,7 +20,7 @@ from foam_lightning.memory.options import (
 from foam_lightning.model.loss import min_rows_for_chunks
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, MemoryOptions
-from tuner.planning.knobs import Knobs, decode, nearest, state_bytes_table
+from tuner.planning.knobs import Knobs, decode, nearest_levels, state_bytes_table
 from tuner.planning.scales import ADAM_QK_FACTOR, combine_plans, scale_plan
 
 LEVELS = tuple(range(MAX_LEVEL + 1))
@@ -192,7 +192,7 @@ class BudgetPlanner:
         Args:
             levels: Levels of the same matrices; they come back unchanged if they fit.
         """
-        choose = partial(nearest, self._foldable, levels, LEVELS)
+        choose = partial(nearest_levels, self._foldable, levels, LEVELS)
         return self._fill_budget(self.max_state_bytes, choose)
 
     def folded_state_bytes(self, plan: FoldPlan) -> int:

@@ -1,7 +1,7 @@
-"""The scales of a plan: turned in a search, joined from two plans into a mixed one, and in words.
+"""The scales of a plan: changed in a search, combined from two plans into a mixed one, as text.
 
-Adam wants a smaller scale than folded matrices do, and q and k at level 0 another than the rest
-(docs/log.md).
+The best scale of unfolded matrices is smaller than that of folded ones, and at level 0 that of q
+and k differs from the rest (docs/log.md).
 """
 
 from collections import Counter
@@ -11,28 +11,28 @@ from dataclasses import replace
 from foam_lightning.model.roles import ROLES, role_of
 from foam_lightning.plan import FoldPlan
 
-_APART = ("q", "k")
-# At level 0, q and k want about this many times the scale of the rest (docs/log.md).
+_QK = ("q", "k")
+# At level 0 the best scale of q and k is about this many times that of the rest (docs/log.md).
 ADAM_QK_FACTOR = 2.5
 
 
 def scale_plan(
     plan: FoldPlan, *, lr_factor: float = 1.0, scale_factor: float = 1.0, qk_factor: float = 1.0
 ) -> FoldPlan:
-    """Turn the learning rate and the scales of a plan.
+    """Multiply the learning rate and the scales of a plan; all factors are above 0.
 
     Args:
         plan: The plan.
-        lr_factor: Multiplies the learning rate, above 0; so the step of every parameter.
-        scale_factor: Multiplies the scale of every matrix, above 0.
-        qk_factor: Multiplies that of q and k beside it, above 0.
+        lr_factor: Factor of the learning rate, and so of the step of every parameter.
+        scale_factor: Factor of the scale of every matrix.
+        qk_factor: Further factor of the scales of q and k.
     """
     return replace(
         plan,
         lr=round_to_three_digits(plan.lr * lr_factor),
         scales={
             name: round_to_three_digits(
-                scale * scale_factor * (qk_factor if role_of(name) in _APART else 1.0)
+                scale * scale_factor * (qk_factor if role_of(name) in _QK else 1.0)
             )
             for name, scale in plan.scales.items()
         },
@@ -40,21 +40,19 @@ def scale_plan(
 
 
 def combine_plans(levels: Mapping[str, int], *, unfolded: FoldPlan, folded: FoldPlan) -> FoldPlan:
-    """Join two plans into a mixed one, in which each matrix takes steps of the size it had there.
+    """Combine two plans into a mixed one in which the steps of each matrix keep their size.
 
     Args:
-        levels: The levels of the mixed plan, of the matrices of both.
-        unfolded: What those at level 0 take their steps from, but for q and k, which want about
-            the steps of folded ones there too, and of which short runs of Adam say too little
-            (docs/log.md).
-        folded: What the others take theirs from; it gives the learning rate and the memory options
-            too.
+        levels: The levels of the mixed plan, for the matrices of both plans.
+        unfolded: Sets the steps of matrices at level 0 except q and k. Those work with the steps of
+            folded ones, and short runs of Adam say too little about them (docs/log.md).
+        folded: Sets the steps of all other matrices, the learning rate and the memory options.
     """
     ratio = unfolded.lr / folded.lr
     scales = {
         name: (
             folded.scales[name]
-            if level or role_of(name) in _APART
+            if level or role_of(name) in _QK
             else round_to_three_digits(unfolded.scales[name] * ratio)
         )
         for name, level in levels.items()
@@ -63,13 +61,13 @@ def combine_plans(levels: Mapping[str, int], *, unfolded: FoldPlan, folded: Fold
 
 
 def scale_rows(plan: FoldPlan) -> list[list[str]]:
-    """Give the scales as text, one row for each level in use.
+    """Return the scales as text, one row for each level in use.
 
     Args:
         plan: The plan.
 
     Returns:
-        Rows of the level and a cell for each of `ROLES`; none if a single scale says it all.
+        Rows of the level and a cell for each of `ROLES`; none if all scales are equal.
     """
     if len(set(plan.scales.values())) < 2:
         return []
@@ -80,29 +78,29 @@ def scale_rows(plan: FoldPlan) -> list[list[str]]:
 
 
 def describe_scales(plan: FoldPlan) -> str:
-    """Say the scales in one line: "0.25", or "level 0: 0.1 (q, k: 0.25); level 2: 0.25"."""
-    by_level = {level: _level_in_words(cells) for level, cells in _cells(plan).items()}
+    """Describe the scales in a line: "0.25", or "level 0: 0.1 (q, k: 0.25); level 2: 0.25"."""
+    by_level = {level: _describe_level(cells) for level, cells in _cells(plan).items()}
     if len(set(by_level.values())) == 1:
         return next(iter(by_level.values()))
-    return "; ".join(f"level {level}: {words}" for level, words in by_level.items())
+    return "; ".join(f"level {level}: {text}" for level, text in by_level.items())
 
 
 def round_to_three_digits(value: float) -> float:
-    """Keep three digits: a plan is read by people, and more are noise."""
+    """Round to three significant digits; more would be noise to the reader of a plan."""
     return float(f"{value:.3g}")
 
 
-def _level_in_words(cells: Mapping[str, str]) -> str:
+def _describe_level(cells: Mapping[str, str]) -> str:
     ((usual, _), *others) = Counter(cells.values()).most_common()
-    apart = [
+    exceptions = [
         f"{', '.join(role for role in cells if cells[role] == scale)}: {scale}"
         for scale, _ in others
     ]
-    return f"{usual} ({'; '.join(apart)})" if apart else usual
+    return f"{usual} ({'; '.join(exceptions)})" if exceptions else usual
 
 
 def _cells(plan: FoldPlan) -> dict[int, dict[str, str]]:
-    """Sort the scales by level, lowest first, and role; one cell lists all that are there."""
+    """Group the scales by level, lowest first, and role; a cell lists all distinct ones."""
     found: dict[int, dict[str, set[float]]] = {}
     for name, level in plan.levels.items():
         found.setdefault(level, {}).setdefault(role_of(name), set()).add(plan.scales[name])
