@@ -1,4 +1,4 @@
-"""The fold plan: which level every matrix trains at, and the settings found together with it."""
+"""The fold plan: the fold level of every matrix, and the settings chosen together with it."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -12,10 +12,9 @@ from foam_lightning.validation import MODEL, POSITIVE
 
 _SCHEMAS = tuple(f"foam-lightning/fold-plan/{number}" for number in (1, 2, 3))
 SCHEMA = _SCHEMAS[-1]
-# Names of the fields up to schema 2.
+# Fields that had other names up to schema 2.
 _RENAMED = {"levers": "memory_options", "twin": "proxy_model"}
-
-_MOST_CHARACTERS = 300  # of what an error says of a plan
+_MAX_CHARACTERS = 300  # of the reason in an error
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 Fingerprint = Mapping[str, int | bool]
@@ -23,21 +22,24 @@ Fingerprint = Mapping[str, int | bool]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """What a run trades speed for memory with, besides fold levels.
+    """Options that trade speed for memory, besides fold levels.
 
     Attributes:
         micro_batch_size: Sequences per forward pass, 1 or more.
-        accumulate_grad_batches: Forward passes per optimizer step; times `micro_batch_size` it is
-            the global batch.
-        chunked_loss: Head and cross entropy run on a few tokens at a time, so that the logits of
-            a whole micro-batch never exist at once.
-        activation_checkpointing: Decoder layers keep only their input and recompute the rest.
-        selective_checkpointing: Checkpointed layers keep the results of matrix products and
-            attention too, and recompute only what is cheap.
-        gradient_release: The optimizer steps inside backward, and each gradient dies at once; so
-            there is none to accumulate.
-        state_dtype: The dtype of the two moments, "float32", "bfloat16" or "int8".
-        state_offload: The moments live in host memory and visit the device for their update.
+        accumulate_grad_batches: Forward passes per optimizer step on one device.
+        chunked_loss: Compute the head and the cross entropy for a few tokens at a time, so that the
+            logits of a whole micro-batch never exist at once.
+        activation_checkpointing: Save only the input of each decoder layer, and recompute its
+            activations in the backward pass.
+        selective_checkpointing: Also save the results of matrix products and attention, so that
+            only cheap operations are recomputed. Needs activation_checkpointing.
+        gradient_release: Update each parameter inside the backward pass and free its gradient.
+            Needs accumulate_grad_batches 1.
+        state_dtype: The dtype of the two moments: "float32", "bfloat16" or "int8".
+        state_offload: Keep the moments in host memory, and copy them to the GPU for their update.
+
+    Raises:
+        PlanError: Two options contradict each other.
     """
 
     micro_batch_size: int
@@ -50,40 +52,32 @@ class MemoryOptions:
     state_offload: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse memory options that contradict each other.
-
-        Raises:
-            PlanError: Gradients would be released and accumulated, or checkpointing is selective
-                and off.
-        """
         if self.gradient_release and self.accumulate_grad_batches != 1:
             raise PlanError(
                 "gradient_release needs accumulate_grad_batches 1, got "
-                f"{self.accumulate_grad_batches!r}; make micro_batch_size the whole batch"
+                f"{self.accumulate_grad_batches!r}; set micro_batch_size to the whole batch"
             )
         if self.selective_checkpointing and not self.activation_checkpointing:
             raise PlanError("selective_checkpointing needs activation_checkpointing; set both")
 
     @property
     def batch_size(self) -> int:
-        """Sequences per optimizer step."""
+        """Sequences per optimizer step on one device."""
         return self.micro_batch_size * self.accumulate_grad_batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldPlan:
-    """Everything a run takes over from the tuner.
+    """What a run gets from the tuner.
 
     Attributes:
-        model: The fingerprint of the model that the plan is for: its sizes by name.
-        levels: Fold level by qualified parameter name, for every matrix that folds.
-        scales: The factor on the learning rate by qualified parameter name, above 0; the names
-            are those of `levels`.
-        lr: The peak learning rate.
-        memory_options: The other memory settings.
-        proxy model: The fingerprint of the narrower model that it was found on; None if on this
-        one. It
-            says what the plan rests on, and changes nothing in a run.
+        model: Sizes by name of the model that the plan is for (its fingerprint).
+        levels: Fold level of every foldable matrix, by qualified parameter name.
+        scales: Factor on the learning rate, above 0, by the same names.
+        lr: Peak learning rate.
+        memory_options: The other memory options.
+        proxy_model: Sizes of the narrower model that the plan was tuned on; None if it was this
+            model. For information only: a run does not depend on it.
     """
 
     model: Fingerprint
@@ -94,7 +88,7 @@ class FoldPlan:
     proxy_model: Fingerprint | None = None
 
     def to_json(self) -> str:
-        """Write the plan as JSON text with a fixed order of keys, so that equal plans are equal."""
+        """Return the plan as JSON; equal plans give equal texts."""
         content = {"schema": SCHEMA, **asdict(self)}
         content["scales"] = {name: self.scales[name] for name in self.levels}
         if self.proxy_model is None:
@@ -106,17 +100,17 @@ class FoldPlan:
         """Read a plan back.
 
         Args:
-            text: What `to_json` wrote, now or when a plan had a scale by level.
-            source: What to call the text in an error, such as its file name.
+            text: JSON of this schema or an earlier one.
+            source: Name of the text in an error, such as its path.
 
         Raises:
-            PlanError: The text is not JSON, has another schema, or a field is missing, unknown or
-                of the wrong type or range.
+            PlanError: The text is not JSON, has an unknown schema, or a field is missing, unknown,
+                or has a value of the wrong type or range.
         """
         try:
-            content = json.loads(text, object_pairs_hook=_once)
+            content = json.loads(text, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"{source} is not JSON ({error}); pass a fold_plan.json") from error
+            raise PlanError(f"{source} is not JSON ({error}); use a fold_plan.json") from error
         schema = content.pop("schema", None) if isinstance(content, dict) else None
         if schema not in _SCHEMAS:
             raise PlanError(
@@ -125,16 +119,16 @@ class FoldPlan:
         try:
             if schema != SCHEMA:
                 content = {_RENAMED.get(key, key): value for key, value in content.items()}
-            if schema == _SCHEMAS[0]:  # one scale for all matrices of a level, as {"2": 0.25}
-                content["scales"] = _spread(content["scales"], content["levels"])
+            if schema == _SCHEMAS[0]:  # had one scale per level, such as {"2": 0.25}
+                content["scales"] = _scales_by_name(content["scales"], content["levels"])
             plan = cls(**{**content, "memory_options": MemoryOptions(**content["memory_options"])})
             plan._check()
         except KeyError as error:
-            missing = str(error)[:_MOST_CHARACTERS]
+            missing = str(error)[:_MAX_CHARACTERS]
             raise PlanError(f"{source} is not a valid fold plan: it has no {missing}") from error
         except (TypeError, ValueError, AttributeError, PlanError) as error:
-            # A name in the text may be long and hold line breaks; a message is one line.
-            reason = one_line(error)[:_MOST_CHARACTERS]
+            # A name in the text may be long and contain line breaks.
+            reason = one_line(error)[:_MAX_CHARACTERS]
             raise PlanError(f"{source} is not a valid fold plan: {reason}") from error
         return plan
 
@@ -152,32 +146,32 @@ class FoldPlan:
         return cls.from_json(text, source=str(path))
 
     def save(self, path: Path) -> None:
-        """Write the plan beside `path` and rename it, so that no half plan is ever seen."""
+        """Write the plan atomically."""
         write_text(path, self.to_json())
 
     def check_model(self, model: Fingerprint, foldable: Collection[str]) -> None:
-        """Refuse a model that the plan was not made for.
+        """Check that the plan was made for a model.
 
         Args:
-            model: The fingerprint of the model about to train.
-            foldable: The names of its matrices that fold.
+            model: The fingerprint of the model.
+            foldable: The names of its foldable matrices.
 
         Raises:
-            PlanError: Names the first difference.
+            PlanError: The model differs; names the first difference.
         """
         for key in (*self.model, *model):
             ours, theirs = self.model.get(key), model.get(key)
             if ours != theirs:
                 raise PlanError(
                     f"the fold plan is for a model with {key} {ours}, this one has {theirs}; "
-                    "tune this model, or pass the configuration that the plan was made with"
+                    "tune this model, or use the configuration that the plan was made with"
                 )
         for name in (*self.levels, *foldable):
             if (name in self.levels) != (name in foldable):
                 where = "the fold plan" if name in self.levels else "the model"
                 raise PlanError(
-                    f"{name} folds in {where} only; tune this model, or set the model.exclude "
-                    "that the plan was made with"
+                    f"{name} is foldable in {where} only; tune this model, or set model.exclude as "
+                    "it was for the plan"
                 )
 
     def _check(self) -> None:
@@ -192,9 +186,9 @@ class FoldPlan:
                 _is_count(level, 0) and MODEL["level"].holds(level),
                 f"the level of {name} must be {MODEL['level']}, got {level!r}",
             )
-            _expect(name in self.scales, f"{name} has a level and no scale; give it one")
+            _expect(name in self.scales, f"{name} has a level but no scale")
         for name, scale in self.scales.items():
-            _expect(name in self.levels, f"{name} has a scale and no level; give it one")
+            _expect(name in self.levels, f"{name} has a scale but no level")
             _expect(_is_positive(scale), f"the scale of {name} must be above 0, got {scale!r}")
         _expect(_is_positive(self.lr), f"lr must be above 0, got {self.lr!r}")
         for field in fields(MemoryOptions):
@@ -204,31 +198,33 @@ class FoldPlan:
             elif field.type is bool:
                 _expect(isinstance(value, bool), f"{field.name} must be a bool, got {value!r}")
         dtype = self.memory_options.state_dtype
-        _expect(dtype in get_args(StateDtype), f"state_dtype {dtype!r} is not known")
+        _expect(
+            dtype in get_args(StateDtype),
+            f"state_dtype must be one of {', '.join(get_args(StateDtype))}, got {dtype!r}",
+        )
 
 
-def _spread(by_level: Mapping[str, float], levels: Mapping[str, int]) -> dict[str, float]:
-    """Give every matrix the scale of its level."""
+def _scales_by_name(by_level: Mapping[str, float], levels: Mapping[str, int]) -> dict[str, float]:
     scales = {int(level): scale for level, scale in by_level.items()}
     for name, level in levels.items():
         _expect(level in scales, f"{name} has level {level!r}, which has no scale")
     return {name: scales[level] for name, level in levels.items()}
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a mapping of what JSON holds; of a key that is there twice nobody knows which counts."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse duplicate keys, of which json keeps the last."""
     content = dict(pairs)
-    _expect(len(content) == len(pairs), "it says a key twice in one place")
+    _expect(len(content) == len(pairs), "a key appears twice in one object")
     return content
 
 
-def _expect(holds: bool, message: str) -> None:
-    if not holds:
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
         raise ValueError(message)
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _is_positive(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Where the numbers of the settings may lie."""
+"""Ranges of the numbers among the settings."""
 
 import re
 import sys
@@ -11,39 +11,39 @@ from foam_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of numbers; NaN, infinity and integers that no float holds lie in none.
+    """An interval of finite numbers.
 
     Args:
-        low: The least number.
-        high: The largest one.
-        without_low: The least number itself is out.
-        without_high: The largest number itself is out.
+        low: The smallest number.
+        high: The largest number; by default the largest float.
+        is_low_open: The smallest number itself is excluded.
+        is_high_open: The largest number itself is excluded.
     """
 
     low: float = 0
     high: float = sys.float_info.max
-    without_low: bool = False
-    without_high: bool = False
+    is_low_open: bool = False
+    is_high_open: bool = False
 
     def holds(self, number: float) -> bool:
-        """Tell whether the number lies within."""
+        """Return whether a number is in the interval; NaN never is."""
         return (
             self.low <= number <= self.high
-            and not (self.without_low and number == self.low)
-            and not (self.without_high and number == self.high)
+            and not (self.is_low_open and number == self.low)
+            and not (self.is_high_open and number == self.high)
         )
 
     def __str__(self) -> str:
-        low = f"above {self.low}" if self.without_low else f"{self.low} or more"
+        low = f"above {self.low}" if self.is_low_open else f"{self.low} or more"
         if self.high == sys.float_info.max:
             return f"a finite number {low}"
-        return f"{low} and {'below' if self.without_high else 'at most'} {self.high}"
+        return f"{low} and {'below' if self.is_high_open else 'at most'} {self.high}"
 
 
-POSITIVE = Range(without_low=True)
+POSITIVE = Range(is_low_open=True)
 _FRACTION = Range(0, 1)
-_BETA = Range(0, 1, without_high=True)
-# Upper ends of sizes are far above any model: beyond them lie overflows and endless waits.
+_BETA = Range(0, 1, is_high_open=True)
+# Upper bounds are far above any model and below the sizes that overflow or never finish.
 MODEL: Mapping[str, Range] = {
     "hidden_size": Range(1, 2**20),
     "intermediate_size": Range(1, 2**20),
@@ -56,7 +56,7 @@ MODEL: Mapping[str, Range] = {
     "betas": _BETA,
     "eps": Range(),
     "weight_decay": Range(),
-    "level": Range(0, 62),  # the widest block that 64 bits can count
+    "level": Range(0, 62),  # a block of 2**62 columns is the largest that int64 can count
     "scale": POSITIVE,
     "unfolded_scale": POSITIVE,
     "residual_scale": Range(),
@@ -69,7 +69,7 @@ MODEL: Mapping[str, Range] = {
 }
 DATA: Mapping[str, Range] = {
     "vocab_size": Range(1, 2**24),
-    "sequence_length": Range(2, 2**24),  # a single token predicts nothing
+    "sequence_length": Range(2, 2**24),  # one token has no next token to predict
     "batch_size": Range(1, 2**24),
     "micro_batch_size": Range(1, 2**24),
     "validation_sequences": Range(1, 2**31),
@@ -90,15 +90,16 @@ SEED = Range(0, 2**32 - 1)
 
 
 def check_ranges(section: str, settings: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Refuse numbers that are out of range; texts, and settings that are not set, are left alone.
+    """Check settings against their ranges.
 
     Args:
-        section: What the names begin with, such as "model.".
-        settings: Numbers, and sequences of numbers, by name; those without a range are left alone.
-        ranges: By name.
+        section: Prefix of the names in the error, such as "model.".
+        settings: Values by name. Numbers and sequences of numbers are checked; text and None are
+            not.
+        ranges: Ranges by name; settings without one are not checked.
 
     Raises:
-        ConfigError: Names the first.
+        ConfigError: A number is out of range; names the first.
     """
     for name, range_ in ranges.items():
         value = settings.get(name)
@@ -107,15 +108,17 @@ def check_ranges(section: str, settings: Mapping[str, Any], ranges: Mapping[str,
             raise ConfigError(f"{section}{name} must be {range_}, got {value}")
 
 
-def check_pattern(place: str, pattern: str) -> None:
-    """Refuse what is no regular expression.
+def check_pattern(setting: str, pattern: str) -> None:
+    """Check a regular expression.
+
+    Args:
+        setting: The name of the setting.
+        pattern: Its value.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not a regular expression.
     """
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(
-            f"{place} {pattern!r} is no regular expression ({error}); mend it"
-        ) from error
+        raise ConfigError(f"{setting} {pattern!r} is not a regular expression: {error}") from error

@@ -248,9 +248,7 @@ def test_a_prompt_is_what_the_user_says_and_the_answer_ends_with_the_turn(
     assert cli.main([*generate, "--prompt", "7 + 7?", "--data.chat", "false"]) == 0
     assert capfd.readouterr().out.startswith("7 + 7?")
     assert cli.main(generate) == 2
-    assert capfd.readouterr().err == (
-        "error: a conversation needs --prompt TEXT, what the user says\n"
-    )
+    assert "--prompt" in capfd.readouterr().err
 
 
 def test_a_tokenizer_without_a_template_knows_no_conversation(

@@ -55,7 +55,8 @@ def test_the_schedule_never_leaves_its_range(
     "settings", [{"lr": 0}, {"warmup_fraction": 1.5}, {"final_lr_fraction": -0.1}]
 )
 def test_a_schedule_out_of_range_is_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"model\.(lr|warmup_fraction|final_lr_fraction) must be"):
+    (name,) = settings
+    with pytest.raises(ConfigError, match=rf"model\.{name} must be"):
         LlamaFoam(**settings)  # type: ignore[arg-type]
 
 
@@ -127,11 +128,11 @@ def test_accumulation_changes_nothing_but_memory(new_job: NewJob) -> None:
 
 
 @pytest.mark.parametrize("option", ["chunked_loss", "activation_checkpointing"])
-def test_a_lever_changes_nothing_but_memory(job: Job, option: str) -> None:
+def test_a_memory_option_changes_nothing_but_memory(job: Job, option: str) -> None:
     weights = []
-    for pulled in (False, True):
+    for is_on in (False, True):
         plan = job.uniform_plan(1)
-        plan = replace(plan, memory_options=replace(plan.memory_options, **{option: pulled}))
+        plan = replace(plan, memory_options=replace(plan.memory_options, **{option: is_on}))
         module, *_ = fit(job, plan, Watch(), max_steps=3)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)
@@ -221,7 +222,7 @@ def test_a_checkpoint_without_a_plan_is_refused(job: Job, tmp_path: Path) -> Non
 
 def test_a_plan_of_another_model_is_refused(new_job: NewJob) -> None:
     plan = new_job(model={"num_hidden_layers": 3}).uniform_plan(1)
-    with pytest.raises(PlanError, match="num_hidden_layers 3, this one has 2"):
+    with pytest.raises(PlanError, match="num_hidden_layers 3"):
         new_job().new_module().set_plan(plan)
 
 

@@ -20,7 +20,7 @@ PLAN = FoldPlan(
     memory_options=MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2, chunked_loss=True),
 )
 CONTENT = json.loads(PLAN.to_json())
-# What PLAN was written as when a plan had a scale by level.
+# PLAN in schema 1, which had one scale per level.
 BY_LEVEL = json.loads((GOLDEN / "plan_v1.json").read_text(encoding="utf-8"))
 
 positive = st.floats(min_value=1e-300, max_value=1e300)
@@ -56,8 +56,8 @@ def test_a_plan_survives_json(plan: FoldPlan) -> None:
     assert FoldPlan.from_json(text).to_json() == text
 
 
-def test_only_a_plan_found_on_a_twin_says_so() -> None:
-    assert "proxy_model" not in json.loads(PLAN.to_json())
+def test_only_a_plan_of_a_proxy_model_names_one() -> None:
+    assert "proxy_model" not in CONTENT
     found = replace(PLAN, proxy_model={"hidden_size": 4})
     assert json.loads(found.to_json())["proxy_model"] == {"hidden_size": 4}
 
@@ -67,15 +67,21 @@ def test_equal_plans_are_equal_texts() -> None:
     assert replace(PLAN, scales=other_order).to_json() == PLAN.to_json()
 
 
-def test_the_format_stays_what_it_is(golden: Callable[[str, Any], None]) -> None:
+def test_the_format_does_not_change(golden: Callable[[str, Any], None]) -> None:
     golden("plan_v3", CONTENT)
 
 
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_plan_of_an_earlier_schema_is_read(schema: int) -> None:
+    content = json.loads((GOLDEN / f"plan_v{schema}.json").read_text(encoding="utf-8"))
+    assert FoldPlan.from_json(json.dumps(content)) == PLAN
+    sizes = {"hidden_size": 4}
+    found = FoldPlan.from_json(json.dumps({**content, "twin": sizes}))
+    assert found == replace(PLAN, proxy_model=sizes)
+
+
 @given(plans(), st.dictionaries(st.integers(0, 40), positive))
-def test_a_plan_with_a_scale_by_level_is_still_read(
-    plan: FoldPlan, scales: dict[int, float]
-) -> None:
-    assert FoldPlan.from_json(json.dumps(BY_LEVEL)) == PLAN
+def test_a_plan_with_a_scale_by_level_is_read(plan: FoldPlan, scales: dict[int, float]) -> None:
     scales = dict.fromkeys(plan.levels.values(), 1.0) | scales
     content = json.loads(plan.to_json()) | {
         "schema": BY_LEVEL["schema"],
@@ -94,7 +100,7 @@ def by_level(**fields: Any) -> str:
     return json.dumps({**BY_LEVEL, **fields})
 
 
-def with_levers(**fields: Any) -> str:
+def with_options(**fields: Any) -> str:
     return changed(memory_options={**CONTENT["memory_options"], **fields})
 
 
@@ -119,7 +125,7 @@ MALFORMED = {
     "no memory options": without("memory_options"),
     "no lr": without("lr"),
     "unknown field": json.dumps({**CONTENT, "new\nfield": 1}),
-    "unknown memory option": with_levers(offload=True),
+    "unknown memory option": with_options(offload=True),
     "missing memory option": changed(memory_options={}),
     "memory options of a list": changed(memory_options=[1]),
     "model of a list": changed(model=[1]),
@@ -146,21 +152,19 @@ MALFORMED = {
     "lr not a number": changed(lr=float("nan")),
     "lr infinite": changed(lr=float("inf")),
     "lr null": changed(lr=None),
-    "micro-batch of zero": with_levers(micro_batch_size=0),
-    "micro-batch of a text": with_levers(micro_batch_size="4"),
-    "chunked loss of one": with_levers(chunked_loss=1),
-    "unknown dtype": with_levers(state_dtype="float64"),
-    "list for a dtype": with_levers(state_dtype=[]),
-    "gradient release of one": with_levers(gradient_release=1),
-    "release and accumulation": with_levers(gradient_release=True, accumulate_grad_batches=2),
+    "micro-batch of zero": with_options(micro_batch_size=0),
+    "micro-batch of a text": with_options(micro_batch_size="4"),
+    "chunked loss of one": with_options(chunked_loss=1),
+    "unknown dtype": with_options(state_dtype="float64"),
+    "list for a dtype": with_options(state_dtype=[]),
+    "gradient release of one": with_options(gradient_release=1),
+    "release and accumulation": with_options(gradient_release=True, accumulate_grad_batches=2),
 }
 
 
 def test_releasing_and_accumulating_contradict_each_other() -> None:
-    with pytest.raises(PlanError, match="needs accumulate_grad_batches 1, got 2; make"):
+    with pytest.raises(PlanError, match="accumulate_grad_batches 1, got 2"):
         MemoryOptions(micro_batch_size=1, accumulate_grad_batches=2, gradient_release=True)
-    with pytest.raises(PlanError, match="test is not a valid fold plan: gradient_release needs"):
-        FoldPlan.from_json(MALFORMED["release and accumulation"], source="test")
 
 
 @pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED.keys())
@@ -188,21 +192,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         FoldPlan.load(path)
 
 
-def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "plan.json"
-    PLAN.save(path)
-    assert list(tmp_path.iterdir()) == [path]
-
-    def write_half(self: Path, text: str, **_: Any) -> int:
-        self.write_bytes(text[: len(text) // 2].encode())
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_text", write_half)
-    with pytest.raises(OSError, match="disk full"):
-        replace(PLAN, lr=1.0).save(path)
-    assert FoldPlan.load(path) == PLAN
-
-
 def test_a_plan_fits_the_model_it_was_made_for() -> None:
     PLAN.check_model(dict(reversed(PLAN.model.items())), set(PLAN.levels))
 
@@ -210,15 +199,11 @@ def test_a_plan_fits_the_model_it_was_made_for() -> None:
 @pytest.mark.parametrize(
     ("model", "foldable", "message"),
     [
-        ({**PLAN.model, "hidden_size": 16}, PLAN.levels, "hidden_size 8, this one has 16"),
-        (
-            {**PLAN.model, "num_hidden_layers": 2, "hidden_size": 16},
-            [],
-            "num_hidden_layers 1, this one has 2",
-        ),
-        ({**PLAN.model, "new": 1}, PLAN.levels, "new None, this one has 1"),
-        (PLAN.model, [*PLAN.levels, "z"], "z folds in the model only"),
-        (PLAN.model, list(PLAN.levels)[1:], "q_proj.weight folds in the fold plan only"),
+        ({**PLAN.model, "hidden_size": 16}, PLAN.levels, "hidden_size 8, .* 16"),
+        ({**PLAN.model, "num_hidden_layers": 2, "hidden_size": 16}, [], "layers 1, .* 2"),
+        ({**PLAN.model, "new": 1}, PLAN.levels, "new None, .* 1"),
+        (PLAN.model, [*PLAN.levels, "z"], "z is foldable in the model only"),
+        (PLAN.model, list(PLAN.levels)[1:], "q_proj.weight is foldable in the fold plan"),
     ],
 )
 def test_the_first_difference_to_the_model_is_named(

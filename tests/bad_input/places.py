@@ -47,8 +47,8 @@ _WRITE = "generate --ckpt_path {good}/run/checkpoints/last.ckpt"
 REST = [
     Case("compare: an unknown optimizer", f"{_COMPARE} --optimizers foam,sgd", "sgd"),
     Case("compare: no optimizer", f"{_COMPARE} --optimizers ,", "optimizer"),
-    Case("compare: no steps", f"{_COMPARE} --steps 0", "--steps 0"),
-    Case("compare: no seeds", f"{_COMPARE} --seeds 0", "--seeds 0"),
+    Case("compare: no steps", f"{_COMPARE} --steps 0", "--steps"),
+    Case("compare: no seeds", f"{_COMPARE} --seeds 0", "--seeds"),
     Case("generate: no tokens", f"{_WRITE} --max_new_tokens 0", "max_new_tokens"),
     Case("generate: fewer than none", f"{_WRITE} --max_new_tokens -5", "max_new_tokens"),
     Case("generate: too cold", f"{_WRITE} --temperature -1", "temperature"),

@@ -74,7 +74,7 @@ PLANS = [
     _text_plan("schema alone", _SCHEMA_1 + '"x": 1}', "not a valid fold plan"),
     _text_plan("levels of a list", _SCHEMA_1 + '"levels": [], "scales": []}', "not a valid"),
     _text_plan("levels of a text", _SCHEMA_1 + '"levels": "a", "scales": "b"}', "not a valid"),
-    _text_plan("a key twice", _SCHEMA_1 + '"lr": 1, "lr": 2}', "a key twice"),
+    _text_plan("a key twice", _SCHEMA_1 + '"lr": 1, "lr": 2}', "a key appears twice"),
     _text_plan("a line break in a name", _SCHEMA_1 + '"a\\nb": 1, "levels": {}, "scales": {}}',
                "not a valid"),
     fit("plan: cut off", _USE_PLAN, "not JSON", prepare=_cut),
@@ -120,7 +120,7 @@ PLANS = [
             ("another batch", _set("memory_options", "micro_batch_size", to=3), "batch"),
             ("another model", _set("model", "hidden_size", to=64), "hidden_size 64"),
             ("a name that is not there", _changed(lambda plan: [plan["levels"].update(x=1),
-                plan["scales"].update(x=1.0)]), "x folds in"),
+                plan["scales"].update(x=1.0)]), "x is foldable in"),
             ("a proxy model of a list", _set("proxy_model", to=[1]), "not a valid"),
         ]
     ),

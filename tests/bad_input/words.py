@@ -22,7 +22,7 @@ USAGE = [
     Case("tune without a budget", "tune --config {good}/tiny.yaml", "tune needs --memory-budget"),
     Case("plan without a budget", "plan --config {good}/tiny.yaml", "plan needs --memory-budget"),
     *(
-        Case(f"compare with {flag}", f"compare --config {{good}}/tiny.yaml {flag}", "leave")
+        Case(f"compare with {flag}", f"compare --config {{good}}/tiny.yaml {flag}", "remove")
         for flag in ("--memory-budget 24GB", "--fold-plan x.json")
     ),
     Case("a Unicode dash", "fit —config x.yaml", "unrecognized arguments"),

@@ -1,4 +1,4 @@
-"""Passwords and tokens among the settings: refused, because settings are written to files."""
+"""Passwords and tokens among the settings are refused, because settings are written to files."""
 
 import re
 from collections.abc import Iterator
@@ -6,24 +6,24 @@ from typing import Any
 
 from foam_lightning.errors import ConfigError
 
-# user:password@ in a URL; and the tokens of the Hugging Face Hub.
+# user:password@ in a URL, and tokens of the Hugging Face Hub.
 _SECRETS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{20,}")
 
 
 def refuse_credentials(place: str, settings: Any) -> None:
-    """Refuse a password or a token anywhere in settings, without showing it.
+    """Refuse a password or a token anywhere in settings.
 
     Args:
-        place: Where the settings come from, for the error.
-        settings: A text, or mappings and lists with texts.
+        place: Where the settings come from.
+        settings: Text, or nested mappings and lists of text.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: There is one; the message does not contain it.
     """
     if any(_SECRETS.search(text) for text in _texts(settings)):
         raise ConfigError(
-            f"{place} holds a password or a token, which would be written to config.yaml; leave it "
-            "out, and put it into HF_TOKEN or ~/.netrc"
+            f"{place} contains a password or a token, which would be written to config.yaml; "
+            "remove it, and put it into HF_TOKEN or ~/.netrc"
         )
 
 
