@@ -100,11 +100,7 @@ def test_code_of_a_configuration_runs_with_the_flag_alone(
     words = ["plan", "--config", str(write_settings(tmp_path)), "--config", str(hostile)]
     words += ["--uniform-level", "1"]
     assert cli.main(words) == 2
-    assert capfd.readouterr().err == (
-        "error: a configuration may not name mine_alone.Mine, whose code would run; there are "
-        "DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, Timer; if you trust the code, add "
-        "--allow-class-paths mine_alone.Mine\n"
-    )
+    assert "--allow-class-paths mine_alone.Mine" in capfd.readouterr().err
     assert not ran.exists()
     assert cli.main([*words, "--allow-class-paths", "other_package,mine_alone.Mine"]) == 0
     assert ran.exists()
@@ -117,7 +113,7 @@ def test_a_callback_of_the_list_is_made(tmp_path: Path) -> None:
         "{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]}"
     )
     words = ["--config", str(path), "--config", str(tmp_path / "more.yaml")]
-    made = parse("fit", words, default=None).job().trainer["callbacks"]
+    made = parse("fit", words, default=None).job().trainer.arguments["callbacks"]
     assert [type(one).__name__ for one in made] == ["EarlyStopping", "LearningRateMonitor"]
 
 
@@ -131,13 +127,19 @@ def test_what_print_config_prints_is_a_configuration(
     path.write_text(capsys.readouterr().out)
     assert "allow_class_paths: null" in path.read_text()
     check_config(path)
-    assert parse("plan", ["--config", str(path)], default=None).job().max_steps == 600
+    assert parse("plan", ["--config", str(path)], default=None).job().trainer.max_steps == 600
 
 
 def test_a_mapping_that_looks_like_a_class_stays_a_mapping() -> None:
     looks = '[{"weight": 1, "text_column": {"class_path": "collections.Counter"}}]'
     parsed = parse("plan", ["--data.sources", looks], default=None)
     assert parsed.values.data.sources[0]["text_column"] == {"class_path": "collections.Counter"}
+
+
+def test_option_values_are_read_by_the_checked_yaml_loader() -> None:
+    # Fails if jsonargparse no longer takes the loader that tuner.config.parser gives it.
+    with pytest.raises(ConfigError, match=r"data\.sources"):
+        parse("plan", ["--data.sources", '[{"weight": 1, "weight": 2}]'], default=None)
 
 
 def test_settings_do_not_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
