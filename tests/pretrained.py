@@ -31,6 +31,10 @@ _LLAMA3_ROTATION = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+TINY: dict[str, Any] = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32},
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "tinyllama": ("Llama", {"num_key_value_heads": 1, "dtype": "bfloat16"}),
@@ -39,7 +43,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 64, "head_dim": 16}),
 }
-# As that of Qwen2: what a role says stands between marks, and what is to be said comes after one.
+# Like that of Qwen2: each message is between two special tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -76,13 +80,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def save_pretrained(folder: Path, family: str, *, template: str | None = CHAT_TEMPLATE) -> Path:
-    """Save a model of a family with weights of some size, and its tokenizer."""
+    """Save a model of a family, with weights that differ from zero, and its tokenizer."""
     name, settings = FAMILIES[family]
     torch.manual_seed(5)
     config = getattr(transformers, f"{name}Config")(**{**_SIZES, **settings})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     for parameter_name, parameter in model.named_parameters():
-        if "norm" not in parameter_name:  # biases begin as zeros, which would hide them
+        if "norm" not in parameter_name:  # biases start at zero, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.1)
     if family == "llama-3.1":  # several files with an index
         model.save_pretrained(folder, max_shard_size="20KB")
@@ -91,6 +95,14 @@ def save_pretrained(folder: Path, family: str, *, template: str | None = CHAT_TE
         model.to(config.dtype or torch.float32).save_pretrained(folder)
     save_tokenizer(folder, template=template)
     return folder
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """Save a LLaMA model of the sizes `TINY`, by transformers alone."""
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(**TINY, rope_theta=5000.0, rms_norm_eps=1e-5)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    return folder / "llama"
 
 
 def set_config(folder: Path, **fields: Any) -> None:

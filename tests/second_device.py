@@ -75,13 +75,13 @@ class SecondDevice(TorchDispatchMode):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device")
         if device is not None:
             kwargs["device"] = torch.device("cpu")
-        search_result = func(*_inner(args), **{key: _inner(value) for key, value in kwargs.items()})
+        result = func(*_inner(args), **{key: _inner(value) for key, value in kwargs.items()})
         if not goes:
-            return search_result
+            return result
         # What an operation in place returns is what it was given.
         given = {id(x.inner): x for x in away}
         return _mapped(
-            search_result, Tensor, lambda x: given[id(x)] if id(x) in given else self._away(x)
+            result, Tensor, lambda x: given[id(x)] if id(x) in given else self._away(x)
         )
 
     def _away(self, inner):

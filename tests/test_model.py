@@ -15,7 +15,7 @@ from foam_lightning.model import llama, pretrained
 from foam_lightning.model.activation_checkpointing import _selective_contexts, checkpoint_layers
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
-from tests.pretrained import save_pretrained
+from tests.pretrained import TINY, save_pretrained, save_tiny_llama
 
 # FOAM.md section 4: layers, hidden, intermediate, heads; vocabulary 32000.
 SIZES = {
@@ -26,15 +26,6 @@ SIZES = {
     "3B": (32, 2560, 6848, 32, 2685.83),
     "7B": (32, 4096, 11008, 32, 6738.42),
     "13B": (40, 5120, 13824, 40, 13015.86),
-}
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "max_position_embeddings": 32,
 }
 
 
@@ -127,16 +118,8 @@ def test_rope_stays_float32_in_a_bfloat16_run(new_job):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Make a LLaMA folder by transformers alone."""
-    torch.manual_seed(5)
-    config = LlamaConfig(**TINY, rope_theta=5000.0, rms_norm_eps=1e-5)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    return tmp_path / "llama"
-
-
-def test_load_and_save_preserve_a_hugging_face_folder(folder, tmp_path, corpus):
+def test_load_and_save_preserve_a_hugging_face_folder(tmp_path, corpus):
+    folder = save_tiny_llama(tmp_path)
     model = pretrained.load_pretrained(str(folder))
     tokenizer = TextData(**corpus, vocab_size=300, sequence_length=16).tokenizer
     llama.save_model(model, tokenizer, tmp_path / "saved")

@@ -1,11 +1,9 @@
 """State in host memory, on a second device that tests/second_device.py simulates."""
 
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
@@ -17,7 +15,14 @@ from foam_lightning.optim.gradient_release import release_gradients
 from foam_lightning.optim.offload import HostState, host_memory_options, state_on_device
 from tests.second_device import AWAY, AwayTensor, SecondDevice, here
 from tests.test_training import StopError
-from tests.training import all_equal, moments, parameters, through_a_file, train
+from tests.training import (
+    all_equal,
+    mesh_of_one_process,
+    moments,
+    parameters,
+    through_a_file,
+    train,
+)
 
 BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 CPU = torch.device("cpu")
@@ -129,7 +134,6 @@ def test_memory_is_pinned_only_for_cuda(is_cuda):
 
 
 def test_sharded_state_is_offloaded_shard_by_shard():
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
     weight, grads = torch.randn(4, 8), torch.randn(3, 4, 8)
@@ -138,32 +142,23 @@ def test_sharded_state_is_offloaded_shard_by_shard():
     expected = FOAM([whole], **options)
     for whole.grad in grads:
         expected.step()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        with SecondDevice() as device:
-            param, loaded = (
-                nn.Parameter(DTensor.from_local(weight.to(AWAY), mesh, [Shard(0)]))
-                for _ in range(2)
-            )
-            optimizer = FOAM([param], **options, state_offload=True)
-            for grad in grads:
-                param.grad = DTensor.from_local(grad.to(AWAY), mesh, [Shard(0)])
-                optimizer.step()
-            assert device.returned_bytes == len(grads) * state_bytes(optimizer)
-            second = FOAM([loaded], **options, state_offload=True)
-            second.load_state_dict(optimizer.state_dict())
-            _optimizer_to_device(second, AWAY)
-            for moment, value in zip(moments(second), moments(expected), strict=True):
-                assert moment.placements == (Shard(0),)
-                assert moment.device == CPU
-                assert torch.equal(moment.to_local(), value)
-            assert all_equal(here([param.to_local()]), [whole])
-    finally:
-        dist.destroy_process_group()
+    with mesh_of_one_process() as mesh, SecondDevice() as device:
+        param, loaded = (
+            nn.Parameter(DTensor.from_local(weight.to(AWAY), mesh, [Shard(0)])) for _ in range(2)
+        )
+        optimizer = FOAM([param], **options, state_offload=True)
+        for grad in grads:
+            param.grad = DTensor.from_local(grad.to(AWAY), mesh, [Shard(0)])
+            optimizer.step()
+        assert device.returned_bytes == len(grads) * state_bytes(optimizer)
+        second = FOAM([loaded], **options, state_offload=True)
+        second.load_state_dict(optimizer.state_dict())
+        _optimizer_to_device(second, AWAY)
+        for moment, value in zip(moments(second), moments(expected), strict=True):
+            assert moment.placements == (Shard(0),)
+            assert moment.device == CPU
+            assert torch.equal(moment.to_local(), value)
+        assert all_equal(here([param.to_local()]), [whole])
 
 
 # ---- inside backward

@@ -51,9 +51,7 @@ def cells(text):
 def test_each_row_steps_and_leaves_the_gradients_alone(row, weights):
     gradients = [grad.clone() for grad in weights.gradients]
     before = [p.detach().clone() for p in weights.named.values()]
-
     found = first_steps(row, weights)
-
     assert found.failure is None
     assert all(torch.equal(a, b) for a, b in zip(gradients, weights.gradients, strict=True))
     moved = [
@@ -84,7 +82,6 @@ def test_state_bytes_match_the_formula(name, expected, weights):
 
 def test_temporaries_are_the_tensors_that_a_step_creates(weights):
     matrix_bytes = 4 * 64 * 64
-
     assert stepped("torch AdamW, fused", weights).temporary_bytes == 0
     # All denominators at once, each of a matrix; the loop holds no more than a few.
     assert stepped("torch AdamW, foreach", weights).temporary_bytes == COUNT * matrix_bytes
@@ -99,7 +96,6 @@ def test_a_row_that_fails_says_why_and_the_others_continue(weights):
 
     rows = [Row("broken", refuse), EAGER[0], Row("absent", refuse, package="no_such_package")]
     found, bandwidth = step_all(rows, weights, rounds=2, copy_bytes=2**12)
-
     assert found[0].failure == "failed: RuntimeError: no such / device"
     assert len(found[1].seconds) == 2
     assert found[2].failure == "failed: ModuleNotFoundError: No module named 'no_such_package'"
@@ -123,7 +119,6 @@ def test_a_row_that_changes_the_gradients_fails(weights):
 
 def test_rows_that_would_begin_too_late_are_skipped(weights):
     found, _ = step_all(EAGER[:2], weights, rounds=1, copy_bytes=2**12, begin_seconds=-1.0)
-
     assert [row.failure for row in found] == ["skipped: out of time"] * 2
 
 
@@ -134,19 +129,15 @@ def test_ratios_and_the_floor_follow_from_the_measurements(weights):
     ]
     # Weights twice, gradients once, both moments twice: 28 bytes an element.
     bandwidth = 28 * ELEMENTS / 0.001
-
     lines = optimizer_step.table(found, weights, bandwidth)
-
     assert lines[2] == f"| {contenders.FUSED} | 3 | 1.00 | 3.00 | not measured | 0.1638 | 0 |"
     assert lines[3] == "| other | 6 | 2.00 | 14.00 | 0.001 | 0 | 1.5 |"
 
 
 def test_a_model_is_cut_to_the_layers_that_fit():
     shapes = {f"model.layers.{i}.w": (10, 10) for i in range(12)} | {"lm_head.weight": (5, 10)}
-
     kept, words = optimizer_step.cut(shapes, 1000)
     whole, _ = optimizer_step.cut(shapes, 1250)
-
     assert sum(map(math.prod, kept.values())) == 950
     assert "lm_head.weight" in kept
     assert words == "9 of its 12 layers"
@@ -162,7 +153,6 @@ def test_rows_that_do_not_exist_are_named():
 
 def test_rows_that_take_minutes_on_a_cpu_run_only_if_named():
     default = optimizer_step.choose_work("cpu", None, small=False).rows
-
     assert [row.name for row in ROWS if row not in default] == ["torch Muon"]
     assert optimizer_step.choose_work("cpu", None, small=True).rows == ROWS
     assert [row.name for row in optimizer_step.chosen(["torch muon"], ROWS)] == ["torch Muon"]
@@ -171,9 +161,7 @@ def test_rows_that_take_minutes_on_a_cpu_run_only_if_named():
 @pytest.mark.usefixtures("_threads")
 def test_the_file_contains_the_command_and_the_table(tmp_path, capsys):
     words = ["--small", "--only", "fused", "foam level 2", "--output", str(tmp_path / "table.md")]
-
     optimizer_step.main(words)
-
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert text == capsys.readouterr().out.rstrip("\n") + "\n"
     assert "- command: `python -m tests.benchmarks.optimizer_step --small --only fused" in text
@@ -192,7 +180,6 @@ def test_the_file_contains_the_command_and_the_table(tmp_path, capsys):
 @pytest.mark.usefixtures("_threads")
 def test_compiled_rows_step_and_their_state_is_counted(capsys):
     optimizer_step.main(["--small", "--only", *(row.name for row in COMPILED)])
-
     found = cells(capsys.readouterr().out)
     assert list(found) == [row.name for row in COMPILED]
     torchao = found["torchao AdamW8bit"]
@@ -206,7 +193,6 @@ def test_compiled_rows_step_and_their_state_is_counted(capsys):
 @pytest.mark.usefixtures("_threads")
 def test_the_first_step_is_timed_over_the_shapes_of_a_large_model(capsys):
     optimizer_step.main(["--small", "--first-step", "--only", "FOAM"])
-
     text = capsys.readouterr().out
     # Three shapes fold, each at three levels; embedding and head are of one shape.
     assert "at every level of 1, 2, 3, 10 in all, in float32, with 1/256 of their rows" in text

@@ -3,21 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaForCausalLM
 
 from foam_lightning.errors import CheckpointError
 from foam_lightning.model import pretrained
-from tests.pretrained import FAMILIES, save_pretrained, set_config
-from tests.test_model import TINY
+from tests.pretrained import FAMILIES, save_pretrained, save_tiny_llama, set_config
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Make a LLaMA folder by transformers alone."""
-    torch.manual_seed(5)
-    config = LlamaConfig(**TINY, rope_theta=5000.0, rms_norm_eps=1e-5)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    return tmp_path / "llama"
+    return save_tiny_llama(tmp_path)
 
 
 def test_loading_uses_the_default_dtype(folder):

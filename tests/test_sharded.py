@@ -1,13 +1,12 @@
 """FOAM on parameters that FSDP2 shards over two processes, against one process."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from foam_lightning import FOAM
+from tests.training import free_port, mesh_of_one_process
 
 WORLD = 2
 
@@ -49,9 +48,8 @@ def one_of_two(rank, port, folder, options):
     from torch.distributed.tensor.debug import CommDebugMode
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=WORLD
-    )
+    url = f"tcp://localhost:{port}"
+    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=WORLD)
     model = network()
     fully_shard(model)
     optimizer = optimizer_of(model, options)
@@ -75,9 +73,7 @@ def one_of_two(rank, port, folder, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fused": False}], ids=["fused", "plain"])
 def test_two_processes_equal_one_and_step_does_not_communicate(options, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(one_of_two, (port, tmp_path, options), nprocs=WORLD)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for name, expected in alone(options).items():
@@ -88,20 +84,12 @@ def test_two_processes_equal_one_and_step_does_not_communicate(options, tmp_path
 
 
 def test_sharded_columns_do_not_fold():
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
+    with mesh_of_one_process() as mesh:
         param = nn.Parameter(distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)]))
         param.grad = distribute_tensor(torch.ones(4, 8), mesh, [Shard(1)])
         with pytest.raises(RuntimeError, match=r"\(4, 8\) .*sharded columns"):
             FOAM([param], level=1).step()
         FOAM([param], level=0).step()
         assert (param.full_tensor() < 1).all()
-    finally:
-        dist.destroy_process_group()

@@ -319,10 +319,7 @@ def test_about_5_percent_of_the_files_are_for_validation():
 
 def test_the_split_of_a_file_never_changes():
     names = [f"module_{index}.py" for index in range(60)]
-    assert [name for name in names if is_held_out(name)] == [
-        "module_14.py",
-        "module_42.py",
-    ]
+    assert [name for name in names if is_held_out(name)] == ["module_14.py", "module_42.py"]
 
 
 def test_files_without_source_text_are_skipped(library):

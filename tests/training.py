@@ -1,8 +1,11 @@
 """Small parameters and gradients that repeat, for the tests of the optimizer."""
 
 import io
+import socket
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 SHAPES = [(8, 30), (3, 11), (7,), (), (2, 3, 10)]
@@ -41,3 +44,21 @@ def through_a_file(content):
     torch.save(content, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def mesh_of_one_process():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    url = f"tcp://localhost:{free_port()}"
+    dist.init_process_group("gloo", init_method=url, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
