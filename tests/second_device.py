@@ -80,9 +80,7 @@ class SecondDevice(TorchDispatchMode):
             return result
         # What an operation in place returns is what it was given.
         given = {id(x.inner): x for x in away}
-        return _mapped(
-            result, Tensor, lambda x: given[id(x)] if id(x) in given else self._away(x)
-        )
+        return _mapped(result, Tensor, lambda x: given[id(x)] if id(x) in given else self._away(x))
 
     def _away(self, inner):
         made = AwayTensor(inner)

@@ -290,9 +290,9 @@ def _batches(
     for path in map(Path, files):
         for location, messages in read_conversations(path):
             ids, labels = encode_chat(tokenizer, messages, location)
-            kept = labels[:sequence_length]
-            scored = sum(label != IGNORED for label in kept[1:])
-            row = {"input_ids": ids[:sequence_length], "labels": kept, "length": len(ids)}
+            labels = labels[:sequence_length]
+            scored = sum(label != IGNORED for label in labels[1:])
+            row = {"input_ids": ids[:sequence_length], "labels": labels, "length": len(ids)}
             rows.append({**row, "scored": scored})
             if len(rows) == _CONVERSATIONS_PER_BATCH:
                 yield pa.RecordBatch.from_pylist(rows, schema=schema), len(rows)

@@ -157,6 +157,7 @@ class StreamedSource:
             yield {"input_ids": rows[index]}
 
 
+# Position at the beginning of a pass; the keys are those of checkpoints.
 _START: dict[str, Any] = {"shards": 0, "documents": 0, "place": None, "rows": 0}
 
 
