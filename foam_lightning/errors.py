@@ -138,11 +138,14 @@ def as_storage_error(error: BaseException) -> StorageError | None:
         reason = os.strerror(error.errno)
         what = error.filename or "a file"
         return StorageError(f"cannot read or write {what}: {reason}; {_RESUME}")
-    if isinstance(error, RuntimeError) and (found := re.match(_WORKER_ERROR, str(error))):
-        return StorageError(
-            f"a data worker failed ({found[0].rstrip('. ')}), perhaps because host memory ran out; "
-            "run the same command again to resume, with a lower data.num_workers if it fails again"
-        )
+    # If the first batch fails, Lightning raises another error while it handles that one.
+    for each in (error, error.__context__):
+        if isinstance(each, RuntimeError) and (found := re.match(_WORKER_ERROR, str(each))):
+            return StorageError(
+                f"a data worker failed ({found[0].rstrip('. ')}), perhaps because host memory ran "
+                "out; run the same command again to resume, with a lower data.num_workers if it "
+                "fails again"
+            )
     return None
 
 

@@ -1,5 +1,6 @@
 """Two processes that train one model, against one process: losses, checkpoints and peaks."""
 
+import faulthandler
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +42,7 @@ from tests.tiny import REPOSITORY, write_settings
 from tests.unequal import BATCH, job_of_unequal_rows, trained
 
 STOPPED_AFTER = 3
+TIMEOUT_SECONDS = 600
 
 
 class StopError(Exception):
@@ -48,7 +51,7 @@ class StopError(Exception):
 
 @dataclass
 class Steps(Callback):
-    """Note the loss of every step, over all ranks; die in the middle if asked to."""
+    """Record the loss of every step over all ranks; raise before a step if asked to."""
 
     stop_after: int | None = None
     losses: list[float] = field(default_factory=list)
@@ -69,14 +72,14 @@ class Steps(Callback):
 
 
 class Case(NamedTuple):
-    """A run that ranks share."""
+    """A run of several ranks."""
 
     job: Job
     plan: FoldPlan
     folder: RunFolder
 
     def run(self, stop_after: int | None = None) -> "Found":
-        """Do a whole run, or one that dies; without checkpoint it begins at the beginning."""
+        """Train from the last checkpoint, if there is one, to the end or to a failure."""
         steps = Steps(stop_after)
         job = replace(self.job, trainer=self.job.trainer.replace(callbacks=[steps]))
         try:
@@ -86,7 +89,7 @@ class Case(NamedTuple):
         return Found(steps.losses, trained.final_validation_loss, trained.validation_tokens)
 
     def peak_bytes(self) -> int:
-        """Measure two steps, without the checkpoints, which take no memory of a GPU."""
+        """Measure the peak of two steps, without checkpoints, which need no GPU memory."""
         module, memory = self.job.new_module(), MemoryMonitor()
         module.set_plan(self.plan)
         trainer = self.job.new_trainer(
@@ -104,7 +107,7 @@ class Case(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a run came to, the same for every rank."""
+    """The results of a run, the same for every rank."""
 
     losses: list[float]
     loss: float = 0.0
@@ -112,7 +115,7 @@ class Found(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """What one rank found, by the name of the case; of unequal rows the weights, by strategy."""
+    """The results of one rank by case; of unequal rows the weights by strategy."""
 
     runs: dict[str, Found]
     peaks: dict[str, int]
@@ -121,7 +124,7 @@ class Rank(NamedTuple):
 
 
 def case(new_job: NewJob, folder: Path, strategy: str, settings: dict[str, Any]) -> Case:
-    """Make a case; 45 and 301 rows do not divide by two, nor do 19 rows to evaluate on."""
+    """Make a case whose 45 and 301 rows and 19 validation rows are not divisible by two."""
     num_devices = 1 if strategy == "alone" else WORLD
     job = new_job(
         model={"intermediate_size": 45, "vocab_size": 301, "num_hidden_layers": 6},
@@ -147,7 +150,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2 bf16-true": {"micro": 4, "precision": "bf16-true", "memory_options": LEAN},
     "fsdp2 bf16-mixed": {"micro": 4, "precision": "bf16-mixed"},
 }
-EXACT = ("ddp", "fsdp2")  # in float32; of the others only the memory is looked at
+EXACT = ("ddp", "fsdp2")  # in float32; of the others only the memory is compared
 
 
 def one_of_two(
@@ -158,7 +161,7 @@ def one_of_two(
     stopped: dict[str, Stoppable],
     unequal: dict[str, Job],
 ) -> None:
-    """Be a rank, as a launcher starts it, and do one run after the other."""
+    """Do all runs as one of two ranks, with the environment that a launcher sets."""
     os.environ |= {
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
@@ -166,13 +169,14 @@ def one_of_two(
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
     torch.set_num_threads(1)
-    # As where a launcher starts a rank: workers of a spawned process would be spawned too, slowly.
+    # As in a rank that a launcher starts; in a spawned process data workers are spawned, slowly.
     torch.multiprocessing.set_start_method("fork", force=True)
     scatter = torch.distributed.reduce_scatter_single
 
     def scatter_unwatched(**arguments: Any) -> Any:
-        # Of all backends gloo alone copies what it scatters; its result is there already.
+        # gloo, unlike other backends, copies what it scatters, which must not be measured.
         with _disable_current_modes():
             return scatter(**arguments)
 
@@ -190,7 +194,7 @@ def one_of_two(
 
 
 class Together(NamedTuple):
-    """The cases, and what each rank found of them."""
+    """The cases, and the results of each rank."""
 
     cases: dict[str, Case]
     stopped: dict[str, Stoppable]
@@ -221,7 +225,12 @@ def together(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> Toget
     stopped = {name: stoppable(new_job, folder / name.replace(" ", "+"), name) for name in STOPPED}
     for name in EXACT:
         stopped[name] = stopped[name]._replace(one=single.folder / f"{STOP}.ckpt")
-    torch.multiprocessing.spawn(one_of_two, (port, folder, cases, stopped, unequal), nprocs=WORLD)
+    try:
+        torch.multiprocessing.spawn(
+            one_of_two, (port, folder, cases, stopped, unequal), nprocs=WORLD
+        )
+    except ProcessExitedException as error:
+        pytest.fail(f"{error}; after {TIMEOUT_SECONDS} s its stack is on stderr", pytrace=False)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     ranks = [
         Rank({name: Found(*run) for name, run in runs.items()}, *others) for runs, *others in found
@@ -237,7 +246,7 @@ def alone(new_job: NewJob, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
-def test_two_processes_equal_one_through_a_kill(
+def test_two_ranks_that_are_killed_and_resumed_equal_one_process(
     name: str, together: Together, alone: tuple[Case, Found]
 ) -> None:
     _, expected = alone
@@ -251,7 +260,7 @@ def test_two_processes_equal_one_through_a_kill(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
-def test_rows_of_unequal_length_count_token_by_token_over_all_ranks(
+def test_tokens_of_unequal_rows_have_equal_weight_over_all_ranks(
     name: str, together: Together
 ) -> None:
     for rank in together.ranks:
@@ -272,7 +281,7 @@ def test_the_peak_of_every_rank_is_the_predicted_one(name: str, together: Togeth
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
-def test_the_checkpoint_and_the_export_are_whole(
+def test_the_checkpoint_and_the_export_have_whole_weights(
     name: str, together: Together, alone: tuple[Case, Found]
 ) -> None:
     single, folder = alone[0], together.cases[name].folder
@@ -287,7 +296,7 @@ def test_the_checkpoint_and_the_export_are_whole(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STOPPED)
-def test_two_that_are_stopped_end_as_two_that_are_not(name: str, together: Together) -> None:
+def test_two_ranks_resume_exactly(name: str, together: Together) -> None:
     folder = together.stopped[name].folder
     for rank in together.ranks:
         losses = rank.losses[name]
@@ -296,12 +305,12 @@ def test_two_that_are_stopped_end_as_two_that_are_not(name: str, together: Toget
     ends = [folder / part / f"{STEPS}.ckpt" for part in ("whole", "rest")]
     assert differences(*ends) == []
     counts = read_checkpoint(ends[0])["callbacks"]["BadSteps"]
-    assert counts["skipped"] == 1  # by both, where one alone had a bad number
+    assert counts["skipped"] == 1  # by both, although only one had a bad gradient
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_resumes_with_another_number_of_ranks(
     name: str, together: Together, tmp_path: Path
 ) -> None:
     for rank in together.ranks:
@@ -319,7 +328,7 @@ def test_ranks_roll_back_together(name: str, together: Together) -> None:
     paths = (folder / "whole" / f"{STOP}.ckpt", folder / "spiked" / f"{STEPS}.ckpt")
     saved, spiked = map(read_checkpoint, paths)
     assert same(saved["state_dict"], spiked["state_dict"])
-    # The learning rate, among the groups, goes on.
+    # But not the learning rate, which follows its schedule.
     states = [content["optimizer_states"][0]["state"] for content in (saved, spiked)]
     assert same(*states)
     counts = spiked["callbacks"]["BadSteps"]
@@ -336,7 +345,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize(
     ("launcher", "strategy"), [("lightning", "fsdp2"), ("torchrun", "ddp")], ids=LAUNCHERS
 )
-def test_the_command_line_starts_the_ranks_and_speaks_once(
+def test_the_command_line_starts_ranks_and_prints_once(
     launcher: str, strategy: str, tmp_path: Path
 ) -> None:
     words = ["fit", "--config", write_settings(tmp_path), "--trainer.devices", "2"]
@@ -349,14 +358,15 @@ def test_the_command_line_starts_the_ranks_and_speaks_once(
         capture_output=True,
         text=True,
         check=False,
+        timeout=TIMEOUT_SECONDS,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("training 2 steps") == run.stdout.count("\ndone\n") == 1
+    assert run.stdout.count("training: 2 steps") == run.stdout.count("\ndone\n") == 1
     (version,) = (tmp_path / "runs" / "default").iterdir()
     assert RunFolder(version).summary.exists()
     assert RunFolder(version).hf.is_dir()
 
 
-def test_without_devices_at_hand_a_run_is_of_one(new_job: Callable[..., Job]) -> None:
+def test_a_bare_trainer_uses_one_device(new_job: Callable[..., Job]) -> None:
     trainer = new_job().new_trainer(new_job().memory_options, [], bare=True)
     assert trainer.world_size == 1

@@ -24,6 +24,7 @@ from foam_lightning.signals import survive_signals
 Batch = dict[str, Tensor]
 _Loader = TypeVar("_Loader", bound=StatefulDataLoader[Any])
 Collate = Callable[[Sequence[Row]], Batch]
+WORKER_TIMEOUT_SECONDS = 600  # until a worker that sends nothing is an error, as for ranks in NCCL
 _ROWS_PER_SNAPSHOT = 32  # a worker sends its state every 32 rows; resuming skips the rest
 
 
@@ -234,6 +235,11 @@ def resumable_loader(
     )
 
 
+def worker_timeout(num_workers: int) -> int:
+    """Return the timeout of a DataLoader in seconds; without workers it must be 0."""
+    return WORKER_TIMEOUT_SECONDS if num_workers else 0
+
+
 def _create_loader(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> _Loader:
     # Workers would not help: rows are read from a memory-mapped file.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -242,7 +248,13 @@ def _create_loader(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> 
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         # Its own generator: seeds of workers drawn from torch's global one would change what a
         # resumed run draws next.
-        return kind(rows, generator=torch.Generator(), worker_init_fn=survive_signals, **settings)
+        return kind(
+            rows,
+            generator=torch.Generator(),
+            worker_init_fn=survive_signals,
+            timeout=worker_timeout(settings["num_workers"]),
+            **settings,
+        )
 
 
 def _unwrap(item: Row | DataError) -> Row:

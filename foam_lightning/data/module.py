@@ -172,7 +172,7 @@ class TextData(LightningDataModule):
 
     def val_dataloader(self) -> "DataLoader[Row]":
         """Serve the same validation rows in the same order, every time; to each rank its share."""
-        from foam_lightning.data.loader import RankRows
+        from foam_lightning.data.loader import RankRows, worker_timeout
 
         world, rank = self._ranks()
         return DataLoader(
@@ -181,6 +181,7 @@ class TextData(LightningDataModule):
             num_workers=self.settings.num_workers,
             collate_fn=self._collate,
             worker_init_fn=survive_signals,
+            timeout=worker_timeout(self.settings.num_workers),
             generator=torch.Generator(),  # as in `data.loader`
         )
 

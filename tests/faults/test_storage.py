@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import cli
 from foam_lightning import training
 from foam_lightning.checkpoint.io import previous_checkpoint
 from foam_lightning.checkpoint.load import read_checkpoint
+from foam_lightning.data import loader
 from foam_lightning.errors import CheckpointError
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train
@@ -189,6 +189,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert last_line(capfd).startswith("error: cannot write the run folder /proc/runs/default/")
 
 
+def test_a_data_worker_that_hangs_is_one_line(
+    settings: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader, "WORKER_TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(loader, "survive_signals", lambda _: time.sleep(600))  # as it starts
+    command = ["fit", "--config", str(settings), "--runs", str(tmp_path)]
+    assert cli.main([*command, "--data.num_workers", "1"]) == 5
+    assert "data worker failed (DataLoader timed out" in last_line(capfd)
+
+
 def test_a_data_worker_that_dies_is_one_line_and_the_run_resumes(
     settings: Path,
     undisturbed: RunFolder,
@@ -196,18 +209,18 @@ def test_a_data_worker_that_dies_is_one_line_and_the_run_resumes(
     capfd: pytest.CaptureFixture[str],
     at: Callable[[int, Callable[[], None]], None],
 ) -> None:
-    words = ["fit", "--config", str(settings), "--runs", str(tmp_path), "--data.num_workers", "1"]
+    command = ["fit", "--config", str(settings), "--runs", str(tmp_path)]
+    command += ["--data.num_workers", "1"]
 
-    def die() -> None:
+    def kill() -> None:
         for process in multiprocessing.active_children():
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
 
-    at(7, die)
-    assert cli.main(words) == 5
-    assert last_line(capfd).startswith("error: a data worker failed (DataLoader ")
-    assert cli.main(words) == 0
+    at(7, kill)
+    assert cli.main(command) == 5
+    assert last_line(capfd).startswith("error: a data worker failed (DataLoader worker ")
+    assert cli.main(command) == 0
     assert ends_like(undisturbed, tmp_path)
 
 
