@@ -5,6 +5,7 @@ budget are answered at once.
 """
 
 import gc
+import io
 import logging
 import os
 import sys
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not is_first_process():  # the first one prints for all
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # ASCII has no "±", nor a model's text
+        sys.stdout.reconfigure(errors="replace")
     try:
         with handle_signals():
             _run(words)

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -288,3 +289,12 @@ def test_an_interrupted_command_says_how_to_resume(
         assert capfd.readouterr().err == (
             f"ended by {number.name}; run the same command again to resume\n"
         )
+
+
+def test_output_that_a_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert cli.main(["--version"]) == 0
+    sys.stdout.write("-0.052 ± 0.026\n")
+    ascii_only.seek(0)
+    assert ascii_only.read().endswith("-0.052 ? 0.026\n")
