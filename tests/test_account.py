@@ -44,7 +44,7 @@ def plan_for(module: LlamaFoam, levels: int | str, memory_options: MemoryOptions
     return replace(module.uniform_plan(0, memory_options), levels=mixed)
 
 
-def really(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Moment:
+def measure(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Precision) -> Moment:
     """Take one real step on the CPU, and measure it."""
     module = LlamaFoam(**settings)
     module.set_plan(plan)
@@ -110,7 +110,7 @@ def check_case(settings: dict[str, Any], batch: int, length: int, case: Any) -> 
         module, num_layers=4, sequence_length=length, precision=precision, on_gpu=False
     )
     predicted = accountant.account(plan)
-    measured = really(settings, plan, length, precision)
+    measured = measure(settings, plan, length, precision)
     assert 0.995 <= predicted.peak_bytes / measured.total_bytes <= 1.01
     for term in ("weights", "optimizer_state"):
         assert predicted.breakdown[term] == measured.terms[term]
@@ -163,7 +163,7 @@ def test_a_gpu_adds_its_context_and_a_margin() -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("batch", [(1, 1), (8, 1), (8, 2), (64, 0)], ids=str)
 @pytest.mark.parametrize("checkpointing", [(False, False), (True, True), (True, False)], ids=str)
-def test_no_peak_is_below_what_is_counted_without_a_trace(
+def test_no_peak_is_below_the_bound(
     precision: Precision, batch: tuple[int, int], checkpointing: tuple[bool, bool]
 ) -> None:
     rows, accumulate = batch
@@ -179,10 +179,10 @@ def test_no_peak_is_below_what_is_counted_without_a_trace(
         module, num_layers=6, sequence_length=64, precision=precision, on_gpu=False
     )
     plan = module.uniform_plan(2, memory_options)
-    least, account = accountant.lower_bound(plan), accountant.account(plan)
+    bound, account = accountant.lower_bound(plan), accountant.account(plan)
     peak = account.peak_bytes
     plan_bytes = account.breakdown["weights"] + account.breakdown["optimizer_state"]
-    assert plan_bytes < least <= peak
+    assert plan_bytes < bound <= peak
     assert accountant.fits(plan, peak)
     assert not accountant.fits(plan, peak - 1)
 
@@ -199,7 +199,7 @@ ON_GPU = [
 
 
 @pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
-def test_the_replay_asks_for_what_the_account_counts(memory_options: MemoryOptions) -> None:
+def test_the_replay_requests_the_bytes_of_the_account(memory_options: MemoryOptions) -> None:
     module = LlamaFoam()
     accountant = accountant_of(module, on_gpu=True)
     for level in (0, 2, 8):
@@ -211,7 +211,7 @@ def test_the_replay_asks_for_what_the_account_counts(memory_options: MemoryOptio
 
 
 @pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
-def test_the_margin_covers_what_every_level_reserves_and_less_state_never_needs_more(
+def test_the_margin_covers_what_is_reserved_and_grows_with_the_state(
     memory_options: MemoryOptions,
 ) -> None:
     module = LlamaFoam()
@@ -229,7 +229,7 @@ def test_the_margin_covers_what_every_level_reserves_and_less_state_never_needs_
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
-def test_a_change_of_state_changes_the_peak_by_what_was_asked(
+def test_a_change_of_state_changes_the_peak_as_requested(
     memory_options: MemoryOptions, on_gpu: bool
 ) -> None:
     module = LlamaFoam()

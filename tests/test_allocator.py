@@ -1,4 +1,4 @@
-from itertools import accumulate
+from itertools import accumulate, permutations
 
 import pytest
 import torch
@@ -22,15 +22,15 @@ from foam_lightning.plan import MemoryOptions
 KiB, MiB = 2**10, 2**20
 
 
-def births(*sizes: int) -> Events:
+def allocations(*sizes: int) -> Events:
     events = Events()
     for size in sizes:
         events.allocate(size)
     return events
 
 
-def written(*steps: int) -> Events:
-    """Write events as sizes, and as -1 - n for the death of block n."""
+def events_of(*steps: int) -> Events:
+    """Make events of sizes to allocate, and of -1 - n to free block n."""
     events = Events()
     for step in steps:
         if step >= 0:
@@ -41,12 +41,12 @@ def written(*steps: int) -> Events:
 
 
 def reserved(*steps: int, expandable: bool = False) -> int:
-    return replay(written(*steps), expandable=expandable).reserved
+    return replay(events_of(*steps), expandable=expandable).reserved
 
 
-def test_nothing_takes_nothing() -> None:
+def test_nothing_needs_no_memory() -> None:
     assert replay(Events()) == AllocatorPeaks(0, 0, 0)
-    assert replay(written(0, -1, 0)) == AllocatorPeaks(0, 0, 0)
+    assert replay(events_of(0, -1, 0)) == AllocatorPeaks(0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_nothing_takes_nothing() -> None:
     ],
 )
 def test_one_block_is_rounded_and_has_a_segment(size: int, allocated: int, segment: int) -> None:
-    assert replay(births(size)) == AllocatorPeaks(size, allocated, segment)
+    assert replay(allocations(size)) == AllocatorPeaks(size, allocated, segment)
 
 
 def test_small_blocks_share_a_segment() -> None:
@@ -81,7 +81,7 @@ def test_medium_blocks_share_a_segment_down_to_a_rest_of_one_mebibyte() -> None:
     assert reserved(9 * MiB, 9 * MiB, 2 * MiB) == 20 * MiB
     assert reserved(9 * MiB, 9 * MiB, 2 * MiB, 2 * MiB) == 40 * MiB
     # 1 MiB is left of the segment, which nothing of the large pool could use.
-    assert replay(births(10 * MiB - 512, 9 * MiB + 512)).allocated == 20 * MiB
+    assert replay(allocations(10 * MiB - 512, 9 * MiB + 512)).allocated == 20 * MiB
 
 
 def test_pools_do_not_mix() -> None:
@@ -89,22 +89,22 @@ def test_pools_do_not_mix() -> None:
     assert reserved(512, -1, 2 * MiB) == 22 * MiB
 
 
-def test_the_best_fit_is_taken_and_split() -> None:
+def test_the_best_fit_is_split() -> None:
     # Free: 40 and 30 MiB. 24 goes into the 30, whose rest of 6 then serves 5; 40 is still whole.
     assert reserved(40 * MiB, 30 * MiB, -1, -2, 24 * MiB, 5 * MiB, 40 * MiB) == 70 * MiB
     # What is free in 30 and in 40 is 46 together, and no block of 41 among them.
     assert reserved(40 * MiB, 30 * MiB, -1, -2, 24 * MiB, 42 * MiB) == 112 * MiB
 
 
-def test_free_neighbours_become_one_in_any_order_of_death() -> None:
+def test_free_neighbours_are_merged_in_any_order() -> None:
     three = (6 * MiB, 6 * MiB, 8 * MiB)
-    for order in ((-1, -2, -3), (-1, -3, -2), (-2, -1, -3), (-3, -2, -1), (-2, -3, -1)):
+    for order in permutations((-1, -2, -3)):
         assert reserved(*three, *order, 20 * MiB) == 20 * MiB
     # With the middle one alive they do not.
     assert reserved(*three, -1, -3, 14 * MiB) == 34 * MiB
 
 
-def test_segments_do_not_become_one() -> None:
+def test_segments_are_not_merged() -> None:
     assert reserved(10 * MiB, 10 * MiB, -1, -2, 20 * MiB) == 40 * MiB
 
 
@@ -125,7 +125,7 @@ SIZES = st.one_of(st.integers(0, 4 * KiB), st.integers(0, 3 * MiB), st.integers(
 
 
 @st.composite
-def lives(draw: st.DrawFn, sizes: st.SearchStrategy[int] = SIZES) -> Events:
+def some_events(draw: st.DrawFn, sizes: st.SearchStrategy[int] = SIZES) -> Events:
     events = Events()
     alive: list[int] = []
     for _ in range(draw(st.integers(0, 40))):
@@ -152,7 +152,7 @@ def repeated(events: Events, times: int) -> Events:
     return found
 
 
-@given(lives(), st.booleans())
+@given(some_events(), st.booleans())
 def test_reserved_covers_allocated_covers_requested(events: Events, expandable: bool) -> None:
     usage = replay(events, expandable=expandable)
     deltas = [events.sizes[c] if c >= 0 else -events.sizes[~c] for c in events.changes]
@@ -163,11 +163,11 @@ def test_reserved_covers_allocated_covers_requested(events: Events, expandable: 
 
 
 @given(st.integers(1, 30 * MiB), st.booleans(), st.integers(2, 4), st.data())
-def test_freeing_everything_and_beginning_anew_reserves_nothing_more(
+def test_a_second_round_reserves_nothing_more(
     size: int, expandable: bool, times: int, data: st.DataObject
 ) -> None:
     # Blocks of one size; those of many may come to lie otherwise, and leave holes, the next time.
-    events = data.draw(lives(st.just(size)))
+    events = data.draw(some_events(st.just(size)))
     once = replay(repeated(events, 1), expandable=expandable)
     assert replay(repeated(events, times), expandable=expandable) == once
 
@@ -175,18 +175,18 @@ def test_freeing_everything_and_beginning_anew_reserves_nothing_more(
 @given(st.lists(st.sampled_from([512, 1024, 2048, 4096]), max_size=60), st.randoms())
 def test_the_order_of_small_blocks_does_not_matter(sizes: list[int], random: object) -> None:
     shuffled = sorted(sizes, key=lambda _: random.random())  # type: ignore[attr-defined]
-    assert replay(births(*sizes)) == replay(births(*shuffled))
+    assert replay(allocations(*sizes)) == replay(allocations(*shuffled))
 
 
 @given(st.lists(st.integers(MiB + 1, 30 * MiB), min_size=1, max_size=30), st.data())
-def test_larger_blocks_never_take_less(sizes: list[int], data: st.DataObject) -> None:
+def test_larger_blocks_never_need_less(sizes: list[int], data: st.DataObject) -> None:
     # Of one pool, in a segment that grows: 10 MiB alone reserve less than 9 MiB, by the rules.
     grown = [size + data.draw(st.integers(0, MiB)) for size in sizes]
-    before, after = (replay(births(*some), expandable=True) for some in (sizes, grown))
+    before, after = (replay(allocations(*some), expandable=True) for some in (sizes, grown))
     assert all(less <= more for less, more in zip(before, after, strict=True))
 
 
-@given(lives(st.integers(1, MiB)))
+@given(some_events(st.integers(1, MiB)))
 def test_small_blocks_reserve_alike_in_segments_that_grow_or_not_within_one(events: Events) -> None:
     if replay(events).reserved == 2 * MiB:
         assert replay(events, expandable=True) == replay(events)
@@ -195,8 +195,8 @@ def test_small_blocks_reserve_alike_in_segments_that_grow_or_not_within_one(even
 # ---- the events of a training step
 
 
-def test_two_steps_keep_state_and_free_what_is_left() -> None:
-    step = written(100, 200, -1, 300)
+def test_two_steps_keep_the_state_and_free_the_rest() -> None:
+    step = events_of(100, 200, -1, 300)
     events = two_steps([1000], step, [ParameterUpdate((10, 20), 5)])
     assert events.sizes == [1000, 100, 200, 300, 10, 20, 5, 100, 200, 300, 5]
     dead = [~change for change in events.changes if change < 0]
@@ -251,7 +251,7 @@ def test_events_of_a_repeat_happen_once_for_each_time() -> None:
     assert [at for at, name in events.marks if name == "look"] == [4, 7, 10]
 
 
-def test_weights_and_state_are_no_events() -> None:
+def test_weights_and_state_are_not_among_the_events() -> None:
     tracker = StorageTracker()
     with tracker:
         weight, state, rest = storages(3)
@@ -277,7 +277,7 @@ def test_events_of_three_layers_stand_for_those_of_six(
         gradient_release=release,
     )
 
-    def events_of(num_layers: int) -> Events:
+    def trace(num_layers: int) -> Events:
         def make_batch() -> tuple[Tensor, Tensor]:
             ids = torch.zeros((2, 32), dtype=torch.int64)
             return ids, ids
@@ -292,7 +292,7 @@ def test_events_of_three_layers_stand_for_those_of_six(
                 num_layers=6,
             ).events
 
-    folded, full = events_of(3), events_of(6)
+    folded, full = trace(3), trace(6)
     assert totals(folded) == totals(full)
     places = [
         [at for at, name in found.marks if name.startswith("update ")] for found in (folded, full)

@@ -1,5 +1,3 @@
-"""What is listed is what is counted, to the byte."""
-
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "vocab_size": 300,
     "num_hidden_layers": LAYERS,
 }
-LEVERS = {
+OPTIONS = {
     "plain": MemoryOptions(micro_batch_size=8),
     "a small batch": MemoryOptions(micro_batch_size=1),
     "accumulated": MemoryOptions(micro_batch_size=4, accumulate_grad_batches=3, chunked_loss=True),
@@ -58,50 +56,47 @@ def mixed(memory_options: MemoryOptions) -> FoldPlan:
     return replace(plan, levels=levels)
 
 
-def by_term(holdings: list[TensorGroup]) -> dict[str, int]:
-    return {
-        term: sum(holding.num_bytes for holding in holdings if holding.term == term)
-        for term in TERMS
-    }
+def by_term(groups: list[TensorGroup]) -> dict[str, int]:
+    return {term: sum(group.num_bytes for group in groups if group.term == term) for term in TERMS}
 
 
-@pytest.mark.parametrize("name", LEVERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_the_tensors_at_the_peak_add_up_to_every_term(name: str) -> None:
-    found, plan = accountant(), mixed(LEVERS[name])
-    holdings = found.list_tensors(plan)
-    assert by_term(holdings) == found.tensor_terms(plan)
-    assert all(holding.count > 0 and holding.size > 0 for holding in holdings)
-    assert all(holding.origin.made_by for holding in holdings)
-    sizes = [holding.num_bytes for holding in holdings]
+    found, plan = accountant(), mixed(OPTIONS[name])
+    groups = found.list_tensors(plan)
+    assert by_term(groups) == found.tensor_terms(plan)
+    assert all(group.count > 0 and group.size > 0 for group in groups)
+    assert all(group.origin.made_by for group in groups)
+    sizes = [group.num_bytes for group in groups]
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_what_one_of_several_devices_holds_adds_up_too() -> None:
-    plan = mixed(LEVERS["plain"])
+def test_the_tensors_of_one_of_several_devices_add_up() -> None:
+    plan = mixed(OPTIONS["plain"])
     shared = accountant(devices=Devices(count=2))
-    holdings = shared.list_tensors(plan)
-    assert by_term(holdings) == shared.tensor_terms(plan)
-    buckets = [holding for holding in holdings if holding.origin.made_by == "bucket of gradients"]
-    assert sum(holding.num_bytes for holding in buckets) == by_term(holdings)["weights"]
+    groups = shared.list_tensors(plan)
+    assert by_term(groups) == shared.tensor_terms(plan)
+    buckets = [group for group in groups if group.origin.made_by == "bucket of gradients"]
+    assert sum(group.num_bytes for group in buckets) == by_term(groups)["weights"]
     sharded = accountant(devices=Devices(count=2, shards=True))
-    holdings = sharded.list_tensors(plan)
-    assert by_term(holdings) == sharded.tensor_terms(plan)
-    gathered = find(holdings, "model.embed_tokens.weight", "throughout")
+    groups = sharded.list_tensors(plan)
+    assert by_term(groups) == sharded.tensor_terms(plan)
+    gathered = find(groups, "model.embed_tokens.weight", "throughout")
     assert [h.origin.shape for h in gathered if h.term == "weights"] == [(150, 64)]
 
 
-def find(holdings: list[TensorGroup], made_by: str, phase: str) -> list[TensorGroup]:
-    return [h for h in holdings if (h.origin.made_by, h.origin.phase) == (made_by, phase)]
+def find(groups: list[TensorGroup], made_by: str, phase: str) -> list[TensorGroup]:
+    return [h for h in groups if (h.origin.made_by, h.origin.phase) == (made_by, phase)]
 
 
-def test_a_holding_says_what_it_is() -> None:
-    found = accountant().list_tensors(mixed(LEVERS["plain"]))
+def test_a_group_has_the_size_the_count_and_the_origin_of_its_tensors() -> None:
+    found = accountant().list_tensors(mixed(OPTIONS["plain"]))
     (weights,) = find(found, "model.layers.*.mlp.gate_proj.weight", "throughout")
     assert (weights.count, weights.size, weights.term) == (LAYERS, 4 * 64 * 172, "weights")
     assert (weights.origin.shape, weights.origin.dtype) == ((172, 64), torch.float32)
     kept = find(found, "model.layers.*.self_attn.q_proj.weight exp_avg", "throughout")
-    assert {holding.origin.shape for holding in kept} <= {(64, 64), (64, 8), (64, 32), (64, 1)}
-    assert sum(holding.count for holding in kept) == LAYERS
+    assert {group.origin.shape for group in kept} <= {(64, 64), (64, 8), (64, 32), (64, 1)}
+    assert sum(group.count for group in kept) == LAYERS
     # In the middle of the loss every layer's activations are alive.
     (gate,) = find(found, "model.layers.*.mlp.gate_proj", "forward")
     assert (gate.count, gate.term) == (LAYERS, "activations")
@@ -109,18 +104,18 @@ def test_a_holding_says_what_it_is() -> None:
     assert any(h.term == "loss" and h.origin.shape[-1] == 300 for h in found)
 
 
-def test_gradients_go_by_the_names_of_their_parameters() -> None:
-    found = accountant().list_tensors(mixed(LEVERS["a small batch"]))
+def test_gradients_have_the_names_of_their_parameters() -> None:
+    found = accountant().list_tensors(mixed(OPTIONS["a small batch"]))
     gradients = {h.origin.made_by for h in found if h.term == "gradients"}
     assert "model.layers.*.mlp.up_proj.weight" in gradients
     assert gradients == {h.origin.made_by for h in found if h.term == "weights"}
-    released = accountant().list_tensors(mixed(LEVERS["released, offloaded"]))
+    released = accountant().list_tensors(mixed(OPTIONS["released, offloaded"]))
     visiting = [h for h in released if h.term == "workspace" and " exp_avg" in h.origin.made_by]
     assert {h.origin.phase for h in visiting} == {"update"}
     assert len({h.origin.made_by.split()[0] for h in visiting}) == 1
 
 
-def test_what_is_computed_again_says_so() -> None:
+def test_recomputed_tensors_have_the_phase_recompute() -> None:
     memory_options = MemoryOptions(
         micro_batch_size=8, activation_checkpointing=True, gradient_release=True
     )
@@ -132,8 +127,8 @@ def test_what_is_computed_again_says_so() -> None:
 
 @pytest.mark.parametrize("name", ["plain", "accumulated", "checkpointed", "released"])
 @pytest.mark.parametrize("depth", [3, LAYERS])
-def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
-    memory_options = LEVERS[name]
+def test_recording_origins_changes_no_count(name: str, depth: int) -> None:
+    memory_options = OPTIONS[name]
 
     def step(*, with_origins: bool) -> Any:
         def make_batch() -> tuple[Tensor, Tensor]:
@@ -159,17 +154,15 @@ def test_origins_change_nothing_that_is_counted(name: str, depth: int) -> None:
                 with_origins=with_origins,
             )
 
-    plain, noted = step(with_origins=False), step(with_origins=True)
-    assert plain.peak == noted.peak
+    plain, recorded = step(with_origins=False), step(with_origins=True)
+    assert plain.peak == recorded.peak
     assert not plain.timeline.record.origins
-    record = noted.timeline.record
+    record = recorded.timeline.record
     assert len(record.origins) == len(record.sizes)
-    # At any moment, not at the peak alone, what is held is what is counted.
-    end = noted.timeline.peak().time
-    for moment in (noted.peak, *noted.updates):
-        held = noted.timeline.count_alive(moment.time)
+    # At any moment, not at the peak alone, the storages alive add up to the terms.
+    for moment in (recorded.peak, *recorded.updates):
+        held = recorded.timeline.count_alive(moment.time)
         found = dict.fromkeys(TERMS, 0)
         for index, count in held.items():
             found[TERMS[record.terms[index]]] += count * record.sizes[index]
         assert found == moment.terms
-    assert end == noted.peak.time

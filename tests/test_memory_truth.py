@@ -1,5 +1,3 @@
-"""The comparison of predicted and measured peaks, at its smallest."""
-
 import multiprocessing
 import operator
 import os
@@ -30,7 +28,7 @@ from tests.benchmarks.memory_runs import (
     predict,
     write_text,
 )
-from tests.benchmarks.memory_truth import Row, summary, table, wall, wall_lines
+from tests.benchmarks.memory_truth import Row, capped_run, capped_run_lines, summary, table
 
 MODELS, MICRO_BATCHES = ("default", "llama_20m"), (1, 2, 4)
 
@@ -86,9 +84,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("one", CASES, ids=lambda one: f"{one.precision} {one.optimizer}")
-def test_the_run_takes_what_is_predicted(one: Combination, text: Path) -> None:
+def test_the_measured_peak_is_the_predicted_one_or_just_below(one: Combination, text: Path) -> None:
     predicted, measured = predict(one, "cpu", text), measure_on_cpu(one, text)
-    assert predicted.tensors == pytest.approx(measured.tensors, rel=0.001)
+    assert measured.tensors <= predicted.tensors <= 1.001 * measured.tensors
 
 
 def test_foreach_needs_more_than_the_loop(text: Path) -> None:
@@ -113,16 +111,16 @@ def test_the_mixed_plan_mixes(text: Path) -> None:
     assert set(plan.levels.values()) == {0, 1, 3, 8}
 
 
-def test_the_wall_is_the_leanest_7b(text: Path) -> None:
-    one = wall()
+def test_the_capped_run_uses_all_memory_options_but_offload(text: Path) -> None:
+    one = capped_run()
     job = job_of(one, "cuda", text)
     assert one.memory_options.gradient_release
     assert one.memory_options.activation_checkpointing
     assert job.new_module().llama_config().hidden_size == 4096
-    assert job.data.batch_size == memory_truth.WALL_BATCH
+    assert job.data.batch_size == memory_truth.CAPPED_BATCH
 
 
-def test_the_summary_counts_what_is_too_low() -> None:
+def test_the_summary_counts_predictions_that_are_too_low() -> None:
     foam, adamw = CASES[0], CASES[3]
     rows = [
         Row(foam, Peak(1000), Peak(1000)),
@@ -148,14 +146,18 @@ def test_every_line_of_the_table_has_its_columns(device: str) -> None:
     assert ("1.5 kB" in lines[2]) == (device == "cuda")
 
 
-def test_the_wall_is_told_either_way() -> None:
-    assert "OutOfMemoryError" in wall_lines(Row(wall(), Peak(1, 2), "OutOfMemoryError"))[1]
-    told = wall_lines(Row(wall(), Peak(20 * 10**9, 23 * 10**9), Peak(21 * 10**9, 22 * 10**9, 3)))
+def test_the_capped_run_is_reported_with_its_peaks_or_its_error() -> None:
+    assert (
+        "OutOfMemoryError" in capped_run_lines(Row(capped_run(), Peak(1, 2), "OutOfMemoryError"))[1]
+    )
+    told = capped_run_lines(
+        Row(capped_run(), Peak(20 * 10**9, 23 * 10**9), Peak(21 * 10**9, 22 * 10**9, 3))
+    )
     assert "20 GB predicted, 21 GB measured" in told[1]
     assert "23 GB predicted, 22 GB measured; 3 allocator retries" in told[1]
 
 
-def test_a_process_of_its_own_gives_what_it_found_or_why_not() -> None:
+def test_a_new_process_returns_its_result_or_the_reason_why_there_is_none() -> None:
     context = multiprocessing.get_context("forkserver")
     assert in_fresh_process(context, 60, operator.neg, 7) == (-7, None)
     found, failure = in_fresh_process(context, 60, int, "no\nnumber")
@@ -175,9 +177,8 @@ def test_without_a_gpu_one_is_asked_for(
     assert "--device cuda needs a GPU" in capsys.readouterr().err
 
 
-def measured_elsewhere(one: Combination, *_: object) -> Peak:
-    """Stand for the measurement that a GPU is needed for."""
-    if one.model == memory_truth.WALL_MODEL:
+def fake_measurement(one: Combination, *_: object) -> Peak:
+    if one.model == memory_truth.CAPPED_MODEL:
         return Peak(21 * 10**9, 22 * 10**9)
     raise RuntimeError("out of memory")
 
@@ -188,7 +189,7 @@ def test_the_grid_goes_on_after_a_run_that_fails(
 ) -> None:
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**11, 10**11))
-    monkeypatch.setattr(memory_truth, "measure_on_gpu", measured_elsewhere)
+    monkeypatch.setattr(memory_truth, "measure_on_gpu", fake_measurement)
     rows, lines = memory_truth.run_on_gpu([CASES[0], CASES[3]], text, 500)
     assert [row.measured for row in rows] == ["RuntimeError: out of memory"] * 2
     assert [row.predicted.device is None for row in rows] == [False, True]

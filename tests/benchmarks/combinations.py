@@ -23,8 +23,8 @@ class Combination:
         model: A file of configs/, without its ending.
         precision: Lightning's name of the precision.
         optimizer: A key of `LEVELS` or of `FOREACH`.
-        memory_options: The rest. AdamW keeps its moments in the dtype of the weights, whatever they
-            say.
+        memory_options: The rest. AdamW ignores their `state_dtype`: its moments have the dtype of
+            the weights.
     """
 
     model: str
@@ -45,7 +45,7 @@ class Combination:
 
     @property
     def settings(self) -> tuple[object, ...]:
-        """What pairs are made of."""
+        """The settings that pairs are made of."""
         memory_options = self.memory_options
         return (
             self.model,
@@ -68,7 +68,7 @@ def pairs(combination: Combination) -> list[Pair]:
 
 
 def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combination]:
-    """Yield all that can be trained: AdamW releases no gradients and has one state dtype."""
+    """Yield every valid combination: AdamW releases no gradients and has one state dtype."""
     batches = [(times, False) for times in _ACCUMULATION] + [(1, True)]
     for model, precision, micro_batch, (times, releases), checkpointing, chunks in product(
         models, get_args(Precision), micro_batches, batches, CHECKPOINTING.values(), (False, True)
@@ -89,7 +89,7 @@ def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combi
 
 
 def choose(models: Sequence[str], micro_batches: Sequence[int], count: int) -> list[Combination]:
-    """Choose combinations one by one, each with as many pairs as can be that are rare so far.
+    """Choose combinations one by one, each with the most pairs that are rare so far.
 
     Args:
         models: Files of configs/, without their ending.
@@ -97,11 +97,11 @@ def choose(models: Sequence[str], micro_batches: Sequence[int], count: int) -> l
         count: How many.
     """
     left = {combination: pairs(combination) for combination in every(models, micro_batches)}
-    worth = {pair: 1.0 for of_one in left.values() for pair in of_one}
+    weights = {pair: 1.0 for of_one in left.values() for pair in of_one}
     chosen = []
     for _ in range(count):
-        best = max(left, key=lambda one: sum(map(worth.__getitem__, left[one])))
+        best = max(left, key=lambda one: sum(map(weights.__getitem__, left[one])))
         for pair in left.pop(best):
-            worth[pair] /= 10
+            weights[pair] /= 10
         chosen.append(best)
     return chosen

@@ -1,4 +1,4 @@
-"""A function called in a process of its own, which may fail, die or hang."""
+"""Call a function in a new process, which may fail, die or hang."""
 
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -8,16 +8,16 @@ from typing import Any
 def in_fresh_process(
     context: Any, seconds: float, function: Callable[..., object], *arguments: object
 ) -> tuple[Any, str | None]:
-    """Call a function in a process of its own.
+    """Call a function in a new process.
 
     Args:
-        context: Of multiprocessing.
-        seconds: How long to wait; then the process is killed.
-        function: What to call; it and what it returns are sent, so they must pickle.
-        arguments: Of the function.
+        context: A context of multiprocessing.
+        seconds: Time limit; then the process is killed.
+        function: The function; it and its result must pickle.
+        arguments: Its arguments.
 
     Returns:
-        What it returned and None, or None and why it did not.
+        Its result and None, or None and the reason why there is no result.
     """
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, arguments))

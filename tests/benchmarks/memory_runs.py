@@ -1,4 +1,4 @@
-"""One training run: its peak as predicted, on fake tensors, and as measured, by running it."""
+"""One training run: its peak predicted on fake tensors, and measured by running it."""
 
 import logging
 import warnings
@@ -30,13 +30,13 @@ VOCABULARY = 300
 
 @dataclass(frozen=True)
 class Peak:
-    """What a run takes at most, in bytes.
+    """The peak of a run in bytes.
 
     Attributes:
         tensors: In tensors.
-        device: On the card in all: what the allocator reserves and the context beside it. None on
-            a CPU, and predicted for AdamW, of which the account knows no more than the tensors.
-        retries: How often the allocator had to free its cache to go on.
+        device: On the card in all: what the allocator reserves, and the context. None on a CPU, and
+            for predictions of AdamW, which end at the tensors.
+        retries: How often the allocator had to free its cache first.
     """
 
     tensors: int
@@ -45,7 +45,7 @@ class Peak:
 
 
 def job_of(one: Combination, device: str, text: Path) -> Job:
-    """Make the job: the model of a file of configs/, on text of which only the length matters."""
+    """Make the job of a file of configs/, on text of which only the length matters."""
     job = parse("fit", [], default=ROOT / "configs" / f"{one.model}.yaml").job()
     length = min(job.data.sequence_length, MOST_TOKENS[device])
     source = {
@@ -121,7 +121,7 @@ def predict(one: Combination, device: str, text: Path) -> Peak:
 # ---- measured
 
 
-class Watch(Callback):
+class StorageWatch(Callback):
     """Track every storage from the start of training to the end of the run."""
 
     def __init__(self) -> None:
@@ -157,9 +157,9 @@ def train(job: Job, one: Combination, callbacks: Sequence[Callback], num_steps: 
 
 
 def measure_on_cpu(one: Combination, text: Path) -> Peak:
-    watch = Watch()
-    train(job_of(one, "cpu", text), one, [watch])
-    return Peak(watch.tracker.peak().total_bytes)
+    watcher = StorageWatch()
+    train(job_of(one, "cpu", text), one, [watcher])
+    return Peak(watcher.tracker.peak().total_bytes)
 
 
 def measure_on_gpu(
@@ -167,24 +167,24 @@ def measure_on_gpu(
     text: Path,
     free_before: int,
     num_steps: int = 2,
-    wall_bytes: int | None = None,
+    cap_bytes: int | None = None,
 ) -> Peak:
-    """Measure in this process, which has not used the GPU before and is not used again.
+    """Measure in this process, which must not use the GPU before or after.
 
     Args:
-        one: What to train.
-        text: On what.
-        free_before: Bytes of the card that were free before this process began.
-        num_steps: How long.
-        wall_bytes: What the process may take of the card at most, its context included.
+        one: The settings of the run.
+        text: The training text.
+        free_before: Bytes of the card that were free before this process started.
+        num_steps: Optimizer steps.
+        cap_bytes: Limit for what the process uses of the card, its context included.
     """
     quiet()
     square = torch.ones(8, 8, device="cuda", dtype=torch.bfloat16)
     (square @ square).sum().item()  # so that what belongs to the context is there
-    if wall_bytes is not None:
+    if cap_bytes is not None:
         context = free_before - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
         total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction((wall_bytes - context) / total)
+        torch.cuda.set_per_process_memory_fraction((cap_bytes - context) / total)
     train(job_of(one, "cuda", text), one, [], num_steps)
     torch.cuda.synchronize()
     context = free_before - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()

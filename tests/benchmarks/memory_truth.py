@@ -1,12 +1,12 @@
-"""The predicted peak beside the measured one, over training settings of which every pair occurs.
+"""Compare predicted and measured peaks, over training settings in which every pair occurs.
 
     python -m tests.benchmarks.memory_truth [--output FILE]
     python -m tests.benchmarks.memory_truth --device cuda [--minutes 9] [--output FILE]
 
-Measured are runs of Lightning's trainer as a rehearsal is: two optimizer steps and an evaluation.
-On a CPU every storage of the run is tracked; on a GPU, torch counts what is allocated, and the
-card what the process takes in all. There every run has a process of its own, and before the
-others LLaMA 7B trains 20 steps with gradients released inside 24 GB that it cannot leave.
+A run is like a rehearsal: two optimizer steps and an evaluation by Lightning's trainer. On a CPU
+every storage of the run is tracked; on a GPU, torch counts what is allocated, and the card what the
+process uses in all. There every run has a process of its own, and first LLaMA 7B trains 20 steps
+with gradient release under a memory cap of 24 GB.
 """
 
 import argparse
@@ -46,13 +46,13 @@ SMALL = ("default", "llama_20m")
 MODELS = {"cpu": SMALL, "cuda": (*SMALL, "llama_60m", "llama_130m", "llama_350m", "llama_1b")}
 MICRO_BATCHES = {"cpu": (1, 2, 4), "cuda": (1, 4, 16)}
 COUNTS = {"cpu": 48, "cuda": 60}
-WALL_MODEL, WALL_BYTES, WALL_STEPS, WALL_BATCH = "llama_7b", 24 * 10**9, 20, 4
+CAPPED_MODEL, CAPPED_BYTES, CAPPED_STEPS, CAPPED_BATCH = "llama_7b", 24 * 10**9, 20, 4
 UNDER = 0.995
 
 
 @dataclass(frozen=True)
 class Row:
-    """One combination: predicted, and measured or why not."""
+    """One combination: its predicted peak, and the measured one or the reason why there is none."""
 
     combination: Combination
     predicted: Peak
@@ -82,7 +82,7 @@ def run_on_cpu(grid: Sequence[Combination], text: Path) -> list[Row]:
 def run_on_gpu(
     grid: Sequence[Combination], text: Path, seconds: float
 ) -> tuple[list[Row], list[str]]:
-    """Run the wall, then the grid as far as the time goes."""
+    """Do the capped run, then as many runs of the grid as there is time for."""
     end = time.monotonic() + seconds
     # Asking by NVML leaves a process whose children will use the GPU as it was.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -93,13 +93,20 @@ def run_on_gpu(
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(max(2, (os.cpu_count() or 4) // 2), mp_context=context)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        of_wall = pool.submit(predict, wall(), "cuda", text)
+        capped_prediction = pool.submit(predict, capped_run(), "cuda", text)
         predictions = [pool.submit(predict, one, "cuda", text) for one in grid]
         free, total = torch.cuda.mem_get_info()
         measured, failure = in_fresh_process(
-            context, seconds / 2, measure_on_gpu, wall(), text, free, WALL_STEPS, WALL_BYTES
+            context,
+            seconds / 2,
+            measure_on_gpu,
+            capped_run(),
+            text,
+            free,
+            CAPPED_STEPS,
+            CAPPED_BYTES,
         )
-        inside = Row(wall(), of_wall.result(), measured or str(failure))
+        inside = Row(capped_run(), capped_prediction.result(), measured or str(failure))
         report(inside, 0, len(grid))
         rows: list[Row] = []
         for one, prediction in zip(grid, predictions, strict=True):
@@ -112,19 +119,19 @@ def run_on_gpu(
                 measured, failure = in_fresh_process(context, left, measure_on_gpu, one, text, free)
             rows.append(Row(one, predicted, measured or str(failure)))
             report(rows[-1], len(rows), len(grid))
-    return rows, wall_lines(inside)
+    return rows, capped_run_lines(capped)
 
 
-def wall() -> Combination:
-    """Train as `fit` would inside 24 GB: all memory options but offload, and level 2."""
+def capped_run() -> Combination:
+    """Make the run that `fit` would do in 24 GB: all memory options but offload, at level 2."""
     memory_options = MemoryOptions(
-        micro_batch_size=WALL_BATCH,
+        micro_batch_size=CAPPED_BATCH,
         chunked_loss=True,
         activation_checkpointing=True,
         gradient_release=True,
         state_dtype="bfloat16",
     )
-    return Combination(WALL_MODEL, "bf16-true", "FOAM 2", memory_options)
+    return Combination(CAPPED_MODEL, "bf16-true", "FOAM 2", memory_options)
 
 
 def report(row: Row, number: int, count: int) -> None:
@@ -135,8 +142,9 @@ def report(row: Row, number: int, count: int) -> None:
 # ---- the table
 
 
-def wall_lines(row: Row) -> list[str]:
-    name = f"{WALL_MODEL}, {WALL_STEPS} steps inside {format_bytes(WALL_BYTES)}, context included"
+def capped_run_lines(row: Row) -> list[str]:
+    cap = format_bytes(CAPPED_BYTES)
+    name = f"{CAPPED_MODEL}, {CAPPED_STEPS} steps inside {cap}, context included"
     if isinstance(row.measured, str):
         return ["", f"{name}: {row.measured}."]
     predicted, measured = row.predicted, row.measured
@@ -175,7 +183,7 @@ def table(rows: Sequence[Row], device: str) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Give the ratios in three numbers, and how many predictions are too low."""
+    """Summarize the ratios, and count the predictions that are too low."""
     lines = [
         "| predicted / measured | runs | min | median | max | off by more than 1 % | "
         "under-predicted by more than .5 % |",

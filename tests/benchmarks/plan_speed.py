@@ -1,8 +1,8 @@
-"""How long `plan` takes and how much memory it needs, for models of 7B and of 70B parameters.
+"""Measure the time and memory that `plan` needs, for models of 7B and of 70B parameters.
 
     python -m tests.benchmarks.plan_speed [--output FILE]
 
-Each row is the command in a process of its own: from its start to its end, imports included.
+Each row is one run of the command in a new process, imports included.
 """
 
 import argparse
@@ -86,11 +86,11 @@ def _row(name: str, options: tuple[str, ...]) -> str:
 
 
 def _run(*words: str) -> tuple[float, float, int, int, str]:
-    """Run Python; give wall and user seconds, peak resident bytes, exit code and output."""
+    """Run Python; return wall and user seconds, peak resident bytes, exit code and output."""
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8") as output:
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output)
-        # Unlike getrusage, this tells of one child alone.
+        # Unlike getrusage, this counts one child alone.
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
