@@ -26,7 +26,7 @@ from foam_lightning.memory.distributed import (
     num_communicators,
 )
 from foam_lightning.memory.inventory import PeakMoment, TensorGroup, group_tensors
-from foam_lightning.memory.timeline import TERMS, Timeline
+from foam_lightning.memory.timeline import Moment, Timeline
 from foam_lightning.memory.trace import (
     Step,
     Traceable,
@@ -178,22 +178,19 @@ class Accountant:
     def _peak(self, plan: FoldPlan, passes: Step) -> PeakMoment:
         persistent = self._persistent_bytes(plan)
         workspaces = {named[0]: self._update_bytes(plan, *named) for named in self._shapes.items()}
-        before_step: dict[str, int] = dict(passes.peak.terms.items())
-        before_step["gradients"] += sum(self._buckets)
-        peaks = [PeakMoment(before_step, passes.peak, None)]
+        moments: list[tuple[Moment, str | None]] = [(passes.peak, None)]
         if plan.memory_options.gradient_release:
-            for update, name in zip(passes.updates, workspaces, strict=True):
-                terms: dict[str, int] = dict(update.terms.items())
-                terms["workspace"] += workspaces[name]
-                peaks.append(PeakMoment(terms, update, name))
-        else:  # updates come one after the other, when backward has left all gradients behind
+            moments += zip(passes.updates, workspaces, strict=True)
+        else:  # parameters are updated one after the other
             largest = max(workspaces, key=lambda name: workspaces[name])
-            step: dict[str, int] = {**dict.fromkeys(TERMS, 0), "workspace": workspaces[largest]}
-            peaks.append(PeakMoment({**step, "gradients": persistent["weights"]}, None, largest))
-        return max(
-            (peak._replace(terms={**peak.terms, **persistent}) for peak in peaks),
-            key=lambda peak: sum(peak.terms.values()),
-        )
+            moments.append((passes.end_of_backward, largest))
+        peaks = []
+        for moment, name in moments:
+            terms: dict[str, int] = dict(moment.terms.items()) | persistent
+            terms["gradients"] += sum(self._buckets)
+            terms["workspace"] += 0 if name is None else workspaces[name]
+            peaks.append(PeakMoment(terms, moment, name))
+        return max(peaks, key=lambda peak: sum(peak.terms.values()))
 
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
         """Whether the peak is within a budget; traces only where the bound does not decide."""

@@ -27,6 +27,8 @@ _LARGE_SEGMENT = 20 * MiB
 _MIN_OWN_SEGMENT = 10 * MiB
 _OWN_SEGMENT_ROUNDING = 2 * MiB
 
+END_OF_BACKWARD = "end of backward"  # a mark, followed by the number of the micro-batch
+
 
 @dataclass(frozen=True)
 class Events:
@@ -109,8 +111,9 @@ def two_steps(weights: Iterable[int], step: Events, updates: Sequence["Parameter
     Args:
         weights: Bytes of every parameter; they are allocated first.
         step: Forward and backward passes of one step. A mark "update i" is where parameter i is
-            updated inside backward; without such marks all are updated at the end, in their order.
-            What is still alive then, such as gradients, is freed.
+            updated inside backward; without such marks all are updated at the last mark
+            `END_OF_BACKWARD`, or else at the end, in their order. What is still alive at the end,
+            such as gradients, is freed.
         updates: One per parameter in the order of the marks' i.
     """
     events = Events()
@@ -122,7 +125,9 @@ def two_steps(weights: Iterable[int], step: Events, updates: Sequence["Parameter
     # Layers are alike: the first half is counted from the front, the rest from the back.
     inside = [(at, i if 2 * i < num_traced else i + missing) for at, i in inside]
     whole = len(step.changes)
-    order: list[tuple[int, int | None]] = [*inside] or [(whole, i) for i in range(len(updates))]
+    ends = [at for at, name in step.marks if name.startswith(END_OF_BACKWARD)]
+    after = ends[-1] if ends else whole
+    order: list[tuple[int, int | None]] = [*inside] or [(after, i) for i in range(len(updates))]
     for is_first in (True, False):
         alive: dict[int, int] = {}  # block of the step: block of the run
         done = 0

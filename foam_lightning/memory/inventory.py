@@ -44,12 +44,12 @@ class PeakMoment(NamedTuple):
 
     Attributes:
         terms: Bytes by term.
-        moment: The moment in the forward and backward passes; None after them.
+        moment: The moment in the forward and backward passes.
         updated: The parameter that is updated at this moment; None if none is.
     """
 
     terms: dict[str, int]
-    moment: Moment | None
+    moment: Moment
     updated: str | None
 
 
@@ -78,14 +78,10 @@ def group_tensors(
     found = [*_of_parameters(shapes, "weights", dtype, _ALWAYS)]
     if not memory_options.state_offload:
         found += _of_state(shapes, plan, "optimizer_state", _ALWAYS)
-    if peak.moment is None:
-        found += _of_parameters(shapes, "gradients", dtype, "backward")
-    else:
-        transient: set[Term] = {*TERMS} - {"weights", "optimizer_state"}
-        found += _of_timeline(passes, peak.moment, transient)
-        for size in () if memory_options.gradient_release else buckets:
-            origin = Origin("bucket of gradients", _ALWAYS, (size // dtype.itemsize,), dtype)
-            found.append(TensorGroup(size, 1, "gradients", origin))
+    found += _of_timeline(passes, peak.moment, {*TERMS} - {"weights", "optimizer_state"})
+    for size in buckets:
+        origin = Origin("bucket of gradients", _ALWAYS, (size // dtype.itemsize,), dtype)
+        found.append(TensorGroup(size, 1, "gradients", origin))
     if update is not None and peak.updated is not None:
         found += _of_timeline(update, update.peak(), {"workspace"})
         if memory_options.state_offload:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.memory.allocator import Events
+from foam_lightning.memory.allocator import END_OF_BACKWARD, Events
 from foam_lightning.memory.timeline import Moment, Repeat, Term, Timeline
 from foam_lightning.memory.tracker import StorageTracker, qualified, record_modules
 from foam_lightning.optim.foam import FOAM
@@ -67,11 +67,13 @@ class Step:
         updates: With gradient release, the moment at which the update of each parameter begins, in
             the order of the module's parameters at full depth: its gradient is alive, the workspace
             of the update is not yet. Empty otherwise.
+        end_of_backward: The moment before the update of all parameters.
         timeline: Every allocation and free at full depth.
     """
 
     peak: Moment
     updates: Sequence[Moment]
+    end_of_backward: Moment
     timeline: Timeline
 
     @cached_property
@@ -130,7 +132,11 @@ def track_step(
             watched.enter_context(_mark_updates(tracker, names, parameters, optimizer))
         for micro_batch in range(min(accumulate_grad_batches, 2)):
             with _mark_layers(tracker, module, f"{micro_batch}"):
-                _run_micro_batch(tracker, module, make_batch, accumulate_grad_batches, autocast)
+                batch = None  # the last one is freed here, as in Lightning's loop
+                batch = _run_micro_batch(
+                    tracker, module, make_batch, accumulate_grad_batches, autocast
+                )
+            tracker.mark(f"{END_OF_BACKWARD} {micro_batch}")
             tracker.claim((p.grad for p in parameters), "gradients")
             tracker.name((name, p.grad) for name, p in zip(names, parameters, strict=True))
             if times > 1:
@@ -144,10 +150,12 @@ def track_step(
             optimizer.step()
             tracker.claim(_state_tensors(optimizer), "optimizer_state")
             optimizer.zero_grad(set_to_none=True)
+        del batch
     timeline = tracker.timeline(repeats)
     marked = range(len(parameters)) if gradient_release else ()
     updates = _at_full_depth(timeline.at(f"update {index}") for index in marked)
-    return Step(timeline.peak(), updates, timeline)
+    (end,) = timeline.at(f"{END_OF_BACKWARD} {micro_batch}")
+    return Step(timeline.peak(), updates, end, timeline)
 
 
 def track_optimizer_step(optimizer: torch.optim.Optimizer, *, name: str | None = None) -> Timeline:
@@ -291,7 +299,7 @@ def _run_micro_batch(
     make_batch: Callable[[], tuple[Tensor, Tensor]],
     accumulate_grad_batches: int,
     autocast: AbstractContextManager[object] | None,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     def enter_backward(_: Tensor) -> None:
         tracker.term, tracker.made_by = "activations", "decoder"
 
@@ -306,6 +314,7 @@ def _run_micro_batch(
     del hidden
     tracker.phase = "backward"
     loss.backward()
+    return input_ids, labels
 
 
 def _named(tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[Tensor]]:

@@ -119,7 +119,7 @@ def run_on_gpu(
                 measured, failure = in_fresh_process(context, left, measure_on_gpu, one, text, free)
             rows.append(Row(one, predicted, measured or str(failure)))
             report(rows[-1], len(rows), len(grid))
-    return rows, capped_run_lines(capped)
+    return rows, capped_run_lines(inside)
 
 
 def capped_run() -> Combination:
