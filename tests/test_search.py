@@ -16,7 +16,7 @@ from foam_lightning.plan import FoldPlan
 from tuner.planning.planner import BudgetPlanner
 from tuner.search.search import UNIFORM_SHARE, search
 from tuner.trials.budget import SearchBudget
-from tuner.trials.cache import CachedRunner, EarlierTrials, job_key, load_earlier_trials
+from tuner.trials.cache import CachedRunner, job_key, load_earlier_trials
 from tuner.trials.extrapolation import plan_for_length
 from tuner.trials.results import Kind, SearchResult
 from tuner.trials.runner import TrialResult, TrialRunner
@@ -110,10 +110,8 @@ def run_search(runner: FakeRunner, tmp_path: Path) -> Search:
         planner: BudgetPlanner, trials: int = 12, folder: str = "a", earlier: str | None = None
     ) -> SearchResult:
         (tmp_path / folder).mkdir(exist_ok=True)
-        known = EarlierTrials()
-        if earlier is not None:
-            known = load_earlier_trials([tmp_path / earlier / "study.db"], job_key(planner.job))
-        cached = CachedRunner(runner, known)
+        databases = [tmp_path / earlier / "study.db"] if earlier else []
+        cached = CachedRunner(runner, load_earlier_trials(databases, job_key(planner.job)))
         return search(planner, cached, tmp_path / folder, SearchBudget(trials, STEPS, SEEDS))
 
     return run

@@ -151,6 +151,7 @@ def _solve(costs: _Ints, losses: _Floats, room: int) -> _Ints | None:
     spent, lost = costs[first[group], column], losses[first[group], column]
     unit = max(int(np.gcd.reduce(spent)), 1)
     rel_gap = 0.0 if group.size <= _MAX_EXACT_VARIABLES else _RELATIVE_GAP
+    node_limit = max(1, _NODES_TIMES_VARIABLES // group.size)
     one_each = csr_array((np.ones(group.size), (group, np.arange(group.size))))
     with _silenced_stdout():
         solved = milp(
@@ -161,10 +162,7 @@ def _solve(costs: _Ints, losses: _Floats, room: int) -> _Ints | None:
             ],
             integrality=np.ones(group.size),
             bounds=Bounds(0, sizes[group]),
-            options={
-                "mip_rel_gap": rel_gap,
-                "node_limit": _NODES_TIMES_VARIABLES // group.size,
-            },
+            options={"mip_rel_gap": rel_gap, "node_limit": node_limit},
         )
     if solved.x is None:
         return None
@@ -186,6 +184,9 @@ def _silenced_stdout() -> Iterator[None]:
     HiGHS 1.12 in scipy 1.17 prints a debug line even with `disp` off (jump-dev/HiGHS.jl#312),
     which would end up in `plan --format json`.
     """
+    if sys.__stdout__ is None:  # closed, and its descriptor may belong to another file
+        yield
+        return
     native = ctypes.CDLL(None)
     sys.stdout.flush()
     native.fflush(None)
