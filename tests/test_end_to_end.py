@@ -28,7 +28,7 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
             assert cli.main([command, *words]) == 0
             output = capfd.readouterr().out
             assert f"joined {other.name}" in output
-            assert output.endswith("nothing is left to do for this process\n")
+            assert output.endswith("this process is done\n")
     assert not (folder / "checkpoints").exists()
     assert cli.main(["fit", *words]) == 0  # goes on with what tune found
     assert (folder / "fold_plan.json").read_text() == plan

@@ -22,8 +22,8 @@ from tuner.comparison.profile import OptimizerProfile, profile_optimizers
 from tuner.trials.cache import TrialStore, job_key, trial_key
 from tuner.trials.runner import Difference, TrialResult, TrialRunner, paired_difference
 
-# The learning rates to try, relative to model.lr, which is FOAM's. Adam with one rate for all
-# needs about a tenth: split-lr Adam and FOAM multiply that of matrices by scales of 0.1 and 0.25.
+# The learning rates to try, relative to model.lr, which is FOAM's. Adam with a single one for all
+# tensors needs about a tenth: split-lr Adam and FOAM scale that of matrices by 0.1 and 0.25.
 _CENTRES = {
     "foam": 1.0,
     "split_adamw": 1.0,
