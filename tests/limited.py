@@ -3,8 +3,8 @@
     python -m tests.limited LIMIT_BYTES FROM [--die] COMMAND ...
 
 The limit holds from the moment that the file FROM exists; a run that is refused memory after its
-first checkpoint has something to go on from. With --die the process is killed where it would start
-afresh.
+first checkpoint has something to resume from. With --die the process is killed where it would
+restart.
 """
 
 import os
@@ -62,7 +62,7 @@ class LimitedDevice(TorchDispatchMode):
 
 
 def limited(limit: Callable[[], float]) -> Any:
-    """Let every `Trainer.fit` run on such a device: give a context."""
+    """Return a context in which every `Trainer.fit` runs on such a device."""
     unlimited = Trainer.fit
 
     def fit(*args: Any, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import cli
 from foam_lightning.errors import InfeasibleBudgetError
@@ -18,6 +19,7 @@ from tests.tiny import REPOSITORY, write_settings
 from tuner.config.help import command_help, general_help
 from tuner.config.options import COMMANDS, options_of
 from tuner.config.parser import make_parser, parse
+from tuner.console import say
 from tuner.planning.planner import BudgetPlanner
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
@@ -120,7 +122,7 @@ def test_an_infeasible_budget_exits_3_with_a_budget_that_works(
 
 @pytest.fixture(scope="module")
 def planner_of() -> Callable[[str], BudgetPlanner]:
-    """Plan for the model of a recipe with few rows; what was traced is kept."""
+    """Plan for the model of a recipe with few rows; traces are reused."""
 
     @cache
     def make(size: str) -> BudgetPlanner:
@@ -298,3 +300,14 @@ def test_output_that_a_terminal_cannot_show_is_replaced(monkeypatch: pytest.Monk
     sys.stdout.write("-0.052 ± 0.026\n")
     ascii_only.seek(0)
     assert ascii_only.read().endswith("-0.052 ? 0.026\n")
+
+
+@pytest.mark.parametrize(("is_terminal", "num_lines"), [(True, 3), (False, 1)])
+def test_only_a_terminal_wraps_and_never_within_a_path(is_terminal: bool, num_lines: int) -> None:
+    screen = io.StringIO()
+    path = f"/runs/[red]/{'x' * 30}"
+    console = Console(file=screen, width=30, force_terminal=is_terminal, color_system=None)
+    say(f"run folder: {path} is finished", console=console)
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == num_lines
+    assert any(path in line for line in lines)

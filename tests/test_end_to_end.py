@@ -30,7 +30,7 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
             assert f"joined {other.name}" in output
             assert output.endswith("this process is done\n")
     assert not (folder / "checkpoints").exists()
-    assert cli.main(["fit", *words]) == 0  # goes on with what tune found
+    assert cli.main(["fit", *words]) == 0  # continues with the plan of tune
     assert (folder / "fold_plan.json").read_text() == plan
 
     summary = json.loads((folder / "summary.json").read_text())

@@ -89,7 +89,8 @@ def test_every_command_that_it_prints_works(
 ) -> None:
     settings = write_settings(tmp_path)
     assert cli.main(["fit", "--config", str(settings), "--model.level", "2"]) == 0
-    output = capfd.readouterr().out
+    output, errors = capfd.readouterr()
+    assert "%|" not in errors  # the bars of other libraries
     screen = sections(output[output.index("done\n") :])
     assert list(screen) == ["done", "files", "next"]
     assert set(screen["files"]) == {"run folder", "plan", "summary", "checkpoint", "Hugging Face"}

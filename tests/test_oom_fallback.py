@@ -18,7 +18,7 @@ from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.units import format_bytes
 from tests.fake_gpu import FakeGpu
-from tests.falling import Case, leftovers
+from tests.fallback_case import FallbackCase, leftovers
 from tuner.oom_fallback import Fallback, fall_back_when_out_of_memory, restart_process
 from tuner.planning.planner import BudgetPlanner
 from tuner.run_context import load_fallback
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens l
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("tiny"))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> FallbackCase:
+    return FallbackCase(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def single(tmp_path_factory: pytest.TempPathFactory) -> FallbackCase:
     """One row a step, so that few memory options are left."""
-    return Case(tmp_path_factory.mktemp("single"), "--data.batch_size=1")
+    return FallbackCase(tmp_path_factory.mktemp("single"), "--data.batch_size=1")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def run_out(planner: BudgetPlanner, folder: RunFolder, plan: FoldPlan) -> str:
 
 
 def test_the_line_says_where_how_much_and_what_changes(
-    tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    tiny: FallbackCase, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = FakeGpu()
     gpu.taken = GpuUsage(1, 23_000_000_000, 0)
@@ -66,7 +66,7 @@ def test_the_line_says_where_how_much_and_what_changes(
 
 
 def test_a_budget_caps_the_memory_of_all_that_runs(
-    tiny: Case,
+    tiny: FallbackCase,
     folder: RunFolder,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -84,29 +84,29 @@ def test_a_budget_caps_the_memory_of_all_that_runs(
 
 
 def test_every_shortage_takes_the_next_options_and_is_recorded(
-    single: Case, folder: RunFolder
+    single: FallbackCase, folder: RunFolder
 ) -> None:
-    rungs = single.rungs()
-    for number, (before, after) in enumerate(pairwise(rungs), start=1):
+    options = single.options_in_order()
+    for number, (before, after) in enumerate(pairwise(options), start=1):
         run_out(single.planner, folder, replace(single.plan, memory_options=before))
         fallback = Fallback.load(folder.fallback)
         assert fallback is not None
         assert fallback.memory_options == after
         assert [event["step"] for event in fallback.events] == [12] * number
     content = folder.fallback.read_bytes()
-    line = run_out(single.planner, folder, replace(single.plan, memory_options=rungs[-1]))
-    assert f"no memory options are left after {len(rungs) - 1} fall-backs" in line
+    line = run_out(single.planner, folder, replace(single.plan, memory_options=options[-1]))
+    assert f"no memory options are left after {len(options) - 1} fall-backs" in line
     assert folder.fallback.read_bytes() == content
 
 
-def test_a_run_falls_back_eight_times_at_most(tiny: Case, folder: RunFolder) -> None:
+def test_a_run_falls_back_eight_times_at_most(tiny: FallbackCase, folder: RunFolder) -> None:
     for _ in range(8):
         assert "2 micro-batches of 2" in run_out(tiny.planner, folder, tiny.plan)
     assert "after 8 fall-backs" in run_out(tiny.planner, folder, tiny.plan)
 
 
 def test_any_rank_that_runs_out_writes_the_record(
-    tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    tiny: FallbackCase, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
@@ -116,7 +116,7 @@ def test_any_rank_that_runs_out_writes_the_record(
 
 
 def test_options_that_the_settings_contradict_are_skipped(
-    tiny: Case, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    tiny: FallbackCase, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: Job, memory_options: MemoryOptions) -> None:
         if memory_options.micro_batch_size == 2:

@@ -16,7 +16,7 @@ import cli
 from foam_lightning.errors import MemoryFallbackError
 from foam_lightning.plan import FoldPlan
 from foam_lightning.units import format_bytes
-from tests.falling import Case, leftovers
+from tests.fallback_case import FallbackCase, leftovers
 from tests.limited import limited
 from tuner.oom_fallback import Fallback
 from tuner.trials.runner import TrialResult, TrialRunner
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens l
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    case = Case(tmp_path_factory.mktemp("undisturbed"))
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> FallbackCase:
+    case = FallbackCase(tmp_path_factory.mktemp("undisturbed"))
     assert cli.main(["fit", *case.words]) == 0
     assert case.summary()["fallbacks"] == 0
     assert not (case.folder / "fallback.json").exists()
@@ -36,9 +36,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.mark.slow
 def test_a_run_falls_back_starts_afresh_and_ends_as_if_nothing_had_happened(
-    tmp_path: Path, undisturbed: Case
+    tmp_path: Path, undisturbed: FallbackCase
 ) -> None:
-    case = Case(tmp_path)
+    case = FallbackCase(tmp_path)
     process = case.start(case.limit)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
@@ -68,9 +68,9 @@ def test_a_run_falls_back_starts_afresh_and_ends_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 def test_a_run_killed_before_it_could_start_afresh_goes_on_with_less(
-    tmp_path: Path, undisturbed: Case
+    tmp_path: Path, undisturbed: FallbackCase
 ) -> None:
-    case = Case(tmp_path)
+    case = FallbackCase(tmp_path)
     limit = case.limit
     process = case.start(limit, "--die")
     output, _ = process.communicate(timeout=200)
@@ -84,7 +84,7 @@ def test_a_run_killed_before_it_could_start_afresh_goes_on_with_less(
 
 
 def repeat(
-    case: Case, command: str, limit: Callable[[], float], capfd: pytest.CaptureFixture[str]
+    case: FallbackCase, command: str, limit: Callable[[], float], capfd: pytest.CaptureFixture[str]
 ) -> tuple[list[str], list[list[float]], int, str]:
     """Run the same command until it no longer falls back.
 
@@ -108,20 +108,20 @@ def repeat(
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def single(tmp_path_factory: pytest.TempPathFactory) -> FallbackCase:
     """One row a step, so that few memory options are left."""
-    return Case(tmp_path_factory.mktemp("single"), "--data.batch_size=1")
+    return FallbackCase(tmp_path_factory.mktemp("single"), "--data.batch_size=1")
 
 
 @pytest.mark.slow
 def test_what_nothing_fits_ends_with_one_line(
-    single: Case, capfd: pytest.CaptureFixture[str]
+    single: FallbackCase, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rungs = single.rungs()
-    least = single.peak(rungs[-1])
+    options = single.options_in_order()
+    least = single.peak(options[-1])
     lines, _, code, error = repeat(single, "fit", lambda: least // 2, capfd)
     assert code == 3
-    assert len(lines) == len(rungs) - 1 >= 2
+    assert len(lines) == len(options) - 1 >= 2
     for line in [*lines, error]:
         assert "memory ran out in training, after step 0" in line
     assert f"no memory options are left after {len(lines)} fall-backs" in error
@@ -137,10 +137,10 @@ def test_what_nothing_fits_ends_with_one_line(
 def test_search_and_training_keep_what_is_finished(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(tmp_path, "--memory-budget=24GB", "--tune.trials=4", "--tune.steps=4")
+    case = FallbackCase(tmp_path, "--memory-budget=24GB", "--tune.trials=4", "--tune.steps=4")
     case.plan = case.job.uniform_plan(0)  # Adam needs most, and runs first
-    rungs = case.rungs(3)
-    peaks = [case.peak(rung) for rung in rungs]
+    options = case.options_in_order(3)
+    peaks = [case.peak(one) for one in options]
     ended: list[TrialResult] = []
     run = TrialRunner.run
 
@@ -167,14 +167,14 @@ def test_search_and_training_keep_what_is_finished(
     assert len(second) > 5
     assert losses(case) == second
     plan = FoldPlan.load(case.folder / "fold_plan.json")
-    assert plan.memory_options == rungs[2]
+    assert plan.memory_options == options[2]
     *_, rehearsal = json.loads((case.folder / "tuning" / "rehearsal.json").read_text())
     assert rehearsal["fold_plan"] == plan.to_json()
     assert torch.load(case.checkpoint, weights_only=True)["global_step"] == 16
     assert case.summary()["fallbacks"] == 2
 
 
-def losses(case: Case) -> list[float]:
+def losses(case: FallbackCase) -> list[float]:
     """Read the losses of the finished trials, oldest first."""
     path = case.folder / "tuning" / "study.db"
     if not path.exists():

@@ -128,6 +128,10 @@ def test_the_search_gets_a_smaller_budget_where_its_tightest_plan_takes_too_much
     assert tighter.budget_bytes == record["predicted_peak_bytes"] - 2_000
     too_much, fits = records(context)
     assert too_much["measured_peak_bytes"] > budget >= fits["measured_peak_bytes"]
+    # A run that has fallen back since searches the same plans, and rehearses no others.
+    resumed = replace(context, memory_options=planner.memory_options)
+    with limited(lambda: 0):
+        assert rehearse_tightest_plan(resumed).budget_bytes == tighter.budget_bytes
 
 
 def test_nothing_is_rehearsed_where_no_plan_comes_near_the_budget(new_context: NewContext) -> None:

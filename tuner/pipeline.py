@@ -47,7 +47,7 @@ def tune(context: RunContext) -> TunedPlan | None:
         context: The run, with a worker.
 
     Returns:
-        What was found; None where another worker leads, which goes on alone.
+        What was found; None where another worker leads, which continues alone.
 
     Raises:
         InfeasibleBudgetError: No plan fits.
@@ -96,8 +96,8 @@ def fit(context: RunContext, plan: FoldPlan | None = None) -> dict[str, Any] | N
         plan: The plan to train by; None tunes one first.
 
     Returns:
-        The content of `summary.json`; None where another worker on the search leads, which goes on
-        alone, or has finished the run already.
+        The content of `summary.json`; None where another worker leads, which continues alone or
+        has finished the run already.
 
     Raises:
         InfeasibleBudgetError: No plan fits.

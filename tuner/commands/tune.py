@@ -41,7 +41,7 @@ def run_tune(settings: Settings) -> None:
             memory_options=memory_options,
         )
         tuned = tune(context)
-        if tuned is None:  # another worker goes on
+        if tuned is None:  # another worker continues
             return
         folder.write_config(settings.text)
     say(f"plan    {folder.plan}")

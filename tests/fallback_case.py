@@ -1,4 +1,4 @@
-"""A tiny run whose plan and rungs are known, on a device that can be made too small for it."""
+"""A tiny run on a device that can be made too small for it."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from tuner.config.parser import parse
 from tuner.planning.planner import BudgetPlanner
 
 
-class Case:
-    """A tiny run whose plan and rungs are known."""
+class FallbackCase:
+    """A tiny run by a plan at level 2, and the memory options that it may fall back to."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -32,22 +32,23 @@ class Case:
             replace(self.plan, memory_options=memory_options)
         ).peak_bytes
 
-    def rungs(self, most: int = 99) -> list[MemoryOptions]:
-        rungs = [self.plan.memory_options]
-        while len(rungs) < most:
-            rung = self.planner.ladder.find_smaller(rungs[-1], self.peak)
-            if rung is None:
+    def options_in_order(self, most: int = 99) -> list[MemoryOptions]:
+        """List the plan's own memory options, then those of one fall-back after the other."""
+        found = [self.plan.memory_options]
+        while len(found) < most:
+            smaller = self.planner.ladder.find_smaller(found[-1], self.peak)
+            if smaller is None:
                 break
-            rungs.append(rung)
-        return rungs
+            found.append(smaller)
+        return found
 
     @property
     def second(self) -> MemoryOptions:
-        return self.rungs(2)[1]
+        return self.options_in_order(2)[1]
 
     @property
     def limit(self) -> int:
-        """A limit that the plan is above and its second rung below."""
+        """A limit between the plan's own peak and that of the first fall-back."""
         return (self.peak(self.plan.memory_options) + self.peak(self.second)) // 2
 
     def start(self, limit: int, *options: str) -> "subprocess.Popen[str]":
@@ -71,7 +72,7 @@ class Case:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Name what a run may only have for a moment."""
+    """List temporary files that no run may leave behind."""
     return [
         str(path.relative_to(folder))
         for path in folder.rglob("*")
