@@ -142,9 +142,8 @@ def as_storage_error(error: BaseException) -> StorageError | None:
     for each in (error, error.__context__):
         if isinstance(each, RuntimeError) and (found := re.match(_WORKER_ERROR, str(each))):
             return StorageError(
-                f"a data worker failed ({found[0].rstrip('. ')}), perhaps because host memory ran "
-                "out; run the same command again to resume, with a lower data.num_workers if it "
-                "fails again"
+                f"a data worker failed ({found[0].rstrip('. ')}); run the same command again to "
+                "resume, with a lower data.num_workers if host memory ran out"
             )
     return None
 

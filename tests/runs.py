@@ -1,4 +1,4 @@
-"""Runs that several tests look at: settings small enough for seconds, and what came of them."""
+"""Runs of a few seconds that several tests share, and their results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ STEPS = 17  # no multiple of the steps between two checkpoints
 
 
 class Finished(NamedTuple):
-    """A full run that has ended."""
+    """A finished full run."""
 
     job: Job
     plan: FoldPlan

@@ -1,4 +1,4 @@
-"""Streamed runs through the front door: killed and gone on with, and refused in one line."""
+"""Streamed runs on the command line: killed and resumed, and refused in one line."""
 
 import json
 import signal
@@ -35,9 +35,7 @@ def streamed_settings(folder: Path, **data: Any) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_streamed_run_killed_in_the_middle_ends_like_one_that_was_not(
-    tmp_path: Path, num_workers: int
-) -> None:
+def test_a_killed_streamed_run_resumes_exactly(tmp_path: Path, num_workers: int) -> None:
     ends = []
     for name in ("calm", "killed"):
         settings = streamed_settings(tmp_path / name, num_workers=num_workers)
@@ -68,7 +66,7 @@ def test_a_streamed_run_killed_in_the_middle_ends_like_one_that_was_not(
     ],
     ids=["nothing", "column", "file", "sources", "weight"],
 )
-def test_a_stream_that_cannot_be_is_one_line(
+def test_wrong_settings_of_a_stream_are_one_line(
     tmp_path: Path, change: dict[str, Any], expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = streamed_settings(tmp_path / "run", **change)

@@ -42,7 +42,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def cache_key(*parts: object) -> str:
-    """Name the result of a preparation by everything it depends on, as JSON values."""
+    """Hash everything that prepared data depends on, as JSON values, into a file name."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -73,18 +73,18 @@ def cached_dataset(
     """Open an Arrow file as a memory-mapped dataset, writing it first if it is not there.
 
     Batches go to disk one by one, so the content may be larger than memory. Writing that takes
-    long shows a bar with the size so far, and leaves a line that says where how much was written.
+    long shows a bar with the size so far, and ends with a line about the size and the path.
 
     Args:
-        path: The file; its name holds a `cache_key`, so what is there is never out of date.
+        path: The file; its name contains a `cache_key`, so an existing file is never out of date.
         schema: The columns.
-        batches: Called to produce the content, only if the file is missing: each batch with the
-            number of documents that went into it.
-        content: What it is, in one word, for the bar.
-        num_documents: How many there will be; None where nobody knows.
+        batches: Called only if the file is missing; yields each batch with its number of
+            documents.
+        content: One word for the content, for the bar.
+        num_documents: The total for the bar; None if unknown.
 
     Raises:
-        DataError: The file cannot be written, or what is there is damaged.
+        DataError: The file cannot be written, or the existing one is damaged.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -106,7 +106,7 @@ def cached_dataset(
 
 
 def damaged(path: Path, error: Exception) -> DataError:
-    """Say that a prepared file cannot be read, as after the machine has crashed."""
+    """Return the error of a prepared file that cannot be read, as after a crash of the machine."""
     return DataError(
         f"the prepared file {path} is damaged ({first_line(error)}); delete it, and the same "
         "command makes it again"
@@ -114,7 +114,7 @@ def damaged(path: Path, error: Exception) -> DataError:
 
 
 class _Progress:
-    """A bar on stderr, for who waits longer than a moment, and a line in the end."""
+    """A progress bar on stderr for writing that takes long, and a line at its end."""
 
     def __init__(self, content: str, num_documents: int | None, path: Path) -> None:
         from datasets.utils import tqdm

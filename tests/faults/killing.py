@@ -1,7 +1,6 @@
-"""Commands in processes that can be killed at any moment, and what they leave behind.
+"""Commands in processes that can be killed at any moment, and what they leave.
 
-The processes are forked with all modules loaded: a command begins at once, so that a random moment
-of it is one of its work.
+The processes are forked with all modules loaded, so that a random moment is not one of importing.
 """
 
 import json
@@ -37,7 +36,7 @@ Trial = tuple[str, int, float | None]
 
 
 class NoteSteps(Callback):
-    """Write every step that is done to a file, so that a killed process has said how far it was."""
+    """Write the number of finished steps to a file, which outlives a killed process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,7 +49,7 @@ class NoteSteps(Callback):
 
 @dataclass
 class Place:
-    """A folder of a tiny job: its settings, its run and what its commands print.
+    """The folder of a tiny job: its settings, its run and the output of its commands.
 
     Args:
         folder: Empty, or not there yet.
@@ -122,12 +121,12 @@ class Place:
         return content
 
     def steps_lost(self) -> int:
-        """Count the steps that the process killed last had done since the checkpoint there is."""
+        """Count the steps of the last killed process after its checkpoint."""
         noted = self.folder / "step"
         return int(noted.read_text(encoding="utf-8")) - self.steps_kept() if noted.exists() else 0
 
     def steps_kept(self) -> int:
-        """Tell of what step the checkpoint is that the run would go on from."""
+        """Return the step of the checkpoint that the run would resume from."""
         whole = find_intact_checkpoint(self.last)
         return whole.content["global_step"] if whole else 0
 
@@ -136,12 +135,12 @@ class Place:
         return dict(content["state_dict"])
 
     def leftovers(self) -> list[str]:
-        """Name what is only there while something is written."""
+        """Return the temporary files."""
         return [path.name for path in self.folder.rglob("*") if ".part" in path.name]
 
 
 def killed_after(process: ForkServerProcess, seconds: float) -> int | None:
-    """Kill a process at a moment; give its exit code if it had ended before that."""
+    """Kill a process at a moment; return its exit code if it ended before."""
     process.join(seconds)
     code = process.exitcode
     process.kill()
@@ -151,7 +150,7 @@ def killed_after(process: ForkServerProcess, seconds: float) -> int | None:
 
 
 def has_stepped(place: Place, process: ForkServerProcess) -> bool:
-    """Wait for the first step of a run; tell whether it came before the end of the process."""
+    """Wait for the first step of a run; return False if the process ended before."""
     while process.exitcode is None:
         if (place.folder / "step").exists():
             return True
@@ -160,13 +159,13 @@ def has_stepped(place: Place, process: ForkServerProcess) -> bool:
 
 
 def moments(seed: int) -> Callable[[float], float]:
-    """Give random moments below a limit."""
+    """Return a function that draws random moments below a limit."""
     source = random.Random(seed)
     return lambda most: source.uniform(0, most)
 
 
 def load_modules() -> None:
-    """Start the process that all others are forked from, once for all."""
+    """Start the process that all others are forked from."""
     process = SERVER.Process(target=len, args=("",))
     process.start()
     process.join()
@@ -174,7 +173,7 @@ def load_modules() -> None:
 
 
 def timed(place: Place, command: str) -> float:
-    """Run a command to its end, and give the seconds that took."""
+    """Run a command to its end, and return the seconds it took."""
     began = time.monotonic()
     code = killed_after(place.start(command), PATIENCE_SECONDS)
     assert code == 0, place.said
@@ -182,7 +181,7 @@ def timed(place: Place, command: str) -> float:
 
 
 def _command(folder: Path, words: Sequence[str]) -> None:
-    """Be the process of a command."""
+    """Run a command in a process of its own."""
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)

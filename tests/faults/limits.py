@@ -1,4 +1,4 @@
-"""A disk that is full, or fails in another way, for the length of a context."""
+"""A full disk within a context."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_up_to(num_bytes: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size; writing more fails as on a full disk."""
+    """Let no file of this process grow beyond a size; writing more fails like on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

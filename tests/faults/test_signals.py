@@ -1,4 +1,4 @@
-"""A run that a signal ends goes on at the very next step, and ends like one that nothing ended."""
+"""A run that a signal ends resumes at the very next step, and ends like an undisturbed one."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ from tuner.trials.runner import TrialRunner
 
 
 class Signal(Callback):
-    """Send this process a signal in the middle of a step, or of an evaluation."""
+    """Send this process signals in the middle of a step, or of an evaluation."""
 
     def __init__(
         self, step: int, *numbers: signal.Signals, evaluating: bool = False, to_all: bool = False
@@ -52,7 +52,7 @@ class Signal(Callback):
 
 
 def _children() -> list[int]:
-    """List the processes that read data."""
+    """List the data workers."""
     found = [process.pid for process in multiprocessing.active_children()]
     assert found
     return [pid for pid in found if pid is not None]
@@ -63,14 +63,14 @@ Run = Callable[..., TrainingResult]
 
 @pytest.fixture
 def run(finished: Finished) -> Iterator[Run]:
-    """Give `run(folder, job)`: train by the plan of the finished run, and listen for signals."""
+    """Return `run(folder, job)`: train by the plan of the finished run, and handle signals."""
 
     def run(folder: RunFolder, job: Job) -> TrainingResult:
         with handle_signals():
             return train(job, finished.plan, folder)
 
     yield run
-    # Lightning leaves nothing behind that would take the next signal.
+    # Lightning left no handler of its own.
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -84,7 +84,7 @@ def ends_alike(folder: RunFolder, trained: TrainingResult, finished: Finished) -
     )
 
 
-def test_the_step_under_way_is_done_and_saved(
+def test_the_current_step_is_finished_and_saved(
     finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
 ) -> None:
     folder = open_folder(tmp_path)
@@ -103,7 +103,7 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(
     assert ends_alike(folder, run(folder, small(new_job)), finished)
 
 
-def test_a_second_signal_ends_at_once_and_the_checkpoint_before_is_whole(
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_intact(
     finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
 ) -> None:
     folder = open_folder(tmp_path)
@@ -114,7 +114,7 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_before_is_whole(
     assert ends_alike(folder, run(folder, small(new_job)), finished)
 
 
-def test_after_the_last_step_a_signal_has_nothing_to_wait_for(
+def test_after_the_last_step_a_signal_ends_at_once(
     finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
 ) -> None:
     class AtTheEnd(Callback):
@@ -127,7 +127,7 @@ def test_after_the_last_step_a_signal_has_nothing_to_wait_for(
     assert ends_alike(folder, run(folder, small(new_job)), finished)
 
 
-def test_a_signal_to_all_processes_lets_those_that_read_data_end_the_step(
+def test_a_signal_to_all_processes_lets_data_workers_finish_the_step(
     finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
 ) -> None:
     def job(*callbacks: Callback) -> Job:
