@@ -1,10 +1,10 @@
-"""A GPU for machines without one: its figures are set, and what is asked of it is noted."""
+"""A GPU for machines without one: tests set its figures and read the calls it got."""
 
 from foam_lightning.memory.device import DeviceCosts, Gpu, GpuUsage
 
 
 class FakeGpu(Gpu):
-    """A card of 24 GB, 500 MB of it taken by the context of this process."""
+    """A card of 24 GB, 500 MB of which are the context of this process."""
 
     def __init__(self, name: str = "Fake 24") -> None:
         super().__init__()

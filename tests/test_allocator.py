@@ -172,12 +172,6 @@ def test_a_second_round_reserves_nothing_more(
     assert replay(repeated(events, times), expandable=expandable) == once
 
 
-@given(st.lists(st.sampled_from([512, 1024, 2048, 4096]), max_size=60), st.randoms())
-def test_the_order_of_small_blocks_does_not_matter(sizes: list[int], random: object) -> None:
-    shuffled = sorted(sizes, key=lambda _: random.random())  # type: ignore[attr-defined]
-    assert replay(allocations(*sizes)) == replay(allocations(*shuffled))
-
-
 @given(st.lists(st.integers(MiB + 1, 30 * MiB), min_size=1, max_size=30), st.data())
 def test_larger_blocks_never_need_less(sizes: list[int], data: st.DataObject) -> None:
     # Of one pool, in a segment that grows: 10 MiB alone reserve less than 9 MiB, by the rules.

@@ -105,7 +105,7 @@ def test_a_repeated_stretch_counts_as_often_as_it_happens() -> None:
         kept.append(block(1))
     assert tracker.peak().total_bytes == 6 * KB
     assert tracker.timeline([Repeat("start", "stop", 1)]).peak().total_bytes == 6 * KB
-    # Four of the kept blocks, and the one that passes beside the last of them.
+    # Four of the kept blocks, and the temporary one next to the last of them.
     assert tracker.timeline([Repeat("start", "stop", 4)]).peak().total_bytes == (1 + 4 * 2 + 3) * KB
 
 
