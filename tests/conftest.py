@@ -17,7 +17,7 @@ from tuner.planning.planner import BudgetPlanner
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
-# Threads that wait for each other are slow where other processes run, and tensors here are small.
+# With small tensors and other processes at work, several threads are slower than one.
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def new_job(corpus: dict[str, Any]) -> Callable[..., Job]:
-    """Give `new_job(**settings)`: a job of seconds; settings by section, such as model={...}."""
+    """Return `new_job(model={...}, data={...}, trainer={...})`, which makes a job of seconds."""
 
     def make(
         *,
@@ -101,7 +101,7 @@ def job(new_job: Callable[..., Job]) -> Job:
 
 @pytest.fixture(scope="session")
 def fit(new_job: Callable[..., Job]) -> Callable[[int], BudgetPlanner]:
-    """Give `fit(budget_bytes)`: plans of a job in which state is the largest term."""
+    """Return `fit(budget_bytes)`: a planner for a job whose largest memory term is its state."""
     job = new_job(
         model={"hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 4},
         data={"batch_size": 4},
@@ -127,9 +127,9 @@ def finished(new_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Give `golden(name, value)`: the value must equal tests/golden/<name>.json.
+    """Return `golden(name, value)`, which compares a value with tests/golden/<name>.json.
 
-    With `within`, numbers may be that far off: the last bits differ from processor to processor.
+    Numbers may differ by `within`, since their last bits depend on the processor.
     """
 
     def check(name: str, value: Any, within: float = 0.0) -> None:

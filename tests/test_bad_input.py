@@ -17,8 +17,8 @@ from tuner.config import parser as settings
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 
 
-def make_good(folder: Path) -> Path:
-    """Make one of everything that a command takes, all of it valid."""
+def write_valid_files(folder: Path) -> Path:
+    """Write one valid file or folder of everything that a command reads."""
     file = write_settings(folder)
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(f"runs: {folder}/runs", "runs: runs"), encoding="utf-8")
@@ -45,13 +45,13 @@ def make_good(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        # A command makes one parser in its life; so many commands need not make it again.
+        # Making the parser takes most of the time of a refused command.
         patch.setattr(settings, "make_parser", cache(settings.make_parser))
-        yield make_good(tmp_path_factory.mktemp("good"))
+        yield write_valid_files(tmp_path_factory.mktemp("good"))
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Name everything in a folder, what is cached left out, with a digest of its content."""
+    """Map every path in a folder, without the cache, to a digest of its content."""
     return {
         str(path.relative_to(folder)): (
             hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
@@ -62,12 +62,12 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def times(folder: Path) -> dict[Path, int]:
-    """Tell when what is in a folder was changed."""
+    """Map the entries of a folder, without the cache, to the time they were changed."""
     return {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "cache"}
 
 
 def lay_out(case: Case, at: Path, good: Path) -> list[str]:
-    """Prepare a case, and give the words to type."""
+    """Prepare a case, and return its command line."""
 
     def filled(text: str) -> str:
         return text.replace("{at}", str(at)).replace("{good}", str(good))
@@ -80,7 +80,7 @@ def lay_out(case: Case, at: Path, good: Path) -> list[str]:
     return [*map(filled, case.words.split()), *map(filled, case.more)]
 
 
-def test_there_are_more_than_a_hundred_cases_and_each_has_a_name_of_its_own() -> None:
+def test_the_names_of_the_cases_are_unique() -> None:
     assert len({case.name for case in CASES}) == len(CASES) > 400
 
 

@@ -1,4 +1,4 @@
-"""What a hostile configuration, checkpoint, folder or environment does not get."""
+"""Hostile configurations, checkpoints, folders and environments run no code and get no secret."""
 
 import ast
 import inspect
@@ -46,9 +46,7 @@ def test_tensors_are_loaded_as_weights_only(path: Path) -> None:
         if ast.unparse(call.func) == "torch.load":
             assert said(call, "weights_only") == "True"
     for call in calls(path, "fit"):
-        if "ckpt_path" in {keyword.arg for keyword in call.keywords} and "trainer" in ast.unparse(
-            call.func
-        ):
+        if ast.unparse(call.func) == "trainer.fit" and said(call, "ckpt_path") != "nothing":
             assert said(call, "weights_only") == "True"
 
 

@@ -18,14 +18,14 @@ class Case:
     """A command that must be refused.
 
     Attributes:
-        name: Of the case.
-        words: What is typed, split at blanks; a word with a blank in it stands in `more`.
-        says: What the line must say.
+        name: Name of the case.
+        words: The command line, separated by blanks.
+        says: Text that the error must contain.
         code: The exit code.
-        more: Further words.
-        files: Texts to write, by name.
-        prepare: Does the rest, with the folder of the case and that of the valid things.
-        has_begun: It says what it is about to do before it finds the place.
+        more: Further words, which may contain blanks.
+        files: Contents of files to write, by name.
+        prepare: Prepares anything else, from the folder of the case and the folder of valid files.
+        has_begun: Whether the command prints what it does before the error.
     """
 
     name: str
