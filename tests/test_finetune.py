@@ -1,15 +1,14 @@
-"""In from a folder that transformers made, and out to one that it loads."""
+"""Fine-tune a folder that transformers wrote, and export one that it loads."""
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import cli
 from tests.pretrained import (
@@ -17,8 +16,6 @@ from tests.pretrained import (
     FAMILIES,
     TEXT,
     save_pretrained,
-    save_tokenizer,
-    set_config,
 )
 
 PROMPT = "def add(self, "
@@ -26,7 +23,7 @@ NUM_TOKENS = 12
 
 
 class Run(NamedTuple):
-    """A finished run of the command line, and the words that started it."""
+    """A finished run, and the command line that started it."""
 
     pretrained: Path
     words: list[str]
@@ -70,7 +67,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def rows_of(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the validation rows of the run, as its own data module makes them."""
+    """Return the validation rows of the run, as its own data module makes them."""
     from tuner.config.parser import parse
 
     job = parse("fit", run.words, default=None).job()
@@ -178,9 +175,9 @@ def test_nothing_needs_the_folder_any_more(run: Run, capfd: pytest.CaptureFixtur
         away.rename(run.pretrained)
 
 
-def write_chat(path: Path, number: int, *, last: str | None = None) -> Path:
+def write_chat(path: Path, number: int) -> Path:
     lines = [json.dumps({"prompt": f"{i} + {i}?", "response": f"{2 * i}."}) for i in range(number)]
-    path.write_text("\n".join([*lines, *([last] if last else [])]) + "\n")
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -208,7 +205,7 @@ def test_responses_alone_are_learned(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def answered(folder: Path, text: str) -> str:
-    """Let plain transformers answer."""
+    """Return the answer of plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(
@@ -263,78 +260,3 @@ def test_a_tokenizer_without_a_template_knows_no_conversation(
         assert "has no chat template; set --data.chat false" in capfd.readouterr().err
     finally:
         away.rename(saved)
-
-
-def break_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def break_file(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def break_depth(folder: Path) -> None:
-    set_config(folder, num_hidden_layers=3)
-
-
-def break_shape(folder: Path) -> None:
-    set_config(folder, intermediate_size=40)
-
-
-def break_architecture(folder: Path) -> None:
-    GPT2Config().save_pretrained(folder)
-
-
-def break_code(folder: Path) -> None:
-    set_config(folder, auto_map={"AutoModelForCausalLM": "own.Model"})
-
-
-def break_tokenizer(folder: Path) -> None:
-    save_tokenizer(folder, vocab_size=400, template=None)
-
-
-BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no weights": (break_weights, "cannot load the weights in"),
-    "truncated": (break_file, "model.safetensors is missing, truncated or damaged"),
-    "missing weights": (break_depth, "lacks 9 weights, the first is model.layers.2."),
-    "wrong shape": (break_shape, "its config.json needs"),
-    "GPT-2": (break_architecture, "gpt2"),
-    "remote code": (break_code, "custom code"),
-    "no folder": (shutil.rmtree, "has no config.json"),
-    "large tokenizer": (break_tokenizer, "token ids up to 399"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FOLDERS)
-def test_a_bad_folder_is_one_line_and_leaves_nothing(
-    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    damage, message = BAD_FOLDERS[kind]
-    pretrained = save_pretrained(tmp_path / "pretrained", "llama-2")
-    damage(pretrained)
-    assert cli.main(["fit", *words_for(pretrained, tmp_path)]) == 2
-    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert message in line
-    assert not (tmp_path / "runs").exists()
-    assert not list(tmp_path.rglob("*.part"))
-
-
-BAD_CHATS = {
-    "broken line": (30, '{"prompt": "Why?', "line 31 is not JSON"),
-    "no response": (30, '{"prompt": "Why?"}', "line 31 is not a conversation"),
-    "nothing to validate on": (10, None, "10 conversations are too few"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_CHATS)
-def test_bad_conversations_are_one_line_and_leave_nothing(
-    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    number, last, message = BAD_CHATS[kind]
-    pretrained = save_pretrained(tmp_path / "pretrained", "llama-2")
-    chat = write_chat(tmp_path / "chat.jsonl", number, last=last)
-    assert cli.main(["fit", *chat_words(words_for(pretrained, tmp_path), chat)]) == 2
-    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert message in line
-    assert not (tmp_path / "runs").exists()

@@ -86,6 +86,8 @@ FOLDERS = [
         ("a size of 0", "config.json", _copy("pretrained", _json("config.json", hidden_size=0))),
         ("a negative size", "config.json",
          _copy("pretrained", _json("config.json", num_hidden_layers=-1))),
+        ("a missing layer", "model.layers.2.",
+         _copy("pretrained", _json("config.json", num_hidden_layers=3))),
         ("too many layers", "config.json",
          _copy("pretrained", _json("config.json", num_hidden_layers=10**9))),
         ("heads that do not divide", "config.json",

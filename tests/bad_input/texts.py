@@ -92,6 +92,8 @@ DATA = [
          files={"c.jsonl": "{"}),
     reading("data: chat without an answer", f"--data.files {{at}}/c.jsonl {_CHAT}", "assistant",
          files={"c.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}'}),
+    reading("data: too few chats", f"--data.files {{at}}/c.jsonl {_CHAT}", "too few",
+            files={"c.jsonl": '{"prompt": "a", "response": "b"}\n' * 10}),
     reading("data: chat with a number", f"--data.files {{at}}/c.jsonl {_CHAT}", "conversation",
          files={"c.jsonl": '{"prompt": "hi", "response": 1}'}),
     reading("data: chat of an unknown role", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 1",
