@@ -1,4 +1,4 @@
-"""The Lightning data module: text from anywhere, as batches of token rows."""
+"""The Lightning data module: text as batches of token rows."""
 
 import os
 from functools import partial
@@ -27,22 +27,21 @@ if TYPE_CHECKING:
 class TextData(LightningDataModule):
     """Read text, tokenise it, and serve it as batches.
 
-    A batch holds "input_ids" and "labels", both int64 (micro_batch_size, sequence_length); labels
-    are the same tokens, not shifted, and -100 where there is only padding, or in a conversation
-    where the assistant does not speak.
+    A batch has "input_ids" and "labels", both int64 (micro_batch_size, sequence_length). Labels are
+    the same tokens, not shifted, and -100 for padding and, in a chat, outside of responses.
 
     Prepared data is stored in the cache folder, so a second run starts at once.
 
     Args:
-        settings: Of the text and its batches.
-        seed: Decides the order of the training rows.
-        arguments: Instead of `settings`: those of `DataSettings`, by name.
+        settings: Settings of the text and its batches.
+        seed: Seeds the order of the training rows.
+        arguments: Arguments of `DataSettings`, instead of `settings`.
 
     Attributes:
-        stream_rows: Rows in an epoch when streaming; None takes what trainer.max_steps needs.
+        stream_rows: Rows per epoch when streaming; by default what trainer.max_steps needs.
 
     Raises:
-        ConfigError: Settings contradict each other.
+        ConfigError: Two settings contradict each other.
     """
 
     def __init__(
@@ -59,28 +58,28 @@ class TextData(LightningDataModule):
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows in one forward pass on one device."""
+        """Rows per forward pass on one device."""
         return self.settings.micro_batch_size or self.settings.batch_size
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The trained or loaded tokenizer; prepares the data if that has not happened yet."""
+        """The trained or loaded tokenizer; prepares the data first if needed."""
         self.setup()
         assert self._tokenizer is not None
         return self._tokenizer
 
     def prepare_data(self) -> None:
-        """Fill the cache in one process, before the others read it."""
+        """Fill the cache in one process, before the others open it."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise and pack, or open what an earlier run has left in the cache.
+        """Tokenize and pack the text, or open the cache of an earlier run.
 
         Args:
-            stage: Not looked at: training and validation text are prepared together.
+            stage: Ignored: training and validation text are prepared together.
 
         Raises:
-            DataError: The text or the tokenizer cannot be read, or the text is not enough.
+            DataError: The text or the tokenizer cannot be read, or there is too little text.
         """
         if self._tokenizer is not None:
             return
@@ -88,7 +87,7 @@ class TextData(LightningDataModule):
         from foam_lightning.data.tokenizer import pad_id
 
         settings = self.settings
-        # Said outright, or tokenizers prints a warning whenever a loader forks a worker.
+        # Unless it is set, tokenizers prints a warning whenever a loader forks a worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         cache = cache_folder(settings.cache_dir)
         self._text, tokenizer = self._open_chat(cache) if settings.chat else self._open_text(cache)
@@ -155,7 +154,7 @@ class TextData(LightningDataModule):
         return text, tokenizer
 
     def train_dataloader(self) -> "RowLoader | StreamLoader":
-        """Serve the training rows in an order that resumes exactly, in or between epochs."""
+        """Return a loader of the training rows, whose order resumes exactly within an epoch."""
         from foam_lightning.data.loader import resumable_loader
         from foam_lightning.data.rows import StreamedText
 
@@ -171,7 +170,7 @@ class TextData(LightningDataModule):
         )
 
     def val_dataloader(self) -> "DataLoader[Row]":
-        """Serve the same validation rows in the same order, every time; to each rank its share."""
+        """Return a loader of this rank's validation rows, always in the same order."""
         from foam_lightning.data.loader import RankRows, worker_timeout
 
         world, rank = self._ranks()
@@ -186,7 +185,7 @@ class TextData(LightningDataModule):
         )
 
     def _ranks(self) -> tuple[int, int]:
-        """Tell how many ranks share the rows, and which one this is."""
+        """Return the number of ranks and this rank."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _check(self) -> None:
@@ -201,13 +200,13 @@ class TextData(LightningDataModule):
         ):
             raise ConfigError(
                 "data.chat needs data.files and a tokenizer, from model.pretrained or "
-                "data.tokenizer, and does not go with data.streaming"
+                "data.tokenizer, and does not support data.streaming"
             )
         own = ("files", "validation_files", "dataset", "dataset_config")
         doubled = [name for name in own if getattr(self.settings, name) is not None]
         if settings.sources is not None and doubled:
             raise ConfigError(
-                f"data.sources and data.{doubled[0]} are both set; name it within data.sources"
+                f"data.sources and data.{doubled[0]} are both set; move it into data.sources"
             )
         given = (settings.files, settings.dataset, settings.sources)
         if settings.streaming and all(source is None for source in given):
@@ -236,7 +235,7 @@ class TextData(LightningDataModule):
         if num_rows is None:
             max_steps = self.trainer.max_steps if self.trainer else -1
             if max_steps < 1:
-                raise ConfigError("a stream has no end: set trainer.max_steps with data.streaming")
+                raise ConfigError("a stream has no end; set trainer.max_steps")
             num_rows = max_steps * self.settings.batch_size
         return StreamLoader(
             text.rows(seed=self.seed, world=world, rank=rank),
