@@ -14,10 +14,7 @@ from foam_lightning.memory.allocator import (
     two_steps,
 )
 from foam_lightning.memory.timeline import Repeat
-from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.memory.tracker import StorageTracker
-from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import MemoryOptions
 
 KiB, MiB = 2**10, 2**20
 
@@ -172,20 +169,6 @@ def test_a_second_round_reserves_nothing_more(
     assert replay(repeated(events, times), expandable=expandable) == once
 
 
-@given(st.lists(st.integers(MiB + 1, 30 * MiB), min_size=1, max_size=30), st.data())
-def test_larger_blocks_never_need_less(sizes: list[int], data: st.DataObject) -> None:
-    # Of one pool, in a segment that grows: 10 MiB alone reserve less than 9 MiB, by the rules.
-    grown = [size + data.draw(st.integers(0, MiB)) for size in sizes]
-    before, after = (replay(allocations(*some), expandable=True) for some in (sizes, grown))
-    assert all(less <= more for less, more in zip(before, after, strict=True))
-
-
-@given(some_events(st.integers(1, MiB)))
-def test_small_blocks_reserve_alike_in_segments_that_grow_or_not_within_one(events: Events) -> None:
-    if replay(events).reserved == 2 * MiB:
-        assert replay(events, expandable=True) == replay(events)
-
-
 # ---- the events of a training step
 
 
@@ -253,47 +236,3 @@ def test_weights_and_state_are_not_among_the_events() -> None:
         tracker.claim([state], "optimizer_state")
         assert totals(tracker.timeline().events()) == [1]
     del rest
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(
-    ("release", "micro_batches"),
-    [(False, 1), (False, 3), (True, 1)],
-    ids=["kept", "accumulated", "released"],
-)
-def test_events_of_three_layers_stand_for_those_of_six(
-    release: bool, checkpointing: bool, micro_batches: int
-) -> None:
-    memory_options = MemoryOptions(
-        micro_batch_size=2,
-        accumulate_grad_batches=micro_batches,
-        activation_checkpointing=checkpointing,
-        gradient_release=release,
-    )
-
-    def trace(num_layers: int) -> Events:
-        def make_batch() -> tuple[Tensor, Tensor]:
-            ids = torch.zeros((2, 32), dtype=torch.int64)
-            return ids, ids
-
-        with fake_tensors("32-true"):
-            return track_step(
-                LlamaFoam(num_hidden_layers=6).build_for_trace(memory_options, num_layers),
-                None,
-                make_batch,
-                accumulate_grad_batches=micro_batches,
-                gradient_release=release,
-                num_layers=6,
-            ).events
-
-    folded, full = trace(3), trace(6)
-    assert totals(folded) == totals(full)
-    places = [
-        [at for at, name in found.marks if name.startswith("update ")] for found in (folded, full)
-    ]
-    assert places[0] == places[1]
-    assert sorted(folded.sizes) == sorted(full.sizes)
-    updates = [ParameterUpdate((), 1)] * len(places[0])
-    usages = [replay(two_steps([], found, updates)) for found in (folded, full)]
-    assert usages[0].requested == usages[1].requested
-    assert usages[0].reserved == pytest.approx(usages[1].reserved, rel=0.05)

@@ -247,15 +247,6 @@ def test_validation_files_are_the_validation_text(data, tmp_path):
     assert module.tokenizer.decode(first).startswith("1000 and")
 
 
-@pytest.mark.slow
-def test_the_default_corpus_trains(tmp_path):
-    data = TextData(cache_dir=str(tmp_path), validation_sequences=16, micro_batch_size=4)
-    recorder = train(data, 2)
-    assert len(recorder.steps) == 4
-    assert sum(map(len, recorder.validated)) <= 16
-    assert len(data.train_dataloader()) * 4 * 64 > 2_000_000
-
-
 def test_preparing_is_quiet(data, capfd):
     data().setup()
     assert capfd.readouterr() == ("", "")

@@ -3,12 +3,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from foam_lightning import FOAM
-from foam_lightning.optim.fold import folded_shape
 from tests.training import all_equal, moments, parameters, train
 
 BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
@@ -35,17 +32,6 @@ def test_fused_equals_plain_up_to_the_last_bits(level):
     train(FOAM(plain, level=level, weight_decay=0.1, fused=False), range(6))
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@given(st.integers(1, 6), st.integers(1, 70), st.integers(0, 12), st.sampled_from([F32, BF16]))
-def test_state_has_the_folded_shape_and_its_bytes_halve_with_the_level(rows, columns, level, dtype):
-    optimizer = FOAM(parameters([(rows, columns)]), level=level, state_dtype=dtype)
-    train(optimizer, [0])
-    (state,) = optimizer.state.values()
-    assert (state["step"], type(state["step"])) == (1, int)
-    assert state["exp_avg"].shape == folded_shape((rows, columns), level)
-    size = sum(moment.nbytes for moment in moments(optimizer))
-    assert size == 2 * rows * math.ceil(columns / 2**level) * dtype.itemsize
 
 
 @pytest.mark.parametrize("shape", [(), (7,)], ids=["scalar", "vector"])

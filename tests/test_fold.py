@@ -30,32 +30,10 @@ def test_fold_is_the_block_mean(shape, level):
     )
 
 
-@given(matrices, levels)
-def test_unfolded_mean_and_residual_rebuild_the_matrix(x, level):
-    mean = unfold(fold(x, level), level, x.shape[-1])
-    torch.testing.assert_close(mean + (x - mean), x)
-
-
-@given(matrices, levels)
-def test_residual_has_no_mean_in_any_block(x, level):
-    residual = x - unfold(fold(x, level), level, x.shape[-1])
-    torch.testing.assert_close(
-        fold(residual, level), torch.zeros_like(fold(x, level)), rtol=0, atol=2e-6
-    )
-
-
 @given(st.integers(1, 5), st.integers(1, 40), levels)
 def test_fold_undoes_unfold(rows, columns, level):
     s = torch.randn(rows, num_blocks(columns, level))
     torch.testing.assert_close(fold(unfold(s, level, columns), level), s)
-
-
-@given(matrices, levels)
-def test_fold_is_linear(x, level):
-    y = x.flip(0)
-    torch.testing.assert_close(
-        fold(0.9 * x + 0.1 * y, level), 0.9 * fold(x, level) + 0.1 * fold(y, level)
-    )
 
 
 @given(matrices, levels)

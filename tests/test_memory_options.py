@@ -132,23 +132,6 @@ def test_the_search_finds_what_trying_everything_finds(
     assert ladder.find_fastest(fits) == try_everything(ladder, fits)
 
 
-@given(memories, ladders(), st.integers(0, 20_000))
-def test_an_option_of_the_configuration_is_never_turned_off(
-    memory: Memory, ladder: OptionLadder, budget: int
-) -> None:
-    start, found = ladder.start, ladder.find_fastest(memory.fits(budget))
-    for options in [*([found] if found else []), *ladder.candidates_for_minimum()]:
-        assert options.batch_size == start.batch_size
-        # Released gradients cannot be accumulated: the batch is whole.
-        whole = start.batch_size if options.gradient_release else 1
-        assert whole <= options.micro_batch_size <= max(start.micro_batch_size, whole)
-        assert options.state_dtype in (start.state_dtype, "int8")
-        for name in (
-            *("gradient_release", "chunked_loss", "activation_checkpointing", "state_offload"),
-        ):
-            assert getattr(options, name) >= getattr(start, name)
-
-
 @given(memories, ladders())
 def test_one_candidate_needs_least_of_all(memory: Memory, ladder: OptionLadder) -> None:
     smallest = min(memory.peak(each, MAX_LEVEL) for each in from_fastest_to_slowest(ladder))
@@ -195,38 +178,6 @@ def test_faster_options_are_turned_on_first() -> None:
         assert GPU.find_fastest(memory.fits(budget)) == options
 
 
-@pytest.mark.parametrize(("budget", "selective"), [(97, True), (25, False)])
-def test_options_that_a_slower_one_makes_needless_stay_off(budget: int, selective: bool) -> None:
-    # Only checkpointing helps here, and then neither chunks nor int8 nor smaller micro-batches do.
-    memory = Memory(state=4, gradients=0, activations=16 * 12, logits=0)
-    start = replace(START, micro_batch_size=1)
-    assert OptionLadder(start).find_fastest(memory.fits(budget)) == replace(
-        start, activation_checkpointing=True, selective_checkpointing=selective
-    )
-
-
-def test_gradients_are_released_only_where_needed_and_in_one_micro_batch() -> None:
-    memory = Memory(state=0, gradients=1000, activations=8, logits=1)
-    for start in (START, replace(START, micro_batch_size=3, accumulate_grad_batches=4)):
-        assert OptionLadder(start).find_fastest(memory.fits(999)) == MemoryOptions(
-            micro_batch_size=12, gradient_release=True, state_dtype="bfloat16"
-        )
-        assert OptionLadder(start, can_release=False).find_fastest(memory.fits(999)) is None
-    assert GPU.find_fastest(memory.fits(1000)) == START
-
-
-def test_state_leaves_the_gpu_only_where_no_level_fits_and_never_a_cpu() -> None:
-    memory = Memory(state=100_000, gradients=0, activations=0, logits=0)
-    at_8 = memory.peak(replace(START, state_dtype="int8"), MAX_LEVEL)
-    on_device, offloaded = (GPU.find_fastest(memory.fits(budget)) for budget in (at_8, at_8 - 1))
-    assert on_device == replace(START, state_dtype="int8")
-    assert offloaded is not None
-    assert offloaded.state_offload
-    cpu = OptionLadder(START, on_gpu=False)
-    assert cpu.find_fastest(memory.fits(at_8 - 1)) is None
-    assert cpu.find_fastest(memory.fits(2 * at_8)) == START
-
-
 def test_the_largest_micro_batch_that_fits_is_found_in_few_trials() -> None:
     tried = []
 
@@ -238,16 +189,6 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_trials() -> None:
         micro_batch_size=128, accumulate_grad_batches=32, chunked_loss=True
     )
     assert len(set(tried)) <= 2 * (1 + 1 + 4)
-
-
-def test_any_option_on_the_device_comes_before_a_high_level() -> None:
-    memory = Memory(state=800, gradients=0, activations=8, logits=0)
-    # At level 2 the state is 200, in int8 100: that, and all memory options, fit 101.
-    found = GPU.find_fastest(memory.fits(101))
-    assert found is not None
-    assert found.activation_checkpointing
-    # One less, and level 2 is out of reach: at level 8 the first memory options fit.
-    assert GPU.find_fastest(memory.fits(100)) == START
 
 
 # ---- what options cost

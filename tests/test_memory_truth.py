@@ -20,17 +20,8 @@ from tests.benchmarks.combinations import (
     pairs,
 )
 from tests.benchmarks.fresh_process import in_fresh_process
-from tests.benchmarks.memory_runs import (
-    Peak,
-    job_of,
-    measure_on_cpu,
-    plan_of,
-    predict,
-    write_text,
-)
-from tests.benchmarks.memory_truth import Row, capped_run, capped_run_lines, summary, table
-
-MODELS, MICRO_BATCHES = ("default", "llama_20m"), (1, 2, 4)
+from tests.benchmarks.memory_runs import Peak, measure_on_cpu, predict, write_text
+from tests.benchmarks.memory_truth import Row, summary
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +38,6 @@ def test_every_pair_of_settings_occurs(device: str) -> None:
     assert found == {pair for one in every(models, micro_batches) for pair in pairs(one)}
     assert set(Counter(one.optimizer for one in grid)) == {*LEVELS, *FOREACH}
     assert set(Counter(one.checkpointing for one in grid)) == set(CHECKPOINTING)
-
-
-def test_adamw_releases_no_gradients() -> None:
-    for one in every(MODELS, MICRO_BATCHES):
-        assert one.is_foam or not one.memory_options.gradient_release
 
 
 CASES = [
@@ -89,37 +75,6 @@ def test_the_measured_peak_is_the_predicted_one_or_just_below(one: Combination, 
     assert measured.tensors <= predicted.tensors <= 1.001 * measured.tensors
 
 
-def test_foreach_needs_more_than_the_loop(text: Path) -> None:
-    foreach, loop = (
-        predict(
-            Combination("default", "32-true", name, MemoryOptions(micro_batch_size=1)), "cpu", text
-        ).tensors
-        for name in ("AdamW foreach", "AdamW loop")
-    )
-    assert foreach > loop
-
-
-def test_a_gpu_adds_to_the_tensors_of_foam(text: Path) -> None:
-    of_foam = predict(CASES[0], "cuda", text)
-    assert of_foam.device is not None
-    assert of_foam.device > of_foam.tensors
-    assert predict(CASES[3], "cuda", text).device is None
-
-
-def test_the_mixed_plan_mixes(text: Path) -> None:
-    plan = plan_of(job_of(CASES[1], "cpu", text).new_module(), CASES[1])
-    assert set(plan.levels.values()) == {0, 1, 3, 8}
-
-
-def test_the_capped_run_uses_all_memory_options_but_offload(text: Path) -> None:
-    one = capped_run()
-    job = job_of(one, "cuda", text)
-    assert one.memory_options.gradient_release
-    assert one.memory_options.activation_checkpointing
-    assert job.new_module().llama_config().hidden_size == 4096
-    assert job.data.batch_size == memory_truth.CAPPED_BATCH
-
-
 def test_the_summary_counts_predictions_that_are_too_low() -> None:
     foam, adamw = CASES[0], CASES[3]
     rows = [
@@ -134,29 +89,6 @@ def test_the_summary_counts_predictions_that_are_too_low() -> None:
     assert lines[4].startswith("| AdamW, by a trace | 1 |")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_line_of_the_table_has_its_columns(device: str) -> None:
-    measured = Peak(1000, 1500) if device == "cuda" else Peak(1000)
-    rows = [Row(CASES[0], Peak(1000, 1600), measured), Row(CASES[3], Peak(1000), "no memory")]
-    lines = table(rows, device)
-    assert len({line.count("|") for line in lines}) == 1
-    assert "1.0000" in lines[2]
-    assert "| 1 x 2 | none |" in lines[2]
-    assert "no memory" in lines[3]
-    assert ("1.5 kB" in lines[2]) == (device == "cuda")
-
-
-def test_the_capped_run_is_reported_with_its_peaks_or_its_error() -> None:
-    assert (
-        "OutOfMemoryError" in capped_run_lines(Row(capped_run(), Peak(1, 2), "OutOfMemoryError"))[1]
-    )
-    told = capped_run_lines(
-        Row(capped_run(), Peak(20 * 10**9, 23 * 10**9), Peak(21 * 10**9, 22 * 10**9, 3))
-    )
-    assert "20 GB predicted, 21 GB measured" in told[1]
-    assert "23 GB predicted, 22 GB measured; 3 allocator retries" in told[1]
-
-
 def test_a_new_process_returns_its_result_or_the_reason_why_there_is_none() -> None:
     context = multiprocessing.get_context("forkserver")
     assert in_fresh_process(context, 60, operator.neg, 7) == (-7, None)
@@ -166,15 +98,6 @@ def test_a_new_process_returns_its_result_or_the_reason_why_there_is_none() -> N
     assert failure.startswith("ValueError: invalid literal")
     assert in_fresh_process(context, 60, os._exit, 1) == (None, "the process died")
     assert in_fresh_process(context, 0.5, time.sleep, 600) == (None, "not done after 0 s")
-
-
-def test_without_a_gpu_one_is_asked_for(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        memory_truth.main(["--device", "cuda"])
-    assert "--device cuda needs a GPU" in capsys.readouterr().err
 
 
 def fake_measurement(one: Combination, *_: object) -> Peak:

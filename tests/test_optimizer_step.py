@@ -1,6 +1,5 @@
 """The benchmark of the optimizer step, at its smallest."""
 
-import math
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +8,7 @@ from torch.optim import SGD
 
 from tests.benchmarks import contenders, optimizer_step
 from tests.benchmarks.contenders import ROWS, Row, Weights
-from tests.benchmarks.stepping import Stepped, first_steps, step_all
+from tests.benchmarks.stepping import first_steps, step_all
 
 EAGER = [row for row in ROWS if "cpu" not in row.compiled_on]
 COMPILED = [row for row in ROWS if "cpu" in row.compiled_on]
@@ -45,39 +44,6 @@ def cells(text):
     """Read the table: the columns of a row by its name."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {name: rest for name, *rest in lines[1:]}
-
-
-@pytest.mark.parametrize("row", EAGER, ids=lambda row: row.name)
-def test_each_row_steps_and_leaves_the_gradients_alone(row, weights):
-    gradients = [grad.clone() for grad in weights.gradients]
-    before = [p.detach().clone() for p in weights.named.values()]
-    found = first_steps(row, weights)
-    assert found.failure is None
-    assert all(torch.equal(a, b) for a, b in zip(gradients, weights.gradients, strict=True))
-    moved = [
-        (p.detach() - b).abs().max() for p, b in zip(weights.named.values(), before, strict=True)
-    ]
-    assert min(moved) > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        # Two moments and a step number in float32 for each matrix.
-        ("torch AdamW, fused", 8 * ELEMENTS + 4 * COUNT),
-        # One moment for each matrix, AdamW for the embedding.
-        ("torch Muon", 4 * ELEMENTS + 4 * 64 * 64 + 4),
-        # A basis and two moments of a quarter of the width; the embedding unprojected.
-        ("GaLore", 4 * (COUNT - 1) * (16 * 64 + 2 * 64 * 16) + 8 * 64 * 64),
-        ("FOAM level 0", 8 * ELEMENTS),
-        ("FOAM level 2", 8 * (ELEMENTS - 64 * 64) // 4 + 8 * 64 * 64),
-        # Codes of a byte and a scale for each row; the embedding likewise.
-        ("FOAM level 2, int8", 2 * (COUNT - 1) * 64 * (16 + 4) + 2 * 64 * (64 + 4)),
-        ("FOAM row fold", 8 * (COUNT - 1) * 64 + 8 * 64 * 64),
-    ],
-)
-def test_state_bytes_match_the_formula(name, expected, weights):
-    assert stepped(name, weights).state_bytes == expected
 
 
 def test_temporaries_are_the_tensors_that_a_step_creates(weights):
@@ -117,47 +83,6 @@ def test_a_row_that_changes_the_gradients_fails(weights):
     assert "changes the gradients" in str(first_steps(Row("greedy", greedy), weights).failure)
 
 
-def test_rows_that_would_begin_too_late_are_skipped(weights):
-    found, _ = step_all(EAGER[:2], weights, rounds=1, copy_bytes=2**12, begin_seconds=-1.0)
-    assert [row.failure for row in found] == ["skipped: out of time"] * 2
-
-
-def test_ratios_and_the_floor_follow_from_the_measurements(weights):
-    found = [
-        Stepped(contenders.FUSED, seconds=[0.002, 0.004, 0.003], state_bytes=8 * ELEMENTS),
-        Stepped("other", seconds=[0.006], temporary_bytes=1000, state_bytes=0, first_seconds=1.5),
-    ]
-    # Weights twice, gradients once, both moments twice: 28 bytes an element.
-    bandwidth = 28 * ELEMENTS / 0.001
-    lines = optimizer_step.table(found, weights, bandwidth)
-    assert lines[2] == f"| {contenders.FUSED} | 3 | 1.00 | 3.00 | not measured | 0.1638 | 0 |"
-    assert lines[3] == "| other | 6 | 2.00 | 14.00 | 0.001 | 0 | 1.5 |"
-
-
-def test_a_model_is_cut_to_the_layers_that_fit():
-    shapes = {f"model.layers.{i}.w": (10, 10) for i in range(12)} | {"lm_head.weight": (5, 10)}
-    kept, words = optimizer_step.cut(shapes, 1000)
-    whole, _ = optimizer_step.cut(shapes, 1250)
-    assert sum(map(math.prod, kept.values())) == 950
-    assert "lm_head.weight" in kept
-    assert words == "9 of its 12 layers"
-    assert whole == shapes
-    with pytest.raises(SystemExit, match="limit of 100 elements"):
-        optimizer_step.cut(shapes, 100)
-
-
-def test_rows_that_do_not_exist_are_named():
-    with pytest.raises(SystemExit, match=r"FROM .*torch AdamW"):
-        optimizer_step.chosen(["FROM"], ROWS)
-
-
-def test_rows_that_take_minutes_on_a_cpu_run_only_if_named():
-    default = optimizer_step.choose_work("cpu", None, small=False).rows
-    assert [row.name for row in ROWS if row not in default] == ["torch Muon"]
-    assert optimizer_step.choose_work("cpu", None, small=True).rows == ROWS
-    assert [row.name for row in optimizer_step.chosen(["torch muon"], ROWS)] == ["torch Muon"]
-
-
 @pytest.mark.usefixtures("_threads")
 def test_the_file_contains_the_command_and_the_table(tmp_path, capsys):
     words = ["--small", "--only", "fused", "foam level 2", "--output", str(tmp_path / "table.md")]
@@ -187,13 +112,3 @@ def test_compiled_rows_step_and_their_state_is_counted(capsys):
     each = 2 * (64 * 64 + 4 * 64 * 64 // 256 + 4 * 256) + 4
     assert torchao[4] == f"{COUNT * each / 1e6:.4g}"
     assert torchao[3] == "not measured"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_threads")
-def test_the_first_step_is_timed_over_the_shapes_of_a_large_model(capsys):
-    optimizer_step.main(["--small", "--first-step", "--only", "FOAM"])
-    text = capsys.readouterr().out
-    # Three shapes fold, each at three levels; embedding and head are of one shape.
-    assert "at every level of 1, 2, 3, 10 in all, in float32, with 1/256 of their rows" in text
-    assert all(float(rest[0]) > 0 for rest in cells(text).values())

@@ -311,12 +311,6 @@ def test_the_standard_library_is_about_12_megabytes_sorted_and_without_tests():
     assert folders.isdisjoint({"test", "tests", "idle_test", "site-packages", "__pycache__"})
 
 
-def test_about_5_percent_of_the_files_are_for_validation():
-    names = [document.name for document in python_library_documents()]
-    share = sum(map(is_held_out, names)) / len(names)
-    assert 0.03 < share < 0.07
-
-
 def test_the_split_of_a_file_never_changes():
     names = [f"module_{index}.py" for index in range(60)]
     assert [name for name in names if is_held_out(name)] == ["module_14.py", "module_42.py"]

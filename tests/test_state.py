@@ -36,6 +36,11 @@ def test_bytes_in_closed_form_equal_the_bytes_allocated(shape, level, dtype):
     assert sum(t.nbytes for t in moments(optimizer)) == state_bytes(shape, level, dtype)
 
 
+def test_int8_takes_a_byte_a_value_and_a_scale_for_256_of_a_row():
+    assert state_bytes((6, 1200), 2, torch.int8) == 2 * 6 * (300 + 2 * 4)
+    assert state_bytes((6, 4), 2, torch.int8) == state_bytes((6, 4), 2, torch.float32)
+
+
 @given(st.integers(2, 3 * CODES_PER_SCALE), st.integers(-30, 30), st.integers(0, 2**31))
 def test_int8_is_within_half_a_code(columns, exponent, seed):
     random = torch.Generator().manual_seed(seed)

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -9,19 +10,20 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from foam_lightning import FOAM
 from foam_lightning.errors import ConfigError
+from foam_lightning.memory.allocator import Events, ParameterUpdate, replay, two_steps
 from foam_lightning.memory.timeline import Repeat
 from foam_lightning.memory.trace import (
     Precision,
     autocast_for,
     fake_tensors,
     state_bytes,
-    track_optimizer_step,
     track_step,
     weight_dtype,
 )
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
+from tests.test_allocator import totals
 
 KB = 1000
 
@@ -241,16 +243,6 @@ def test_an_update_inside_backward_is_workspace() -> None:
     assert first["activations"] > last["activations"]
 
 
-def test_the_state_is_counted_to_the_byte() -> None:
-    parameters = [nn.Parameter(torch.randn(6, 11)), nn.Parameter(torch.randn(5))]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer = FOAM(parameters, level=2, fused=False)
-    workspace = track_optimizer_step(optimizer).peak().terms["workspace"]
-    assert state_bytes(optimizer) == 2 * 4 * (6 * 3 + 5)
-    assert workspace >= 2 * 4 * 6 * 11  # two temporaries of the size of the matrix
-
-
 def test_the_dtype_of_the_weights() -> None:
     assert weight_dtype("bf16-true") == torch.bfloat16
     assert weight_dtype("bf16-mixed") == weight_dtype("32-true") == torch.float32
@@ -261,33 +253,20 @@ def test_the_dtype_of_the_weights() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+PLAIN = MemoryOptions(micro_batch_size=4)
+WHOLE = replace(PLAIN, activation_checkpointing=True)
+SELECTIVE = replace(WHOLE, selective_checkpointing=True)
+ALL = replace(WHOLE, micro_batch_size=16, chunked_loss=True)
 OPTIONS = {
-    "plain": MemoryOptions(micro_batch_size=4),
-    "chunked": MemoryOptions(micro_batch_size=16, chunked_loss=True),
-    "accumulating": MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2),
-    "checkpointing": MemoryOptions(micro_batch_size=4, activation_checkpointing=True),
-    "selective": MemoryOptions(
-        micro_batch_size=4, activation_checkpointing=True, selective_checkpointing=True
-    ),
-    "all": MemoryOptions(
-        micro_batch_size=16,
-        accumulate_grad_batches=2,
-        chunked_loss=True,
-        activation_checkpointing=True,
-    ),
-    "releasing": MemoryOptions(micro_batch_size=4, gradient_release=True),
-    "releasing all": MemoryOptions(
-        micro_batch_size=16,
-        chunked_loss=True,
-        activation_checkpointing=True,
-        gradient_release=True,
-    ),
-    "releasing selective": MemoryOptions(
-        micro_batch_size=4,
-        activation_checkpointing=True,
-        selective_checkpointing=True,
-        gradient_release=True,
-    ),
+    "plain": PLAIN,
+    "chunked": replace(PLAIN, micro_batch_size=16, chunked_loss=True),
+    "accumulating": replace(PLAIN, accumulate_grad_batches=3),
+    "checkpointing": WHOLE,
+    "selective": SELECTIVE,
+    "all": replace(ALL, accumulate_grad_batches=2),
+    "releasing": replace(PLAIN, gradient_release=True),
+    "releasing all": replace(ALL, gradient_release=True),
+    "releasing selective": replace(SELECTIVE, gradient_release=True),
 }
 
 
@@ -301,7 +280,7 @@ OPTIONS = {
 def test_three_layers_stand_for_all(name: str, precision: Precision) -> None:
     memory_options = OPTIONS[name]
     module = LlamaFoam(hidden_size=64, intermediate_size=172, vocab_size=300)
-    found = []
+    found, events = [], []
     for layers in (3, 6):
         with fake_tensors(precision):
             step = track_step(
@@ -317,8 +296,21 @@ def test_three_layers_stand_for_all(name: str, precision: Precision) -> None:
         for terms in moments:
             del terms["weights"]  # of the layers that were laid out
         found.append(moments)
+        events.append(step.events)
     assert found[0] == found[1]
     assert len(found[0]) == 1 + (3 + 6 * 9) * memory_options.gradient_release
+    folded, full = events
+    assert totals(folded) == totals(full)
+    assert sorted(folded.sizes) == sorted(full.sizes)
+    assert updates_of(folded) == updates_of(full)
+    updates = [ParameterUpdate((), 1)] * len(updates_of(full))
+    usages = [replay(two_steps([], found, updates)) for found in events]
+    assert usages[0].requested == usages[1].requested
+    assert usages[0].reserved == pytest.approx(usages[1].reserved, rel=0.05)
+
+
+def updates_of(events: Events) -> list[int]:
+    return [at for at, name in events.marks if name.startswith("update ")]
 
 
 PRIVATE_PARTS = {
