@@ -16,12 +16,12 @@ from foam_lightning.memory.trace import (
     Precision,
     autocast_for,
     fake_tensors,
-    state_bytes,
     track_step,
     weight_dtype,
 )
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.plain_state import measure_state_bytes
 from foam_lightning.plan import MemoryOptions
 from tests.test_allocator import totals
 
@@ -231,7 +231,7 @@ def test_an_update_inside_backward_is_workspace() -> None:
     optimizer = FOAM(module.parameters(), level=0)
     released = track_step(module, optimizer, batch, gradient_release=True)
     assert all(p.grad is None for p in module.parameters())
-    assert state_bytes(optimizer) == released.peak.terms["optimizer_state"]
+    assert measure_state_bytes(optimizer) == released.peak.terms["optimizer_state"]
     ordinary = track_step(kept, FOAM(kept.parameters(), level=0), batch)
     for term in ("weights", "optimizer_state"):
         assert released.peak.terms[term] == ordinary.peak.terms[term]

@@ -179,7 +179,11 @@ class StreamLoader:
 
     def _batches(self, rows: Iterator[Row | DataError]) -> Iterator[Batch]:
         while self._num_read + self.batch_size <= self.num_rows:
-            batch = [_unwrap(item) for item in islice(rows, self.batch_size)]
+            batch = []
+            for item in islice(rows, self.batch_size):
+                if isinstance(item, DataError):
+                    raise item
+                batch.append(item)
             self._num_read += len(batch)
             if self._num_read + self.batch_size > self.num_rows:  # let the workers exit
                 self._last_state = self._rows.state_dict()
@@ -255,12 +259,6 @@ def _create_loader(rows: Dataset[Any], kind: type[_Loader], **settings: Any) -> 
             timeout=worker_timeout(settings["num_workers"]),
             **settings,
         )
-
-
-def _unwrap(item: Row | DataError) -> Row:
-    if isinstance(item, DataError):
-        raise item
-    return item
 
 
 def _identity(row: Row | DataError) -> Row | DataError:

@@ -160,7 +160,8 @@ def _parse_source(settings: Mapping[str, Any], prefix: str) -> SourceSettings:
         raise ConfigError(f"{prefix}.weight must be a number above 0, got {weight!r}")
     for key in ("files", "validation_files"):
         paths = settings.get(key)
-        if paths is not None and not _is_list_of_strings(paths):
+        is_list = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        if paths is not None and not is_list:
             raise ConfigError(f"{prefix}.{key} must be a list of paths, got {paths!r}")
     for key in ("text_column", "dataset", "dataset_config"):
         if not isinstance(settings.get(key, ""), str | None):
@@ -174,10 +175,6 @@ def _parse_source(settings: Mapping[str, Any], prefix: str) -> SourceSettings:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_list_of_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _sample_documents(documents: "Dataset") -> Iterator[dict[str, str]]:

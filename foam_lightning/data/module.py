@@ -107,10 +107,7 @@ class TextData(LightningDataModule):
         from foam_lightning.data.tokenizer import build_tokenizer
 
         settings = self.settings
-        texts = [
-            open_source(source, streaming=settings.streaming, cache=cache)
-            for source in self._sources
-        ]
+        texts = [open_source(s, streaming=settings.streaming, cache=cache) for s in self._sources]
         train = [text.train for text in texts]
         tokenizer = build_tokenizer(
             settings.tokenizer,
@@ -137,10 +134,7 @@ class TextData(LightningDataModule):
         settings = self.settings
         assert settings.files is not None
         tokenizer = build_tokenizer(
-            settings.tokenizer,
-            vocab_size=settings.vocab_size,
-            documents=iter(()),
-            cache=cache,
+            settings.tokenizer, vocab_size=settings.vocab_size, documents=iter(()), cache=cache
         )
         text = ChatText(
             settings.files,

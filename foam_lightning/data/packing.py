@@ -33,18 +33,6 @@ class Row(TypedDict):
     labels: NotRequired[Sequence[int]]
 
 
-class PackerState(TypedDict):
-    """State of a `Packer`.
-
-    Attributes:
-        tail: Tokens of the unfinished row.
-        rows: Finished rows that were not read yet.
-    """
-
-    tail: list[int]
-    rows: list[list[int]]
-
-
 class Packer:
     """Split a sequence of documents into rows.
 
@@ -53,13 +41,16 @@ class Packer:
         end_of_text: Token appended to each document.
         packing: Concatenate documents, so that every row is full. Otherwise each document is a row
             of its own, truncated at `sequence_length`, as in GaLore and the FOAM paper.
+
+    Attributes:
+        tail: Tokens of the unfinished row.
     """
 
     def __init__(self, sequence_length: int, end_of_text: int, *, packing: bool) -> None:
         self.sequence_length = sequence_length
         self.end_of_text = end_of_text
         self.packing = packing
-        self._tail: list[int] = []
+        self.tail: list[int] = []
         self._rows: deque[list[int]] = deque()
 
     def add(self, piece: Piece) -> None:
@@ -67,29 +58,25 @@ class Packer:
         ids = [*piece.ids, self.end_of_text] if piece.ends else piece.ids
         length = self.sequence_length
         if self.packing:
-            self._tail += ids
-            full = len(self._tail) - len(self._tail) % length
-            self._rows.extend(self._tail[at : at + length] for at in range(0, full, length))
-            del self._tail[:full]
+            self.tail += ids
+            full = len(self.tail) - len(self.tail) % length
+            self._rows.extend(self.tail[at : at + length] for at in range(0, full, length))
+            del self.tail[:full]
             return
-        self._tail = ids[:length] if piece.starts else [*self._tail, *ids][:length]
+        self.tail = ids[:length] if piece.starts else [*self.tail, *ids][:length]
         if piece.ends:
-            self._rows.append(self._tail)
-            self._tail = []
+            self._rows.append(self.tail)
+            self.tail = []
 
     def rows(self) -> Iterator[list[int]]:
         """Yield and remove the finished rows, oldest first."""
         while self._rows:
             yield self._rows.popleft()
 
-    def state_dict(self) -> PackerState:
-        """Return a copy of the state."""
-        return {"tail": list(self._tail), "rows": list(self._rows)}
-
-    def load_state_dict(self, state: PackerState) -> None:
-        """Restore a state."""
-        self._tail = list(state["tail"])
-        self._rows = deque(state["rows"])
+    def restart(self, tail: Sequence[int]) -> None:
+        """Continue after the tokens of an unfinished row."""
+        self.tail = list(tail)
+        self._rows.clear()
 
 
 def packed_dataset(

@@ -154,16 +154,15 @@ def open_files(
     text_column: str,
     *,
     cache: Path,
-    validation_fraction: float = VALIDATION_FRACTION,
 ) -> TextSource:
     """Read local files.
 
     Args:
         files: Paths of .txt, .jsonl or .parquet files.
-        validation_files: Files to validate on; None holds out a fraction of the documents.
+        validation_files: Files to validate on; None holds out 5 % of the documents, or with too few
+            of them the end of each.
         text_column: The column of the text in .jsonl and .parquet files.
         cache: Folder in which the documents are cached.
-        validation_fraction: That fraction. With too few documents, the end of each is held out.
 
     Raises:
         DataError: A file is unreadable or without text.
@@ -171,8 +170,8 @@ def open_files(
     documents = read_files(files, text_column, cache)
     fingerprint = files_fingerprint(files, text_column)
     if validation_files is None:
-        train, validation = _split_validation(documents, validation_fraction)
-        fingerprint = f"{fingerprint}-{validation_fraction}"
+        train, validation = _split_validation(documents)
+        fingerprint = f"{fingerprint}-{VALIDATION_FRACTION}"
     else:
         train, validation = documents, read_files(validation_files, text_column, cache)
         fingerprint = f"{fingerprint}-{files_fingerprint(validation_files, text_column)}"
@@ -249,21 +248,16 @@ def _select_text(
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _split_validation(documents: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
+def _split_validation(documents: "Dataset") -> tuple["Dataset", "Dataset"]:
     from datasets import Dataset
 
-    count = int(len(documents) * fraction)
+    count = int(len(documents) * VALIDATION_FRACTION)
     if count == 0:
-        texts = list(documents["text"])
-        cuts = [len(text) - int(len(text) * fraction) for text in texts]
-        return (
-            Dataset.from_dict(
-                {"text": [text[:cut] for text, cut in zip(texts, cuts, strict=True)]}
-            ),
-            Dataset.from_dict(
-                {"text": [text[cut:] for text, cut in zip(texts, cuts, strict=True)]}
-            ),
-        )
+        cuts = [
+            (text, len(text) - int(len(text) * VALIDATION_FRACTION)) for text in documents["text"]
+        ]
+        train = Dataset.from_dict({"text": [text[:cut] for text, cut in cuts]})
+        return train, Dataset.from_dict({"text": [text[cut:] for text, cut in cuts]})
     held_out = evenly_spaced(count, len(documents))
     rest = np.delete(np.arange(len(documents)), held_out)
     return documents.select(rest), documents.select(held_out)

@@ -91,7 +91,7 @@ class StreamedSource:
             DataError: A shard is unreadable, or a whole pass has less text than one row.
         """
         has_rows = self._state["block"] > 0 or self._state["rows"] > 0
-        self.packer.load_state_dict({"tail": self._state["tail"], "rows": []})
+        self.packer.restart(self._state["tail"])
         while True:
             documents = self._read_pass(slot)
             while texts := self._read_block(documents):
@@ -102,7 +102,7 @@ class StreamedSource:
                     **self._state,
                     **self._next,
                     "block": self._state["block"] + 1,
-                    "tail": self.packer.state_dict()["tail"],
+                    "tail": list(self.packer.tail),
                 }
             if not has_rows:
                 raise DataError(

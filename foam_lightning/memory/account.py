@@ -302,19 +302,12 @@ class Accountant:
 
     def _update_bytes(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
         """Count what is on the device during the update of one parameter only."""
-        workspace = self._update_workspace(plan, name, shape)
-        if not plan.memory_options.state_offload:
-            return workspace
-        dtype = plan.memory_options.state_dtype
-        return workspace + optimizer_state_bytes({name: shape}, plan.levels, dtype)
-
-    def _update_workspace(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
-        """Trace the temporaries of the update of one parameter."""
         key = (shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
         if key not in self._workspaces:
             update = self._trace_update(plan, name, shape)
             self._workspaces[key] = update.peak().terms["workspace"]
-        return self._workspaces[key]
+        state = sum(_state_sizes(*key)) if plan.memory_options.state_offload else 0
+        return self._workspaces[key] + state
 
     def _trace_update(
         self, plan: FoldPlan, name: str, shape: tuple[int, ...], *, with_origins: bool = False

@@ -139,7 +139,9 @@ def two_steps(weights: Iterable[int], step: Events, updates: Sequence["Parameter
                     events.free(alive.pop(~change))
             done = at
             if index is not None:
-                _update(events, updates[index], is_first=is_first)
+                for size in updates[index].state if is_first else ():
+                    events.allocate(size)
+                events.free(events.allocate(updates[index].workspace))
         for block in alive.values():
             events.free(block)
     return events
@@ -155,13 +157,6 @@ class ParameterUpdate(NamedTuple):
 
     state: tuple[int, ...]
     workspace: int
-
-
-def _update(events: Events, update: ParameterUpdate, *, is_first: bool) -> None:
-    if is_first:
-        for size in update.state:
-            events.allocate(size)
-    events.free(events.allocate(update.workspace))
 
 
 class _Block:
@@ -317,7 +312,7 @@ class AllocatorMargin:
         states: list[int] = []
         excesses = [0]
         for level in _REPLAYED_LEVELS:
-            uniform = _at_level(plan, level)
+            uniform = replace(plan, levels=dict.fromkeys(plan.levels, level))
             states.append(self._state_bytes(uniform))
             excesses.append(max(excesses[-1], self._excess(uniform, level)))
             if states[-1] >= most:
@@ -330,7 +325,3 @@ class AllocatorMargin:
             peaks = self._replay_plan(uniform)
             self._excesses[key] = peaks.reserved - peaks.requested
         return self._excesses[key]
-
-
-def _at_level(plan: FoldPlan, level: int) -> FoldPlan:
-    return replace(plan, levels=dict.fromkeys(plan.levels, level))

@@ -49,7 +49,7 @@ def as_first_device(devices: Devices, precision: Precision) -> Iterator[Join]:
         ConfigError: This process already is one of several.
     """
     if not devices.shards:
-        yield _fill_buckets if devices.count > 1 else _leave_unchanged
+        yield _fill_buckets if devices.count > 1 else lambda _module: None
         return
     with _fake_group(devices.count) as mesh:
         yield lambda module: _shard(module, mesh, precision)
@@ -82,10 +82,6 @@ def bucket_sizes(devices: Devices, sizes: Iterable[int]) -> list[int]:
             found.append(0)
         found[-1] += size
     return found
-
-
-def _leave_unchanged(_module: Traceable) -> None:
-    pass
 
 
 def _fill_buckets(module: Traceable) -> None:

@@ -177,11 +177,6 @@ def track_optimizer_step(optimizer: torch.optim.Optimizer, *, name: str | None =
     return tracker.timeline()
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Add up the bytes of every state tensor of the optimizer."""
-    return sum(tensor.nbytes for tensor in _state_tensors(optimizer))
-
-
 @contextmanager
 def fake_tensors(precision: Precision) -> Iterator[None]:
     """Create only fake tensors, shapes without memory, in the dtype that a precision trains in.

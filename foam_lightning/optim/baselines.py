@@ -124,10 +124,7 @@ def create_baseline(
     # The others first: the learning rate that is logged is the one of the first group.
     groups: list[dict[str, Any]] = [
         {"params": params, "weight_decay": group_decay, "lr": lr}
-        for params, group_decay, lr in (
-            (others, 0.0, settings.lr),
-            (matrices, decay, matrix_lr),
-        )
+        for params, group_decay, lr in ((others, 0.0, settings.lr), (matrices, decay, matrix_lr))
         if params
     ]
     if name in ("galore", "apollo", "fira"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import EllipsisType
+from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -46,20 +47,12 @@ def update_tensor_(
         level: Fold level; for a tensor that must not fold, 0.
         second_moment: See `functional`.
     """
+    constants: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps, "level": level}
+    constants["second_moment"] = second_moment
     if fused and cpu_kernel.is_supported(param, grad, *state.values()):
         # Fake tensors have no data to update, and the kernel has no temporaries to account for.
         if not isinstance(param, FakeTensor):
-            cpu_kernel.cpu_kernel_step_(
-                param,
-                grad,
-                **state,
-                factors=factors,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                level=level,
-                second_moment=second_moment,
-            )
+            cpu_kernel.cpu_kernel_step_(param, grad, factors=factors, **constants | dict(state))
         return
     is_compiled = fused and param.is_cuda and gpu_kernel.is_available()
     step_ = gpu_kernel.gpu_kernel_step_ if is_compiled else foam_step_
@@ -73,12 +66,8 @@ def update_tensor_(
             grad[rows],
             {key: tensor[rows] for key, tensor in state.items()},
             factors,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            level=level,
-            second_moment=second_moment,
             seed=None if seed is None else _part_seed(seed, number),
+            **constants,
         )
 
 

@@ -250,13 +250,7 @@ class FOAM(torch.optim.Optimizer):
 
 
 def _create_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Create the state of a parameter before its first step."""
-    state = {"step": 0, **_zero_moments(param, group)}
-    return HostState(state) if group["state_offload"] else state
-
-
-def _zero_moments(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Allocate the moments of a parameter, sharded like the parameter."""
+    """Create the state of a parameter before its first step, sharded like the parameter."""
     level = group["level"]
     if (
         level > 0
@@ -268,7 +262,7 @@ def _zero_moments(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
             "which cannot fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
         )
     memory_options = host_memory_options(param) if group["state_offload"] else {}
-    return {
+    moments = {
         # Like a slice of the parameter, because `torch.zeros` of a shape would not be sharded.
         key: torch.zeros_like(
             param.detach() if param.shape == shape else param.detach().narrow(-1, 0, shape[-1]),
@@ -277,6 +271,8 @@ def _zero_moments(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         )
         for key, (shape, dtype) in state_layout(param.shape, level, group["state_dtype"]).items()
     }
+    state = {"step": 0, **moments}
+    return HostState(state) if group["state_offload"] else state
 
 
 def _local_shard(tensor: Tensor) -> Tensor:
