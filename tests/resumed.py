@@ -17,7 +17,7 @@ from foam_lightning.data import streaming
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from tests.planted import Plant
-from tests.runs import NewJob
+from tests.runs import QUIET, NewJob
 
 # The keys of a checkpoint that affect what follows; the others are statistics of Lightning.
 _DECISIVE = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "ranks", "callbacks")
@@ -44,12 +44,32 @@ def data_of(kind: str, folder: Path) -> dict[str, Any]:
     return {**own, "files": paths}
 
 
+class Rows(Callback):
+    """Record the rows of every step, and the steps before an evaluation."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[list[int]]] = []
+        self.evaluated: list[int] = []
+        self._parts: list[list[int]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, _: LightningModule, outputs: Any, batch: Any, number: int
+    ) -> None:
+        self._parts += batch["input_ids"].tolist()
+        if (number + 1) % trainer.accumulate_grad_batches == 0:
+            self.rows.append(self._parts)
+            self._parts = []
+
+    def on_validation_end(self, trainer: Trainer, _: LightningModule) -> None:
+        self.evaluated.append(trainer.global_step)
+
+
 @dataclass
 class Log(Callback):
     """Record the loss of every step over all ranks, and save after some steps."""
 
-    folder: Path
-    saves: Collection[int]
+    folder: Path = Path()
+    saves: Collection[int] = ()
     losses: list[float] = field(default_factory=list)
     _parts: list[float] = field(default_factory=list)
 
@@ -92,9 +112,7 @@ def fit(
     trainer = job.new_trainer(
         plan.memory_options,
         [*callbacks, spike_guard, ExactResume(), log],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
         limit_val_batches=1,
         check_val_every_n_epoch=None,

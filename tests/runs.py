@@ -14,6 +14,8 @@ from foam_lightning.training import TrainingResult
 
 NewJob = Callable[..., Job]
 STEPS = 17  # no multiple of the steps between two checkpoints
+# The settings of a trainer that writes nothing.
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 
 class Finished(NamedTuple):

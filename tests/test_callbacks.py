@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foam_lightning.callbacks.export import Export
 from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.callbacks.residual_energy import ResidualEnergy
-from foam_lightning.callbacks.throughput import Throughput
+from foam_lightning.callbacks.throughput import Throughput, flops_per_token
 from foam_lightning.job import Job
 from foam_lightning.memory.device import GpuUsage, calibrate
 from foam_lightning.memory.tracker import StorageTracker
@@ -19,8 +19,8 @@ from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
 from tests.fake_gpu import FakeGpu
-
-NewJob = Callable[..., Job]
+from tests.runs import NewJob
+from tests.test_training import StopAfter, StopError
 
 
 @pytest.fixture
@@ -45,24 +45,11 @@ def at_step(step: int, written: dict[str, float] | None = None) -> Any:
     return SimpleNamespace(
         global_step=step,
         world_size=2,
+        precision="32-true",
         log_every_n_steps=1,
         strategy=SimpleNamespace(reduce=lambda tensor, **_: tensor),
         loggers=[SimpleNamespace(log_metrics=log_metrics)],
     )
-
-
-@pytest.mark.parametrize("level", [1, 2, 4, 8])
-def test_random_gradients_leave_the_share_of_the_formula(level: int) -> None:
-    module = LlamaFoam(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
-    module.set_plan(module.uniform_plan(level, MemoryOptions(micro_batch_size=1)))
-    module.configure_model()
-    for parameter in module.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    written: dict[str, float] = {}
-    ResidualEnergy().on_before_optimizer_step(at_step(0, written), module, None)  # type: ignore[arg-type]
-    assert list(written) == [f"folding/residual_energy_{role}" for role in ROLES]
-    for value in written.values():
-        assert value == pytest.approx(1 - 2.0**-level, abs=0.01)
 
 
 def test_equal_gradients_leave_nothing_in_the_residual() -> None:
@@ -92,10 +79,11 @@ def test_equal_gradients_leave_nothing_in_the_residual() -> None:
         assert not ResidualEnergy.applies_to(module)
 
 
-def test_the_residual_of_a_large_matrix_takes_little_memory() -> None:
+@pytest.mark.parametrize("level", [1, 2, 8])
+def test_random_gradients_leave_the_share_of_the_formula_and_take_little_memory(level: int) -> None:
     # The account does not include it, and a matrix of a 7B model is 180 MB in float32.
     module = LlamaFoam(hidden_size=256, intermediate_size=2**14, num_hidden_layers=1)
-    module.set_plan(module.uniform_plan(2, MemoryOptions(micro_batch_size=1)))
+    module.set_plan(module.uniform_plan(level, MemoryOptions(micro_batch_size=1)))
     module.configure_model()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -107,58 +95,55 @@ def test_the_residual_of_a_large_matrix_takes_little_memory() -> None:
     terms = tracker.peak().terms
     assert 0 < terms["activations"] < 5_000_000
     assert terms["gradients"] > 50_000_000
-    assert len(written) == len(ROLES)
-    for value in written.values():
-        assert value == pytest.approx(0.75, abs=0.01)
+    assert list(written) == [f"folding/residual_energy_{role}" for role in ROLES]
+    assert list(written.values()) == pytest.approx([1 - 2.0**-level] * len(ROLES), abs=0.01)
 
 
 def test_throughput_counts_all_time_but_evaluation(
     logged: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
+    now, step = 0.0, 0
     monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr("foam_lightning.callbacks.throughput.peak_flops", lambda *_: 10**6)
     throughput, module = Throughput(), LlamaFoam()
-    batch = {"input_ids": torch.zeros(4, 10)}
 
-    step = 0
-
-    def end_step() -> None:
-        nonlocal step
-        step += 1
+    def end_batch(at: float, *, ends_step: bool = True) -> None:
+        nonlocal now, step
+        now, step = at, step + ends_step
+        batch = {"input_ids": torch.zeros(4, 10)}
         throughput.on_train_batch_end(at_step(step), module, None, batch, 0)
 
     assert throughput.tokens_per_second is None
+    throughput.on_fit_start(at_step(0), module)
     now = 100.0
     throughput.on_train_start(at_step(0), module)
-    now = 102.0
-    end_step()
+    end_batch(102.0)
     assert throughput.tokens_per_second == 80 / 2
-    now = 105.0  # data was late
-    end_step()
+    end_batch(105.0)  # data was late
     assert throughput.tokens_per_second == 160 / 5
     now = 200.0
     throughput.on_validation_end(at_step(0), module)
-    now = 201.0
-    end_step()
+    end_batch(201.0)
     assert throughput.tokens_per_second == 240 / 6
     assert set(logged) == set(throughput.tags)
     assert logged["throughput/tokens_per_second"] == 40
     assert logged["throughput/step_seconds"] == throughput.step_seconds == 2
+    flops = 40 * flops_per_token(module.shapes, 10)
+    assert logged["throughput/model_flops_per_second"] == flops
+    assert logged["throughput/mfu"] == flops / (2 * 10**6)
     # Steps of two micro-batches count when complete, and replace the short ones in the mean.
-    for _ in range(40):
-        now += 10
-        throughput.on_train_batch_end(at_step(step), module, None, batch, 0)
-        end_step()
+    for number in range(80):
+        end_batch(now + 10 * (number % 2 == 0), ends_step=number % 2 == 1)
     assert logged["throughput/step_seconds"] == 10
     assert logged["throughput/tokens_per_second"] == 16
 
 
 def run(
-    job: Job, memory: MemoryMonitor, memory_options: MemoryOptions, level: int, **settings: Any
+    job: Job, memory: MemoryMonitor, memory_options: MemoryOptions, level: int, *others: Callback
 ) -> None:
     module = job.new_module()
     module.set_plan(module.uniform_plan(level, memory_options))
-    trainer = job.new_trainer(memory_options, [memory], bare=True, limit_val_batches=0, **settings)
+    trainer = job.new_trainer(memory_options, [memory, *others], bare=True, limit_val_batches=0)
     trainer.fit(module, datamodule=job.new_data(memory_options))
 
 
@@ -194,18 +179,10 @@ def test_the_measured_peak_is_the_predicted_one(
     assert memory.measured_bytes == pytest.approx(predicted.peak_bytes, rel=0.01)
 
 
-class StopError(Exception):
-    pass
-
-
 def test_an_exception_ends_the_tracking(job: Job) -> None:
-    class Stop(MemoryMonitor):
-        def on_train_batch_start(self, *_: Any) -> None:
-            raise StopError
-
-    memory = Stop()
+    memory = MemoryMonitor()
     with pytest.raises(StopError):
-        run(job, memory, job.memory_options, 1)
+        run(job, memory, job.memory_options, 1, StopAfter(0))
     assert memory.measured_bytes is not None
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
@@ -275,11 +252,8 @@ def test_on_a_gpu_the_peak_is_what_was_reserved(
     # The context is half a GB.
     assert memory.measured_bytes == 10_000_000_000
     assert memory.usage == GpuUsage(9_000_000_000, 9_500_000_000, retries=0)
-    assert {name: logged[f"memory/{name}"] for name in ("allocated_bytes", "reserved_bytes")} == {
-        "allocated_bytes": 9_000_000_000,
-        "reserved_bytes": 9_500_000_000,
-    }
-    assert logged["memory/allocator_retries"] == 0
+    names = ("allocated_bytes", "reserved_bytes", "allocator_retries")
+    assert [logged[f"memory/{name}"] for name in names] == [9_000_000_000, 9_500_000_000, 0]
 
 
 def test_allocator_retries_are_counted_and_reported_once(
@@ -312,9 +286,9 @@ def test_a_peak_well_above_the_prediction_is_reported_once(
     assert all("measured" in line and "predicted" in line for line in printed)
 
 
-def test_a_run_of_one_step_is_measured(job: Job) -> None:
-    memory = MemoryMonitor()
-    run(job, memory, job.memory_options, 1, max_steps=1)
+def test_a_run_of_one_step_is_measured(new_job: NewJob) -> None:
+    job, memory = new_job(trainer={"max_steps": 1}), MemoryMonitor()
+    run(job, memory, job.memory_options, 1)
     assert memory.measured_bytes is not None
 
 

@@ -5,14 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils._python_dispatch import _disable_current_modes
@@ -30,6 +28,7 @@ from tests.resumed import (
     STOP,
     STOPPED,
     WORLD,
+    Log,
     Stoppable,
     differences,
     fit,
@@ -37,38 +36,13 @@ from tests.resumed import (
     same,
     stoppable,
 )
-from tests.runs import NewJob
+from tests.runs import QUIET, NewJob
+from tests.test_training import StopAfter, StopError
 from tests.tiny import REPOSITORY, write_settings
 from tests.unequal import BATCH, job_of_unequal_rows, trained
 
 STOPPED_AFTER = 3
 TIMEOUT_SECONDS = 600
-
-
-class StopError(Exception):
-    pass
-
-
-@dataclass
-class Steps(Callback):
-    """Record the loss of every step over all ranks; raise before a step if asked to."""
-
-    stop_after: int | None = None
-    losses: list[float] = field(default_factory=list)
-    _parts: list[float] = field(default_factory=list)
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.stop_after:
-            raise StopError
-
-    def on_train_batch_end(
-        self, trainer: Trainer, _: LightningModule, outputs: Any, *__: Any
-    ) -> None:
-        # Lightning has divided each by the number of micro-batches.
-        self._parts.append(float(trainer.strategy.reduce(outputs["loss"].clone())))
-        if len(self._parts) == trainer.accumulate_grad_batches:
-            self.losses.append(sum(self._parts))
-            self._parts.clear()
 
 
 class Case(NamedTuple):
@@ -78,28 +52,23 @@ class Case(NamedTuple):
     plan: FoldPlan
     folder: RunFolder
 
-    def run(self, stop_after: int | None = None) -> "Found":
+    def run(self, stop_after: int = STEPS) -> "Found":
         """Train from the last checkpoint, if there is one, to the end or to a failure."""
-        steps = Steps(stop_after)
-        job = replace(self.job, trainer=self.job.trainer.replace(callbacks=[steps]))
+        log = Log()
+        callbacks = [log, StopAfter(stop_after)]
+        job = replace(self.job, trainer=self.job.trainer.replace(callbacks=callbacks))
         try:
             trained = train(job, self.plan, self.folder)
         except StopError:
-            return Found(steps.losses)
-        return Found(steps.losses, trained.final_validation_loss, trained.validation_tokens)
+            return Found(log.losses)
+        return Found(log.losses, trained.final_validation_loss, trained.validation_tokens)
 
     def peak_bytes(self) -> int:
         """Measure the peak of two steps, without checkpoints, which need no GPU memory."""
         module, memory = self.job.new_module(), MemoryMonitor()
         module.set_plan(self.plan)
         trainer = self.job.new_trainer(
-            self.plan.memory_options,
-            [memory],
-            max_steps=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
+            self.plan.memory_options, [memory], max_steps=2, **QUIET, limit_val_batches=0
         )
         trainer.fit(module, datamodule=self.job.new_data(self.plan.memory_options))
         assert memory.measured_bytes is not None
@@ -365,8 +334,3 @@ def test_the_command_line_starts_ranks_and_prints_once(
     (version,) = (tmp_path / "runs" / "default").iterdir()
     assert RunFolder(version).summary.exists()
     assert RunFolder(version).hf.is_dir()
-
-
-def test_a_bare_trainer_uses_one_device(new_job: Callable[..., Job]) -> None:
-    trainer = new_job().new_trainer(new_job().memory_options, [], bare=True)
-    assert trainer.world_size == 1

@@ -1,18 +1,24 @@
-"""A run that is stopped after any step and resumed ends like one that is not, bit for bit."""
+"""A run that is stopped after any step and resumed ends like one that is not, bit for bit.
+
+With micro-batches of another size it sees the same rows, and ends alike up to rounding.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from foam_lightning.callbacks.exact_resume import rescale
+from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.data import streaming
-from foam_lightning.errors import DataError
+from foam_lightning.errors import CheckpointError, DataError
 from foam_lightning.job import Job
-from foam_lightning.plan import FoldPlan
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from tests.planted import Plant
 from tests.pretrained import save_tokenizer
-from tests.resumed import BLOCK, data_of, differences, fit
+from tests.resumed import BLOCK, Rows, data_of, differences, fit
 from tests.runs import NewJob
 
 STEPS = 7
@@ -117,3 +123,90 @@ def test_another_number_of_workers_is_refused(new_job: NewJob, tmp_path: Path) -
     fit(job, job.uniform_plan(1), tmp_path)
     with pytest.raises(DataError, match=r"data\.num_workers 0, this run has 1"):
         fit(other, other.uniform_plan(1), tmp_path / "other", start=tmp_path / "1.ckpt")
+
+
+# ---- micro-batches of another size
+
+PLAIN = MemoryOptions(micro_batch_size=4, accumulate_grad_batches=2)
+HALVED = MemoryOptions(micro_batch_size=2, accumulate_grad_batches=4, chunked_loss=True)
+RELEASING = MemoryOptions(micro_batch_size=8, gradient_release=True, activation_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "num_workers", "stops"),
+    [("rows", 0, (1, 3, 4, 5)), ("rows", 1, (4,)), ("stream", 0, (1, 4)), ("stream", 2, (4,))],
+)
+def test_another_micro_batch_size_resumes_at_the_very_next_row(
+    new_job: NewJob, tmp_path: Path, data: str, num_workers: int, stops: tuple[int, ...]
+) -> None:
+    job = new_job(
+        data={**data_of(data, tmp_path), "num_workers": num_workers},
+        trainer={"max_steps": STEPS, "val_check_interval": 3},
+    )
+    plans = [replace(job.uniform_plan(2), memory_options=m) for m in (PLAIN, HALVED, RELEASING)]
+    whole = Rows()
+    losses = fit(job, plans[0], tmp_path / "whole", whole, stops=stops)
+    assert whole.evaluated == [3, 6]
+    for plan in plans[1:]:
+        for stop in stops:
+            rest, start = Rows(), tmp_path / "whole" / f"{stop}.ckpt"
+            found = fit(job, plan, tmp_path / "rest", rest, start=start)
+            assert rest.rows == whole.rows[stop:], (plan.memory_options, stop)
+            assert found == pytest.approx(losses[stop:], abs=1e-5)
+            assert rest.evaluated == [step for step in whole.evaluated if step > stop]
+
+
+def test_a_run_that_changes_its_micro_batch_twice_ends_like_one_that_does_not(
+    new_job: NewJob, tmp_path: Path
+) -> None:
+    job = new_job(data=data_of("rows", tmp_path), trainer={"max_steps": STEPS})
+    plan, others = job.uniform_plan(2), Rows()
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    whole, rest = Rows(), Rows()
+    fit(job, replace(plan, memory_options=RELEASING), first, whole, stops=(2,))
+    halved = replace(plan, memory_options=HALVED)
+    fit(job, halved, second, others, start=first / "2.ckpt", stops=(5,))
+    fit(job, replace(plan, memory_options=PLAIN), third, rest, start=second / "5.ckpt")
+    assert whole.rows == whole.rows[:2] + others.rows[:3] + rest.rows
+    expected, found = (
+        read_checkpoint(folder / f"{STEPS}.ckpt")["optimizer_states"][0]["state"]
+        for folder in (first, third)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def state(ready: int) -> dict[str, Any]:
+    counts = {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}
+    progress = {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
+    return {"epoch_loop.batch_progress": progress}
+
+
+@pytest.mark.parametrize(
+    ("ready", "before", "after", "expected"),
+    [
+        (6, PLAIN, HALVED, 12),
+        (12, HALVED, RELEASING, 3),
+        # In the middle of a step, where a user's own callback may save.
+        (5, PLAIN, replace(PLAIN, chunked_loss=True), 5),
+    ],
+)
+def test_the_current_batch_stays_current(
+    ready: int, before: MemoryOptions, after: MemoryOptions, expected: int
+) -> None:
+    fit_loop = state(ready)
+    rescale(fit_loop, before, after)
+    assert fit_loop == state(expected)
+
+
+@pytest.mark.parametrize(
+    ("ready", "after", "message"),
+    [
+        (5, HALVED, r"1 of the 2 micro-batches .* --data\.micro_batch_size 4"),
+        (4, replace(PLAIN, micro_batch_size=2), r"8 rows .* 4; .* --data\.batch_size 8"),
+    ],
+)
+def test_another_batch_or_a_half_step_is_refused(
+    ready: int, after: MemoryOptions, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        rescale(state(ready), PLAIN, after)

@@ -28,21 +28,9 @@ def test_training_returns_its_results(finished: Finished) -> None:
     assert trained.measured_peak_bytes == pytest.approx(predicted, rel=0.1)
 
 
-def test_the_events_contain_every_curve(finished: Finished) -> None:
+def test_the_events_contain_the_losses_and_the_learning_rate(finished: Finished) -> None:
     _, _, folder, trained = finished
     events = EventAccumulator(str(folder.path), size_guidance={"scalars": 0}).Reload()
-    tags = events.Tags()
-    assert {
-        "train/loss",
-        "train/learning_rate",
-        "throughput/tokens_per_second",
-        "validation/loss",
-        "validation/perplexity",
-        "memory/predicted_bytes",
-        "memory/measured_bytes",
-        "folding/residual_energy_q",
-    } <= set(tags["scalars"])
-    assert tags["images"] == ["plan"]
     assert len(events.Scalars("train/loss")) == STEPS
     losses = [event.value for event in events.Scalars("validation/loss")]
     assert len(losses) == STEPS // 4 + 1  # every fourth step, and at the end
@@ -88,16 +76,13 @@ def final_weights(folder: RunFolder) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path, precision: str) -> None:
-    plan = small(new_job).uniform_plan(1)
-    whole = open_folder(tmp_path / "whole")
-    expected = train(small(new_job, precision=precision), plan, whole)
-    broken = open_folder(tmp_path / "broken")
+def test_a_killed_run_resumes_exactly(finished: Finished, new_job: NewJob, tmp_path: Path) -> None:
+    job, plan, whole, expected = finished
+    broken = open_folder(tmp_path)
     with pytest.raises(StopError):
-        train(small(new_job, precision=precision, callbacks=[StopAfter(7)]), plan, broken)
+        train(small(new_job, callbacks=[StopAfter(7)]), plan, broken)
     assert read_checkpoint(broken.last_checkpoint)["global_step"] == 6
-    found = train(small(new_job, precision=precision), plan, broken)
+    found = train(job, plan, broken)
     assert found.final_validation_loss == expected.final_validation_loss
     for name, tensor in final_weights(whole).items():
         assert torch.equal(tensor, final_weights(broken)[name]), name

@@ -2,10 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +24,6 @@ from foam_lightning.training import TrainingResult, describe_plan, train
 from tests.runs import STEPS, NewJob, open_folder, small
 from tests.test_training import StopAfter, StopError
 
-LAYOUT = "custom_scalars__config__"
 BUDGET = 24_000_000
 
 
@@ -62,67 +58,27 @@ def events(watched: tuple[RunFolder, TrainingResult, list[str]]) -> EventAccumul
     return EventAccumulator(str(watched[0].path), size_guidance=sizes).Reload()
 
 
-def charts(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
-    """Return the tags of every chart, matched like TensorBoard does."""
-    (event,) = events.Tensors(LAYOUT)  # although the run started twice
-    found = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    return {
-        group.title: {
-            chart.title: [
-                tag
-                for pattern in chart.multiline.tag
-                for tag in events.Tags()["scalars"]
-                if re.match(pattern, tag)
-            ]
+def test_every_curve_is_in_the_events_and_in_one_chart(events: EventAccumulator) -> None:
+    tags = events.Tags()["scalars"]
+    (event,) = events.Tensors("custom_scalars__config__")  # although the run started twice
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    shown = {  # matched like TensorBoard does
+        group.title: [
+            sorted(tag for tag in tags if re.match(chart.multiline.tag[0], tag))
             for chart in group.chart
-        }
-        for group in found.category
+        ]
+        for group in layout.category
     }
-
-
-def test_every_curve_is_in_the_events(events: EventAccumulator) -> None:
-    assert set(events.Tags()["scalars"]) >= {
-        "train/loss",
-        "train/learning_rate",
-        "validation/loss",
-        "validation/perplexity",
-        *(f"folding/residual_energy_{role}" for role in ROLES),
-        "memory/measured_bytes",
-        "memory/predicted_bytes",
-        "memory/budget_bytes",
-        "throughput/tokens_per_second",
-        "throughput/step_seconds",
-        "throughput/model_flops_per_second",
+    speeds = ("tokens_per_second", "step_seconds", "model_flops_per_second")
+    assert shown == {
+        "loss": [["train/loss", "validation/loss"]],
+        "folding": [sorted(f"folding/residual_energy_{role}" for role in ROLES)],
+        "memory": [[f"memory/{name}_bytes" for name in ("budget", "measured", "predicted")]],
+        "throughput": [[f"throughput/{name}"] for name in speeds],
     }
     assert {event.value for event in events.Scalars("memory/budget_bytes")} == {BUDGET}
     assert sorted(events.Tags()["images"]) == ["plan", "search"]
-    for title in ("plan", "search"):
-        assert len(events.Images(title)) == 1
-
-
-def test_the_charts_group_the_curves(events: EventAccumulator) -> None:
-    groups = {
-        group: {title: sorted(tags) for title, tags in of_group.items()}
-        for group, of_group in charts(events).items()
-    }
-    assert groups == {
-        "loss": {"nats per token": ["train/loss", "validation/loss"]},
-        "folding": {
-            "share of the energy in the residual": sorted(
-                f"folding/residual_energy_{role}" for role in ROLES
-            )
-        },
-        "memory": {
-            "peak in bytes": [
-                f"memory/{name}_bytes" for name in ("budget", "measured", "predicted")
-            ]
-        },
-        "throughput": {
-            "tokens per second": ["throughput/tokens_per_second"],
-            "step seconds": ["throughput/step_seconds"],
-            "model flops per second": ["throughput/model_flops_per_second"],
-        },
-    }
+    assert len(events.Images("plan")) == len(events.Images("search")) == 1
 
 
 def test_a_run_that_does_not_fold_has_no_chart_of_the_residual() -> None:
@@ -139,40 +95,22 @@ def test_the_residual_energy_is_logged_only_where_it_was_measured(events: EventA
         assert all(0 < event.value < 1 for event in found)
 
 
-def test_the_curves_of_throughput_agree(
-    events: EventAccumulator, watched: tuple[RunFolder, TrainingResult, list[str]], new_job: NewJob
-) -> None:
-    job = small(new_job)
-    per_step = job.data.batch_size * job.data.sequence_length
-    per_token = flops_per_token(job.new_module().shapes, job.data.sequence_length)
-    named = ("tokens_per_second", "step_seconds", "model_flops_per_second")
-    curves = [[e.value for e in events.Scalars(f"throughput/{name}")] for name in named]
-    for tokens, seconds, flops in zip(*curves, strict=True):
-        assert tokens * seconds == pytest.approx(per_step)
-        assert flops / tokens == pytest.approx(per_token)
-
-
-def hparams(events: EventAccumulator, tag: str) -> HParamsPluginData:
-    content = events.summary_metadata[tag].plugin_data.content
-    return HParamsPluginData.FromString(content)
-
-
 def test_settings_and_final_results_are_in_the_hparams_tab(
     events: EventAccumulator, watched: tuple[RunFolder, TrainingResult, list[str]]
 ) -> None:
-    _, trained, _ = watched
-    settings = hparams(events, metadata.SESSION_START_INFO_TAG).session_start_info.hparams
-    assert settings["plan"].string_value == "level 2"
-    assert settings["optimizer"].string_value == "foam"
-    assert settings["budget"].string_value == "24 MB"
-    assert settings["lr"].number_value == 0.01
-    assert settings["scale"].number_value == 0.25
-    assert settings["steps"].number_value == STEPS
-    assert settings["sequences_per_step"].number_value == 8
+    def content(tag: str) -> HParamsPluginData:
+        return HParamsPluginData.FromString(events.summary_metadata[tag].plugin_data.content)
+
+    settings = content(metadata.SESSION_START_INFO_TAG).session_start_info.hparams
+    words = {"budget": "24 MB", "optimizer": "foam", "plan": "level 2"}
+    numbers = {"lr": 0.01, "scale": 0.25, "sequences_per_step": 8, "steps": STEPS}
+    assert {name: settings[name].string_value for name in words} == words
+    assert {name: settings[name].number_value for name in numbers} == numbers
     # By default TensorBoard shows the first five.
     assert sorted(settings)[:5] == ["budget", "lr", "optimizer", "plan", "scale"]
-    experiment = hparams(events, metadata.EXPERIMENT_TAG).experiment
+    experiment = content(metadata.EXPERIMENT_TAG).experiment
     assert {info.name for info in experiment.hparam_infos} == set(settings)
+    _, trained, _ = watched
     expected = {
         "final/validation_loss": trained.final_validation_loss,
         "final/peak_bytes": trained.measured_peak_bytes,
@@ -181,8 +119,7 @@ def test_settings_and_final_results_are_in_the_hparams_tab(
     assert [info.name.tag for info in experiment.metric_infos] == list(expected)
     for tag, figure in expected.items():
         (event,) = events.Scalars(tag)
-        assert event.step == STEPS
-        assert event.value == pytest.approx(figure)
+        assert (event.step, event.value) == (STEPS, pytest.approx(figure))
 
 
 def test_a_run_without_a_terminal_prints_lines(
@@ -201,23 +138,18 @@ def test_a_run_without_a_terminal_prints_lines(
 
 
 @pytest.mark.parametrize(
-    ("terminal", "kind"),
-    [({"FORCE_COLOR": ""}, StepLines), ({"FORCE_COLOR": "1"}, StepBar)],  # rich believes the latter
+    ("color", "term", "kind"),
+    [("", "xterm", StepLines), ("1", "xterm", StepBar), ("1", "dumb", StepLines)],
 )
 def test_the_bar_needs_a_terminal(
-    terminal: dict[str, str], kind: type[Callback], monkeypatch: pytest.MonkeyPatch
+    color: str, term: str, kind: type[Callback], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    for name, value in terminal.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FORCE_COLOR", color)  # rich then takes the output for a terminal
+    monkeypatch.setenv("TERM", term)
     assert isinstance(progress(Throughput(), MemoryMonitor()), kind)
-    monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(progress(Throughput(), MemoryMonitor()), StepLines)
 
 
-@pytest.mark.parametrize(
-    ("width", "shown"), [(40, 1), (80, 2), (120, 4)], ids=["narrow", "usual", "wide"]
-)
+@pytest.mark.parametrize(("width", "shown"), [(40, 1), (80, 2), (120, 4)])
 def test_the_bar_counts_steps_and_names_the_figures_that_have_room(
     width: int, shown: int, new_job: NewJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,17 +170,22 @@ def test_the_bar_counts_steps_and_names_the_figures_that_have_room(
     assert all(len(line.rpartition("\r")[2]) <= width + 10 for line in lines)  # and control codes
 
 
-def shown_figures(measured: int | None, budget: int | None) -> Mapping[str, str]:
+@pytest.mark.parametrize(
+    ("measured", "budget", "shown"),
+    [
+        (None, 8 * 10**9, {}),
+        (5_912_000_000, None, {"memory": "5.912 GB"}),
+        (5_912_000_000, 8 * 10**9, {"memory": "5.9/8.0 GB"}),
+        (12_345_678, 24 * 10**9, {"memory": "12.3 MB/24.0 GB"}),
+    ],
+)
+def test_figures_that_are_unknown_are_not_shown(
+    measured: int | None, budget: int | None, shown: dict[str, str]
+) -> None:
     memory = MemoryMonitor(budget_bytes=budget)
     memory.measured_bytes = measured
-    return figures({"train/loss": torch.tensor(3.41159)}, Throughput(), memory)
-
-
-def test_figures_that_are_unknown_are_not_shown() -> None:
-    assert shown_figures(None, 8 * 10**9) == {"loss": "3.412"}
-    assert shown_figures(5_912_000_000, None)["memory"] == "5.912 GB"
-    assert shown_figures(5_912_000_000, 8 * 10**9)["memory"] == "5.9/8.0 GB"
-    assert shown_figures(12_345_678, 24 * 10**9)["memory"] == "12.3 MB/24.0 GB"
+    found = figures({"train/loss": torch.tensor(3.41159)}, Throughput(), memory)
+    assert found == {"loss": "3.412", **shown}
 
 
 def test_flops_per_token_are_those_of_the_paper() -> None:
@@ -277,25 +214,6 @@ def test_peak_flops_are_known_for_listed_cards_only(monkeypatch: pytest.MonkeyPa
     assert peak_flops(cuda, "bf16-mixed") == 312 * 10**12
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some Card 9000")
     assert peak_flops(cuda, "bf16-mixed") is None  # without a warning
-
-
-def test_utilization_is_logged_if_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    values: dict[str, float] = {}
-    monkeypatch.setattr(LlamaFoam, "log", lambda _, name, value: values.update({name: value}))
-    now = 0.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    monkeypatch.setattr("foam_lightning.callbacks.throughput.peak_flops", lambda *_: 10**9)
-    throughput, module = Throughput(), LlamaFoam()
-    trainer: Any = SimpleNamespace(global_step=0, world_size=4, precision="bf16-true")
-    assert "throughput/mfu" not in throughput.tags
-    throughput.on_fit_start(trainer, module)
-    throughput.on_train_start(trainer, module)
-    trainer.global_step, now = 1, 2.0
-    throughput.on_train_batch_end(trainer, module, None, {"input_ids": torch.zeros(2, 8)}, 0)
-    assert set(values) == set(throughput.tags)
-    flops = flops_per_token(module.shapes, 8) * 2 * 8 * 4 / 2.0
-    assert values["throughput/model_flops_per_second"] == flops
-    assert values["throughput/mfu"] == flops / (4 * 10**9)
 
 
 def test_a_plan_is_described_in_two_words() -> None:

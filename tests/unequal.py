@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
-from tests.runs import NewJob
+from tests.runs import QUIET, NewJob
 
 BATCH = 4
 
@@ -37,14 +37,7 @@ def trained(job: Job, **memory_options: Any) -> dict[str, Tensor]:
     plan = replace(plan, memory_options=replace(plan.memory_options, **memory_options))
     module = job.new_module()
     module.set_plan(plan)
-    trainer = job.new_trainer(
-        plan.memory_options,
-        [],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    trainer = job.new_trainer(plan.memory_options, [], **QUIET, limit_val_batches=0)
     trainer.fit(module, datamodule=job.new_data(plan.memory_options))
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()

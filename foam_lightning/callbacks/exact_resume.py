@@ -14,7 +14,7 @@ from foam_lightning.plan import FoldPlan, MemoryOptions
 
 # The key in a checkpoint for what differs by rank, a list: its position in the data, and its RNGs.
 RANKS = "ranks"
-# Private to Lightning; checked with 2.6. tests/test_resumption.py and tests/test_distributed.py
+# Private to Lightning; checked with 2.6. tests/test_exact_resume.py and tests/test_distributed.py
 # fail if they change.
 _LOADERS = ("state_dict", "combined_loader")
 _COUNTS = "epoch_loop.batch_progress"
