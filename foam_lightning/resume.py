@@ -67,15 +67,16 @@ def load_given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> F
         PlanError: The plan cannot be read, or was made for another model.
         ConfigError: The plan's batch cannot be divided among the devices.
     """
-    if ckpt_path is None and fold_plan is None:
-        return None
-    path, num_devices = Path(ckpt_path or ""), None
+    num_devices = None
     if ckpt_path is not None:
+        path = Path(ckpt_path)
         saved = read_checkpoint(path)
         plan = FoldPlan.from_json(saved["fold_plan"], source=ckpt_path)
         check_same_plan(path, saved, plan, job.model.optimizer)
         num_devices = count_ranks(saved)
+    elif fold_plan is not None:
+        plan = FoldPlan.load(Path(fold_plan))
     else:
-        plan = FoldPlan.load(Path(str(fold_plan)))
+        return None
     job.new_module().set_plan(plan)
     return job.adapt_plan(plan, num_devices=num_devices)

@@ -115,7 +115,7 @@ def train(
     assert isinstance(trainer.logger, TensorBoardLogger)
     trainer.logger.log_hyperparams(
         hyperparameters(job, module, plan, budget_bytes),
-        final_metrics(loss, memory.measured_bytes, throughput.tokens_per_second),
+        _final_metrics(loss, memory.measured_bytes, throughput.tokens_per_second),
         step=trainer.global_step,
     )
     trainer.logger.finalize("success")
@@ -215,16 +215,10 @@ def hyperparameters(
     }
 
 
-def final_metrics(
+def _final_metrics(
     validation_loss: float, peak_bytes: int | None, tokens_per_second: float | None
 ) -> dict[str, Any]:
-    """Return the final results by their tags; what is None is left out.
-
-    Args:
-        validation_loss: In nats per token.
-        peak_bytes: The measured peak of memory.
-        tokens_per_second: Over the whole run.
-    """
+    """Return the final results by their tags; what is None is left out."""
     figures = {
         "final/validation_loss": validation_loss,
         "final/peak_bytes": peak_bytes,

@@ -6,20 +6,9 @@ import sqlite3
 import pytest
 
 from foam_lightning.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    FoamError,
     InfeasibleBudgetError,
-    PlanError,
     as_storage_error,
 )
-
-
-@pytest.mark.parametrize("error", [ConfigError, DataError, PlanError, CheckpointError])
-def test_bad_usage_exits_with_2(error: type[FoamError]) -> None:
-    assert issubclass(error, FoamError)
-    assert (error("no").exit_code, str(error("no"))) == (2, "no")
 
 
 def test_an_infeasible_budget_exits_with_3_and_names_what_would_work() -> None:

@@ -12,28 +12,11 @@ def test_runs_are_numbered_and_named(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path / "runs", "mine", "settings")
     assert folder.path == tmp_path / "runs" / "mine" / "version_0"
     assert RunFolder.open(tmp_path / "runs", "other", "settings").path.name == "version_0"
-    assert {p.relative_to(folder.path).as_posix() for p in every_path(folder)} == {
-        "config.yaml",
-        "fold_plan.json",
-        "tuning",
-        "checkpoints",
-        "checkpoints/last.ckpt",
-        "tokenizer",
-        "hf",
-        "summary.json",
-    }
-
-
-def every_path(folder: RunFolder) -> list[Path]:
-    return [
-        folder.config,
-        folder.plan,
-        folder.tuning,
-        folder.checkpoints,
-        folder.last_checkpoint,
-        folder.tokenizer,
-        folder.hf,
-        folder.summary,
+    files = (folder.config, folder.plan, folder.summary, folder.last_checkpoint)
+    folders = (folder.tuning, folder.checkpoints, folder.tokenizer, folder.hf)
+    assert [str(path.relative_to(folder.path)) for path in (*files, *folders)] == [
+        *("config.yaml", "fold_plan.json", "summary.json", "checkpoints/last.ckpt"),
+        *("tuning", "checkpoints", "tokenizer", "hf"),
     ]
 
 

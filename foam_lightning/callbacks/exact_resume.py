@@ -16,7 +16,6 @@ from foam_lightning.plan import FoldPlan, MemoryOptions
 RANKS = "ranks"
 # Private to Lightning; checked with 2.6. tests/test_exact_resume.py and tests/test_distributed.py
 # fail if they change.
-_LOADERS = ("state_dict", "combined_loader")
 _COUNTS = "epoch_loop.batch_progress"
 
 
@@ -39,8 +38,14 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        own = {"loaders": _loaders(checkpoint), "random": _random_state(pl_module)}
-        checkpoint[RANKS] = _from_all_ranks(own, trainer)
+        random = {"cpu": torch.get_rng_state()}
+        if pl_module.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        loaders = checkpoint["loops"]["fit_loop"].get("state_dict", {}).get("combined_loader")
+        ranks = [{"loaders": loaders or None, "random": random}] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(ranks, ranks[0])
+        checkpoint[RANKS] = ranks
         if not isinstance(trainer.strategy, ModelParallelStrategy):  # which does it itself
             order = list(pl_module.parameters())
             checkpoint["optimizer_states"] = [
@@ -136,25 +141,3 @@ def _rescaled(batches: int, before: MemoryOptions, after: MemoryOptions) -> int:
             f"{before.micro_batch_size}, or from an older checkpoint"
         )
     return steps * after.accumulate_grad_batches
-
-
-def _loaders(checkpoint: dict[str, Any]) -> Any:
-    found: Any = checkpoint["loops"]["fit_loop"]
-    for key in _LOADERS:
-        found = found.get(key, {})
-    return found or None
-
-
-def _random_state(module: LightningModule) -> dict[str, Any]:
-    on_gpu = module.device.type == "cuda"
-    return {
-        "cpu": torch.get_rng_state(),
-        **({"cuda": torch.cuda.get_rng_state(module.device)} if on_gpu else {}),
-    }
-
-
-def _from_all_ranks(own: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
-    found = [own] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(found, own)
-    return found

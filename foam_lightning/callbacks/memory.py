@@ -75,12 +75,7 @@ class MemoryMonitor(Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._through_evaluation and trainer.global_step >= self._last_step:
             self._stop()
@@ -91,9 +86,9 @@ class MemoryMonitor(Callback):
             "budget_bytes": self.budget_bytes,
         }
         if self.usage is not None:
-            figures["allocated_bytes"] = self.usage.allocated
-            figures["reserved_bytes"] = self.usage.reserved
-            figures["allocator_retries"] = self.usage.retries
+            allocated, reserved, retries = self.usage
+            figures |= {"allocated_bytes": allocated, "reserved_bytes": reserved}
+            figures["allocator_retries"] = retries
         for name, figure in figures.items():
             if figure is not None:
                 pl_module.log(f"memory/{name}", float(figure))

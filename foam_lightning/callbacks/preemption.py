@@ -39,12 +39,7 @@ class SaveOnSignal(Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._last_step:  # more micro-batches follow
             return
@@ -58,19 +53,15 @@ class SaveOnSignal(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stop_deferring_signals()
 
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        stop_deferring_signals()
-
 
 @contextmanager
 def stop_workers_on_signal(trainer: Trainer) -> Iterator[None]:
-    """On a signal, also end the ranks that this process started, which would wait for it."""
+    """On a signal, also end the ranks that this process started; later signals end at once."""
     try:
         yield
     except Interrupted as interrupted:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(interrupted.number)
         raise
+    finally:
+        stop_deferring_signals()

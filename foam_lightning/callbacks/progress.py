@@ -38,12 +38,7 @@ def progress(throughput: Throughput, memory: MemoryMonitor) -> "StepBar | StepLi
 
 
 class StepBar(RichProgressBar):
-    """Count optimizer steps, where Lightning's own bar counts batches and epochs.
-
-    Args:
-        throughput: The source of tokens per second.
-        memory: The source of peak and budget.
-    """
+    """Count optimizer steps, where Lightning's own bar counts batches and epochs."""
 
     def __init__(self, throughput: Throughput, memory: MemoryMonitor) -> None:
         super().__init__()
@@ -96,12 +91,7 @@ class StepBar(RichProgressBar):
 
 
 class StepLines(Callback):
-    """Print a line every half minute, after evaluations and at the end.
-
-    Args:
-        throughput: The source of tokens per second.
-        memory: The source of peak and budget.
-    """
+    """Print a line every half minute, after evaluations and at the end."""
 
     def __init__(self, throughput: Throughput, memory: MemoryMonitor) -> None:
         self._throughput = throughput
@@ -160,8 +150,7 @@ def figures(
         for name, tag in (("loss", "train/loss"), ("validation", "validation/loss"))
         if tag in logged
     }
-    skipped = int(logged.get("train/skipped_steps", 0))
-    if skipped:
+    if skipped := int(logged.get("train/skipped_steps", 0)):
         found["skipped"] = str(skipped)
     if memory.measured_bytes is not None:
         found["memory"] = _format_share(memory.measured_bytes, memory.budget_bytes)

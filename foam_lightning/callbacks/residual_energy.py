@@ -44,10 +44,11 @@ class ResidualEnergy(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         every = _EVERY_N_LOGS * max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if trainer.global_step % every or not isinstance(pl_module, LlamaFoam):
+        assert isinstance(pl_module, LlamaFoam)
+        if trainer.global_step % every or not self.applies_to(pl_module):
             return
-        if not self.applies_to(pl_module) or pl_module.model is None or pl_module.plan is None:
-            return
+        assert pl_module.model is not None
+        assert pl_module.plan is not None
         sums = defaultdict[str, Tensor](lambda: torch.zeros(2, device=pl_module.device))
         for name, parameter in pl_module.model.named_parameters():
             level = pl_module.plan.levels.get(name, 0)

@@ -65,7 +65,8 @@ class StepPolicy:
 
     def is_good(self, loss: float) -> bool:
         """Return whether a loss is finite and not a spike."""
-        return math.isfinite(loss) and not self._is_spike(loss)
+        has_mean = self.max_rollbacks > 0 and self.num_taken >= _STEPS_BEFORE_SPIKES
+        return math.isfinite(loss) and not (has_mean and loss > self.mean + self.spike_nats)
 
     def decide(self, loss: float, *, has_finite_gradients: bool, can_roll_back: bool) -> StepAction:
         """Decide about a step, and count it.
@@ -99,13 +100,6 @@ class StepPolicy:
         """Restore the counts; the limits stay those of this run."""
         for key, value in state.items():
             setattr(self, key, value)
-
-    def _is_spike(self, loss: float) -> bool:
-        return (
-            self.max_rollbacks > 0
-            and self.num_taken >= _STEPS_BEFORE_SPIKES
-            and loss > self.mean + self.spike_nats
-        )
 
 
 class SpikeGuard(Callback):
@@ -189,7 +183,7 @@ class SpikeGuard(Callback):
         )
         if self._action is StepAction.TAKE:
             return
-        problem = _describe(loss, None if is_finite else _find_bad_parameter(pl_module))
+        problem = _describe(loss, pl_module, is_finite=is_finite)
         where = _locate(trainer, pl_module)
         if self._action is StepAction.STOP:
             raise DivergedError(self._stop_message(where, problem))
@@ -229,8 +223,7 @@ class SpikeGuard(Callback):
         counts = f"{policy.in_a_row} bad steps in a row (model.max_skipped_steps)"
         if policy.max_rollbacks:
             counts += f" and {policy.rollbacks} rollbacks (model.max_rollbacks)"
-        has_one = self._checkpoint.exists()
-        advice = "; the last checkpoint is from before" if has_one else ""
+        advice = "; the last checkpoint is from before" if self._checkpoint.exists() else ""
         return (
             f"training stopped at {where}: {problem}, after {counts}{advice}; lower model.lr, "
             "check these rows, or raise the limit"
@@ -245,18 +238,13 @@ def _norm(grads: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(grads)
 
 
-def _describe(loss: float, bad_parameter: str | None) -> str:
-    if not math.isfinite(loss) or bad_parameter is None:
+def _describe(loss: float, module: LlamaFoam, *, is_finite: bool) -> str:
+    if is_finite or not math.isfinite(loss):
         return f"the loss is {loss:.4g}"
-    return f"the gradient of {bad_parameter} is not finite"
-
-
-def _find_bad_parameter(module: LlamaFoam) -> str:
-    """Return the first parameter of this rank whose gradient is not finite."""
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and not local_shard(parameter.grad).isfinite().all():
-            return name
-    return "some parameter"  # of another rank, or released
+            return f"the gradient of {name} is not finite"
+    return "the gradient of some parameter is not finite"  # of another rank, or released
 
 
 def _locate(trainer: Trainer, module: LlamaFoam) -> str:

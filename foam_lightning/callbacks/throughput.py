@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from typing_extensions import override
 
 from foam_lightning.model.roles import role_of
@@ -35,12 +34,8 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], sequence_length: int)
         for name, shape in shapes.items()
         if len(shape) > 1 and not (has_head and "embed_tokens" in name)
     )
-    heads = sum(shape[0] for name, shape in shapes.items() if _is_query_weight(name, shape))
-    return 6 * num_weights + 12 * heads * sequence_length
-
-
-def _is_query_weight(name: str, shape: tuple[int, ...]) -> bool:
-    return role_of(name) == "q" and len(shape) > 1  # not its bias
+    queries = [shape for name, shape in shapes.items() if role_of(name) == "q" and len(shape) > 1]
+    return 6 * num_weights + 12 * sum(shape[0] for shape in queries) * sequence_length
 
 
 def peak_flops(device: torch.device, precision: str) -> int | None:
@@ -73,10 +68,9 @@ class _Work(NamedTuple):
     tokens: int = 0
     flops: int = 0
 
-    def plus(self, other: "_Work") -> "_Work":
-        return _Work(
-            self.seconds + other.seconds, self.tokens + other.tokens, self.flops + other.flops
-        )
+    @classmethod
+    def sum_of(cls, *works: "_Work") -> "_Work":
+        return cls(*map(sum, zip(*works, strict=True)))
 
 
 class Throughput(Callback):
@@ -124,21 +118,16 @@ class Throughput(Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Mapping[str, Tensor],
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
         num_tokens = batch["input_ids"].numel() * trainer.world_size
         length = batch["input_ids"].shape[-1]
         done = _Work(now - self._since, num_tokens, num_tokens * self._flops(pl_module, length))
         self._since = now
-        self._total = self._total.plus(done)
+        self._total = _Work.sum_of(self._total, done)
         self.tokens_per_second = self._total.tokens / self._total.seconds
-        self._step = self._step.plus(done)
+        self._step = _Work.sum_of(self._step, done)
         if trainer.global_step == self._last_step:  # more micro-batches follow
             return
         self._last_step = trainer.global_step
@@ -147,9 +136,7 @@ class Throughput(Callback):
         self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
-        shown = _Work()
-        for step in self._steps:
-            shown = shown.plus(step)
+        shown = _Work.sum_of(*self._steps)
         self.step_seconds = shown.seconds / len(self._steps)
         flops_per_second = shown.flops / shown.seconds
         module.log("throughput/tokens_per_second", shown.tokens / shown.seconds)

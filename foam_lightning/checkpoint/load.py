@@ -178,11 +178,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _check_types(path: Path, content: dict[str, Any]) -> None:
-    """Check the types of what is read from a checkpoint, which another program may have written.
-
-    Raises:
-        CheckpointError: The plan, the settings or the weights are of another type.
-    """
+    """Check the types of what is read from a checkpoint, which another program may have written."""
     settings, weights = content["hyper_parameters"], content["state_dict"]
     if not isinstance(content["fold_plan"], str):
         raise CheckpointError(f"the fold plan in {path} is not a string; use another checkpoint")

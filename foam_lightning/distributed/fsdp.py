@@ -6,15 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-
-# They call parts of the model instead of its `forward`.
-_FORWARD_METHODS = ("training_step", "validation_step")
 
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, precision: Any) -> None:
@@ -43,7 +36,8 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, prec
     )
     for part in (*layers, module):
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    for method in _FORWARD_METHODS:
+    # They call parts of the model instead of its `forward`.
+    for method in ("training_step", "validation_step"):
         register_fsdp_forward_method(module, method)
 
 

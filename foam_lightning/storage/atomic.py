@@ -44,13 +44,13 @@ def atomic_path(
     old = Path(f"{temporary}.old")
     try:
         yield temporary
-        _sync(temporary)
+        _sync(*temporary.rglob("*"), temporary)
         if backup is not None and path.exists():
             _link(path, backup)
         if overwrite and temporary.is_dir() and path.is_dir():  # only an empty one can be replaced
             path.replace(old)
         temporary.replace(path)
-        _sync_one(path.parent)
+        _sync(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
@@ -108,11 +108,7 @@ def write_folder(folder: Path, *parts: Callable[[Path], object]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing a folder.
-
-    Raises:
-        BusyError: Another process is writing it.
-    """
+    """Keep other processes from writing a folder; raise BusyError if one does."""
     path = folder.with_name(f".{folder.name}.lock")
     # Without flock(2) the lock would be a file that exists, which outlives a killed process.
     lock = FileLock(path, fallback_to_soft=False)
@@ -159,7 +155,7 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):  # another user's, or no number of a process
-        return True
+        pass
     return True
 
 
@@ -180,18 +176,14 @@ def _link(path: Path, backup: Path) -> None:
         path.replace(backup)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder with all in it, to disk."""
-    for part in [*path.rglob("*"), path]:
-        _sync_one(part)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system has no fsync
-            raise
-    finally:
-        os.close(descriptor)
+def _sync(*paths: Path) -> None:
+    """Flush files, or the names in folders, to disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system has no fsync
+                raise
+        finally:
+            os.close(descriptor)

@@ -7,29 +7,28 @@ import pytest
 import cli
 from foam_lightning.errors import BusyError
 from foam_lightning.storage.run_folder import RunFolder
+from tests.faults.limits import files_up_to
 from tests.runs import Finished
 from tests.tiny import write_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 
 
-def test_a_run_folder_is_locked_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_run_folder_is_locked_by_one_process_at_a_time_for_all_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder.open(tmp_path, "run", "")
     with folder.lock():
         with pytest.raises(BusyError, match=r"another process trains in .*version_0"):
             folder.lock().__enter__()
         with RunFolder.open(tmp_path, "other", "").lock():
             pass
-    with folder.lock():
-        pass
-
-
-def test_only_rank_0_takes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RunFolder.open(tmp_path, "run", "")
-    with folder.lock():
         monkeypatch.setenv("RANK", "1")
         with folder.lock():
             pass
+    monkeypatch.undo()
+    with folder.lock():
+        pass
 
 
 @pytest.mark.parametrize("budget", [(), ("--memory-budget", "24GB")], ids=["plain", "budget"])
@@ -37,30 +36,16 @@ def test_the_second_of_two_runs_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], budget: tuple[str, ...]
 ) -> None:
     words = ["fit", "--config", str(write_settings(tmp_path)), *budget]
+    assert cli.main([*words[:3], "--name", "other"]) == 0  # which prepares the text
+    with files_up_to(100_000):
+        assert cli.main(words) == 5
     first = tmp_path / "runs" / "default" / "version_0"
-    folders: list[list[str]] = []
-
-    def names() -> list[str]:
-        return sorted(str(path.relative_to(first)) for path in first.rglob("*"))
-
-    opened = RunFolder.open
-
-    def open_and_hold(root: Path, name: str, settings: str) -> RunFolder:
-        folder = opened(root, name, settings)
-        context = folder.lock()
-        context.__enter__()
-        holders.append(context)
-        folders.append(names())
-        return folder
-
-    holders: list[object] = []
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(RunFolder, "open", staticmethod(open_and_hold))
+    before = set(first.rglob("*"))
+    capfd.readouterr()
+    with RunFolder(first).lock():
         assert cli.main(words) == 6
-    _, err = capfd.readouterr()
-    assert err.strip().splitlines()[-1].startswith(f"error: another process trains in {first};")
-    written = {name.partition("/")[0] for name in set(names()) - set(folders[0])}
-    assert written <= {"config.yaml", "tuning"}
+    assert capfd.readouterr().err.startswith(f"error: another process trains in {first};")
+    assert set(first.rglob("*")) == before
 
 
 def test_an_export_to_a_folder_that_another_process_writes_is_refused(

@@ -23,39 +23,28 @@ from tuner.trials.runner import TrialRunner
 
 
 class Signal(Callback):
-    """Send this process signals in the middle of a step, or of an evaluation."""
+    """Send this process signals, in the middle of a step or in another hook."""
 
     def __init__(
-        self, step: int, *numbers: signal.Signals, evaluating: bool = False, to_all: bool = False
+        self,
+        step: int,
+        *numbers: signal.Signals,
+        hook: str = "on_before_backward",
+        to_all: bool = False,
     ) -> None:
         self._step = step
-        self._numbers = numbers
-        self._evaluating = evaluating
+        self._numbers = list(numbers)
         self._to_all = to_all
-        self._is_sent = False
+        setattr(self, hook, self._send)
 
-    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
-        if not self._evaluating:
-            self._send(trainer)
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._evaluating:
-            self._send(trainer)
-
-    def _send(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._step or self._is_sent:
-            return
-        self._is_sent = True
-        for number in self._numbers:
-            for process in [*(_children() if self._to_all else []), os.getpid()]:
-                os.kill(process, number)
-
-
-def _children() -> list[int]:
-    """List the data workers."""
-    found = [process.pid for process in multiprocessing.active_children()]
-    assert found
-    return [pid for pid in found if pid is not None]
+    def _send(self, trainer: Trainer, *_: Any) -> None:
+        while trainer.global_step == self._step and self._numbers:
+            number = self._numbers.pop(0)
+            workers = multiprocessing.active_children() if self._to_all else []
+            assert workers or not self._to_all
+            for process in [*workers, multiprocessing.current_process()]:
+                assert process.pid
+                os.kill(process.pid, number)
 
 
 Run = Callable[..., TrainingResult]
@@ -84,46 +73,34 @@ def ends_alike(folder: RunFolder, trained: TrainingResult, finished: Finished) -
     )
 
 
-def test_the_current_step_is_finished_and_saved(
-    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
+EVALUATING, AT_THE_END = {"hook": "on_validation_batch_end"}, {"hook": "on_fit_end"}
+
+
+@pytest.mark.parametrize(
+    ("step", "numbers", "options", "words", "saved"),
+    [
+        (7, [signal.SIGTERM], {}, "ended by SIGTERM, saved step 8", 8),
+        (8, [signal.SIGINT], EVALUATING, "ended by SIGINT, saved step 9", 9),
+        (7, [signal.SIGTERM, signal.SIGINT], {}, "ended by SIGINT", 6),
+        (STEPS, [signal.SIGTERM], AT_THE_END, "ended by SIGTERM", 16),
+    ],
+    ids=["step", "evaluation", "second signal", "end"],
+)
+def test_a_signal_waits_for_the_checkpoint_of_a_step_and_a_second_does_not(
+    step: int,
+    numbers: list[signal.Signals],
+    options: dict[str, str],
+    words: str,
+    saved: int,
+    finished: Finished,
+    new_job: NewJob,
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     folder = open_folder(tmp_path)
-    with pytest.raises(Interrupted, match=r"^ended by SIGTERM, saved step 8$"):
-        run(folder, small(new_job, callbacks=[Signal(7, signal.SIGTERM)]))
-    assert read_checkpoint(folder.last_checkpoint)["global_step"] == 8
-    assert ends_alike(folder, run(folder, small(new_job)), finished)
-
-
-def test_a_signal_during_an_evaluation_waits_for_the_next_step(
-    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
-) -> None:
-    folder = open_folder(tmp_path)
-    with pytest.raises(Interrupted, match=r"^ended by SIGINT, saved step 9$"):
-        run(folder, small(new_job, callbacks=[Signal(8, signal.SIGINT, evaluating=True)]))
-    assert ends_alike(folder, run(folder, small(new_job)), finished)
-
-
-def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_intact(
-    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
-) -> None:
-    folder = open_folder(tmp_path)
-    both = Signal(7, signal.SIGTERM, signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"^ended by SIGINT$"):
-        run(folder, small(new_job, callbacks=[both]))
-    assert read_checkpoint(folder.last_checkpoint)["global_step"] == 6
-    assert ends_alike(folder, run(folder, small(new_job)), finished)
-
-
-def test_after_the_last_step_a_signal_ends_at_once(
-    finished: Finished, new_job: NewJob, tmp_path: Path, run: Run
-) -> None:
-    class AtTheEnd(Callback):
-        def on_fit_end(self, *_: Any) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    folder = open_folder(tmp_path)
-    with pytest.raises(Interrupted, match=r"^ended by SIGTERM$"):
-        run(folder, small(new_job, callbacks=[AtTheEnd()]))
+    with pytest.raises(Interrupted, match=f"^{words}$"):
+        run(folder, small(new_job, callbacks=[Signal(step, *numbers, **options)]))  # type: ignore[arg-type]
+    assert read_checkpoint(folder.last_checkpoint)["global_step"] == saved
     assert ends_alike(folder, run(folder, small(new_job)), finished)
 
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import cli
-from foam_lightning import training
+from foam_lightning.callbacks.residual_energy import ResidualEnergy
 from foam_lightning.checkpoint.io import previous_checkpoint
 from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.data import loader
@@ -102,29 +102,20 @@ def test_a_run_without_an_intact_checkpoint_is_refused(
 # ---- whole commands
 
 
-class At(Callback):
-    """Call a function before the backward pass of a step."""
-
-    def __init__(self, step: int, act: Callable[[], None]) -> None:
-        self._step = step
-        self._act = act
-
-    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self._step:
-            self._act()
+At = Callable[[int, Callable[[], None]], None]
 
 
 @pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """Return `at(step, act)`: the next run of the command line calls `act` in that step."""
-    callbacks = training._callbacks
+def at(monkeypatch: pytest.MonkeyPatch) -> At:
+    """Return `at(step, act)`: the next run calls `act` in the middle of that step, once."""
 
     def at(step: int, act: Callable[[], None]) -> None:
-        def once(*arguments: Any) -> list[Callback]:
-            monkeypatch.setattr(training, "_callbacks", callbacks)
-            return [*callbacks(*arguments), At(step, act)]
+        def act_once(_: Callback, trainer: Trainer, *__: Any) -> None:
+            if trainer.global_step == step:
+                monkeypatch.undo()
+                act()
 
-        monkeypatch.setattr(training, "_callbacks", once)
+        monkeypatch.setattr(ResidualEnergy, "on_before_backward", act_once)
 
     return at
 
@@ -181,14 +172,6 @@ def test_a_full_disk_in_a_search_is_one_line(
     assert last_line(capfd).startswith("error: cannot read or write the search database: ")
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(
-    settings: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    # Nobody can write there, not even root.
-    assert cli.main(["fit", "--config", str(settings), "--runs", "/proc/runs"]) == 2
-    assert last_line(capfd).startswith("error: cannot write the run folder /proc/runs/default/")
-
-
 def test_a_data_worker_that_hangs_is_one_line(
     settings: Path,
     tmp_path: Path,
@@ -207,7 +190,7 @@ def test_a_data_worker_that_dies_is_one_line_and_the_run_resumes(
     undisturbed: RunFolder,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    at: Callable[[int, Callable[[], None]], None],
+    at: At,
 ) -> None:
     command = ["fit", "--config", str(settings), "--runs", str(tmp_path)]
     command += ["--data.num_workers", "1"]
@@ -227,7 +210,7 @@ def test_a_data_worker_that_dies_is_one_line_and_the_run_resumes(
 def test_a_shard_that_vanishes_is_one_line(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    at: Callable[[int, Callable[[], None]], None],
+    at: At,
 ) -> None:
     settings = streamed_settings(tmp_path / "run")
     words = ["fit", "--config", str(settings), "--data.validation_files"]
