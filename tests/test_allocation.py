@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog  # type: ignore[import-untyped]
 from scipy.sparse import eye_array, kron  # type: ignore[import-untyped]
 
-from tuner.planning.allocation import AllocationError, allocate
+from tuner.planning.allocation import allocate
 from tuner.planning.knobs import Knobs, damage_table, state_bytes_table
 
 Costs = NDArray[np.int64]
@@ -69,7 +69,7 @@ def test_equals_brute_force(problem: tuple[Costs, Damages, int]) -> None:
     cost, damage, budget = problem
     best = least_damage(cost, damage, budget)
     if best is None:
-        with pytest.raises(AllocationError):
+        with pytest.raises(ValueError, match="cheapest"):
             allocate(cost, damage, budget)
     else:
         columns = allocate(cost, damage, budget)
@@ -116,13 +116,6 @@ def test_560_matrices_come_within_a_thousandth_of_the_bound(kind: str, share: fl
     assert allocate(cost.tolist(), damage.tolist(), budget) == columns
 
 
-def test_a_budget_too_small_carries_the_minimum() -> None:
-    with pytest.raises(AllocationError, match="6 bytes") as caught:
-        allocate([[4, 2], [9, 4]], [[0.0, 1.0], [0.0, 1.0]], 5)
-    assert isinstance(caught.value, ValueError)
-    assert (caught.value.minimum_bytes, caught.value.budget_bytes) == (6, 5)
-
-
 def test_rows_take_equal_columns_in_ascending_order() -> None:
     assert allocate([[3, 2, 2, 5]], [[1.0, 1.0, 1.0, 1.0]], 9) == [1]
     columns = allocate([[4, 2, 1]] * 30, [[0.0, 3.0, 5.0]] * 30, 71)
@@ -144,20 +137,19 @@ def test_extreme_tables_are_solved() -> None:
 @pytest.mark.parametrize(
     ("cost", "damage", "message"),
     [
-        ([[1, 2], [3]], [[1.0, 2.0], [3.0]], "cost_bytes must be a table"),
-        ([[1, 2], [3, 4]], [[1.0, 2.0], [3.0]], "damage must be a table"),
-        ([], [], "cost_bytes must be a table"),
-        ([[]], [[]], "cost_bytes must be a table"),
-        ([1, 2], [1.0, 2.0], "cost_bytes must be a table"),
-        ([["1"]], [[1.0]], "cost_bytes must be a table"),
+        ([[9, 7], [9, 4]], [[0.0, 1.0], [0.0, 1.0]], "11 bytes"),
+        ([[1, 2], [3, 4]], [[1.0, 2.0], [3.0]], "inhomogeneous"),
+        ([[]], [[]], "one shape"),
+        ([1, 2], [1.0, 2.0], "one shape"),
         ([[1, 2]], [[1.0]], "one shape"),
+        ([["1"]], [[1.0]], "whole numbers"),
         ([[1.5]], [[1.0]], "whole numbers"),
         ([[-1]], [[1.0]], "between 0 and"),
         ([[2**60]], [[1.0]], "between 0 and"),
-        ([[1]], [[math.nan]], "must be finite"),
-        ([[1]], [[-math.inf]], "must be finite"),
+        ([[1]], [[math.nan]], "damage must lie"),
+        ([[1]], [[-math.inf]], "damage must lie"),
         ([[1], [1]], [[1.0], [math.inf]], "row 1 of damage"),
-        ([[1, 2]], [[1e308, -1e308]], "rescale"),
+        ([[1, 2]], [[1e308, -1e308]], "damage must lie"),
     ],
 )
 def test_bad_tables_are_named(cost: object, damage: object, message: str) -> None:

@@ -107,14 +107,6 @@ def test_a_candidate_that_diverges_drops_out() -> None:
     assert run_race([[math.nan, 3.0]], 2)[0] == [1]
 
 
-def test_candidates_are_compared_on_the_seeds_that_both_ran() -> None:
-    often = replace(uniform(0.0), runs=[result(3.0), result(3.5)])
-    once = replace(uniform(0.0), runs=[result(3.1)])
-    assert often.against(once).mean == pytest.approx(-0.1)
-    assert often.loss == pytest.approx(3.25)
-    assert often.beats(once)
-
-
 def test_a_difference_that_vanishes_on_the_full_run_decides_nothing() -> None:
     finalists = [adam(3.03), uniform(3.02), mixed(2.995)]
     assert decide(finalists, as_measured)[0] is finalists[2]

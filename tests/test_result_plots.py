@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 from matplotlib.figure import Figure
 
-from tests.benchmarks.loss_against_bytes import PAGE, draw, read_points
 from tests.search_results import (
     ADAM_STATE,
     ADAM_WINS,
@@ -117,17 +116,3 @@ def test_finals_with_equal_state_are_drawn_side_by_side() -> None:
 
 
 # ---- the picture of the README
-
-
-def test_the_picture_of_the_readme_comes_from_the_committed_page() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    points = read_points(page)
-    assert {name: len(of_kind) for name, of_kind in points.items()} == {
-        "Adam": 5,
-        "uniform": 3,
-        "tuned": 3,
-    }
-    (quarter,) = [point for point in points["tuned"] if point.share == 0.25]
-    assert (quarter.loss, quarter.state_bytes) == (3.0214, 3_539_000)
-    texts = [text.get_text() for text in draw(page).axes[0].texts]
-    assert str(Difference(-0.0353, 0.0140)) in texts

@@ -204,15 +204,6 @@ def test_without_adam_a_mixed_plan_takes_the_configured_scales_of_level_0(
         assert first.lr * first.scales[name] == pytest.approx(expected, rel=5.1e-3)
 
 
-def test_mixed_plans_are_tried_even_if_adam_is_better_than_every_uniform_level(
-    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
-) -> None:
-    runner.best_level, runner.loss_per_level = 0, 3.0
-    search_result = run_search(planner)
-    assert runner.mixed()
-    assert search_result.winner.kind == "reference"
-
-
 def test_finalists_run_on_other_seeds_and_those_clearly_worse_drop_out(
     run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:

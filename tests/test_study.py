@@ -105,25 +105,6 @@ def test_openers_come_first_and_then_the_sampler_by_its_seed(
     assert other != undisturbed
 
 
-@pytest.mark.parametrize("kills", [[0], [4, 0, 3]])
-def test_a_search_that_was_killed_ends_as_one_that_was_not(
-    new_study: NewStudy, undisturbed: list[Params], kills: list[int]
-) -> None:
-    for number in kills:
-        with pytest.raises(KilledError):
-            search(new_study(), kill_at(number))
-    assert search(new_study()) == undisturbed
-
-
-def test_a_search_continues_in_the_same_process(
-    new_study: NewStudy, undisturbed: list[Params]
-) -> None:
-    study = new_study()
-    for num_trials in (4, TRIALS, TRIALS):
-        search(study, num_trials=num_trials)
-    assert search(study) == undisturbed
-
-
 def test_a_search_killed_between_any_two_calls_ends_as_one_that_was_not(
     new_study: NewStudy, undisturbed: list[Params], kill_before: Callable[[float], None]
 ) -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -113,34 +112,6 @@ def start() -> Iterator[Start]:
 def ends(process: ForkServerProcess) -> bool:
     process.join(120)
     return process.exitcode == 0
-
-
-@pytest.mark.slow
-def test_a_search_killed_at_ten_random_moments_ends_as_one_that_was_not(
-    tmp_path: Path, start: Start
-) -> None:
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    assert ends(start(calm))
-    moments, before = random.Random(5), Found()
-    for _ in range(10):
-        process = start(killed)
-        until = len(begun(killed)) + moments.randrange(4)
-        wait_until(partial(has_begun, killed, until))
-        time.sleep(moments.uniform(0, 0.04))
-        assert process.is_alive()
-        process.kill()
-        process.join()
-        after = found(killed)
-        assert after[: len(before)] == before
-        before = after
-    assert ends(start(killed))
-    assert found(killed) == found(calm)
-    assert len(found(killed)) == TRIALS
-    assert found(killed, "final") == found(calm, "final")
-    best = [Study(folder / "study.db", "uniform", seed=1).best_trial() for folder in (calm, killed)]
-    assert best[0] is not None
-    assert best[1] is not None
-    assert best[0].params == best[1].params
 
 
 @pytest.mark.slow

@@ -188,8 +188,7 @@ def compare(
             # An SVD of gradients with NaN; torch does not declare this export.
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 found = TrialResult([math.nan], [1])
-            about = {"optimizer": name, "lr": lr, "seed": seed, "steps": steps}
-            store.put(key, about, found)
+            store.put(key, {"optimizer": name, "lr": lr, "seed": seed, "steps": steps}, found)
         else:
             on_steps(steps)
         on_run(f"{name}, lr {lr:.3g}, seed {seed}", found.loss)
@@ -237,12 +236,8 @@ def _tune_rate(
 
 def _best(runs: Mapping[int, TrialResult]) -> int:
     """Find the power with the lowest loss; the lowest power if all diverged."""
-
-    def order(power: int) -> tuple[bool, float, int]:
-        loss = runs[power].loss
-        return (False, loss, power) if math.isfinite(loss) else (True, 0.0, power)
-
-    return min(runs, key=order)
+    losses = {power: run.loss for power, run in runs.items() if math.isfinite(run.loss)}
+    return min(losses or runs, key=lambda power: (losses.get(power, 0.0), power))
 
 
 def _next_power(runs: Mapping[int, TrialResult]) -> int | None:

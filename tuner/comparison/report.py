@@ -21,18 +21,7 @@ from foam_lightning.units import format_bytes
 from tuner.comparison.compare import MAX_RATES, MIN_RATES, Comparison, OptimizerResult
 from tuner.comparison.profile import machine, packages
 from tuner.report.plan_table import ByWidth
-from tuner.report.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    add_grid,
-    new_figure,
-    save,
-)
+from tuner.report.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, add_grid, new_figure, save
 
 _STYLES = {
     "foam": (BLUE, "o"),
@@ -206,12 +195,8 @@ def draw_comparison(found: Comparison) -> Figure:
     left, right = figure.subplots(1, 2)
     _draw_state(left, found)
     _draw_rates(right, found)
-    handles = [
-        Line2D(
-            [], [], color=_STYLES[result.name][0], marker=_STYLES[result.name][1], label=result.name
-        )
-        for result in found.results
-    ]
+    styles = [(result.name, *_STYLES[result.name]) for result in found.results]
+    handles = [Line2D([], [], color=c, marker=m, label=name) for name, c, m in styles]
     losses = [loss for result in found.results for loss in result.losses.values()]
     if any(math.isnan(loss) for loss in losses):
         handles.append(Line2D([], [], color=GREY, marker="x", ls="", label="diverged"))

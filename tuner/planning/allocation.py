@@ -26,24 +26,6 @@ _NODES_TIMES_VARIABLES = 200_000  # a limit on the search tree that bounds its t
 _OBJECTIVE = 1e4  # the solver also stops at an absolute gap of 1e-6: now 1e-10 of the damage
 
 
-class AllocationError(ValueError):
-    """No choice of columns fits the budget.
-
-    Args:
-        budget_bytes: The budget.
-        minimum_bytes: The lowest total cost of any allowed choice.
-    """
-
-    def __init__(self, budget_bytes: int, minimum_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.minimum_bytes = minimum_bytes
-        super().__init__(
-            f"a budget of {budget_bytes} bytes is too small: the cheapest allocation costs "
-            f"{minimum_bytes} bytes; raise the budget by at least "
-            f"{minimum_bytes - budget_bytes} bytes or allow cheaper columns"
-        )
-
-
 def allocate(cost_bytes: ArrayLike, damage: ArrayLike, budget_bytes: int) -> list[int]:
     """Choose one column per row so that the total damage is least and the cost fits the budget.
 
@@ -59,18 +41,16 @@ def allocate(cost_bytes: ArrayLike, damage: ArrayLike, budget_bytes: int) -> lis
         The chosen column of each row.
 
     Raises:
-        AllocationError: Even the cheapest allowed columns cost more than the budget.
-        ValueError: The tables are ragged, empty, of different shapes, or hold values not allowed.
+        ValueError: Even the cheapest allowed columns cost more than the budget, or the tables are
+            ragged, empty, of different shapes, or hold values not allowed.
     """
     costs, damages = _checked(cost_bytes, damage)
-    allowed = _undominated(costs, damages)
-    cheapest = np.where(allowed, costs, _EXACT_FLOAT + 1).argmin(axis=1)
+    losses = _without_dominated(costs, damages)
+    cheapest = np.where(np.isfinite(losses), costs, _EXACT_FLOAT + 1).argmin(axis=1)
     rows = np.arange(len(costs))
-    minimum = int(costs[rows, cheapest].sum())
-    if minimum > budget_bytes:
-        raise AllocationError(int(budget_bytes), minimum)
+    if (minimum := int(costs[rows, cheapest].sum())) > budget_bytes:
+        raise ValueError(f"the cheapest columns cost {minimum} bytes, the budget is {budget_bytes}")
     # Losses: damage above the lowest of the row. Extra costs: above its cheapest column.
-    losses = np.where(allowed, damages, np.inf)
     losses -= losses.min(axis=1, keepdims=True)
     extra = costs - costs[rows, cheapest][:, None]
     room = min(int(budget_bytes) - minimum, _EXACT_FLOAT)
@@ -78,70 +58,49 @@ def allocate(cost_bytes: ArrayLike, damage: ArrayLike, budget_bytes: int) -> lis
     if loss := losses[rows, answer].sum():
         # A column that alone loses more than this answer is in no better one.
         in_shares = np.divide(losses, loss, out=np.full_like(losses, np.inf), where=losses <= loss)
-        solved = _solve(extra, in_shares, room)
-        if solved is not None:
-            solved = _fill(_shrink(solved, extra, losses, room), extra, losses, room)
-            if losses[rows, solved].sum() <= loss:
-                answer = solved
+        solved = _fill(_solve(extra, in_shares, room, answer), extra, losses, room)
+        if losses[rows, solved].sum() <= loss:
+            answer = solved
     return _ascending(answer, costs, damages)
 
 
 def _checked(cost_bytes: ArrayLike, damage: ArrayLike) -> tuple[_Ints, _Floats]:
-    costs = _table(cost_bytes, "cost_bytes")
-    damages = _table(damage, "damage").astype(np.float64)
-    if costs.shape != damages.shape:
+    costs, damages = np.asarray(cost_bytes), np.asarray(damage, np.float64)
+    if costs.ndim != 2 or not costs.size or costs.shape != damages.shape:
         raise ValueError(
-            f"cost_bytes and damage must have one shape, got {costs.shape} and {damages.shape}"
+            "cost_bytes and damage must be tables of one shape with one row per matrix, "
+            f"got {costs.shape} and {damages.shape}"
         )
-    if not np.issubdtype(costs.dtype, np.integer):
+    if costs.dtype.kind not in "iu":
         raise ValueError(f"cost_bytes must hold whole numbers, got {costs.dtype}; round them up")
     if costs.min() < 0 or int(costs.max()) * len(costs) > _EXACT_FLOAT:
         raise ValueError(
             f"cost_bytes must lie between 0 and {_EXACT_FLOAT // len(costs)}, "
             f"got {costs.min()} to {costs.max()}"
         )
-    if np.isnan(damages).any() or np.isneginf(damages).any():
-        raise ValueError("damage must be finite, or inf for a column that may not be chosen")
-    closed = np.flatnonzero(np.isposinf(damages).all(axis=1))
-    if closed.size:
-        raise ValueError(f"row {closed[0]} of damage is inf throughout; allow at least one column")
-    if np.abs(damages, where=np.isfinite(damages), out=np.zeros_like(damages)).max() > 1e300:
-        raise ValueError("damage must lie between -1e300 and 1e300, or be inf; rescale it")
+    if not (np.isposinf(damages) | (np.abs(damages) <= 1e300)).all():
+        raise ValueError("damage must lie between -1e300 and 1e300, or be inf where not allowed")
+    if (closed := np.isposinf(damages).all(axis=1)).any():
+        raise ValueError(f"row {closed.argmax()} of damage is inf throughout; allow a column")
     return costs.astype(np.int64), damages
 
 
-def _table(values: ArrayLike, name: str) -> NDArray[np.generic]:
-    try:
-        table = np.asarray(values)
-    except ValueError:
-        table = np.empty(0)
-    if table.ndim != 2 or table.size == 0 or table.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must be a table of numbers with one row per matrix, none ragged")
-    return table
-
-
-def _undominated(costs: _Ints, damages: _Floats) -> NDArray[np.bool_]:
-    """Mark the columns that no other column of the row matches or beats in cost and damage."""
-    cost, other_cost = costs[:, :, None], costs[:, None, :]
-    loss, other_loss = damages[:, :, None], damages[:, None, :]
-    column = np.arange(costs.shape[1])
-    is_equal = (other_cost == cost) & (other_loss == loss)
-    is_lower = np.where(is_equal, column[None, :] < column[:, None], True)
-    is_beaten = (other_cost <= cost) & (other_loss <= loss) & is_lower
-    found: NDArray[np.bool_] = np.isfinite(damages) & ~is_beaten.any(axis=2)
+def _without_dominated(costs: _Ints, damages: _Floats) -> _Floats:
+    """Set the damage to inf where another column of the row is no worse in cost and damage."""
+    order = np.lexsort((damages, costs))  # by cost, then damage, then column
+    by_cost = np.take_along_axis(damages, order, axis=1)
+    lowest_before = np.full_like(by_cost, np.inf)
+    lowest_before[:, 1:] = np.minimum.accumulate(by_cost, axis=1)[:, :-1]
+    found = np.empty_like(damages)
+    np.put_along_axis(found, order, np.where(by_cost < lowest_before, by_cost, np.inf), axis=1)
     return found
 
 
-def _solve(costs: _Ints, losses: _Floats, room: int) -> _Ints | None:
-    """Solve the problem up to the tolerances of the solver; None if it found no answer.
+def _solve(costs: _Ints, losses: _Floats, room: int, fallback: _Ints) -> _Ints:
+    """Solve the problem up to the tolerances of the solver, which may exceed `room` a little.
 
     Identical rows share variables that count how many of them take each column, which leaves few
-    variables and no symmetry.
-
-    Args:
-        costs: Shape (rows, columns), 0 at the cheapest column of each row.
-        losses: Likewise 0 at the best one; inf where a column may not be chosen.
-        room: The most that the chosen costs may add up to.
+    variables and no symmetry. Where the solver finds no answer, this is `fallback`.
     """
     tables = np.concatenate([costs.astype(np.float64), losses], axis=1)
     _, first, group_of, sizes = np.unique(
@@ -164,26 +123,17 @@ def _solve(costs: _Ints, losses: _Floats, room: int) -> _Ints | None:
             bounds=Bounds(0, sizes[group]),
             options={"mip_rel_gap": rel_gap, "node_limit": node_limit},
         )
-    if solved.x is None:
-        return None
-    counts = np.rint(solved.x).astype(np.int64)
-    picks = np.zeros(len(costs), np.int64)
-    for number, size in enumerate(sizes):
-        of_group = group == number
-        chosen = np.repeat(column[of_group], counts[of_group])
-        if chosen.size != size:
-            return None
-        picks[group_of == number] = chosen
+    counts = np.zeros(1) if solved.x is None else np.rint(solved.x)
+    if counts.sum() != len(costs):
+        return fallback
+    picks = np.empty(len(costs), np.int64)
+    picks[np.argsort(group_of, kind="stable")] = np.repeat(column, counts.astype(np.int64))
     return picks
 
 
 @contextmanager
 def _silenced_stdout() -> Iterator[None]:
-    """Drop what native code writes to standard output.
-
-    HiGHS 1.12 in scipy 1.17 prints a debug line even with `disp` off (jump-dev/HiGHS.jl#312),
-    which would end up in `plan --format json`.
-    """
+    """Drop a line that HiGHS 1.12 prints with `disp` off (HiGHS.jl#312), for the sake of JSON."""
     if sys.__stdout__ is None:  # closed, and its descriptor may belong to another file
         yield
         return
@@ -201,44 +151,31 @@ def _silenced_stdout() -> Iterator[None]:
         os.close(null)
 
 
-def _shrink(picks: _Ints, costs: _Ints, losses: _Floats, room: int) -> _Ints:
-    """Repair an answer over the budget, at the least loss per byte."""
-    rows, picks = np.arange(len(picks)), picks.copy()
-    while costs[rows, picks].sum() > room:
-        saved = costs[rows, picks][:, None] - costs
-        added = losses - losses[rows, picks][:, None]
-        rate = np.divide(added, saved, out=np.full(losses.shape, np.inf), where=saved > 0)
-        row, column = np.unravel_index(rate.argmin(), rate.shape)
-        picks[row] = column
-    return picks
-
-
 def _fill(picks: _Ints, costs: _Ints, losses: _Floats, room: int) -> _Ints:
-    """Use room that is left, where it saves the most loss per byte."""
+    """Free what exceeds the room, then use what is left of it, at the best loss per byte."""
     rows, picks = np.arange(len(picks)), picks.copy()
     while True:
         added = costs - costs[rows, picks][:, None]
         saved = losses[rows, picks][:, None] - losses
         left = room - costs[rows, picks].sum()
-        rate = np.where((saved > 0) & (added <= left), saved / np.maximum(added, 1), 0)
+        helps = added < 0 if left < 0 else (saved > 0) & (added <= left)
+        rate = np.where(helps, saved / np.maximum(np.abs(added), 1), -np.inf)
         row, column = np.unravel_index(rate.argmax(), rate.shape)
-        if not rate[row, column]:
+        if np.isneginf(rate[row, column]):
             return picks
         picks[row] = column
 
 
 def _ascending(picks: _Ints, costs: _Ints, damages: _Floats) -> list[int]:
     """Swap columns between rows so that they ascend, wherever cost and damage stay the same."""
-    picks = picks.copy()
-    rows = np.arange(len(picks))
+    picks, rows = picks.copy(), np.arange(len(picks))
     for row in rows:
         pick = picks[row]
-        is_equal = [
-            table[row, picks] + table[rows, pick] == table[row, pick] + table[rows, picks]
-            for table in (costs, damages)
-        ]
-        later = np.flatnonzero((rows > row) & (picks < pick) & is_equal[0] & is_equal[1])
-        if later.size:
-            other = later[picks[later].argmin()]
+        can_swap = (rows > row) & (picks < pick)
+        for table in (costs, damages):
+            swapped = table[row, picks] + table[rows, pick]
+            can_swap &= swapped == table[row, pick] + table[rows, picks]
+        if can_swap.any():
+            other = np.flatnonzero(can_swap)[picks[can_swap].argmin()]
             picks[row], picks[other] = picks[other], pick
     return [int(pick) for pick in picks]

@@ -92,11 +92,6 @@ def suggest(trial: "optuna.Trial") -> Knobs:
     )
 
 
-def as_params(knobs: Knobs) -> dict[str, float | int]:
-    """Convert knobs to parameters of a trial, from which `suggest` returns them."""
-    return asdict(knobs)
-
-
 def base_curve(level: int) -> float:
     """Return the damage of a level before all weighting: sqrt(1 - 2**-level).
 
@@ -181,7 +176,7 @@ def decode(
         The level of each matrix.
 
     Raises:
-        AllocationError: No levels fit the budget.
+        ValueError: No levels fit the budget.
     """
     cap = _affordable_cap(knobs.level_cap, levels, cost_bytes, budget_bytes)
     damage = damage_table(shapes, replace(knobs, level_cap=cap), levels)
@@ -198,20 +193,8 @@ def nearest_levels(
 ) -> dict[str, int]:
     """Find the levels that fit a budget and differ least from the wanted ones.
 
-    The difference of a matrix is that of its levels times its number of elements.
-
-    Args:
-        shapes: Shapes of the matrices that fold, by parameter name.
-        wanted: The wanted level of each matrix.
-        levels: The levels to choose from, one column of `cost_bytes` each.
-        cost_bytes: Shape (matrices, levels).
-        budget_bytes: Limit on the bytes of all levels together.
-
-    Returns:
-        The level of each matrix.
-
-    Raises:
-        AllocationError: No levels fit the budget.
+    The difference of a matrix is that of its levels times its number of elements. Other arguments,
+    result and errors are those of `decode`.
     """
     damage = [
         [math.prod(shape) * abs(level - wanted[name]) for level in levels]

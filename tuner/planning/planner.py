@@ -244,12 +244,9 @@ class BudgetPlanner:
 
     def _infeasible(self, account: Account, **words: str) -> InfeasibleBudgetError:
         assert self.budget_bytes is not None  # without a budget everything fits
+        budget, breakdown = self.budget_bytes, dict(account.breakdown)
         return InfeasibleBudgetError(
-            self.budget_bytes,
-            account.peak_bytes,
-            account.binding,
-            dict(account.breakdown),
-            **words,
+            budget, account.peak_bytes, account.binding, breakdown, **words
         )
 
     def _fits_uniform(self, memory_options: MemoryOptions, level: int) -> bool:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, TypeVar
 
 from tuner.trials.results import Candidate, SearchResult
 from tuner.trials.runner import Difference, TrialResult, paired_difference
@@ -60,17 +59,11 @@ def paired_loss_curve(
     def window_of(run: TrialResult, first: int, last: int) -> TrialResult:
         return TrialResult(run.curve[first:last], [1] * (last - first))
 
-    return [
-        CurveWindow(
-            first + 1,
-            last,
-            paired_difference(
-                [window_of(run, first, last) for run in runs],
-                [window_of(run, first, last) for run in others],
-            ),
-        )
-        for first, last in pairwise(edges)
-    ]
+    windows = []
+    for first, last in pairwise(edges):
+        pair = ([window_of(run, first, last) for run in some] for some in (runs, others))
+        windows.append(CurveWindow(first + 1, last, paired_difference(*pair)))
+    return windows
 
 
 @dataclass(frozen=True)
@@ -97,18 +90,10 @@ class Ablation:
     num_seeds: int
 
 
-class _HasState(Protocol):
-    @property
-    def state_bytes(self) -> int: ...
-
-
-_T = TypeVar("_T", bound=_HasState)
-
-
-def at_equal_bytes(num_bytes: int, others: Sequence[_T]) -> list[_T]:
+def at_equal_bytes(num_bytes: int, others: Sequence[Candidate]) -> list[Candidate]:
     """Select those whose state is closest to `num_bytes`, if it is within half a level of it."""
 
-    def distance(other: _T) -> float:
+    def distance(other: Candidate) -> float:
         return abs(math.log2(other.state_bytes / num_bytes))
 
     nearest = min(map(distance, others), default=math.inf)

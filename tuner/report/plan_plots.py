@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -44,6 +45,7 @@ _MAX_LAYERS_WITH_VALUES = 40
 _LETTER_WIDTH = 0.0135
 # A larger budget is named and not drawn: at its scale the bars would be too short to read.
 _MAX_BUDGET_RATIO = 4
+_BOLD: Mapping[str, Any] = {"fontsize": 11, "fontweight": "bold"}
 
 
 def draw_plan(
@@ -121,17 +123,9 @@ def _draw_bar(axes: Axes, row: int, account: Account, width: float) -> set[str]:
         if len(name) * _LETTER_WIDTH > share:
             name = name.replace(" ", "\n", 1)
         if max(map(len, name.split("\n"))) * _LETTER_WIDTH <= share:
-            axes.text(
-                centre,
-                row,
-                f"{name}\n{_short(num_bytes)}",
-                ha="center",
-                va="center",
-                color=text_colour_on(colour),
-                # Keeps the budget line from crossing the text.
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
-                zorder=5,
-            )
+            text = axes.text(centre, row, f"{name}\n{_short(num_bytes)}", zorder=5)
+            # The box keeps the budget line from crossing the text.
+            text.set(ha="center", va="center", color=text_colour_on(colour), bbox=_box(colour))
         elif share > 1e-3:
             unlabelled.add(term)
     return unlabelled
@@ -144,17 +138,8 @@ def _write_total(axes: Axes, row: int, peak_bytes: int, budget_bytes: int | None
         total, colour = f"{total}\n{_short(peak_bytes - budget_bytes)} over", RED
     elif budget_bytes is not None:
         total = f"{total}\nfits"
-    axes.annotate(
-        total,
-        (peak_bytes, row),
-        xytext=(7, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=11,
-        fontweight="bold",
-        color=colour,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-    )
+    label = axes.annotate(total, (peak_bytes, row), (7, 0), textcoords="offset points", **_BOLD)
+    label.set(va="center", color=colour, bbox=_box("white"))
 
 
 def _draw_budget(axes: Axes, budget_bytes: int, width: float | None, longest: int) -> None:
@@ -167,16 +152,12 @@ def _draw_budget(axes: Axes, budget_bytes: int, width: float | None, longest: in
         axes.axvline(budget_bytes, color="black", linestyle="--", linewidth=1.8)
         if budget_bytes > 0.9 * width:
             align = "right"
-    axes.text(
-        place,
-        1.02,
-        text,
-        transform=axes.get_xaxis_transform(),
-        ha=align,
-        va="bottom",
-        fontsize=11,
-        fontweight="bold",
-    )
+    edge = axes.get_xaxis_transform()
+    axes.text(place, 1.02, text, transform=edge, ha=align, va="bottom", **_BOLD)
+
+
+def _box(colour: str) -> dict[str, object]:
+    return {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
 
 
 def _short(num_bytes: int) -> str:
@@ -218,13 +199,6 @@ def _draw_levels(figure: SubFigure, grid: Mapping[int, Mapping[str, int]]) -> No
 def _print_values(axes: Axes, values: list[list[float]], palette: ListedColormap) -> None:
     for row, levels in enumerate(values):
         for column, level in enumerate(levels):
-            is_folded = not math.isnan(level)
-            axes.text(
-                column,
-                row,
-                str(level) if is_folded else "-",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color=text_colour_on(palette(int(level))) if is_folded else "black",
-            )
+            text = axes.text(column, row, "-", ha="center", va="center", fontsize=9)
+            if not math.isnan(level):
+                text.set(text=str(level), color=text_colour_on(palette(int(level))))

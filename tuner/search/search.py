@@ -1,7 +1,7 @@
 """The search: learning rate, scales and level together, then a level per matrix, then finals."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.plan import FoldPlan
-from tuner.planning.knobs import Knobs, as_params, suggest
+from tuner.planning.knobs import Knobs, suggest
 from tuner.planning.planner import DEFAULT_KNOBS, BudgetPlanner
 from tuner.planning.scales import ADAM_QK_FACTOR, combine_plans, describe_scales, scale_plan
 from tuner.search.finals import decide, run_finals
@@ -160,7 +160,7 @@ class _Stages:
             return
         num_uniform = sum(len(study.finished_trials()) for study in (self._adam, self._folded))
         self._mixed.search(
-            [as_params(knobs) for knobs in _OPENING_KNOBS],
+            [asdict(knobs) for knobs in _OPENING_KNOBS],
             num_trials=max(1, self._budget.num_trials - num_uniform),
             evaluate=lambda trial: self._run(trial, self._mixed_plan(suggest(trial))),
             on_trial=self._record_mixed,
@@ -197,19 +197,11 @@ class _Stages:
         Raises:
             ConfigError: Every run diverged.
         """
+        chosen = [*self._best_adams(), *self._best_uniforms(), *self._best_mixed()]
+        state_bytes, is_configured = self._planner.folded_state_bytes, self._is_configured
         candidates = [
-            Candidate(
-                kind,
-                label,
-                plan,
-                self._planner.folded_state_bytes(plan),
-                is_configured=self._is_configured(plan),
-            )
-            for kind, label, plan in [
-                *self._best_adams(),
-                *self._best_uniforms(),
-                *self._best_mixed(),
-            ]
+            Candidate(kind, label, plan, state_bytes(plan), is_configured=is_configured(plan))
+            for kind, label, plan in chosen
         ]
         if not any(self._planner.adam_may_win or c.kind != "reference" for c in candidates):
             lr = self._planner.module.settings.lr

@@ -1,7 +1,7 @@
 """The result of a search: every short run, the finalists, and the winner."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,11 +106,6 @@ class SearchResult:
     adam_state_bytes: int
     budget: SearchBudget
     reason: str
-
-    @property
-    def against_winner(self) -> Mapping[str, Difference]:
-        """Paired difference of every other finalist to the winner, by label."""
-        return {c.label: c.against(self.winner) for c in self.finalists if c is not self.winner}
 
     @property
     def reference(self) -> Candidate | None:

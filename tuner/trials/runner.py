@@ -204,12 +204,7 @@ class StepClock(Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         if trainer.global_step > len(self.times):
             float(outputs["loss"])  # waits until the GPU has finished the step
@@ -231,12 +226,7 @@ class _Recorder(Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         loss = outputs["loss"].detach().float()  # divided by the number of micro-batches
         if len(self._losses) < self._step:
@@ -249,13 +239,7 @@ class _Recorder(Callback):
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         self.nats.append(float(outputs["nll"]))
         self.num_tokens.append(int(outputs["num_tokens"]))

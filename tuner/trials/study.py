@@ -58,12 +58,10 @@ class Study:
         with self._worker.turn():
             if not path.exists():
                 _create_database(path)
-            connect_args = {"timeout": _SQLITE_TIMEOUT_SECONDS}
+            engine_kwargs = {"connect_args": {"timeout": _SQLITE_TIMEOUT_SECONDS}}
             self._study = optuna.create_study(
                 study_name=name,
-                storage=RDBStorage(
-                    f"sqlite:///{path}", engine_kwargs={"connect_args": connect_args}
-                ),
+                storage=RDBStorage(f"sqlite:///{path}", engine_kwargs=engine_kwargs),
                 load_if_exists=True,
                 pruner=optuna.pruners.NopPruner(),
             )
@@ -250,6 +248,4 @@ def _create_database(path: Path) -> None:
 
 def trial_result(trial: FrozenTrial) -> TrialResult:
     """Read the result of a finished trial."""
-    return TrialResult(
-        **{field.name: trial.user_attrs[field.name] for field in fields(TrialResult)}
-    )
+    return TrialResult(**{f.name: trial.user_attrs[f.name] for f in fields(TrialResult)})

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 from filelock import FileLock, Timeout
@@ -68,12 +67,7 @@ class Worker:
             self._say(f"joined {leader}: each trial of the search runs in one of the processes")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave; another worker may repeat the trial that this one had started."""
         self._lock_file(self.name).unlink(missing_ok=True)
         self._own_lock.release()
