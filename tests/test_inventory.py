@@ -12,6 +12,7 @@ from foam_lightning.memory.timeline import TERMS
 from foam_lightning.memory.trace import fake_tensors, track_step
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, MemoryOptions
+from tests.test_trace import PLAIN, SELECTIVE, WHOLE
 
 LAYERS = 6
 SETTINGS: dict[str, Any] = {
@@ -20,22 +21,15 @@ SETTINGS: dict[str, Any] = {
     "vocab_size": 300,
     "num_hidden_layers": LAYERS,
 }
+RELEASED = replace(PLAIN, gradient_release=True)
 OPTIONS = {
-    "plain": MemoryOptions(micro_batch_size=8),
-    "a small batch": MemoryOptions(micro_batch_size=1),
-    "accumulated": MemoryOptions(micro_batch_size=4, accumulate_grad_batches=3, chunked_loss=True),
-    "checkpointed": MemoryOptions(micro_batch_size=4, activation_checkpointing=True),
-    "selective": MemoryOptions(
-        micro_batch_size=4, activation_checkpointing=True, selective_checkpointing=True
-    ),
-    "released": MemoryOptions(micro_batch_size=4, gradient_release=True, state_dtype="int8"),
-    "released, offloaded": MemoryOptions(
-        micro_batch_size=1,
-        activation_checkpointing=True,
-        gradient_release=True,
-        state_dtype="bfloat16",
-        state_offload=True,
-    ),
+    "plain": replace(PLAIN, micro_batch_size=8),
+    "a small batch": replace(PLAIN, micro_batch_size=1),
+    "accumulated": replace(PLAIN, accumulate_grad_batches=3, chunked_loss=True),
+    "checkpointed": WHOLE,
+    "selective": SELECTIVE,
+    "released": replace(RELEASED, state_dtype="int8"),
+    "released, offloaded": replace(RELEASED, micro_batch_size=1, state_offload=True),
 }
 
 
@@ -116,10 +110,8 @@ def test_gradients_have_the_names_of_their_parameters() -> None:
 
 
 def test_recomputed_tensors_have_the_phase_recompute() -> None:
-    memory_options = MemoryOptions(
-        micro_batch_size=8, activation_checkpointing=True, gradient_release=True
-    )
-    found = accountant().list_tensors(mixed(memory_options))
+    released = replace(WHOLE, micro_batch_size=8, gradient_release=True)
+    found = accountant().list_tensors(mixed(released))
     phases = {h.origin.phase for h in found if h.term == "activations"}
     assert "forward" in phases
     assert phases & {"recompute", "backward"}

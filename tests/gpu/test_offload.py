@@ -92,21 +92,6 @@ def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one():
     assert peaks[0] - peaks[1] == pytest.approx((COUNT - 1) * of_one, rel=0.01)
 
 
-@pytest.mark.parametrize("saves", [False, True], ids=["from-device", "from-host"])
-@pytest.mark.parametrize("loads", [False, True], ids=["to-device", "to-host"])
-def test_a_state_loads_with_and_without_offload(saves, loads):
-    straight, stopped = network(torch.float32), network(torch.float32)
-    train(straight, FOAM(straight.parameters()), range(4))
-    first = FOAM(stopped.parameters(), state_offload=saves)
-    train(stopped, first, range(2))
-    second = FOAM(stopped.parameters(), state_offload=loads)
-    second.load_state_dict(first.state_dict())
-    assert {value.is_cuda for value in moments(second)} == {not loads}
-    train(stopped, second, range(2, 4))
-    for expected, found in zip(straight.parameters(), stopped.parameters(), strict=True):
-        assert torch.equal(expected, found)
-
-
 def test_lightning_leaves_a_loaded_state_in_host_memory():
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
