@@ -112,13 +112,3 @@ def test_compiled_rows_step_and_their_state_is_counted(capsys):
     each = 2 * (64 * 64 + 4 * 64 * 64 // 256 + 4 * 256) + 4
     assert torchao[4] == f"{COUNT * each / 1e6:.4g}"
     assert torchao[3] == "not measured"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_threads")
-def test_the_first_step_is_timed_over_the_shapes_of_a_large_model(capsys):
-    optimizer_step.main(["--small", "--first-step", "--only", "FOAM"])
-    # Three shapes fold, each at three levels; embedding and head are of one shape.
-    text = capsys.readouterr().out
-    assert "10 in all" in text
-    assert all(float(rest[0]) > 0 for rest in cells(text).values())

@@ -117,28 +117,22 @@ def _galore(weights: Weights) -> list[Optimizer]:
 
 
 def _foam(weights: Weights, level: int, **options: Any) -> list[Optimizer]:
-    return foam_at(weights, dict.fromkeys(weights.matrices, level), **options)
-
-
-def foam_at(weights: Weights, levels: Mapping[str, int], **options: Any) -> list[Optimizer]:
-    """Create FOAM at these levels, and level 0 for parameters that they do not name."""
+    levels = dict.fromkeys(weights.matrices, level)
     scales = dict.fromkeys(levels, SCALE)
     groups = param_groups(weights.named.items(), levels, scales, weight_decay=0.0)
     return [FOAM(groups, LR, **{"state_dtype": weights.dtype, **options})]
 
 
-_TORCHAO_8BIT = Row(
-    "torchao AdamW8bit",
-    partial(_baseline, name="adamw8bit"),
-    ("cpu", "cuda"),
-    package="torchao.optim",
-)
-
 ROWS = (
     Row(FUSED, partial(_adamw, fused=True)),
     Row("torch AdamW, foreach", partial(_adamw, foreach=True)),
     Row("torch AdamW, loop", _adamw),
-    _TORCHAO_8BIT,
+    Row(
+        "torchao AdamW8bit",
+        partial(_baseline, name="adamw8bit"),
+        ("cpu", "cuda"),
+        package="torchao.optim",
+    ),
     Row("GaLore", _galore, package="pytorch_optimizer"),
     Row("APOLLO", partial(_baseline, name="apollo"), package="pytorch_optimizer"),
     Row("Adam-mini", partial(_baseline, name="adam_mini"), package="pytorch_optimizer"),
@@ -151,11 +145,3 @@ ROWS = (
     Row("FOAM level 2, eager", partial(_foam, level=2, fused=False)),
     Row("FOAM level 2, int8", partial(_foam, level=2, state_dtype=torch.int8), ("cuda",)),
 )
-
-
-def first_step_rows(levels: Mapping[str, int]) -> list[Row]:
-    """List the rows of which only the first step is timed, FOAM with these levels."""
-    return [
-        Row("FOAM", partial(foam_at, levels=levels), ("cuda",)),
-        _TORCHAO_8BIT,
-    ]

@@ -2,7 +2,6 @@
 
     python -m tests.benchmarks.optimizer_step [--output FILE]
     python -m tests.benchmarks.optimizer_step --device cuda --model llama_7b [--output FILE]
-    python -m tests.benchmarks.optimizer_step --first-step [--device cuda]
 
 All rows update the same weights with the same gradients, one step of each row in turn, so that
 other load on the machine affects all of them. On a CPU: float32, 12 matrices of 2048 x 2048, or the
@@ -22,10 +21,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from foam_lightning.optim.groups import is_foldable
-from tests.benchmarks.contenders import FUSED, LR, ROWS, Row, Weights, first_step_rows
+from tests.benchmarks.contenders import FUSED, LR, ROWS, Row, Weights
 from tests.benchmarks.heading import ROOT, commit_and_date, machine, packages, publish
-from tests.benchmarks.stepping import Stepped, cold_caches, first_steps, start_compiler, step_all
+from tests.benchmarks.stepping import Stepped, cold_caches, step_all
 
 SEED = 0
 THREADS = 2
@@ -34,7 +32,6 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # would exceed the limit is cut to its first layers.
 BYTES_PER_PARAMETER = {"cpu": 80, "cuda": 40}
 MAX_BYTES = {"cpu": 12 * 10**9, "cuda": 90 * 10**9}
-FIRST_STEP_MODEL, FIRST_STEP_LEVELS = "llama_7b", (1, 2, 3)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -170,43 +167,6 @@ def table(found: Sequence[Stepped], weights: Weights, bandwidth: float) -> list[
     return lines
 
 
-def first_step_table(names: Sequence[str], device: str, *, small: bool) -> list[str]:
-    """Time the first step for all distinct shapes of a 7B model, each at levels 1, 2 and 3."""
-    shapes, num_heads = llama_shapes(FIRST_STEP_MODEL)
-    # Fewer rows for a CPU; the number of distinct shapes stays.
-    share = 256 if small else 16 if device == "cpu" else 1
-    distinct: dict[tuple[int, int, int], str] = {}
-    for name, (height, width) in shapes.items():
-        for level in FIRST_STEP_LEVELS if is_foldable(name, (height, width)) else (0,):
-            distinct.setdefault((height // share, width, level), f"{name} {level}")
-    weights = Weights.draw(
-        {name: (height, width) for (height, width, _), name in distinct.items()},
-        num_heads,
-        device=device,
-        dtype=DTYPES[device],
-        seed=SEED,
-    )
-    levels = {name: level for (_, _, level), name in distinct.items() if name in weights.matrices}
-    rows = first_step_rows(levels)
-    rows = chosen(names, rows) if names else rows
-    start_compiler(rows, device)
-    return [
-        f"- one matrix of every shape of {FIRST_STEP_MODEL} at every level of "
-        f"{', '.join(map(str, FIRST_STEP_LEVELS))}, {len(distinct)} in all, in "
-        f"{str(weights.dtype).removeprefix('torch.')}"
-        + (f", with 1/{share} of their rows" if share > 1 else ""),
-        "",
-        "From creating the optimizer to the end of its first step, with empty compilation caches.",
-        "",
-        "| optimizer | first step, s |",
-        "|---|---|",
-        *(
-            f"| {row.name} | {row.failure or f'{row.first_seconds:.3g}'} |"
-            for row in (first_steps(one, weights) for one in rows)
-        ),
-    ]
-
-
 def heading(words: Sequence[str], device: str) -> list[str]:
     hardware = machine()
     if device == "cuda":
@@ -238,11 +198,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--device", choices=tuple(DTYPES), default="cpu")
     parser.add_argument("--model", help="a file of configs/, such as llama_7b, for the shapes")
     parser.add_argument("--small", action="store_true", help="tiny shapes, for a test")
-    parser.add_argument("--first-step", action="store_true", help="only the first step, 7B shapes")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="rows to run")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(words)
-    device, small = arguments.device, arguments.small
+    device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch finds none; leave it out for the CPU")
     warnings.simplefilter("ignore")
@@ -250,11 +209,8 @@ def main(words: Sequence[str]) -> None:
         torch.set_num_threads(THREADS)
     lines = heading(words, device)
     with cold_caches():
-        if arguments.first_step:
-            lines += first_step_table(arguments.only, device, small=small)
-        else:
-            work = choose_work(device, arguments.model, small=small)
-            lines += full_table(arguments.only, work, device)
+        work = choose_work(device, arguments.model, small=arguments.small)
+        lines += full_table(arguments.only, work, device)
     publish(lines, arguments.output)
 
 
