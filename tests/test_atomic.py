@@ -12,7 +12,7 @@ import pytest
 
 from foam_lightning.errors import BusyError, CheckpointError
 from foam_lightning.signals import Interrupted
-from foam_lightning.storage.atomic import atomic_path, write_folder, write_json, write_text
+from foam_lightning.storage.atomic import atomic_path, write_folder, write_text
 from tests.faults.limits import files_up_to
 
 NO_PROCESS = 4194305  # above the highest number of a process on Linux
@@ -43,11 +43,6 @@ def leave(path: Path, host: str, process: int, suffix: str = "") -> Path:
     left = path.with_name(f"{path.name}.{host}.{process}.0123abcd.part{suffix}")
     left.write_text("half")
     return left
-
-
-def test_json_is_written_as_text(tmp_path: Path) -> None:
-    write_json(tmp_path / "file.json", {"a": 1})
-    assert (tmp_path / "file.json").read_text() == '{\n  "a": 1\n}\n'
 
 
 def test_a_folder_is_replaced_by_all_parts(tmp_path: Path) -> None:

@@ -58,21 +58,15 @@ def test_the_same_settings_started_at_once_are_one_run(
     assert RunFolder.open(tmp_path, "run", "lr: 1") == mine
 
 
-def test_versions_are_ordered_as_numbers(tmp_path: Path) -> None:
-    for name in ("version_9", "version_10", "version_x", "version_"):
-        (tmp_path / "run" / name).mkdir(parents=True)
-    assert RunFolder.open(tmp_path, "run", "").path.name == "version_11"
-
-
-def test_other_versions_are_ordered_by_number_not_by_time(tmp_path: Path) -> None:
-    for number, seconds in ((2, 300), (9, 200), (10, 100)):
-        path = tmp_path / f"version_{number}" / "tuning" / "study.db"
+def test_versions_are_ordered_by_number_not_by_time(tmp_path: Path) -> None:
+    for name, seconds in (("2", 300), ("9", 200), ("10", 100), ("x", 400), ("", 400)):
+        path = tmp_path / "run" / f"version_{name}" / "study.db"
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (seconds, seconds))
-    (tmp_path / "version_11").mkdir()
-    folder = RunFolder(tmp_path / "version_9")
-    found = [path.parts[-3] for path in folder.other_versions("tuning/study.db")]
+    assert RunFolder.open(tmp_path, "run", "").path.name == "version_11"
+    folder = RunFolder(tmp_path / "run" / "version_9")
+    found = [path.parent.name for path in folder.other_versions("study.db")]
     assert found == ["version_2", "version_10"]
 
 

@@ -90,11 +90,6 @@ def test_an_unknown_number_of_devices_is_refused(devices: Any) -> None:
         Devices.from_trainer({"devices": devices})
 
 
-def test_an_unsupported_strategy_is_refused(new_job: NewJob) -> None:
-    with pytest.raises(ConfigError, match=r"deepspeed is not supported"):
-        new_job(trainer={"strategy": "deepspeed"})
-
-
 @pytest.mark.parametrize(
     ("devices", "first"), [(4, 1), ("auto", 1), ([2, 3], [2]), ("2,3", [2]), (None, 1)]
 )

@@ -68,7 +68,7 @@ class RunFolder:
     @classmethod
     def _start(cls, root: Path, name: str, settings: str) -> Self | None:
         """Create the next version; None if another process has just created it."""
-        fresh = cls(root / name / f"version_{_newest(root / name) + 1}")
+        fresh = cls(root / name / f"version_{max(_numbers(root / name), default=-1) + 1}")
         try:
             (root / name).mkdir(parents=True, exist_ok=True)
             # It appears with its settings, so that the same command started twice is one run.
@@ -87,7 +87,7 @@ class RunFolder:
     @classmethod
     def find_unfinished(cls, root: Path, name: str, settings: str) -> Self | None:
         """Find the folder that `open` would resume; None if it would create another."""
-        found = cls(root / name / f"version_{_newest(root / name)}")
+        found = cls(root / name / f"version_{max(_numbers(root / name), default=-1)}")
         is_open = not found.summary.exists() and found._digest() == _digest(settings)
         return found if is_open else None
 
@@ -204,11 +204,6 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return content.get("settings_sha256") if isinstance(content, dict) else None
-
-
-def _newest(runs: Path) -> int:
-    """Return the number of the newest version; -1 if there is none."""
-    return max(_numbers(runs), default=-1)
 
 
 def _numbers(runs: Path) -> list[int]:

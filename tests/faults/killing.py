@@ -19,10 +19,10 @@ from unittest.mock import patch
 import optuna
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 import cli
-from foam_lightning import training
+from foam_lightning.callbacks.export import Export
 from foam_lightning.checkpoint.load import find_intact_checkpoint
 from tests.tiny import write_settings
 
@@ -33,18 +33,6 @@ SERVER.set_forkserver_preload(
 FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 PATIENCE_SECONDS = 300.0
 Trial = tuple[str, int, float | None]
-
-
-class NoteSteps(Callback):
-    """Write the number of finished steps to a file, which outlives a killed process."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        beside = self._path.with_name("step.next")
-        beside.write_text(str(trainer.global_step), encoding="utf-8")
-        beside.replace(self._path)
 
 
 @dataclass
@@ -186,10 +174,12 @@ def _command(folder: Path, words: Sequence[str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    callbacks = training._callbacks
 
-    def noting(*arguments: Any) -> list[Callback]:
-        return [*callbacks(*arguments), NoteSteps(folder / "step")]
+    def note(_: Export, trainer: Trainer, *__: Any) -> None:
+        """Write the number of finished steps to a file, which outlives a killed process."""
+        following = folder / "step.next"
+        following.write_text(str(trainer.global_step), encoding="utf-8")
+        following.replace(folder / "step")
 
-    with patch.object(training, "_callbacks", noting):
+    with patch.object(Export, "on_train_batch_end", note):
         sys.exit(cli.main(list(words)))
