@@ -8,12 +8,10 @@ from hypothesis import strategies as st
 from tests.search_results import (
     ADAM_WINS,
     ALL_DIVERGED,
-    MIXED,
     NO_REFERENCE,
     TRIALS,
     TUNED,
     UNIFORM,
-    search_result_of,
 )
 from tuner.report.ablation import Ablation, ablations, at_equal_bytes, paired_loss_curve
 from tuner.trials.results import SearchResult
@@ -80,13 +78,6 @@ def test_without_the_configured_settings_nothing_is_compared_with_them() -> None
 def test_diverged_runs_are_not_compared() -> None:
     assert ablations(ALL_DIVERGED) == []
     assert ablations(ADAM_WINS) == []
-
-
-def test_mixed_plans_are_compared_only_at_equal_bytes() -> None:
-    half = replace(MIXED, state_bytes=2 * MIXED.state_bytes)
-    trials = [run for run in TRIALS if run.level is not None]
-    choices = [a.choice for a in ablations(search_result_of(half, UNIFORM, trials=trials))]
-    assert not any("per matrix" in choice for choice in choices)
 
 
 @given(st.integers(1, 10**12), st.lists(st.integers(1, 10**12), max_size=9))

@@ -28,19 +28,14 @@ PLAN = FoldPlan(
 ADAM = replace(PLAN, levels={"a": 0})
 
 
-def test_a_shorter_run_takes_a_higher_rate_and_nothing_else_changes() -> None:
-    assert plan_for_length(PLAN, 600, 600) == PLAN
-    short = plan_for_length(PLAN, 150, 600)
-    assert short.lr == pytest.approx(0.02 * 4**FOLDED_EXPONENT, rel=5e-3)
-    assert replace(short, lr=PLAN.lr) == PLAN
-    rates = [plan_for_length(PLAN, steps, 600).lr for steps in (1200, 600, 300, 150)]
-    assert rates == sorted(set(rates))
-
-
-def test_adam_has_an_exponent_of_its_own() -> None:
-    short = plan_for_length(ADAM, 150, 600)
-    assert short.lr == pytest.approx(0.02 * 4**ADAM_EXPONENT, rel=5e-3)
-    assert short.lr < plan_for_length(PLAN, 150, 600).lr
+@pytest.mark.parametrize(("plan", "exponent"), [(PLAN, FOLDED_EXPONENT), (ADAM, ADAM_EXPONENT)])
+def test_a_shorter_run_takes_a_higher_rate_and_nothing_else_changes(
+    plan: FoldPlan, exponent: float
+) -> None:
+    for steps in (2400, 600, 150):
+        found = plan_for_length(plan, steps, 600)
+        assert found.lr == pytest.approx(0.02 * (600 / steps) ** exponent, rel=5e-3)
+        assert replace(found, lr=plan.lr) == plan
 
 
 def test_the_correction_ends_at_the_largest_ratio_measured() -> None:

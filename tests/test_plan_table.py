@@ -96,13 +96,6 @@ def test_the_table_fits_its_terminal_and_keeps_its_numbers(plan: FoldPlan, width
         assert ["79", *"1122224"] in rows
 
 
-def test_the_table_shows_every_term_and_its_share() -> None:
-    rows = cells(printed())
-    assert [*["logits", "and", "loss", "8.4", "MB", "28.1%"], "#" * 24] in rows
-    assert ["temporary", "buffers", "0", "B", "0.0%"] in rows
-    assert ["predicted", "peak", "29.93", "MB", "100.0%"] in rows
-
-
 def test_the_table_shows_the_memory_options_in_words() -> None:
     text = " ".join(printed().split())
     assert "batch 8 as 2 micro-batches of 4" in text

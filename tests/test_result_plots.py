@@ -113,6 +113,3 @@ def test_finals_with_equal_state_are_drawn_side_by_side() -> None:
     _, finals = draw_losses(search_result_of(MIXED, REFERENCE, UNIFORM, other)).axes
     places = [line.get_xdata()[0] for line in finals.get_lines() if line.get_marker() in ("o", "D")]
     assert len({round(float(place), 6) for place in places}) == 3
-
-
-# ---- the picture of the README

@@ -10,7 +10,6 @@ import pytest
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
-from foam_lightning.memory.account import Accountant
 from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan
 from tuner.planning.planner import BudgetPlanner
@@ -78,25 +77,15 @@ def runner(job: Job) -> FakeRunner:
 
 
 @pytest.fixture(scope="module")
-def accountant(job: Job) -> Accountant:
-    return job.new_accountant()
+def planner(job: Job) -> BudgetPlanner:
+    return BudgetPlanner(job, 24 * 10**9)
 
 
 @pytest.fixture
-def planner(job: Job, accountant: Accountant) -> BudgetPlanner:
-    found = BudgetPlanner(job, 24 * 10**9)
-    found.accountant = accountant
-    return found
-
-
-@pytest.fixture
-def without_adam(job: Job, accountant: Accountant) -> BudgetPlanner:
+def without_adam(planner: BudgetPlanner) -> BudgetPlanner:
     """Make plans for one byte less than level 0 needs with its memory options."""
-    roomy = BudgetPlanner(job, 24 * 10**9)
-    roomy.accountant = accountant
-    found = BudgetPlanner(job, accountant.account(roomy.uniform(0)).peak_bytes - 1)
-    found.accountant = accountant
-    found.__dict__["memory_options"] = roomy.memory_options
+    found = planner.with_budget(planner.accountant.account(planner.uniform(0)).peak_bytes - 1)
+    found.__dict__["memory_options"] = planner.memory_options
     assert found.uniform_levels[0] == 1
     return found
 
@@ -311,14 +300,13 @@ def test_if_every_run_diverges_the_error_says_what_to_lower(
         run_search(planner)
 
 
-@pytest.mark.parametrize("kills", [[1], [2, 0, 9]])
 def test_a_search_that_was_killed_runs_the_plans_of_one_that_was_not(
-    run_search: Search, planner: BudgetPlanner, runner: FakeRunner, kills: list[int]
+    run_search: Search, planner: BudgetPlanner, runner: FakeRunner
 ) -> None:
     undisturbed = run_search(planner, folder="undisturbed")
     expected, runner.runs = runner.runs, []
     done = []
-    for number in kills:
+    for number in (2, 0, 9):
         runner.killed_at = number
         with pytest.raises(KilledError):
             run_search(planner, folder="killed")

@@ -76,12 +76,6 @@ def test_a_uniform_plan_is_compared_with_the_mixed_one_at_its_bytes() -> None:
     assert "level 3" not in text
 
 
-def test_plans_of_other_sizes_are_not_compared() -> None:
-    text = said(search_result_of(MIXED, REFERENCE, HIGHER))
-    assert "equal bytes" not in text
-    assert "level 3" not in text
-
-
 @pytest.mark.parametrize(
     ("folded", "difference"),
     [
