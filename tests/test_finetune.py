@@ -175,19 +175,17 @@ def test_nothing_needs_the_folder_any_more(run: Run, capfd: pytest.CaptureFixtur
         away.rename(run.pretrained)
 
 
-def write_chat(path: Path, number: int) -> Path:
-    lines = [json.dumps({"prompt": f"{i} + {i}?", "response": f"{2 * i}."}) for i in range(number)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def chat_words(words: list[str], chat: Path) -> list[str]:
+def chat_words_for(pretrained: Path, tmp_path: Path) -> list[str]:
+    pairs = [{"prompt": f"{i} + {i}?", "response": "I add."} for i in range(60)]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    words = words_for(pretrained, tmp_path)
     return [*words, "--data.files", str(chat), "--data.chat", "true"]
 
 
 def test_responses_alone_are_learned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pretrained = save_pretrained(tmp_path / "pretrained", "qwen2", template=None)
-    words = chat_words(words_for(pretrained, tmp_path), write_chat(tmp_path / "chat.jsonl", 60))
+    words = chat_words_for(pretrained, tmp_path)
     assert cli.main(["fit", *words]) == 0
     folder = tmp_path / "runs" / "tuned" / "version_0"
     run = Run(pretrained, words, folder)
@@ -211,15 +209,10 @@ def answered(folder: Path, text: str) -> str:
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
     )
-    ids = inputs["input_ids"]
-    written = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=40,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    end = tokenizer.eos_token_id
+    written = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=end)
+    answer = written[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None], ids=["its template", "the plain one"])
@@ -227,10 +220,7 @@ def test_a_prompt_is_what_the_user_says_and_the_answer_ends_with_the_turn(
     template: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pretrained = save_pretrained(tmp_path / "pretrained", "llama-2", template=template)
-    chat = tmp_path / "chat.jsonl"
-    pairs = [{"prompt": f"{i} + {i}?", "response": "I add."} for i in range(60)]
-    chat.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
-    words = [*chat_words(words_for(pretrained, tmp_path), chat), "--trainer.max_steps", "60"]
+    words = [*chat_words_for(pretrained, tmp_path), "--trainer.max_steps", "60"]
     assert cli.main(["fit", *words, "--data.sequence_length", "48"]) == 0
     checkpoint = str(tmp_path / "runs" / "tuned" / "version_0" / "checkpoints" / "last.ckpt")
     generate = ["generate", "--ckpt_path", checkpoint, "--temperature", "0"]

@@ -71,13 +71,9 @@ def _checked(cost_bytes: ArrayLike, damage: ArrayLike) -> tuple[_Ints, _Floats]:
             "cost_bytes and damage must be tables of one shape with one row per matrix, "
             f"got {costs.shape} and {damages.shape}"
         )
-    if costs.dtype.kind not in "iu":
-        raise ValueError(f"cost_bytes must hold whole numbers, got {costs.dtype}; round them up")
-    if costs.min() < 0 or int(costs.max()) * len(costs) > _EXACT_FLOAT:
-        raise ValueError(
-            f"cost_bytes must lie between 0 and {_EXACT_FLOAT // len(costs)}, "
-            f"got {costs.min()} to {costs.max()}"
-        )
+    limit = _EXACT_FLOAT // len(costs)
+    if costs.dtype.kind not in "iu" or not 0 <= costs.min() <= costs.max() <= limit:
+        raise ValueError(f"cost_bytes must hold whole numbers from 0 to {limit}; round up")
     if not (np.isposinf(damages) | (np.abs(damages) <= 1e300)).all():
         raise ValueError("damage must lie between -1e300 and 1e300, or be inf where not allowed")
     if (closed := np.isposinf(damages).all(axis=1)).any():
