@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -110,11 +109,6 @@ def test_memory_options_that_adam_would_need_are_named() -> None:
     for words in ("8 micro-batches of 1", "chunked loss off", "activation checkpointing on"):
         assert words in last
     assert "gradient release" not in last
-
-
-def test_a_plan_found_on_a_proxy_model_says_so() -> None:
-    winner = replace(MIXED, plan=replace(MIXED.plan, proxy_model={"hidden_size": 64}))
-    assert "proxy model of hidden size 64" in said(search_result_of(winner, REFERENCE))
 
 
 def test_a_longer_full_run_gets_a_prediction() -> None:
