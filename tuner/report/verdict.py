@@ -73,7 +73,9 @@ def verdict(search_result: SearchResult, adam: AdamRequirement, full_steps: int)
         compared = " and ".join(_compare(winner.against(c), name) for c, name in others)
         lines.append(f"Validation loss: {compared} ({runs}).")
     if search_result.reference is None:
-        lines.append("Not compared with Adam: none of its runs finished.")
+        was_run = any(trial.level == 0 for trial in search_result.trials)
+        reason = "every run of it diverged" if was_run else "neither it nor a proxy model fits"
+        lines.append(f"Not compared with Adam: {reason}.")
     lines.append(f"Plan: {winner.label}, {_state(winner, search_result)}.")
     lines.append(_adam_in_words(adam, winner.plan.memory_options))
     if full_steps > steps and others:
