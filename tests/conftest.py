@@ -12,7 +12,7 @@ from hypothesis import settings
 from foam_lightning.job import Job
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.training import train
-from tests.runs import Finished, open_folder, small
+from tests.support.runs import Finished, open_folder, small
 from tuner.planning.planner import BudgetPlanner
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)

@@ -10,8 +10,8 @@ import torch
 
 import cli
 from tests.bad_input import CASES, Case
-from tests.pretrained import save_pretrained, save_tokenizer
-from tests.tiny import write_settings
+from tests.support.pretrained import save_pretrained, save_tokenizer
+from tests.support.tiny import write_settings
 from tuner.config import parser as settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself

@@ -15,7 +15,7 @@ from rich.console import Console
 import cli
 from foam_lightning.errors import InfeasibleBudgetError
 from foam_lightning.units import ByteSize, at_least
-from tests.tiny import REPOSITORY, write_settings
+from tests.support.tiny import REPOSITORY, write_settings
 from tuner.config.help import command_help, general_help
 from tuner.config.options import COMMANDS, options_of
 from tuner.config.parser import make_parser, parse

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
-from tests.tiny import write_settings
+from tests.support.tiny import write_settings
 from tuner.trials.workers import Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import cli
-from tests.pretrained import (
+from tests.support.pretrained import (
     CHAT_TEMPLATE,
     FAMILIES,
     TEXT,

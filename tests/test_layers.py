@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.structure import cycles, import_graph, imports, package_of, source_files
-from tests.tiny import REPOSITORY as ROOT
+from tests.support.tiny import REPOSITORY as ROOT
 
 FILES = source_files(ROOT)
 GRAPH = import_graph(ROOT)

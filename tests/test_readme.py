@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import REPOSITORY
+from tests.support.tiny import REPOSITORY
 from tuner.config.early_checks import check_command_line, default_config
 from tuner.config.options import COMMANDS
 from tuner.config.parser import parse

@@ -8,7 +8,7 @@ import yaml
 from transformers import LlamaConfig
 
 from foam_lightning.units import format_bytes
-from tests.tiny import REPOSITORY
+from tests.support.tiny import REPOSITORY
 from tuner.config.early_checks import default_config
 from tuner.config.parser import Settings, parse
 from tuner.planning.planner import BudgetPlanner

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from tests.tiny import write_settings
+from tests.support.tiny import write_settings
 from tuner.config.parser import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself

@@ -16,9 +16,9 @@ import cli
 from foam_lightning.data.chat import encode_chat
 from foam_lightning.errors import ConfigError, DataError
 from foam_lightning.model.pretrained import parse_config
-from tests.pretrained import save_pretrained, save_tokenizer
+from tests.support.pretrained import save_pretrained, save_tokenizer
+from tests.support.tiny import REPOSITORY, write_settings
 from tests.test_layers import FILES, path_id
-from tests.tiny import REPOSITORY, write_settings
 from tuner.config.allowed_classes import CALLBACKS
 from tuner.config.early_checks import check_config
 from tuner.config.parser import parse

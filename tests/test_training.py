@@ -20,7 +20,7 @@ from foam_lightning.errors import CheckpointError
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train, versions
-from tests.runs import STEPS, Finished, NewJob, open_folder, small, validation_loss
+from tests.support.runs import STEPS, Finished, NewJob, open_folder, small, validation_loss
 
 
 def test_training_returns_its_results(finished: Finished) -> None:

@@ -14,8 +14,8 @@ from foam_lightning.plan import FoldPlan, MemoryOptions
 
 # The key in a checkpoint for what differs by rank, a list: its position in the data, and its RNGs.
 RANKS = "ranks"
-# Private to Lightning; checked with 2.6. tests/test_exact_resume.py and tests/test_distributed.py
-# fail if they change.
+# Private to Lightning; checked with 2.6. tests/callbacks/test_exact_resume.py and
+# tests/distributed/test_distributed.py fail if they change.
 _COUNTS = "epoch_loop.batch_progress"
 
 

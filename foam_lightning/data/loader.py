@@ -1,8 +1,8 @@
 """Data loaders and samplers that resume exactly, also in the middle of an epoch.
 
 Uses a private part of torchdata, checked on torchdata 0.11: the keys `_snapshot`, `_main_snapshot`
-and `_num_workers` of the state of `StatefulDataLoader`. tests/test_data_module.py fails when they
-change.
+and `_num_workers` of the state of `StatefulDataLoader`. tests/data/test_data_module.py fails when
+they change.
 """
 
 import warnings

@@ -31,7 +31,8 @@ class SingleCopyDDP(DDPStrategy):
         for parameter in parameters:
             parameter.grad = None  # or the first buckets would stay allocated
         # torch does this once, at the second forward pass, in the order of the gradients it saw.
-        # Private; checked with torch 2.13. The peaks in tests/test_distributed.py depend on it.
+        # Private; checked with torch 2.13. The peaks in tests/distributed/test_distributed.py
+        # depend on it.
         model.reducer._rebuild_buckets()
         _average_zeros(model, parameters)
         self._views = [(p, p.grad) for p in parameters if p.grad is not None]

@@ -2,7 +2,7 @@
 
 Uses private parts of torch, checked on torch 2.13: `torch._dynamo.maybe_mark_dynamic`,
 `torch._dynamo.exc.TorchDynamoException`, `torch.utils._triton.has_triton` and the option
-`isolate_recompiles`, which torch's stubs lack. tests/test_kernels.py fails when one changes.
+`isolate_recompiles`, which torch's stubs lack. tests/optim/test_kernels.py fails when one changes.
 """
 
 import logging

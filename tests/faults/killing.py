@@ -24,7 +24,7 @@ from lightning.pytorch import Trainer
 import cli
 from foam_lightning.callbacks.export import Export
 from foam_lightning.checkpoint.load import find_intact_checkpoint
-from tests.tiny import write_settings
+from tests.support.tiny import write_settings
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(

@@ -8,8 +8,8 @@ import cli
 from foam_lightning.errors import BusyError
 from foam_lightning.storage.run_folder import RunFolder
 from tests.faults.limits import files_up_to
-from tests.runs import Finished
-from tests.tiny import write_settings
+from tests.support.runs import Finished
+from tests.support.tiny import write_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

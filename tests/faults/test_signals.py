@@ -17,8 +17,8 @@ from foam_lightning.job import Job
 from foam_lightning.signals import Interrupted, handle_signals
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import TrainingResult, train
-from tests.runs import STEPS, Finished, NewJob, open_folder, small
-from tests.tiny import write_settings
+from tests.support.runs import STEPS, Finished, NewJob, open_folder, small
+from tests.support.tiny import write_settings
 from tuner.trials.runner import TrialRunner
 
 

@@ -21,11 +21,11 @@ from foam_lightning.data import loader
 from foam_lightning.errors import CheckpointError
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train
+from tests.data.test_streamed_run import streamed_settings
 from tests.faults.limits import files_up_to
-from tests.runs import Finished, NewJob, open_folder, small
-from tests.test_streamed_run import streamed_settings
+from tests.support.runs import Finished, NewJob, open_folder, small
+from tests.support.tiny import write_settings
 from tests.test_training import StopAfter, StopError
-from tests.tiny import write_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

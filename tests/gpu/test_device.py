@@ -1,4 +1,4 @@
-"""The memory cap and the calibration on a real GPU; tests/test_device.py simulates one."""
+"""The memory cap and the calibration on a real GPU; tests/memory/test_device.py simulates one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""State in host memory with a real GPU; tests/test_offload.py simulates elsewhere."""
+"""State in host memory with a real GPU; tests/optim/test_offload.py simulates elsewhere."""
 
 import pytest
 import torch
