@@ -37,7 +37,7 @@ def test_bytes_in_closed_form_equal_the_bytes_allocated(shape, level, dtype):
 
 
 def test_int8_takes_a_byte_a_value_and_a_scale_for_256_of_a_row():
-    assert state_bytes((6, 1200), 2, torch.int8) == 2 * 6 * (300 + 2 * 4)
+    assert state_bytes((6, 2048), 2, torch.int8) == 2 * 6 * (512 + 2 * 4)
     assert state_bytes((6, 4), 2, torch.int8) == state_bytes((6, 4), 2, torch.float32)
 
 
