@@ -212,11 +212,12 @@ class Accountant:
         in_passes = inputs + gradients if accumulates else max(inputs, gradients)
         return self.context + sum(persistent.values()) + in_passes
 
-    def replay_allocator(self, plan: FoldPlan) -> AllocatorPeaks:
+    def replay_allocator(self, plan: FoldPlan, *, expandable: bool = False) -> AllocatorPeaks:
         """Replay the caching allocator over two steps, without the workspace of cuBLAS.
 
         Args:
             plan: A plan whose layers all have the same levels.
+            expandable: Whether the allocator uses expandable segments.
         """
         shapes = self._shapes
         updates = []
@@ -227,7 +228,8 @@ class Accountant:
         itemsize = weight_dtype(self._precision).itemsize
         weights = [math.prod(shape) * itemsize for shape in shapes.values()]
         step = self._traced_passes(plan.memory_options).events
-        return replay(two_steps([*weights, *self._buckets], step, updates))
+        kept_whole = [*weights, *self._buckets]
+        return replay(two_steps(kept_whole, step, updates), expandable=expandable)
 
     def state_change(self, plan: FoldPlan, slack_bytes: int) -> int:
         """Convert a change of the peak into the change of the state that causes it.

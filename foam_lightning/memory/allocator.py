@@ -69,13 +69,15 @@ class AllocatorPeaks(NamedTuple):
     reserved: int
 
 
-def replay(events: Events) -> AllocatorPeaks:
+def replay(events: Events, *, expandable: bool = False) -> AllocatorPeaks:
     """Replay allocations and frees, starting with an empty allocator.
 
     Args:
         events: The requests; a block of 0 bytes needs no memory.
+        expandable: Replay `expandable_segments`: a pool is one segment that grows at its end, by
+            pages of 2 MiB or 20 MiB, and any free part of it serves any size.
     """
-    small, large = _Pool(is_small=True), _Pool(is_small=False)
+    small, large = _Pool(is_small=True, expandable=expandable), _Pool(False, expandable)
     alive: dict[int, tuple[_Pool, _Block]] = {}
     sizes = events.sizes
     requested = allocated = most_requested = most_allocated = 0
@@ -173,11 +175,13 @@ class _Block:
 class _Pool:
     """The segments of one pool, and its free blocks."""
 
-    def __init__(self, *, is_small: bool) -> None:
+    def __init__(self, is_small: bool, expandable: bool) -> None:
         self.reserved = 0
         self._page = _SMALL_SEGMENT if is_small else _LARGE_SEGMENT
         # A smaller rest stays part of the block.
-        self._min_rest = _ROUNDING if is_small else _MAX_SMALL + 1
+        self._min_rest = _ROUNDING if is_small or expandable else _MAX_SMALL + 1
+        self._expandable = expandable
+        self._last: _Block | None = None  # in the expandable segment
         self._order: list[tuple[int, int]] = []  # of free blocks: size, address
         self._free_blocks: dict[int, _Block] = {}  # by address
 
@@ -187,13 +191,15 @@ class _Pool:
         if best < len(self._order):
             block = self._free_blocks.pop(self._order.pop(best)[1])
         else:
-            block = self._new_segment(size)
+            block = self._grow(size) if self._expandable else self._new_segment(size)
         block.is_free = False
         if block.size - size >= self._min_rest:
             rest = _Block(block.size - size, block.address + size)
             rest.before, rest.after = block, block.after
             if block.after is not None:
                 block.after.before = rest
+            if block is self._last:
+                self._last = rest
             block.after, block.size = rest, size
             self._add(rest)
         return block
@@ -213,6 +219,19 @@ class _Pool:
         self.reserved += length
         return block
 
+    def _grow(self, size: int) -> _Block:
+        last = self._last
+        missing = size - (last.size if last is not None and last.is_free else 0)
+        pages = _Block(_round_up(missing, self._page), self.reserved)
+        self.reserved += pages.size
+        pages.before = last
+        if last is not None:
+            last.after = pages
+            if last.is_free:
+                pages = self._merge(last, pages)
+        self._last = pages
+        return pages
+
     def _merge(self, first: _Block, second: _Block) -> _Block:
         for block in (first, second):
             if block.is_free:
@@ -221,6 +240,8 @@ class _Pool:
         first.after = second.after
         if second.after is not None:
             second.after.before = first
+        if second is self._last:
+            self._last = first
         return first
 
     def _add(self, block: _Block) -> None:

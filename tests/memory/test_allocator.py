@@ -19,6 +19,13 @@ from foam_lightning.memory.tracker import StorageTracker
 KiB, MiB = 2**10, 2**20
 
 
+def allocations(*sizes: int) -> Events:
+    events = Events()
+    for size in sizes:
+        events.allocate(size)
+    return events
+
+
 def events_of(*steps: int) -> Events:
     """Make events of sizes to allocate, and of -1 - n to free block n."""
     events = Events()
@@ -30,8 +37,8 @@ def events_of(*steps: int) -> Events:
     return events
 
 
-def reserved(*steps: int) -> int:
-    return replay(events_of(*steps)).reserved
+def reserved(*steps: int, expandable: bool = False) -> int:
+    return replay(events_of(*steps), expandable=expandable).reserved
 
 
 def test_nothing_needs_no_memory() -> None:
@@ -57,7 +64,7 @@ def test_nothing_needs_no_memory() -> None:
     ],
 )
 def test_one_block_is_rounded_and_has_a_segment(size: int, allocated: int, segment: int) -> None:
-    assert replay(events_of(size)) == AllocatorPeaks(size, allocated, segment)
+    assert replay(allocations(size)) == AllocatorPeaks(size, allocated, segment)
 
 
 def test_small_blocks_share_a_segment() -> None:
@@ -71,7 +78,7 @@ def test_medium_blocks_share_a_segment_down_to_a_rest_of_one_mebibyte() -> None:
     assert reserved(9 * MiB, 9 * MiB, 2 * MiB) == 20 * MiB
     assert reserved(9 * MiB, 9 * MiB, 2 * MiB, 2 * MiB) == 40 * MiB
     # 1 MiB is left of the segment, which nothing of the large pool could use.
-    assert replay(events_of(10 * MiB - 512, 9 * MiB + 512)).allocated == 20 * MiB
+    assert replay(allocations(10 * MiB - 512, 9 * MiB + 512)).allocated == 20 * MiB
 
 
 def test_pools_do_not_mix() -> None:
@@ -96,6 +103,19 @@ def test_free_neighbours_are_merged_in_any_order() -> None:
 
 def test_segments_are_not_merged() -> None:
     assert reserved(10 * MiB, 10 * MiB, -1, -2, 20 * MiB) == 40 * MiB
+
+
+def test_an_expandable_segment_grows_at_its_end() -> None:
+    assert reserved(10 * MiB, 10 * MiB, -1, -2, 20 * MiB, expandable=True) == 20 * MiB
+    assert reserved(11 * MiB, expandable=True) == 20 * MiB
+    # The free end of 9 MiB is used before pages are added.
+    assert reserved(11 * MiB, 29 * MiB, expandable=True) == 40 * MiB
+    assert reserved(11 * MiB, 29 * MiB + 1, expandable=True) == 60 * MiB
+    assert reserved(MiB, MiB, 1, expandable=True) == 4 * MiB
+    # A hole in the middle serves what fits it, and only that.
+    hole = (20 * MiB, 20 * MiB, 20 * MiB, -2)
+    assert reserved(*hole, 12 * MiB, 8 * MiB, expandable=True) == 60 * MiB
+    assert reserved(*hole, 21 * MiB, expandable=True) == 100 * MiB
 
 
 SIZES = st.one_of(st.integers(0, 4 * KiB), st.integers(0, 3 * MiB), st.integers(0, 30 * MiB))
@@ -129,9 +149,9 @@ def repeated(events: Events, times: int) -> Events:
     return found
 
 
-@given(some_events())
-def test_reserved_covers_allocated_covers_requested(events: Events) -> None:
-    usage = replay(events)
+@given(some_events(), st.booleans())
+def test_reserved_covers_allocated_covers_requested(events: Events, expandable: bool) -> None:
+    usage = replay(events, expandable=expandable)
     deltas = [events.sizes[c] if c >= 0 else -events.sizes[~c] for c in events.changes]
     assert usage.requested == max(accumulate(deltas, initial=0))
     assert usage.requested <= usage.allocated <= usage.reserved
@@ -139,11 +159,14 @@ def test_reserved_covers_allocated_covers_requested(events: Events) -> None:
     assert usage.reserved % (2 * MiB) == 0
 
 
-@given(st.integers(1, 30 * MiB), st.integers(2, 4), st.data())
-def test_a_second_round_reserves_nothing_more(size: int, times: int, data: st.DataObject) -> None:
+@given(st.integers(1, 30 * MiB), st.booleans(), st.integers(2, 4), st.data())
+def test_a_second_round_reserves_nothing_more(
+    size: int, expandable: bool, times: int, data: st.DataObject
+) -> None:
     # Blocks of one size; those of many may come to lie otherwise, and leave holes, the next time.
     events = data.draw(some_events(st.just(size)))
-    assert replay(repeated(events, times)) == replay(repeated(events, 1))
+    once = replay(repeated(events, 1), expandable=expandable)
+    assert replay(repeated(events, times), expandable=expandable) == once
 
 
 # ---- the events of a training step
