@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.benchmarks.loss_against_bytes import PAGE, draw, read_points
 from tests.support.tiny import REPOSITORY
 from tuner.config.early_checks import check_command_line, default_config
 from tuner.config.options import COMMANDS
@@ -199,3 +200,11 @@ def test_the_stated_resolution_of_the_finals_is_that_of_the_prediction() -> None
             Difference(gap, 0.014), to_adam=False, num_steps=600, full_steps=2400
         )
         assert (predicted.mean > predicted.half_width) == is_told
+
+
+def test_the_picture_of_losses_draws_its_page() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    tuned = read_points(page)["tuned"]
+    assert [(p.share, p.loss) for p in tuned] == [(0.5, 3.0230), (0.25, 3.0214), (0.125, 3.0833)]
+    drawn = [text.get_text() for text in draw(page).axes[0].texts]
+    assert {f"{p.to_adam}" for p in tuned} <= set(drawn)
