@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,17 @@ from foam_lightning.errors import CheckpointError
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train, versions
-from tests.support.runs import STEPS, Finished, NewJob, open_folder, small, validation_loss
+from tests.support.runs import (
+    STEPS,
+    Finished,
+    NewJob,
+    StopAfter,
+    StopError,
+    final_weights,
+    open_folder,
+    small,
+    validation_loss,
+)
 
 
 def test_training_returns_its_results(finished: Finished) -> None:
@@ -71,26 +80,6 @@ def test_the_exported_folder_has_the_loss_of_the_run(finished: Finished) -> None
     model = AutoModelForCausalLM.from_pretrained(folder.hf)
     found = validation_loss(model.model, model.lm_head, job)
     assert found == pytest.approx(trained.final_validation_loss, abs=1e-3)
-
-
-class StopError(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    """Raise in the middle of a run, like a process that is killed."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self._step:
-            raise StopError
-
-
-def final_weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = read_checkpoint(folder.last_checkpoint)["state_dict"]
-    return weights
 
 
 def test_a_killed_run_resumes_exactly(finished: Finished, new_job: NewJob, tmp_path: Path) -> None:

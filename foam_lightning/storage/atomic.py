@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import BusyError, CheckpointError, first_line, is_disk_error
+from foam_lightning.storage.locks import file_lock
 
 
 @contextmanager
@@ -110,8 +111,7 @@ def write_folder(folder: Path, *parts: Callable[[Path], object]) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing a folder; raise BusyError if one does."""
     path = folder.with_name(f".{folder.name}.lock")
-    # Without flock(2) the lock would be a file that exists, which outlives a killed process.
-    lock = FileLock(path, fallback_to_soft=False)
+    lock = file_lock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout as error:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import BusyError, ConfigError
 from foam_lightning.storage.atomic import atomic_path, write_json, write_text
+from foam_lightning.storage.locks import file_lock
 
 # How long a rank waits until the first one has created the folder, and how often it checks.
 _TIMEOUT_SECONDS = 600.0
@@ -104,8 +105,7 @@ class RunFolder:
         if not is_first_process():
             yield
             return
-        # Without flock(2) the lock would be a file that exists, which outlives a killed process.
-        lock = FileLock(self.path / ".training.lock", fallback_to_soft=False)
+        lock = file_lock(self.path / ".training.lock")
         try:
             lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS, poll_interval=_POLL_SECONDS)
         except Timeout as error:

@@ -19,8 +19,7 @@ from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
 from tests.support.fake_gpu import FakeGpu
-from tests.support.runs import NewJob
-from tests.test_training import StopAfter, StopError
+from tests.support.runs import NewJob, StopAfter, StopError
 
 
 @pytest.fixture

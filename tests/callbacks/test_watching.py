@@ -21,8 +21,7 @@ from foam_lightning.model.roles import ROLES
 from foam_lightning.module import LlamaFoam
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import TrainingResult, describe_plan, train
-from tests.support.runs import STEPS, NewJob, open_folder, small
-from tests.test_training import StopAfter, StopError
+from tests.support.runs import STEPS, NewJob, StopAfter, StopError, open_folder, small
 
 BUDGET = 24_000_000
 

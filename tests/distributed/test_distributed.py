@@ -36,10 +36,9 @@ from tests.support.resumed import (
     same,
     stoppable,
 )
-from tests.support.runs import QUIET, NewJob
+from tests.support.runs import QUIET, NewJob, StopAfter, StopError
 from tests.support.tiny import REPOSITORY, write_settings
 from tests.support.unequal import BATCH, job_of_unequal_rows, trained
-from tests.test_training import StopAfter, StopError
 
 STOPPED_AFTER = 3
 TIMEOUT_SECONDS = 600

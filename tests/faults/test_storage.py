@@ -23,9 +23,8 @@ from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.training import train
 from tests.data.test_streamed_run import streamed_settings
 from tests.faults.limits import files_up_to
-from tests.support.runs import Finished, NewJob, open_folder, small
+from tests.support.runs import Finished, NewJob, StopAfter, StopError, open_folder, small
 from tests.support.tiny import write_settings
-from tests.test_training import StopAfter, StopError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens libraries itself
 

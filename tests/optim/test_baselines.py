@@ -12,10 +12,8 @@ from foam_lightning.optim import baselines, low_rank
 from foam_lightning.optim.baselines import OPTIMIZERS, BaselineSettings, create_baseline
 from foam_lightning.optim.plain_state import measure_state_bytes
 from foam_lightning.training import train
-from tests.optim.test_gradient_release import assert_same
-from tests.support.runs import open_folder, small
-from tests.support.training import through_a_file
-from tests.test_training import StopAfter, StopError, final_weights
+from tests.support.runs import StopAfter, StopError, final_weights, open_folder, small
+from tests.support.training import assert_same, through_a_file
 
 NEEDS_TORCHAO = pytest.mark.skipif(
     find_spec("torchao") is None, reason="torchao is not in the extra dev, but in baselines"

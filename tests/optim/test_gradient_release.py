@@ -5,14 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from foam_lightning import FOAM
 from foam_lightning.errors import ConfigError
 from foam_lightning.optim.gradient_release import release_gradients
-from tests.test_training import StopError
+from tests.support.runs import StopError
+from tests.support.training import assert_same
 
 
 def plain(block, hidden):
@@ -68,21 +69,6 @@ def groups(net, **options):
     matrices = [p for p in net.parameters() if p.ndim == 2]
     rest = [p for p in net.parameters() if p.ndim < 2]
     return [{"params": matrices, **options}, {"params": rest, "lr": 0.03}]
-
-
-def assert_same(left, right):
-    """Compare to the last bit what a `state_dict` may hold."""
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    elif isinstance(left, Tensor):
-        assert torch.equal(left, right)
-    else:
-        assert left == right
 
 
 @given(

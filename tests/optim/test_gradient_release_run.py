@@ -12,10 +12,9 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
 from foam_lightning.training import train
-from tests.optim.test_gradient_release import assert_same
 from tests.support.pretrained import save_tokenizer
-from tests.support.runs import STEPS, open_folder, small
-from tests.test_training import StopAfter, StopError, final_weights
+from tests.support.runs import STEPS, StopAfter, StopError, final_weights, open_folder, small
+from tests.support.training import assert_same
 from tuner.planning.planner import BudgetPlanner
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from foam_lightning import FOAM
 from foam_lightning.optim.gradient_release import release_gradients
 from foam_lightning.optim.offload import HostState, host_memory_options, state_on_device
+from tests.support.runs import StopError
 from tests.support.second_device import AWAY, AwayTensor, SecondDevice, here
 from tests.support.training import (
     all_equal,
@@ -22,7 +23,6 @@ from tests.support.training import (
     through_a_file,
     train,
 )
-from tests.test_training import StopError
 
 BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 CPU = torch.device("cpu")

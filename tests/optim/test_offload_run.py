@@ -11,9 +11,8 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.offload import HostState
 from foam_lightning.plan import MemoryOptions
 from foam_lightning.training import train
-from tests.optim.test_gradient_release import assert_same
-from tests.support.runs import open_folder, small
-from tests.test_training import StopAfter, StopError, final_weights
+from tests.support.runs import StopAfter, StopError, final_weights, open_folder, small
+from tests.support.training import assert_same
 
 MESSAGE = r"model\.state_offload .*trainer\.accelerator"
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 
+from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.job import Job
 from foam_lightning.model.loss import token_loss
 from foam_lightning.plan import FoldPlan
@@ -48,3 +50,23 @@ def validation_loss(model: Any, head: Any, job: Job) -> float:
             total, num_tokens = token_loss(hidden, head, batch["labels"])
         nats, count = nats + float(total), count + int(num_tokens)
     return nats / count
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAfter(Callback):
+    """Raise in the middle of a run, like a process that is killed."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            raise StopError
+
+
+def final_weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = read_checkpoint(folder.last_checkpoint)["state_dict"]
+    return weights

@@ -20,6 +20,7 @@ from foam_lightning.storage.atomic import write_text
 from foam_lightning.units import format_bytes
 from tuner.comparison.compare import MAX_RATES, MIN_RATES, Comparison, OptimizerResult
 from tuner.comparison.profile import machine, packages
+from tuner.report.markdown import markdown_table
 from tuner.report.plan_table import ByWidth
 from tuner.report.style import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, add_grid, new_figure, save
 
@@ -130,20 +131,16 @@ def _page(found: Comparison, command: str, seed: int, picture: str) -> str:
         f"- {machine()}",
         f"- foam-lightning {__version__}, {packages('torch', 'torchao', 'pytorch-optimizer')}",
         "",
-        *_markdown(_COLUMNS, _rows(found)),
+        markdown_table(_COLUMNS, _rows(found)),
         "",
         *(line for note in notes for line in (note, "")),
         f"![Validation loss against optimizer state and learning rate]({picture})",
         "",
         "Validation loss on the first seed by learning rate:",
         "",
-        *_markdown(("optimizer", "lr: loss"), [(r.name, _grid(r)) for r in found.results]),
+        markdown_table(("optimizer", "lr: loss"), [(r.name, _grid(r)) for r in found.results]),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
 def _rows(found: Comparison) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from foam_lightning.storage.atomic import write_text
 from foam_lightning.units import format_bytes
 from tuner.planning.scales import describe_scales, scale_rows
 from tuner.report.ablation import Ablation, ablations
+from tuner.report.markdown import markdown_table
 from tuner.report.plan_plots import draw_plan
 from tuner.report.plan_table import TERM_NAMES, describe_levels, level_grid, level_rows
 from tuner.report.result_plots import draw_ablation, draw_curves, draw_losses
@@ -106,7 +107,7 @@ def _finals_section(search_result: SearchResult) -> list[str]:
         f"## Finals\n\nRuns of {search_result.budget.final_steps} steps on seeds that the search "
         f"did not use, evaluated on {sum(run.num_tokens)} tokens in {len(run.num_tokens)} batches. "
         "The chosen plan is in bold.",
-        _markdown_table(
+        markdown_table(
             ["plan", "optimizer state", "seeds", "validation loss", *columns, "lr", "scales"], rows
         ),
         "Optimizer state is that of the matrices that FOAM folds. Losses are in nats per token. "
@@ -144,7 +145,7 @@ def _ablation_section(found: Sequence[Ablation]) -> list[str]:
         "## Effect of each choice\n\nPairs of runs that differ in one choice; below zero, the "
         "choice helped. The best of several short runs was picked by the losses compared here, "
         "which favours it; the finals ran on other seeds.",
-        _markdown_table(["choice", "with it", "without it", "steps x seeds", "difference"], rows),
+        markdown_table(["choice", "with it", "without it", "steps x seeds", "difference"], rows),
         "![Effect of each choice](ablation.png)",
     ]
 
@@ -163,7 +164,7 @@ def _trials_section(search_result: SearchResult) -> list[str]:
     return [
         f"## Short runs\n\nRuns of {search_result.budget.steps} steps on one seed, each with a "
         f"complete schedule.{_proxy_scales(search_result.winner.plan)}",
-        _markdown_table(["run", "stage", "level", "optimizer state", "validation loss"], rows),
+        markdown_table(["run", "stage", "level", "optimizer state", "validation loss"], rows),
     ]
 
 
@@ -182,7 +183,7 @@ def _levels_section(winner: Candidate) -> list[str]:
     rows = level_rows(levels)
     return [
         "## Fold levels of the chosen plan",
-        *([_markdown_table(["layers", *ROLES], rows)] if rows else []),
+        *([markdown_table(["layers", *ROLES], rows)] if rows else []),
         *describe_levels(levels),
     ]
 
@@ -192,7 +193,7 @@ def _scales_section(winner: Candidate) -> list[str]:
     return [
         "## Scales of the chosen plan\n\nThe learning rate of a matrix is its scale times "
         f"{winner.plan.lr:g} (the peak); all other parameters use {winner.plan.lr:g} itself.",
-        _markdown_table(["level", *ROLES], rows)
+        markdown_table(["level", *ROLES], rows)
         if rows
         else f"Every matrix at scale {describe_scales(winner.plan)}.",
     ]
@@ -208,14 +209,9 @@ def _memory_section(accounts: Mapping[str, Account], budget_bytes: int) -> list[
     return [
         "## Memory\n\nPredicted for each device, at the moment of the peak; the budget is "
         f"{format_bytes(budget_bytes)}.",
-        _markdown_table(["term", *labels], [*rows, ["**peak**", *peaks]]),
+        markdown_table(["term", *labels], [*rows, ["**peak**", *peaks]]),
         "![Memory and fold levels of the chosen plan](plan.png)",
     ]
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _state_in_words(num_bytes: int, adam_bytes: int) -> str:

@@ -73,14 +73,13 @@ class CachedRunner:
 
     def key(self, plan: FoldPlan, num_steps: int, seed: int) -> str:
         """Return the `trial_key` of a plan for the full run on a run of another length."""
-        as_run = plan_for_length(plan, num_steps, self.job.trainer.max_steps)
-        return trial_key(self.job_key, as_run, num_steps=num_steps, seed=seed)
+        return self._key(self._at_length(plan, num_steps), num_steps, seed)
 
     def run(self, plan: FoldPlan, num_steps: int, seed: int) -> TrialResult:
         """Run a plan, unless its result is there."""
-        key = self.key(plan, num_steps, seed)
+        as_run = self._at_length(plan, num_steps)
+        key = self._key(as_run, num_steps, seed)
         if key not in self._results:
-            as_run = plan_for_length(plan, num_steps, self.job.trainer.max_steps)
             self._results[key] = self._runner.run(as_run, num_steps=num_steps, seed=seed)
             self._run_here.add(key)
         return self._results[key]
@@ -95,6 +94,12 @@ class CachedRunner:
             self._on_steps(num_steps)
         self._run_here.discard(key)
         self._on_run(description, result.loss)
+
+    def _at_length(self, plan: FoldPlan, num_steps: int) -> FoldPlan:
+        return plan_for_length(plan, num_steps, self.job.trainer.max_steps)
+
+    def _key(self, as_run: FoldPlan, num_steps: int, seed: int) -> str:
+        return trial_key(self.job_key, as_run, num_steps=num_steps, seed=seed)
 
 
 def job_key(job: Job) -> str:

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Self
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.storage.atomic import write_text
+from foam_lightning.storage.locks import file_lock
 
 Task = Literal["tune", "fit"]
 _TASKS = ("tune", "fit")  # `fit` does all that `tune` does, and more
@@ -49,8 +50,8 @@ class Worker:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._say = say
         self._last_wait: str | None = None
-        self._own_lock = _lock(self._lock_file(self.name))
-        self._turn_lock = _lock(self._folder / "turn.lock")
+        self._own_lock = file_lock(self._lock_file(self.name))
+        self._turn_lock = file_lock(self._folder / "turn.lock")
 
     def __enter__(self) -> Self:
         """Join the workers, and lead if no other worker is alive."""
@@ -86,7 +87,7 @@ class Worker:
         if not path.exists():
             return False
         try:
-            with _lock(path).acquire(blocking=False):
+            with file_lock(path).acquire(blocking=False):
                 path.unlink(missing_ok=True)
         except Timeout:
             return True
@@ -131,11 +132,6 @@ class Worker:
 
     def _lock_file(self, name: str) -> Path:
         return self._folder / f"{name}.lock"
-
-
-def _lock(path: Path) -> FileLock:
-    # The fallback without flock is a plain file, which would outlive a process that was killed.
-    return FileLock(path, fallback_to_soft=False)
 
 
 def _rank(name: str) -> int:
