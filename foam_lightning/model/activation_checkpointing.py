@@ -1,11 +1,18 @@
-"""Activation checkpointing of decoder layers, whole or selective."""
+"""Activation checkpointing of decoder layers, whole or selective.
+
+Checked on torch 2.11 and 2.13, and on transformers 5.17 and newer.
+"""
 
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -55,17 +62,25 @@ def checkpoint_layers(model: "LlamaForCausalLM", *, selective: bool) -> None:
         layer = model.model.layers[0]
         num_linear = sum(isinstance(part, torch.nn.Linear) for part in layer.modules())
         settings["context_fn"] = partial(_selective_contexts, num_linear)
-    model.activation_checkpointing_enable(settings)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(settings)
+    else:  # transformers 5.17
+        model.gradient_checkpointing_enable(settings)
 
 
 def _selective_contexts(num_linear: int) -> tuple[Any, Any]:
     """Create the contexts of one pass through a layer, for forward and for recomputation."""
-    numbers = count(1)  # of the linear layers; `down_proj` is the last
+    # Number the linear layers; `down_proj` is the last. torch 2.11 calls `choose` in forward and
+    # again in recomputation, newer versions only in forward.
+    numbers = {False: count(1), True: count(1)}
 
-    def choose(_context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:
-        is_saved = (
-            next(numbers) < num_linear if operator in _LINEAR_OPS else operator in _ATTENTION_OPS
-        )
+    def choose(
+        context: SelectiveCheckpointContext, operator: object, *_: object, **__: object
+    ) -> CheckpointPolicy:
+        if operator in _LINEAR_OPS:
+            is_saved = next(numbers[context.is_recompute]) < num_linear
+        else:
+            is_saved = operator in _ATTENTION_OPS
         return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.MUST_RECOMPUTE
 
     forward, recomputing = create_selective_checkpoint_contexts(choose)
