@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -20,12 +19,10 @@ from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
 from tests.benchmarks.combinations import FOREACH, LEVELS, Combination
-from tests.benchmarks.heading import ROOT
-from tuner.config.parser import parse
+from tests.benchmarks.token_job import TokenJob, read_job
 
 MOST_TOKENS = {"cpu": 128, "cuda": 2**20}  # in a row: a CPU takes minutes for longer ones
 MIXED_LEVELS = (0, 3, 1, 8)
-VOCABULARY = 300
 
 
 @dataclass(frozen=True)
@@ -44,26 +41,17 @@ class Peak:
     retries: int = 0
 
 
-def job_of(one: Combination, device: str, text: Path) -> Job:
-    """Make the job of a file of configs/, on text of which only the length matters."""
-    job = parse("fit", [], default=ROOT / "configs" / f"{one.model}.yaml").job()
-    length = min(job.data.sequence_length, MOST_TOKENS[device])
-    source = {
-        "files": [str(text)],
-        "cache_dir": str(text.parent / "cache"),
-        "vocab_size": VOCABULARY,  # of the tokenizer; the model keeps its own
-        "sequence_length": length,
-        "batch_size": one.memory_options.batch_size,
-        "micro_batch_size": one.memory_options.micro_batch_size,
-        "validation_sequences": one.memory_options.micro_batch_size,
+def job_of(one: Combination, device: str) -> Job:
+    """Make the job of a file of configs/, on random tokens."""
+    job = read_job(one.model, device=device)
+    options = one.memory_options
+    sizes = {
+        "sequence_length": min(job.data.sequence_length, MOST_TOKENS[device]),
+        "batch_size": options.batch_size,
+        "micro_batch_size": options.micro_batch_size,
     }
-    source |= {"dataset": None, "dataset_config": None, "streaming": False, "tokenizer": None}
-    trainer = {"accelerator": device, "devices": 1, "precision": one.precision, "max_steps": 2}
-    return replace(
-        job,
-        data=replace(job.data, **source, packing=True),
-        trainer=job.trainer.replace(**trainer),
-    )
+    trainer = job.trainer.replace(precision=one.precision, max_steps=2)
+    return TokenJob.random(replace(job, data=replace(job.data, **sizes), trainer=trainer))
 
 
 def plan_of(module: LlamaFoam, one: Combination) -> FoldPlan:
@@ -81,18 +69,12 @@ def new_adamw(
     return torch.optim.AdamW([tensor for _, tensor in named_parameters], foreach=foreach)
 
 
-def write_text(folder: Path) -> Path:
-    text = folder / "text.txt"
-    text.write_text("".join(f"{i} and {i * i % 97} make {i * 3}.\n" for i in range(20_000)))
-    return text
-
-
 # ---- predicted
 
 
-def predict(one: Combination, device: str, text: Path) -> Peak:
+def predict(one: Combination, device: str) -> Peak:
     """Predict the peak: of FOAM by the account, of AdamW by a trace of a whole step."""
-    job = job_of(one, device, text)
+    job = job_of(one, device)
     module = job.new_module()
     if one.is_foam:
         accountant, plan = job.new_accountant(), plan_of(module, one)
@@ -135,7 +117,7 @@ class StorageWatch(Callback):
         self.tracker.__exit__(None, None, None)
 
 
-def train(job: Job, one: Combination, callbacks: Sequence[Callback], num_steps: int = 2) -> Trainer:
+def train(job: Job, one: Combination, callbacks: Sequence[Callback]) -> None:
     """Run the steps and an evaluation, as a rehearsal does, with the curve of the residual."""
     module = job.new_module()
     plan = plan_of(module, one)
@@ -146,46 +128,30 @@ def train(job: Job, one: Combination, callbacks: Sequence[Callback], num_steps: 
         plan.memory_options,
         [*callbacks, ResidualEnergy()],
         bare=True,
-        max_steps=num_steps,
+        max_steps=2,
         limit_val_batches=1,
-        val_check_interval=num_steps,
+        val_check_interval=2,
         check_val_every_n_epoch=None,
     )
     trainer.fit(module, datamodule=job.new_data(plan.memory_options))
-    assert trainer.global_step == num_steps
-    return trainer
+    assert trainer.global_step == 2
 
 
-def measure_on_cpu(one: Combination, text: Path) -> Peak:
+def measure_on_cpu(one: Combination) -> Peak:
     watcher = StorageWatch()
-    train(job_of(one, "cpu", text), one, [watcher])
+    train(job_of(one, "cpu"), one, [watcher])
     return Peak(watcher.tracker.peak().total_bytes)
 
 
-def measure_on_gpu(
-    one: Combination,
-    text: Path,
-    free_before: int,
-    num_steps: int = 2,
-    cap_bytes: int | None = None,
-) -> Peak:
+def measure_on_gpu(one: Combination, free_before: int) -> Peak:
     """Measure in this process, which must not use the GPU before or after.
 
     Args:
         one: The settings of the run.
-        text: The training text.
         free_before: Bytes of the card that were free before this process started.
-        num_steps: Optimizer steps.
-        cap_bytes: Limit for what the process uses of the card, its context included.
     """
     quiet()
-    square = torch.ones(8, 8, device="cuda", dtype=torch.bfloat16)
-    (square @ square).sum().item()  # so that what belongs to the context is there
-    if cap_bytes is not None:
-        context = free_before - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
-        total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction((cap_bytes - context) / total)
-    train(job_of(one, "cuda", text), one, [], num_steps)
+    train(job_of(one, "cuda"), one, [])
     torch.cuda.synchronize()
     context = free_before - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
     return Peak(

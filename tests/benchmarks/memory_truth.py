@@ -5,8 +5,7 @@
 
 A run is like a rehearsal: two optimizer steps and an evaluation by Lightning's trainer. On a CPU
 every storage of the run is tracked; on a GPU, torch counts what is allocated, and the card what the
-process uses in all. There every run has a process of its own, and first LLaMA 7B trains 20 steps
-with gradient release under a memory cap of 24 GB.
+process uses in all. There every run has a process of its own.
 """
 
 import argparse
@@ -15,9 +14,8 @@ import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from typing import Any
 
 import torch
 
-from foam_lightning.plan import MemoryOptions
 from foam_lightning.units import format_bytes
 from tests.benchmarks.combinations import Combination, choose
 from tests.benchmarks.fresh_process import in_fresh_process
@@ -39,14 +36,12 @@ from tests.benchmarks.memory_runs import (
     measure_on_gpu,
     predict,
     quiet,
-    write_text,
 )
 
 SMALL = ("default", "llama_20m")
 MODELS = {"cpu": SMALL, "cuda": (*SMALL, "llama_60m", "llama_130m", "llama_350m", "llama_1b")}
 MICRO_BATCHES = {"cpu": (1, 2, 4), "cuda": (1, 4, 16)}
 COUNTS = {"cpu": 48, "cuda": 60}
-CAPPED_MODEL, CAPPED_BYTES, CAPPED_STEPS, CAPPED_BATCH = "llama_7b", 24 * 10**9, 20, 4
 UNDER = 0.995
 
 
@@ -71,18 +66,13 @@ class Row:
 # ---- the grid
 
 
-def run_on_cpu(grid: Sequence[Combination], text: Path) -> list[Row]:
-    rows = []
+def run_on_cpu(grid: Sequence[Combination]) -> Iterator[Row]:
     for one in grid:
-        rows.append(Row(one, predict(one, "cpu", text), measure_on_cpu(one, text)))
-        report(rows[-1], len(rows), len(grid))
-    return rows
+        yield Row(one, predict(one, "cpu"), measure_on_cpu(one))
 
 
-def run_on_gpu(
-    grid: Sequence[Combination], text: Path, seconds: float
-) -> tuple[list[Row], list[str]]:
-    """Do the capped run, then as many runs of the grid as there is time for."""
+def run_on_gpu(grid: Sequence[Combination], seconds: float) -> Iterator[Row]:
+    """Do as many runs of the grid as there is time for, each in a process of its own."""
     end = time.monotonic() + seconds
     # Asking by NVML leaves a process whose children will use the GPU as it was.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -93,22 +83,8 @@ def run_on_gpu(
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(max(2, (os.cpu_count() or 4) // 2), mp_context=context)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        capped_prediction = pool.submit(predict, capped_run(), "cuda", text)
-        predictions = [pool.submit(predict, one, "cuda", text) for one in grid]
+        predictions = [pool.submit(predict, one, "cuda") for one in grid]
         free, total = torch.cuda.mem_get_info()
-        measured, failure = in_fresh_process(
-            context,
-            seconds / 2,
-            measure_on_gpu,
-            capped_run(),
-            text,
-            free,
-            CAPPED_STEPS,
-            CAPPED_BYTES,
-        )
-        inside = Row(capped_run(), capped_prediction.result(), measured or str(failure))
-        report(inside, 0, len(grid))
-        rows: list[Row] = []
         for one, prediction in zip(grid, predictions, strict=True):
             if end - time.monotonic() < 15:
                 break
@@ -116,22 +92,8 @@ def run_on_gpu(
             measured, failure = None, "does not fit this card"
             if predicted.tensors < total:
                 left = end - time.monotonic()
-                measured, failure = in_fresh_process(context, left, measure_on_gpu, one, text, free)
-            rows.append(Row(one, predicted, measured or str(failure)))
-            report(rows[-1], len(rows), len(grid))
-    return rows, capped_run_lines(inside)
-
-
-def capped_run() -> Combination:
-    """Make the run that `fit` would do in 24 GB: all memory options but offload, at level 2."""
-    memory_options = MemoryOptions(
-        micro_batch_size=CAPPED_BATCH,
-        chunked_loss=True,
-        activation_checkpointing=True,
-        gradient_release=True,
-        state_dtype="bfloat16",
-    )
-    return Combination(CAPPED_MODEL, "bf16-true", "FOAM 2", memory_options)
+                measured, failure = in_fresh_process(context, left, measure_on_gpu, one, free)
+            yield Row(one, predicted, measured or str(failure))
 
 
 def report(row: Row, number: int, count: int) -> None:
@@ -140,21 +102,6 @@ def report(row: Row, number: int, count: int) -> None:
 
 
 # ---- the table
-
-
-def capped_run_lines(row: Row) -> list[str]:
-    cap = format_bytes(CAPPED_BYTES)
-    name = f"{CAPPED_MODEL}, {CAPPED_STEPS} steps inside {cap}, context included"
-    if isinstance(row.measured, str):
-        return ["", f"{name}: {row.measured}."]
-    predicted, measured = row.predicted, row.measured
-    return [
-        "",
-        f"{name}: tensors {format_bytes(predicted.tensors)} predicted, "
-        f"{format_bytes(measured.tensors)} "
-        f"measured; on the card {format_bytes(predicted.device or 0)} predicted, "
-        f"{format_bytes(measured.device or 0)} measured; {measured.retries} allocator retries.",
-    ]
 
 
 def table(rows: Sequence[Row], device: str) -> list[str]:
@@ -247,15 +194,14 @@ def main(words: Sequence[str]) -> None:
     if device == "cpu":
         torch.set_num_threads(1)
     grid = choose(MODELS[device], MICRO_BATCHES[device], arguments.count or COUNTS[device])
+    runs = run_on_cpu(grid) if device == "cpu" else run_on_gpu(grid, arguments.minutes * 60 - 20)
+    rows: list[Row] = []
+    for row in runs:
+        rows.append(row)
+        report(row, len(rows), len(grid))
     extra: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        text = write_text(Path(folder))
-        if device == "cuda":
-            rows, extra = run_on_gpu(grid, text, arguments.minutes * 60 - 20)
-        else:
-            rows = run_on_cpu(grid, text)
     if len(rows) < len(grid):
-        extra += ["", f"No time for {len(grid) - len(rows)} of {len(grid)} combinations."]
+        extra = ["", f"No time for {len(grid) - len(rows)} of {len(grid)} combinations."]
     lines = [*heading(words, device), *summary(rows), *extra, "", *table(rows, device)]
     publish(lines, arguments.output)
 
