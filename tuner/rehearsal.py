@@ -9,7 +9,11 @@ from typing import Any
 from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.errors import ConfigError, InfeasibleBudgetError
 from foam_lightning.job import Job
-from foam_lightning.memory.device import MemoryShortageError, memory_shortage_context
+from foam_lightning.memory.device import (
+    MemoryShortageError,
+    limit_memory,
+    memory_shortage_context,
+)
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.units import format_bytes, format_bytes_apart
@@ -34,6 +38,7 @@ class Rehearsal:
         allocated_bytes: On a GPU, the peak of the bytes in tensors.
         reserved_bytes: On a GPU, the peak of what the caching allocator held for them.
         allocator_retries: On a GPU, how often it had to free cached memory first.
+        context_bytes: On a GPU, the CUDA context after the rehearsal.
     """
 
     predicted_peak_bytes: int
@@ -41,6 +46,7 @@ class Rehearsal:
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     allocator_retries: int | None = None
+    context_bytes: int | None = None
 
     def peak_to_plan_for(self, budget_bytes: int) -> int:
         """Return the predicted peak of a plan whose measured peak would be the budget."""
@@ -55,8 +61,11 @@ class Rehearsal:
             text += (
                 f" ({format_bytes(self.allocated_bytes)} allocated, "
                 f"{format_bytes(self.reserved_bytes)} reserved, "
-                f"{self.allocator_retries} allocator retries)"
+                f"{self.allocator_retries} allocator retries"
             )
+            if self.context_bytes is not None:
+                text += f", {format_bytes(self.context_bytes)} context"
+            text += ")"
         return text
 
 
@@ -120,6 +129,8 @@ def rehearse_plan(
     # Options that a run fell back to are not the planner's, so its levels would not fit them.
     choose = fold_further if context.memory_options is None else None
     _, plan, rehearsal = _fold_until_it_fits(context, planner, plan, choose)
+    # Not before: the search of a resumed run has to find the plans of the first one.
+    planner.accountant.raise_context(rehearsal.context_bytes or 0)
     return plan, rehearsal
 
 
@@ -169,12 +180,15 @@ def rehearse(context: RunContext, plan: FoldPlan) -> Rehearsal:
     Raises:
         MemoryShortageError: The device has not enough memory.
     """
-    if (found := _find(context, plan)) is not None:
-        return found
-    predicted = context.planner.accountant.account(plan).peak_bytes
-    rehearsal = Rehearsal(predicted, *_measure(context.job, plan, context.folder.tuning))
-    record = {**asdict(rehearsal), "fold_plan": plan.to_json()}
-    write_json(_file(context), [*_records(context), record])
+    rehearsal = _find(context, plan)
+    if rehearsal is None:
+        predicted = context.planner.accountant.account(plan).peak_bytes
+        rehearsal = Rehearsal(predicted, *_measure(context.job, plan, context.folder.tuning))
+        record = {**asdict(rehearsal), "fold_plan": plan.to_json()}
+        write_json(_file(context), [*_records(context), record])
+    if (gpu := context.job.gpu) is not None and rehearsal.context_bytes is not None:
+        # The context has grown, so the allocator gets less.
+        limit_memory(gpu, context.budget_bytes, rehearsal.context_bytes)
     return rehearsal
 
 
@@ -196,11 +210,11 @@ def _file(context: RunContext) -> Path:
 
 
 def _measure(job: Job, plan: FoldPlan, folder: Path) -> tuple[int, ...]:
-    """Return the measured peak and, on a GPU, the figures of the allocator."""
+    """Return the measured peak and, on a GPU, the figures of the allocator and the context."""
     module = job.new_module()
     module.set_plan(plan)
     data = job.new_data(plan.memory_options)
-    memory = MemoryMonitor(through_evaluation=True)
+    memory = MemoryMonitor(through_evaluation=True, gpu=job.gpu)
     trainer = job.new_trainer(
         plan.memory_options,
         [memory],
@@ -219,4 +233,6 @@ def _measure(job: Job, plan: FoldPlan, folder: Path) -> tuple[int, ...]:
     finally:
         checkpoint.unlink(missing_ok=True)
     assert memory.measured_bytes is not None
-    return memory.measured_bytes, *(memory.usage or ())
+    if memory.usage is None or memory.context_bytes is None:
+        return (memory.measured_bytes,)
+    return memory.measured_bytes, *memory.usage, memory.context_bytes

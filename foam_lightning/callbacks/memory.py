@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from foam_lightning.memory.device import Gpu, GpuUsage, load_costs
+from foam_lightning.memory.device import Gpu, GpuUsage, current_context, load_costs
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.units import format_bytes
 
@@ -20,8 +20,8 @@ class MemoryMonitor(Callback):
     """Log the measured peak of memory with the predicted one, and warn once if it is above that.
 
     On a GPU the peak is what the caching allocator reserved over the whole run, plus the CUDA
-    context. A CPU has no such counters, so every storage of the first two optimizer steps is
-    tracked.
+    context, which grows as kernels are loaded and is read again after every evaluation. A CPU has
+    no such counters, so every storage of the first two optimizer steps is tracked.
 
     Args:
         predicted_bytes: The predicted peak; None if there is none.
@@ -32,6 +32,7 @@ class MemoryMonitor(Callback):
     Attributes:
         measured_bytes: The peak; None until it is known.
         usage: The counters of the GPU; None on a CPU.
+        context_bytes: The CUDA context; None on a CPU.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class MemoryMonitor(Callback):
         self.usage: GpuUsage | None = None
         self._through_evaluation = through_evaluation
         self._gpu = gpu
-        self._context = 0
+        self.context_bytes: int | None = None
         self._retries_before = 0
         self._tracker: StorageTracker | None = None
         self._last_step = 0
@@ -59,7 +60,7 @@ class MemoryMonitor(Callback):
         if pl_module.device.type == "cuda" and self._gpu is None:
             self._gpu = Gpu(pl_module.device.index or 0)
         if self._gpu is not None:
-            self._context = load_costs(self._gpu).context
+            self.context_bytes = load_costs(self._gpu).context
             self._gpu.reset_peaks()
             self._retries_before = self._gpu.usage().retries
             return
@@ -98,6 +99,8 @@ class MemoryMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._through_evaluation:
             self._stop()
+        if self._gpu is not None and not trainer.sanity_checking:
+            self.context_bytes = current_context(self._gpu)
         self._read_counters()
 
     @override
@@ -114,7 +117,7 @@ class MemoryMonitor(Callback):
         if self._gpu is not None:
             usage = self._gpu.usage()
             self.usage = usage._replace(retries=usage.retries - self._retries_before)
-            self.measured_bytes = usage.reserved + self._context
+            self.measured_bytes = usage.reserved + (self.context_bytes or 0)
 
     def _warn(self, module: LightningModule) -> None:
         """Warn once, in one line, of allocator retries or of a peak above the prediction."""

@@ -247,7 +247,12 @@ class Accountant:
             return slack_bytes
         return self._margin.state_change(plan, slack_bytes)
 
-    @cached_property
+    def raise_context(self, context_bytes: int) -> None:
+        """Count a CUDA context that has grown since the GPU was measured."""
+        context = max(self._costs.context, context_bytes)
+        self._costs = replace(self._costs, context=context)
+
+    @property
     def context(self) -> int:
         """Bytes that the process takes outside torch's allocator: the CUDA context and NCCL."""
         if not self._on_gpu:

@@ -1,19 +1,26 @@
 """A real GPU: its memory beyond the tensors, a cap on memory, and what a run has used."""
 
+import gc
 import json
+import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Trainer
-from torch.nn import functional
 
 from foam_lightning.errors import FoamError, first_line
+from foam_lightning.memory.trace import autocast_for, weight_dtype
+from foam_lightning.model.llama import create_config, create_initialized
+from foam_lightning.model.loss import token_loss
+from foam_lightning.optim.foam import FOAM
 from foam_lightning.plan import FoldPlan
+from foam_lightning.settings import Precision
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.paths import cache_home
 from foam_lightning.units import format_bytes, format_bytes_apart
@@ -21,9 +28,17 @@ from foam_lightning.units import format_bytes, format_bytes_apart
 # A context with all modules loaded is smaller; anything above belongs to other processes.
 _MOST_CONTEXT_BYTES = 2_000_000_000
 _DRIVER = Path("/proc/driver/nvidia/version")
+_CUBLAS_SIZES = "CUBLAS_WORKSPACE_CONFIG"
+# The driver gives back the memory of a process some time after it has ended.
+_POLL_SECONDS, _MAX_POLLS = 0.1, 50
+# torch, Triton and NCCL quote the runtime or the driver ("out of memory"), and NCCL also names the
+# call that failed. cuBLAS, cuDNN, cuSOLVER and cuSPARSE have a status each; one whose handle does
+# not get its memory says that it is not initialized.
 _OUT_OF_MEMORY = re.compile(
-    "CUDA (driver )?error: out of memory|Cuda failure .*out of memory|_STATUS_ALLOC_FAILED"
-    "|DefaultCPUAllocator:"
+    r"\b(CUDA|Cuda|HIP|Hip)\b.*\bout of memory|ERROR_OUT_OF_MEMORY|_ALLOC(ATION)?_FAILED"
+    r"|_STATUS_NOT_INITIALIZED|_STATUS_INTERNAL_ERROR.*Create\(|_STATUS_INSUFFICIENT_RESOURCES"
+    r"|hipErrorOutOfMemory|miopenStatusAllocFailed|rocblas_status_memory_error"
+    r"|Failed to (CUDA|HIP) (host )?[cm]?alloc|DefaultCPUAllocator:"
 )
 
 
@@ -81,6 +96,15 @@ class Gpu:
         free, total = torch.cuda.mem_get_info(self.index)
         return free, total
 
+    def outside(self) -> int:
+        """Return the used bytes of the card that torch's allocator of this process does not hold.
+
+        Without other processes on the card that is the context of this one, which grows whenever a
+        kernel runs for the first time.
+        """
+        free, total = self.memory()
+        return total - free - torch.cuda.memory_reserved(self.index)
+
     def limit(self, fraction: float) -> None:
         """Limit this process to a share of the card's memory, from 0 to 1."""
         torch.cuda.set_per_process_memory_fraction(fraction, self.index)
@@ -100,36 +124,50 @@ class Gpu:
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def measure(self) -> DeviceCosts:
-        """Run the operators of a small training step and measure what stays allocated.
+        """Train a small model for two steps and measure what stays allocated.
 
         The context is all used memory of the card that torch has not reserved. That includes other
-        processes, so there should be none. A kernel that is loaded later, such as a compiled one,
-        still adds some megabytes.
+        processes, so there should be none. A kernel that only large tensors need still adds some
+        megabytes; `current_context` finds them.
         """
         before = torch.cuda.memory_allocated(self.index)
-        for dtype in (torch.bfloat16, torch.float32):
-            run_llama_operators(f"cuda:{self.index}", dtype)
+        for precision in get_args(Precision):
+            train_small_model(f"cuda:{self.index}", precision)
+        gc.collect()
         torch.cuda.synchronize(self.index)
-        free, total = self.memory()
         return DeviceCosts(
-            context=total - free - torch.cuda.memory_reserved(self.index),
-            workspace=torch.cuda.memory_allocated(self.index) - before,
+            context=self.outside(), workspace=torch.cuda.memory_allocated(self.index) - before
         )
 
 
-def run_llama_operators(device: str, dtype: torch.dtype) -> None:
-    """Run the operators of a LLaMA forward and backward, which loads their CUDA modules.
+def train_small_model(device: str, precision: Precision) -> None:
+    """Train a LLaMA of two layers for two steps, which loads the kernels that training uses.
 
     Args:
         device: The device, such as "cuda:0".
-        dtype: The dtype of weights and activations.
+        precision: Lightning's name of the precision.
     """
-    table = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
-    ids = torch.zeros(64, dtype=torch.int64, device=device)
-    heads = (functional.embedding(ids, table) @ table)[None, None]  # (1, 1, 64, 64)
-    mixed = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-    logits = functional.silu(functional.rms_norm(mixed[0, 0], (64,))) @ table.T
-    functional.cross_entropy(logits.float(), ids).backward()
+    config = create_config(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=None,
+        vocab_size=256,
+        max_position_embeddings=64,
+    )
+    with torch.device(device):
+        model = create_initialized(config, seed=0)
+        torch.nn.Module.to(model, weight_dtype(precision))
+        ids = torch.zeros(2, 64, dtype=torch.int64)
+    optimizer = FOAM(model.parameters(), level=2)
+    for _ in range(2):
+        with autocast_for(precision, ids.device.type):
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            total, _ = token_loss(hidden, model.lm_head, ids)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def find_gpu(*, wanted: bool, index: int = 0) -> Gpu | None:
@@ -145,8 +183,9 @@ def find_gpu(*, wanted: bool, index: int = 0) -> Gpu | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device, or the host, ran out of memory.
 
-    Besides torch's own error these are errors of the CUDA runtime, of cuBLAS, cuDNN and NCCL, which
-    allocate memory of their own, and of torch's CPU allocator.
+    Besides torch's own error these are errors of the CUDA or HIP runtime and driver, of libraries
+    that allocate memory of their own (cuBLAS, cuDNN, cuSOLVER, cuSPARSE, NCCL, Triton), and of
+    torch's CPU allocator.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -166,8 +205,7 @@ def memory_cap(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None
         budget_bytes: Limit for all that the process uses of the card.
         outside_bytes: What the process uses outside the allocator.
     """
-    _, total = gpu.memory()
-    gpu.limit(min(1.0, max(0, budget_bytes - outside_bytes) / total))
+    limit_memory(gpu, budget_bytes, outside_bytes)
     try:
         yield
     finally:
@@ -175,10 +213,39 @@ def memory_cap(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> Iterator[None
             gpu.limit(1.0)
 
 
+def limit_memory(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> None:
+    """Limit the allocator to the budget less what the process uses outside of it."""
+    _, total = gpu.memory()
+    gpu.limit(min(1.0, max(0, budget_bytes - outside_bytes) / total))
+
+
+def wait_for_memory(gpu: Gpu, wanted_bytes: int) -> int:
+    """Wait while memory of a process that has just ended is given back, for 5 seconds at most.
+
+    A run that starts afresh after memory ran out would otherwise count its own old memory as that
+    of others.
+
+    Args:
+        gpu: The card.
+        wanted_bytes: What should be free; more than the card has is not waited for.
+
+    Returns:
+        The bytes that are free.
+    """
+    (free, total), before = gpu.memory(), -1
+    for _ in range(_MAX_POLLS):
+        if wanted_bytes > total or (free >= wanted_bytes and free == before):
+            break
+        time.sleep(_POLL_SECONDS)
+        before, (free, _) = free, gpu.memory()
+    return free
+
+
 def missing_memory_warning(gpu: Gpu, budget_bytes: int, outside_bytes: int) -> str | None:
     """Write one line if less memory of a card is free than the budget; None if enough is."""
-    free, total = gpu.memory()
-    free += outside_bytes  # this process has its context already
+    _, total = gpu.memory()
+    # This process has its context already.
+    free = wait_for_memory(gpu, budget_bytes - outside_bytes) + outside_bytes
     if free >= budget_bytes:
         return None
     available, budget = format_bytes_apart(free, budget_bytes)
@@ -207,6 +274,8 @@ def calibrate(gpu: Gpu) -> DeviceCosts:
     kept = _read_costs()
     if _identity(gpu) in kept:
         return load_costs(gpu)
+    _, total = gpu.memory()
+    wait_for_memory(gpu, total - _MOST_CONTEXT_BYTES)
     try:
         costs = gpu.measure()
     except RuntimeError as error:
@@ -221,17 +290,27 @@ def calibrate(gpu: Gpu) -> DeviceCosts:
     return costs
 
 
+def current_context(gpu: Gpu) -> int:
+    """Return the bytes of the context as it is now, at least those of the calibration.
+
+    Where other processes use more of the card than a context can have, it is the latter.
+    """
+    context, now = load_costs(gpu).context, gpu.outside()
+    return max(context, now) if now <= _MOST_CONTEXT_BYTES else context
+
+
 def _identity(gpu: Gpu) -> str:
     text = _DRIVER.read_text(encoding="utf-8") if _DRIVER.exists() else ""
     driver = re.search(r"\d+\.\d+(\.\d+)?", text)
-    return ", ".join(
-        [
-            gpu.name,
-            f"driver {driver[0] if driver else 'unknown'}",
-            f"torch {torch.__version__}",
-            f"CUDA {torch.version.cuda}",
-        ]
-    )
+    parts = [
+        gpu.name,
+        f"driver {driver[0] if driver else 'unknown'}",
+        f"torch {torch.__version__}",
+        f"CUDA {torch.version.cuda}",
+    ]
+    if sizes := os.environ.get(_CUBLAS_SIZES):  # of cuBLAS's workspaces
+        parts.append(f"{_CUBLAS_SIZES} {sizes}")
+    return ", ".join(parts)
 
 
 def _costs_file() -> Path:

@@ -207,11 +207,16 @@ def weight_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
-def autocast_for(precision: Precision) -> AbstractContextManager[object]:
-    """Return the forward context of a precision, on the CPU where the trace runs."""
+def autocast_for(precision: Precision, device: str = "cpu") -> AbstractContextManager[object]:
+    """Return the forward context of a precision.
+
+    Args:
+        precision: Lightning's name of the precision.
+        device: The type of the device; the trace runs on the CPU.
+    """
     if precision == "bf16-mixed":
         # As Lightning has it: without the cache, which would keep a copy of every weight.
-        return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+        return torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext()
 
 

@@ -1,10 +1,14 @@
+import gc
 import json
+import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import Mock, call
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foam_lightning.job import Job
 from foam_lightning.memory import device
@@ -13,13 +17,16 @@ from foam_lightning.memory.device import (
     Gpu,
     GpuUsage,
     calibrate,
+    current_context,
     find_gpu,
     is_out_of_memory,
     load_costs,
     memory_cap,
     missing_memory_warning,
+    wait_for_memory,
 )
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.settings import Precision
 from tests.support.fake_gpu import FakeGpu
 from tests.support.runs import NewJob
 
@@ -68,6 +75,47 @@ def test_the_cap_stays_within_the_card(budget: int, share: str) -> None:
         assert gpu.asked == [f"limit {share}"]
 
 
+class Returning(FakeGpu):
+    """A card that gets back memory of a process that has just ended, some with every reading."""
+
+    def __init__(self, held: int, given_back: int) -> None:
+        super().__init__()
+        self.free -= held
+        self.readings, self._held, self._given_back = 0, held, given_back
+
+    def memory(self) -> tuple[int, int]:
+        self.readings += 1
+        given_back = min(self._held, self._given_back)
+        self._held -= given_back
+        self.free += given_back
+        return super().memory()
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every wait, none of which is taken."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+def test_memory_of_a_process_that_has_just_ended_is_waited_for(waited: list[float]) -> None:
+    assert missing_memory_warning(Returning(20 * GB, 3 * GB), 24 * GB, GB // 2) is None
+    assert 0 < sum(waited) < 2
+    gpu = Returning(20 * GB, 3 * GB)
+    assert wait_for_memory(gpu, 0) == gpu.free == 23_500_000_000  # until no more comes
+    assert calibrate(Returning(20 * GB, 3 * GB)) == FakeGpu().costs
+
+
+def test_memory_that_does_not_come_back_is_waited_for_five_seconds(waited: list[float]) -> None:
+    assert missing_memory_warning(Returning(20 * GB, 0), 24 * GB, GB // 2) is not None
+    assert sum(waited) == pytest.approx(5)
+    waited.clear()
+    assert missing_memory_warning(FakeGpu(), 30 * GB, GB // 2) is not None  # no such card
+    assert waited == []
+
+
+@pytest.mark.usefixtures("waited")
 def test_a_card_with_less_free_memory_than_the_budget_is_named_with_both() -> None:
     gpu = FakeGpu()
     assert missing_memory_warning(gpu, 24 * GB, GB // 2) is None
@@ -124,6 +172,24 @@ def test_a_card_that_is_full_is_not_measured(cache: Path, monkeypatch: pytest.Mo
     assert not cache.exists()
 
 
+def test_other_sizes_of_workspaces_are_measured_for_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calibrate(FakeGpu())
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as Lightning sets it
+    assert load_costs(FakeGpu()) == DeviceCosts()
+
+
+def test_a_context_that_has_grown_is_found() -> None:
+    gpu = FakeGpu()
+    calibrate(gpu)
+    assert current_context(gpu) == 500_000_000
+    gpu.free -= 150_000_000  # kernels that were loaded since
+    assert current_context(gpu) == 650_000_000
+    gpu.free -= 5 * GB  # another process
+    assert current_context(gpu) == 500_000_000
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "cut"])
 def test_a_damaged_record_is_replaced(cache: Path, content: str) -> None:
     cache.parent.mkdir()
@@ -154,6 +220,18 @@ def test_without_a_gpu_there_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -
 # ---- calls of torch
 
 
+class OperatorCount(TorchDispatchMode):
+    """Count the calls of every operator by name."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_every_call_goes_to_the_card_of_that_number(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"allocated_bytes.all.peak": 1, "reserved_bytes.all.peak": 2, "num_alloc_retries": 3}
     cuda = Mock(**{"mem_get_info.return_value": (5, 7), "memory_stats.return_value": stats})
@@ -174,41 +252,78 @@ def test_every_call_goes_to_the_card_of_that_number(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_costs_are_what_stays_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    worked: list[tuple[str, torch.dtype]] = []
+    worked: list[tuple[str, str]] = []
     allocated = [1_000, 18_000]  # before, after
-    monkeypatch.setattr(device, "run_llama_operators", lambda *words: worked.append(words))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated[len(worked) // 2])
+    monkeypatch.setattr(device, "train_small_model", lambda *words: worked.append(words))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated[len(worked) // 3])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20_000)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (400_000, 1_000_000))
     assert Gpu(2).measure() == DeviceCosts(context=580_000, workspace=17_000)
-    assert worked == [("cuda:2", torch.bfloat16), ("cuda:2", torch.float32)]
+    assert worked == [("cuda:2", precision) for precision in get_args(Precision)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_operators_that_are_run_leave_no_tensor(dtype: torch.dtype) -> None:
-    with StorageTracker() as tracker:
-        device.run_llama_operators("cpu", dtype)
-        tracker.mark("after")
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_the_calibrated_steps_use_the_operators_of_training_and_leave_no_tensor(
+    precision: Precision,
+) -> None:
+    operators: Counter[str] = Counter()
+    with torch.random.fork_rng():
+        state = torch.get_rng_state()
+        with StorageTracker() as tracker, OperatorCount(operators):
+            device.train_small_model("cpu", precision)
+            gc.collect()
+            tracker.mark("after")
+        assert torch.equal(torch.get_rng_state(), state)
     assert tracker.peak().total_bytes > 0
     assert tracker.timeline().at("after")[0].total_bytes == 0
+    assert operators["aten::embedding_dense_backward"] == 2  # one a step
+    assert sum(n for name, n in operators.items() if name.endswith("_for_cpu_backward")) == 4
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA driver error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "cuDNN Frontend error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSgesvd(...)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling `cusparseSpMM(...)`",
+        "Triton Error [CUDA]: out of memory",
+        "Triton Error [HIP]:  Code: 2, Messsage: out of memory",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "ncclUnhandledCudaError: Last error:\nFailed to CUDA calloc async 608 bytes",
+        "HIP error: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "Caught OutOfMemoryError in pin memory thread.\nCUDA out of memory.",
+    ],
+)
+def test_a_shortage_is_recognized_by_the_message_of_the_library_that_had_it(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
 
 
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), True),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("NCCL error: x\nLast error:\nCuda failure 2 'out of memory'"), True),
-        (RuntimeError("CUDA driver error: out of memory"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (ValueError("out of memory"), False),
+        (
+            RuntimeError("CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasGemmEx`"),
+            False,
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("out of resource: shared memory, Required: 262144"), False),
+        (ValueError("CUDA out of memory"), False),
         (KeyboardInterrupt(), False),
     ],
 )
-def test_out_of_memory_errors_are_recognized(error: BaseException, expected: bool) -> None:
+def test_other_errors_are_no_shortage(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 

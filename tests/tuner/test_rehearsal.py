@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from foam_lightning.job import Job
-from foam_lightning.memory.device import GpuUsage, MemoryShortageError
+from foam_lightning.memory.device import GpuUsage, MemoryShortageError, calibrate
 from foam_lightning.plan import FoldPlan
+from tests.support.fake_gpu import FakeGpu
 from tests.support.limited import limited
 from tests.support.runs import open_folder
 from tuner.planning.planner import BudgetPlanner
@@ -21,6 +22,7 @@ from tuner.trials.budget import TuneOptions
 from tuner.trials.workers import Worker
 
 ABUNDANT = 10**12
+MB = 10**6
 NewContext = Callable[[int], RunContext]
 
 
@@ -98,6 +100,42 @@ def test_the_record_of_an_older_run_is_read(
     assert found == Rehearsal(5, 9_600_000_000, *GpuUsage(8_000_000_000, 9_000_000_000, 2))
     for figure in ("9.6 GB measured", "8 GB allocated", "9 GB reserved", "2 allocator retries"):
         assert figure in str(found)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
+    """A calibrated GPU whose context grows by 150 MB in a run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    fake = FakeGpu()
+    monkeypatch.setattr(Job, "gpu", fake)
+    calibrate(fake)
+    fake.growth = 150 * MB
+    fake.asked.clear()
+    return fake
+
+
+@pytest.mark.parametrize("room", [100 * MB, 200 * MB])
+def test_a_context_that_grows_counts(
+    new_job: Callable[..., Job], new_context: NewContext, gpu: FakeGpu, room: int
+) -> None:
+    job = new_job(trainer={"accelerator": "auto"})
+    plan = BudgetPlanner(job, ABUNDANT).uniform(1)
+    peak = BudgetPlanner(job, ABUNDANT).accountant.account(plan).peak_bytes
+    gpu.taken = GpuUsage(1, peak - 500 * MB, 0)
+    planner = BudgetPlanner(job, peak + room)
+    context = replace(new_context(ABUNDANT), job=job, planner=planner)
+    if room < gpu.growth:
+        with pytest.raises(MemoryShortageError, match="the budget is"):
+            rehearse_plan(context, planner, plan)
+        return
+    _, rehearsal = rehearse_plan(context, planner, plan)
+    assert rehearsal.measured_peak_bytes == peak + 150 * MB
+    assert "650 MB context" in str(rehearsal)
+    assert planner.accountant.account(plan).breakdown["context"] == 650 * MB
+    assert gpu.asked == ["forget peaks", f"limit {(peak + room - 650 * MB) / gpu.total:.6g}"]
+    resumed = BudgetPlanner(job, peak + room)  # reads the record
+    rehearse_plan(replace(context, planner=resumed), resumed, plan)
+    assert resumed.accountant.account(plan).peak_bytes == peak + 150 * MB
 
 
 def test_a_plan_that_takes_a_little_too_much_folds_further(
