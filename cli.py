@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,11 +17,18 @@ from pathlib import Path
 
 from foam_lightning import __version__
 from foam_lightning.distributed.topology import Devices, check_launched, is_first_process
-from foam_lightning.errors import FoamError, MemoryFallbackError, as_storage_error, one_line
+from foam_lightning.errors import (
+    FoamError,
+    MemoryFallbackError,
+    UnexpectedError,
+    as_storage_error,
+    one_line,
+)
 from foam_lightning.signals import Interrupted, handle_signals
 from tuner.config.early_checks import check_command_line, default_config
 from tuner.config.help import command_help, general_help
 from tuner.config.options import COMMANDS
+from tuner.output import survive_closed_output
 
 # Commands that share a module; every other one is in a module of its own name.
 _MODULES = {"validate": "checkpoint", "generate": "checkpoint", "export": "checkpoint"}
@@ -34,42 +42,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of this process.
 
     Returns:
-        The exit code: 0 done, 2 bad usage, 3 the budget is infeasible or memory ran out with no
-        memory options left, 4 memory ran out and the same command resumes with options that need
-        less (a process of its own restarts by itself), 5 a disk or a file failed, 6 another process
-        uses the run folder, 7 training diverged, 130 or 143 ended by SIGINT or SIGTERM.
+        The exit code: 0 done, 1 an unexpected error, 2 bad usage, 3 the budget is infeasible or
+        memory ran out with no memory options left, 4 memory ran out and the same command resumes
+        with options that need less (a process of its own restarts by itself), 5 a disk or a file
+        failed, 6 another process uses the run folder, 7 training diverged, 130 or 143 ended by
+        SIGINT or SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not is_first_process():  # the first one prints for all
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # ASCII has no "±", nor a model's text
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # ASCII has no "±", nor a model's text. By lines, so that a closed pipe is seen in here.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if arguments is None:
+        survive_closed_output(words[0] if words else "")
     try:
         with handle_signals():
             _run(words)
-    except MemoryFallbackError as error:
-        print(error, file=sys.stderr)
-        if arguments is None:
-            from tuner.oom_fallback import restart_process
-
-            restart_process()
-        print(_RESUME, file=sys.stderr)
-        return error.exit_code
-    except FoamError as error:
-        print("error:", one_line(error), file=sys.stderr)
-        return error.exit_code
     except Interrupted as interrupted:
         if not is_first_process():  # its launcher would report the code as a failure
             return 0
         print(f"{interrupted}; {_RESUME}", file=sys.stderr)
         return interrupted.exit_code
     except Exception as error:
-        failure = as_storage_error(error)
-        if failure is None:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
+        if "--debug" in words:
+            traceback.print_exception(error)
+        if isinstance(error, MemoryFallbackError):
+            return _fall_back(error, restarts=arguments is None)
+        known = error if isinstance(error, FoamError) else as_storage_error(error)
+        failure = known or UnexpectedError.from_error(error)
+        print("error:", one_line(failure), file=sys.stderr)
         return failure.exit_code
     return 0
+
+
+def _fall_back(error: MemoryFallbackError, *, restarts: bool) -> int:
+    print(error, file=sys.stderr)
+    if restarts:
+        from tuner.oom_fallback import restart_process
+
+        restart_process()
+    print(_RESUME, file=sys.stderr)
+    return error.exit_code
 
 
 def _run(words: list[str]) -> None:

@@ -5,6 +5,8 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
 
 from foam_lightning.units import at_least, format_bytes, format_bytes_apart
 
@@ -59,6 +61,30 @@ class DivergedError(FoamError):
     """Too many steps had a loss or gradient that is not finite, or a loss spike."""
 
     exit_code = 7
+
+
+class UnexpectedError(FoamError):
+    """A library, or this program, failed in a way that no check foresaw."""
+
+    exit_code = 1
+
+    @classmethod
+    def from_error(cls, error: BaseException, traceback: Path | None = None) -> Self:
+        """Describe an error of any type.
+
+        Args:
+            error: The error.
+            traceback: The file with its traceback; None if there is none.
+        """
+        lines = str(error).strip().splitlines() or [""]
+        # A data worker sends its traceback as the text of the error, which ends with the error.
+        text = (
+            lines[-1] if "Traceback (most recent call last):" in str(error) else lines[0]
+        ).strip()
+        name = type(error).__name__
+        what = text if text.startswith(name) else f"{name}: {text}".rstrip(": ")
+        where = f"is in {traceback}" if traceback else "is shown with --debug"
+        return cls(f"unexpected {what.rstrip('.')}; the traceback {where}")
 
 
 class InfeasibleBudgetError(FoamError):

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from foam_lightning.distributed.topology import is_first_process
@@ -112,8 +112,9 @@ def _handle(number: int, _: FrameType | None) -> None:
         raise Interrupted(number)
     if is_first_process():
         name = signal.Signals(number).name
-        # Not `print`, which the signal may have interrupted.
-        os.write(2, f"\n{name}: {_SAVING}\n".encode())
+        with suppress(OSError):  # nobody may read it any more
+            # Not `print`, which the signal may have interrupted.
+            os.write(2, f"\n{name}: {_SAVING}\n".encode())
 
 
 def _end_later(number: int, _: FrameType | None) -> None:

@@ -65,6 +65,7 @@ def test_help_lists_options_that_exist_with_their_defaults(command: str) -> None
     assert max(map(len, text.splitlines())) <= 100
     for option in options_of(command):
         assert option.name in defaults
+        assert (f"  {option.flag} " in text) == (command not in option.unused_by)
         said = re.search(rf'{option.flag} .*default "?([\w.]+)"?$', text, re.MULTILINE)
         if said:
             assert str(defaults[option.name]) == said[1]

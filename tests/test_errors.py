@@ -2,11 +2,13 @@
 
 import errno
 import sqlite3
+from pathlib import Path
 
 import pytest
 
 from foam_lightning.errors import (
     InfeasibleBudgetError,
+    UnexpectedError,
     as_storage_error,
 )
 
@@ -69,3 +71,30 @@ def test_a_failure_of_disk_or_worker_is_one_line(error: Exception, words: str) -
 )
 def test_other_errors_are_not_converted(error: Exception) -> None:
     assert as_storage_error(error) is None
+
+
+WORKER = (
+    "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+    'last):\n  File "x.py", line 1, in f\nValueError: bad row'
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("shapes differ"), "ValueError: shapes differ;"),
+        (RuntimeError("first\n\nsecond"), "RuntimeError: first;"),
+        (KeyError(), "KeyError;"),
+        (RuntimeError(WORKER), "ValueError: bad row;"),
+    ],
+)
+def test_an_unexpected_error_is_one_line_that_says_where_the_traceback_is(
+    error: Exception, words: str
+) -> None:
+    hidden, saved = (UnexpectedError.from_error(error, path) for path in (None, Path("a/b.txt")))
+    assert hidden.exit_code == 1
+    for one in (hidden, saved):
+        assert words in str(one)
+        assert "\n" not in str(one)
+    assert "--debug" in str(hidden)
+    assert "a/b.txt" in str(saved)

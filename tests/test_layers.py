@@ -27,7 +27,7 @@ LAYERS = [
     {"foam_lightning.trainer"},
     {"foam_lightning.job", "foam_lightning.evaluate", "foam_lightning.generate"},
     {"foam_lightning.resume", "foam_lightning.training"},
-    {"tuner.planning", "tuner.console"},
+    {"tuner.planning", "tuner.console", "tuner.output"},
     {"tuner.trials", "tuner.oom_fallback"},
     {"tuner.config", "tuner.report", "tuner.search"},
     {"tuner.comparison", "tuner.run_context"},

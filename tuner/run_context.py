@@ -1,11 +1,17 @@
 """What every step of a run needs, and how a command opens the folder of a run."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import format_exception
 
+from foam_lightning.distributed.topology import is_first_process
+from foam_lightning.errors import FoamError, UnexpectedError, as_storage_error
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan, MemoryOptions
-from foam_lightning.storage.atomic import write_text
+from foam_lightning.storage.atomic import atomic_path, write_text
 from foam_lightning.storage.run_folder import RunFolder
 from tuner.config.parser import Settings
 from tuner.console import say
@@ -66,6 +72,33 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
         write_text(folder.config, settings.text)
     say(f"run folder: {folder.path}")
     return folder
+
+
+@contextmanager
+def save_traceback(folder: Path) -> Iterator[None]:
+    """Write the traceback of an unexpected error into a folder, and name it in the one line.
+
+    Args:
+        folder: Exists; gets `traceback.txt`, or `traceback_<rank>.txt` of another rank than 0.
+
+    Raises:
+        UnexpectedError: Something raised an error that is neither ours nor of a disk or worker.
+    """
+    try:
+        yield
+    except FoamError:
+        raise
+    except Exception as error:
+        if as_storage_error(error) is not None:
+            raise
+        rank = "" if is_first_process() else f"_{os.environ.get('RANK', os.getpid())}"
+        path = folder / f"traceback{rank}.txt"
+        try:
+            with atomic_path(path) as temporary:  # not `write_text`: any rank may fail
+                temporary.write_text("".join(format_exception(error)), encoding="utf-8")
+        except OSError:  # then only --debug shows it
+            raise error from None
+        raise UnexpectedError.from_error(error, path) from error
 
 
 def find_unfinished_run(settings: Settings) -> RunFolder | None:

@@ -22,9 +22,23 @@ USAGE = [
     Case("tune without a budget", "tune --config {good}/tiny.yaml", "tune needs --memory-budget"),
     Case("plan without a budget", "plan --config {good}/tiny.yaml", "plan needs --memory-budget"),
     *(
-        Case(f"compare with {flag}", f"compare --config {{good}}/tiny.yaml {flag}", "remove")
-        for flag in ("--memory-budget 24GB", "--fold-plan x.json")
+        Case(f"{command} with {flag}", f"{command} --config {{good}}/tiny.yaml {flag}", "remove it")
+        for command, flags in {
+            "compare": ("--memory-budget 24GB", "--fold-plan=x.json", "--fold_plan x.json"),
+            "tune": ("--fold-plan x.json",),
+            "validate": ("--memory_budget 24GB",),
+            "export": ("--fold-plan x.json",),
+        }.items()
+        for flag in flags
     ),
+    Case(
+        "compare with a budget in a file",
+        "compare --config {good}/tiny.yaml --config {at}/b.yaml",
+        "remove --memory-budget",
+        files={"b.yaml": "memory_budget: 24GB"},
+    ),
+    Case("plan of a missing plan", "plan --config {good}/tiny.yaml --fold-plan x.json", "x.json"),
+    Case("a value for --debug", "fit --debug=yes", "debug"),
     Case("a Unicode dash", "fit —config x.yaml", "unrecognized arguments"),
     Case("unknown format", "plan --format xml --memory-budget 1GB", "format"),
     Case("a key within a number", "fit --model.lr.x 3", "model.lr"),

@@ -12,6 +12,7 @@ from tuner.comparison.profile import num_profile_steps
 from tuner.comparison.report import compare_table, write_comparison
 from tuner.config.parser import Settings
 from tuner.console import say, step_progress
+from tuner.run_context import save_traceback
 
 
 def run_comparison(job: Job, options: CompareOptions, folder: Path, *, command: str) -> Comparison:
@@ -72,4 +73,5 @@ def run_compare(settings: Settings) -> None:
         )
     options = CompareOptions.parse(settings.optimizers, settings.steps, settings.seeds)
     folder = Path(settings.runs) / settings.name / "compare"
-    run_comparison(settings.job(), options, folder, command=settings.command)
+    with save_traceback(folder):
+        run_comparison(settings.job(), options, folder, command=settings.command)

@@ -13,7 +13,13 @@ from tuner.oom_fallback import fall_back_when_out_of_memory
 from tuner.pipeline import fit
 from tuner.planning.planner import BudgetPlanner
 from tuner.report.final_screen import final_screen
-from tuner.run_context import RunContext, find_unfinished_run, load_fallback, open_run_folder
+from tuner.run_context import (
+    RunContext,
+    find_unfinished_run,
+    load_fallback,
+    open_run_folder,
+    save_traceback,
+)
 from tuner.trials.workers import Worker
 
 
@@ -42,7 +48,11 @@ def run_fit(settings: Settings) -> None:
         planner.check(plan)
     folder = open_run_folder(settings, job)
     joined = nullcontext() if plan is not None else Worker(folder.tuning, "fit", say)
-    with fall_back_when_out_of_memory(planner, folder), joined as worker:
+    with (
+        save_traceback(folder.path),
+        fall_back_when_out_of_memory(planner, folder),
+        joined as worker,
+    ):
         context = RunContext(
             job=job,
             planner=planner,

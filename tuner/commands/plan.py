@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from foam_lightning.errors import ConfigError, FoamError, InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
+from foam_lightning.resume import load_given_plan
 from foam_lightning.validation import MODEL, check_ranges
 from tuner.config.parser import Settings
 from tuner.planning.planner import BudgetPlanner, nearby_budgets
@@ -41,34 +42,41 @@ def plan(
     budget_bytes: int | None,
     *,
     uniform_level: int | None = None,
+    given: FoldPlan | None = None,
     num_tensors: int = 0,
     picture: Path | None = None,
 ) -> PlanAnswer:
-    """Find the plan for a budget, or account for one level everywhere.
+    """Find the plan for a budget, or account for one level everywhere or for a given plan.
 
     Args:
         job: What to train.
         budget_bytes: The budget of one device.
         uniform_level: The level of every matrix; None chooses levels for the budget.
+        given: A plan to account for instead of choosing one, if there is no level.
         num_tensors: How many of the largest tensors at the peak to list.
         picture: A PNG file to draw the plan into; its folder must exist.
 
     Raises:
-        ConfigError: There is neither a budget nor a level, the picture cannot be written, or
-            another optimizer than FOAM is asked for.
+        ConfigError: There is no budget, level or plan, the picture cannot be written, or another
+            optimizer than FOAM is asked for.
     """
     if not job.is_foam:
         raise ConfigError(
             f"plan is for model.optimizer foam only, got {job.model.optimizer}; remove it"
         )
-    if budget_bytes is None and uniform_level is None:
-        raise ConfigError("plan needs --memory-budget SIZE, or --uniform-level L to account for")
-    check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
+    if uniform_level is not None:
+        check_ranges("--", {"uniform-level": uniform_level}, {"uniform-level": MODEL["level"]})
+        given = job.uniform_plan(uniform_level)
+    if budget_bytes is None and given is None:
+        raise ConfigError(
+            "plan needs --memory-budget SIZE, or --uniform-level L or --fold-plan FILE to account "
+            "for"
+        )
     planner = BudgetPlanner(job, budget_bytes)
-    found, refusal = _choose(planner) if uniform_level is None else _check(planner, uniform_level)
+    found, refusal = _choose(planner) if given is None else _check(planner, given)
     account = planner.accountant.account(found)
     minimum = None if budget_bytes is None else planner.minimum.account.peak_bytes
-    near = nearby_budgets(planner) if uniform_level is None else []
+    near = nearby_budgets(planner) if given is None else []
     tensors = planner.accountant.list_tensors(found) if num_tensors else []
     if picture is not None:
         _draw(planner, found, budget_bytes, picture)
@@ -88,13 +96,12 @@ def _choose(planner: BudgetPlanner) -> tuple[FoldPlan, FoamError | None]:
         return planner.minimum.plan, error
 
 
-def _check(planner: BudgetPlanner, level: int) -> tuple[FoldPlan, FoamError | None]:
-    found = planner.job.uniform_plan(level)
+def _check(planner: BudgetPlanner, given: FoldPlan) -> tuple[FoldPlan, FoamError | None]:
     try:
-        planner.check(found)
+        planner.check(given)
     except InfeasibleBudgetError as error:
-        return found, error
-    return found, None
+        return given, error
+    return given, None
 
 
 def _draw(planner: BudgetPlanner, found: FoldPlan, budget_bytes: int | None, path: Path) -> None:
@@ -129,10 +136,12 @@ def _abbreviate(count: int) -> str:
 
 def run_plan(settings: Settings) -> None:
     """Print what fits a budget."""
+    job = settings.job()
     answer = plan(
-        settings.job(),
+        job,
         settings.memory_budget,
         uniform_level=settings.uniform_level,
+        given=load_given_plan(job, None, settings.fold_plan),
         num_tensors=settings.tensors,
         picture=None if settings.picture is None else Path(settings.picture),
     )

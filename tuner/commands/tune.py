@@ -7,7 +7,13 @@ from tuner.console import say
 from tuner.oom_fallback import fall_back_when_out_of_memory
 from tuner.pipeline import tune
 from tuner.planning.planner import BudgetPlanner
-from tuner.run_context import RunContext, find_unfinished_run, load_fallback, open_run_folder
+from tuner.run_context import (
+    RunContext,
+    find_unfinished_run,
+    load_fallback,
+    open_run_folder,
+    save_traceback,
+)
 from tuner.trials.workers import Worker
 
 
@@ -28,6 +34,7 @@ def run_tune(settings: Settings) -> None:
     memory_options = load_fallback(find_unfinished_run(settings))
     folder = open_run_folder(settings, job)
     with (
+        save_traceback(folder.path),
         fall_back_when_out_of_memory(planner, folder),
         Worker(folder.tuning, "tune", say) as worker,
     ):

@@ -10,14 +10,14 @@ from foam_lightning.errors import ConfigError, one_line
 from foam_lightning.storage.paths import exists, is_file
 from foam_lightning.units import ByteSize
 from tuner.config.credentials import refuse_credentials
-from tuner.config.options import COMMANDS, SECTIONS
+from tuner.config.options import COMMANDS, SECTIONS, unused_options
 from tuner.config.safe_yaml import load_yaml
 
 _DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
 
 
 def check_command_line(command: str, options: Sequence[str]) -> None:
-    """Refuse an unknown command, a bad budget and a bad configuration file.
+    """Refuse an unknown command, an option it does not use, and a bad budget or configuration.
 
     Args:
         command: The first word.
@@ -31,8 +31,11 @@ def check_command_line(command: str, options: Sequence[str]) -> None:
             f"there is no command {command!r}{suggestion(command, COMMANDS)}; use one of "
             f"{', '.join(COMMANDS)}"
         )
-    for option in options:
-        refuse_credentials("the command line", option)
+    for word in options:
+        refuse_credentials("the command line", word)
+    for option in unused_options(command):
+        if any(option_values(options, option.flag, f"--{option.name}")):
+            raise ConfigError(f"{command} does not use {option.flag}; remove it")
     for value in option_values(options, "--memory-budget", "--memory_budget"):
         try:
             ByteSize(value)

@@ -19,6 +19,8 @@ COMMANDS = {
 # The other options are settings in one of these sections of the configuration.
 SECTIONS = ("model", "data", "trainer", "tune")
 
+_OF_A_CHECKPOINT = ("validate", "generate", "export")
+
 
 @dataclass(frozen=True)
 class Option:
@@ -33,6 +35,8 @@ class Option:
         is_required: Whether it must be given.
         commands: The commands that have it; None if all do. Only an option of all commands may
             stand in a configuration file, and is stored in the config.yaml of a run.
+        unused_by: The commands for which a configuration may have it, and the command line not.
+        is_switch: Whether it is given without a value.
     """
 
     flag: str
@@ -42,6 +46,8 @@ class Option:
     default: Any = None
     is_required: bool = False
     commands: tuple[str, ...] | None = None
+    unused_by: tuple[str, ...] = ()
+    is_switch: bool = False
 
     @property
     def name(self) -> str:
@@ -56,7 +62,7 @@ def _checkpoint(text: str, *commands: str, is_required: bool = True) -> Option:
 
 OPTIONS = (
     _checkpoint("continue from this checkpoint", "fit", is_required=False),
-    _checkpoint("the checkpoint (required)", "validate", "generate", "export"),
+    _checkpoint("the checkpoint (required)", *_OF_A_CHECKPOINT),
     Option("--biased", "true", "also print the perplexity as the released FOAM code computes it",
            bool, False, commands=("validate",)),
     Option("--format", "FORMAT", "table or json", Literal["table", "json"], "table",
@@ -82,14 +88,16 @@ OPTIONS = (
            int, 2, commands=("compare",)),
     Option("--config", "FILE", "settings as YAML, repeatable; default configs/default.yaml", str),
     Option("--memory-budget", "SIZE", "memory of one device: 24GB is 24e9 bytes, 24GiB 24 * 2**30",
-           ByteSize),
-    Option("--fold-plan", "FILE", "train by this fold_plan.json instead of tuning", str | None),
+           ByteSize, unused_by=("compare", *_OF_A_CHECKPOINT)),
+    Option("--fold-plan", "FILE", "train by this fold_plan.json instead of tuning", str | None,
+           unused_by=("tune", "compare", *_OF_A_CHECKPOINT)),
     Option("--seed_everything", "N", "seed of weights, data order and search; default 0", int, 0),
     Option("--name", "NAME", "the run is stored in runs/NAME/version_<n>; default \"default\"",
            str, "default"),
     Option("--runs", "DIR", "the folder of all runs; default runs", str, "runs"),
     Option("--allow-class-paths", "P,P", "let the configuration import and run these classes or "
            "packages", str | None),
+    Option("--debug", "", "show the traceback of an error", bool, False, is_switch=True),
     Option("--tune.fraction", "F", "steps of the search, as a fraction of the full run; "
            "default 0.02"),
     Option("--tune.trials", "N", "number of short runs, instead of a fraction"),
@@ -112,3 +120,8 @@ OPTIONS = (
 def options_of(command: str) -> list[Option]:
     """List the options of a command, those of this command first."""
     return [one for one in OPTIONS if one.commands is None or command in one.commands]
+
+
+def unused_options(command: str) -> list[Option]:
+    """List the options of all commands that mean nothing to this one."""
+    return [one for one in OPTIONS if command in one.unused_by]

@@ -28,7 +28,10 @@ from tuner.trials.budget import TuneOptions
 _jsonargparse: Any = _loaders_dumpers
 _jsonargparse.yaml_default_loader = checked_loader(_jsonargparse.get_yaml_default_loader())
 # Options that a run's config.yaml does not contain.
-_UNSAVED = {one.name for one in OPTIONS if one.commands} | {"config", "allow_class_paths"}
+_UNSAVED = {one.name for one in OPTIONS if one.commands or one.is_switch} | {
+    "config",
+    "allow_class_paths",
+}
 _ALLOW_FLAGS = ("--allow-class-paths", "--allow_class_paths")
 _MAX_NAME_BYTES = 200  # file systems allow 255, and temporary files have longer names
 _MAX_CHARACTERS = 500  # of an error: a value, or the description of a type, may be long
@@ -172,7 +175,9 @@ def make_parser(command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"cli.py {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     for option in options_of(command):
-        if option.type is not None and option.name != "config":
+        if option.is_switch:
+            parser.add_argument(option.flag, action="store_true")
+        elif option.type is not None and option.name != "config":
             flags = dict.fromkeys((f"--{option.name}", option.flag))  # the first names the value
             value = {"required": True} if option.is_required else {"default": option.default}
             parser.add_argument(*flags, type=option.type, **value)
