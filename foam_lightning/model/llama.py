@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,11 +128,45 @@ def create_initialized(config: "LlamaConfig", *, seed: int) -> "LlamaForCausalLM
 def use_causal_attention(model: "LlamaForCausalLM") -> "LlamaForCausalLM":
     """Switch a model to causal attention without masks, in place, and return it."""
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    AttentionInterface.register(_ATTENTION, _attend)
     model.set_attn_implementation(_ATTENTION)
     return model
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers does under "sdpa", with a fused kernel for grouped queries in float32.
+
+    On a GPU flash attention and that of cuDNN take half precision only, and the efficient kernel
+    takes no grouped queries (torch up to 2.13, `sdp_utils.cpp`). The plain products that are left
+    keep S x S numbers for every head. So in float32 keys and values are repeated, H / (number of
+    key heads) times as many bytes; on the CPU too, so that the memory account counts them. A single
+    query, while generating, has S x 1 numbers and needs no fused kernel.
+
+    Args:
+        module: The attention layer.
+        query: (B, heads, S, head size).
+        key: (B, key and value heads, S, head size).
+        value: As `key`.
+        attention_mask: None, except where a caller passes a mask of its own.
+        options: As transformers passes them.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    attention: Any = module
+    repeats, device = query.shape[1] // key.shape[1], query.device.type
+    is_half = torch.is_autocast_enabled(device) or query.dtype != torch.float32
+    if repeats > 1 and query.shape[2] > 1 and not is_half:
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+        attention = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # no groups
+    return sdpa_attention_forward(attention, query, key, value, attention_mask, **options)
 
 
 def model_class(config: "LlamaConfig") -> Any:

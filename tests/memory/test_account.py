@@ -137,6 +137,22 @@ def test_the_account_is_what_a_real_step_of_20m_takes(case: Any) -> None:
     check_case(MODEL_20M, 4, 128, case)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[18]], ids=ids_of)
+def test_the_account_is_what_a_step_with_grouped_queries_takes(case: Any) -> None:
+    check_case({"num_key_value_heads": 2}, 8, 64, case)
+
+
+def test_repeated_keys_and_values_count() -> None:
+    def activations(num_heads: int) -> int:
+        module = LlamaFoam(num_key_value_heads=num_heads)
+        plan = module.uniform_plan(2, MemoryOptions(micro_batch_size=8))
+        return accountant_of(module, on_gpu=True).tensor_terms(plan)["activations"]
+
+    # Those of two heads, repeated, are kept as those of four; those of one stay a view of it.
+    assert activations(2) == pytest.approx(activations(4), rel=0.01)
+    assert activations(1) < 0.95 * activations(4)
+
+
 def accountant_of(module: LlamaFoam, *, on_gpu: bool) -> Accountant:
     return Accountant(module, num_layers=4, sequence_length=64, precision="32-true", on_gpu=on_gpu)
 

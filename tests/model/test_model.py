@@ -59,6 +59,54 @@ def test_a_new_model_equals_that_of_transformers():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
 
 
+class Heads(TorchDispatchMode):
+    """Collect the numbers of query, key and value heads of every fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "flash_attention" in func.name() and "backward" not in func.name():
+            self.seen.add(tuple(part.shape[1] for part in args[:3]))
+        return func(*args, **(kwargs or {}))
+
+
+# No fused kernel of a GPU takes grouped queries in float32.
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "key_heads"),
+    [
+        (torch.float32, False, 4),
+        (torch.float32, True, 2),
+        (torch.bfloat16, False, 2),
+    ],
+    ids=["32-true", "bf16-mixed", "bf16-true"],
+)
+def test_float32_repeats_keys_and_values_for_grouped_queries(dtype, autocast, key_heads):
+    model = llama.create_initialized(tiny(), seed=0).to(dtype)
+    ids = torch.arange(48).view(2, 24)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Heads() as heads:
+        model(ids, labels=ids).loss.backward()
+    assert heads.seen == {(4, key_heads, key_heads)}
+
+
+def test_repeated_keys_and_values_change_no_loss_and_no_single_query():
+    model = llama.create_initialized(tiny(), seed=0)
+    ids = torch.arange(48).view(2, 24)
+    loss, gradients = pass_through(model, None)
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+    expected, others = pass_through(model, None)
+    assert torch.equal(loss, expected)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(gradient, other)
+    llama.use_causal_attention(model)
+    with torch.no_grad(), Heads() as heads:
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+    assert heads.seen == {(4, 4, 4), (4, 2, 2)}
+
+
 class Frequencies(Callback):
     def __init__(self):
         self.seen = {}
