@@ -16,6 +16,8 @@ from foam_lightning.settings import TrainerSettings
 
 _BARE = {
     "callbacks": None,
+    # The end of the full run; a short run has its own number of steps.
+    **dict.fromkeys(("max_epochs", "max_time", "min_steps", "min_epochs")),
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -38,8 +40,8 @@ def create_trainer(
         settings: Of the full run.
         memory_options: Have the number of accumulated micro-batches.
         callbacks: Come after those of the settings.
-        bare: For short runs: without the callbacks of the settings, logger, checkpoints and
-            progress bar, and on one device, which accumulates the micro-batches of the others.
+        bare: For short runs: without the callbacks and the end of the settings, logger, checkpoints
+            and progress bar, and on one device, which accumulates the micro-batches of the others.
         overrides: Arguments of Lightning's Trainer that replace those of the settings.
 
     Raises:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from foam_lightning import __version__
 from foam_lightning.callbacks.exact_resume import ExactResume
 from foam_lightning.callbacks.export import Export
 from foam_lightning.callbacks.memory import MemoryMonitor
@@ -240,5 +241,6 @@ def describe_plan(levels: Mapping[str, int]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    """Return the versions of Python, this package and those that the result depends on."""
+    own = {"python": platform.python_version(), "foam-lightning": __version__}
+    return {**own, **{name: version(name) for name in _PACKAGES}}

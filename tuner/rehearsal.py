@@ -20,6 +20,7 @@ from foam_lightning.units import format_bytes, format_bytes_apart
 from tuner.console import say
 from tuner.planning.planner import BudgetPlanner
 from tuner.run_context import RunContext
+from tuner.trials.cache import job_key
 
 _STEPS = 2
 # A plan that leaves a twentieth of the budget is rehearsed after the search only: predictions were
@@ -171,7 +172,8 @@ def _fold_until_it_fits(
 def rehearse(context: RunContext, plan: FoldPlan) -> Rehearsal:
     """Run what the full run will do, once, and measure its peak.
 
-    The result is kept in `tuning/rehearsal.json`; a second call reads it.
+    The result is kept in `tuning/rehearsal.json`; a second call reads it, unless the device, a
+    package or an input has changed since.
 
     Args:
         context: The run.
@@ -184,7 +186,7 @@ def rehearse(context: RunContext, plan: FoldPlan) -> Rehearsal:
     if rehearsal is None:
         predicted = context.planner.accountant.account(plan).peak_bytes
         rehearsal = Rehearsal(predicted, *_measure(context.job, plan, context.folder.tuning))
-        record = {**asdict(rehearsal), "fold_plan": plan.to_json()}
+        record = {**asdict(rehearsal), "fold_plan": plan.to_json(), "job": job_key(context.job)}
         write_json(_file(context), [*_records(context), record])
     if (gpu := context.job.gpu) is not None and rehearsal.context_bytes is not None:
         # The context has grown, so the allocator gets less.
@@ -194,7 +196,9 @@ def rehearse(context: RunContext, plan: FoldPlan) -> Rehearsal:
 
 def _find(context: RunContext, plan: FoldPlan) -> Rehearsal | None:
     for record in _records(context):
-        if record.pop("fold_plan") == plan.to_json():
+        key = job_key(context.job)
+        # The records of older runs do not say what they are of, besides the plan.
+        if (record.pop("fold_plan"), record.pop("job", key)) == (plan.to_json(), key):
             return Rehearsal(**record)
     return None
 

@@ -78,7 +78,13 @@ def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a cache key that changes whenever the tokenizer may encode text differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    # Without a backend the rules are code, which the class and its arguments determine.
+    slow = [
+        type(tokenizer).__name__,
+        str(tokenizer.init_kwargs),
+        sorted(tokenizer.get_vocab().items()),
+    ]
+    rules = slow if backend is None else backend.to_str()
     return cache_key(rules, tokenizer.eos_token_id)
 
 

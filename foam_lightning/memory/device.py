@@ -29,6 +29,8 @@ from foam_lightning.units import format_bytes, format_bytes_apart
 _MOST_CONTEXT_BYTES = 2_000_000_000
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CUBLAS_SIZES = "CUBLAS_WORKSPACE_CONFIG"
+# What changes how much the libraries take: also whether all modules are loaded at the start.
+_VARIABLES = (_CUBLAS_SIZES, "CUDA_MODULE_LOADING")
 # The driver gives back the memory of a process some time after it has ended.
 _POLL_SECONDS, _MAX_POLLS = 0.1, 50
 # torch, Triton and NCCL quote the runtime or the driver ("out of memory"), and NCCL also names the
@@ -268,8 +270,9 @@ def load_costs(gpu: Gpu | None) -> DeviceCosts:
 def calibrate(gpu: Gpu) -> DeviceCosts:
     """Measure what a GPU needs beyond tensors, or load what was measured before.
 
-    The result is stored in the cache folder by name of the GPU, driver, torch and CUDA. Where other
-    processes use too much of the card to measure, the defaults are returned and nothing is stored.
+    The result is stored in the cache folder by name of the GPU, driver, torch, CUDA, and the
+    variables that change how much its libraries take. Where other processes use too much of the
+    card to measure, the defaults are returned and nothing is stored.
     """
     kept = _read_costs()
     if _identity(gpu) in kept:
@@ -308,8 +311,7 @@ def _identity(gpu: Gpu) -> str:
         f"torch {torch.__version__}",
         f"CUDA {torch.version.cuda}",
     ]
-    if sizes := os.environ.get(_CUBLAS_SIZES):  # of cuBLAS's workspaces
-        parts.append(f"{_CUBLAS_SIZES} {sizes}")
+    parts += [f"{name} {os.environ[name]}" for name in _VARIABLES if os.environ.get(name)]
     return ", ".join(parts)
 
 

@@ -138,8 +138,10 @@ def _load_kernel() -> _Kernel | None:
 def _build_library() -> Path:
     """Return the shared library for this machine, compiled unless it is in the cache."""
     command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS]
-    # -march=native compiles differently on another processor.
-    cache_key = (_SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _cpu_features())
+    # -march=native compiles differently on another processor, and a library needs at least the C
+    # library that it was linked to, of which machines that share a home may have several.
+    machine = (platform.machine(), _cpu_features(), *platform.libc_ver())
+    cache_key = (_SOURCE.read_text(encoding="utf-8"), *command, *machine)
     name = hashlib.sha256("\n".join(cache_key).encode()).hexdigest()[:32]
     library = cache_home() / f"step-{name}.so"
     if not library.exists():

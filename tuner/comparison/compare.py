@@ -175,12 +175,15 @@ def compare(
             f"cannot write {folder}: {error.strerror}; choose another folder with --runs"
         ) from error
     store = TrialStore(folder / "runs.json")
+    job_names = {
+        name: f"{job_key(runner.job)}, {package_version(name)}"
+        for name, (runner, _) in runners.items()
+    }
 
     def run(name: str, lr: float, seed: int) -> TrialResult:
         runner, plan = runners[name][0], replace(runners[name][1], lr=lr)
         steps = options.steps
-        job_name = f"{job_key(runner.job)}, {package_version(name)}"
-        key = trial_key(job_name, plan, num_steps=steps, seed=seed)
+        key = trial_key(job_names[name], plan, num_steps=steps, seed=seed)
         found = store.get(key)
         if found is None:
             try:

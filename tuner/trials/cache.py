@@ -16,6 +16,7 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_json
+from foam_lightning.storage.contents import contents
 from foam_lightning.training import versions
 from tuner.trials.extrapolation import plan_for_length
 from tuner.trials.runner import TrialResult, TrialRunner
@@ -28,6 +29,8 @@ _IRRELEVANT_SETTINGS = {
     *("devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary"),
     *("enable_checkpointing", "num_sanity_val_steps"),
 }
+_IRRELEVANT_DATA = {"micro_batch_size", "num_workers", "cache_dir"}
+_TEXT = ("files", "validation_files", "dataset")
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,32 @@ class CachedRunner:
 
 
 def job_key(job: Job) -> str:
-    """Return a digest of everything, besides the plan, that the short runs of a job depend on."""
+    """Return a digest of everything, besides the plan, that the short runs of a job depend on.
+
+    Files count by what they contain, so that an edited file is another job and a copy is not.
+    """
     trainer = job.trainer.arguments.items()
     trainer_settings = {key: value for key, value in trainer if key not in _IRRELEVANT_SETTINGS}
-    data = {key: value for key, value in asdict(job.data).items() if key != "micro_batch_size"}
-    sources = [data, *(data.get("sources") or ())]
-    kinds = ("files", "validation_files")
-    paths = [path for source in sources for kind in kinds for path in source.get(kind) or ()]
-    stamps = [_size_and_time(Path(path)) for path in paths]
-    return _digest([asdict(job.model), data, stamps, trainer_settings, job.seed, versions()])
+    model = asdict(job.model) | _by_contents(vars(job.model), "pretrained")
+    data = {key: value for key, value in asdict(job.data).items() if key not in _IRRELEVANT_DATA}
+    data |= _by_contents(data, *_TEXT, "tokenizer")
+    if job.data.sources is not None:
+        data["sources"] = [dict(one) | _by_contents(one, *_TEXT) for one in job.data.sources]
+    if job.data.streaming:  # rows then come in the order of the workers
+        data["num_workers"] = job.data.num_workers
+    device = "cpu" if job.gpu is None else job.gpu.name
+    return _digest([model, data, trainer_settings, job.seed, device, versions()])
+
+
+def _by_contents(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return those of the settings that name files, each with what its files contain."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [replaced(one) for one in value]
+        return contents(value) or value if isinstance(value, str) else value
+
+    return {name: replaced(settings[name]) for name in names if name in settings}
 
 
 def trial_key(job_name: str, plan: FoldPlan, *, num_steps: int, seed: int) -> str:
@@ -163,16 +183,10 @@ def _finished_trials(database: Path) -> list[tuple[str, FrozenTrial]]:
         return []
 
 
-def _size_and_time(path: Path) -> Any:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
-
-
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 class TrialStore:

@@ -82,6 +82,9 @@ def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]
     seeds, over the number of seeds. The latter is `SEED_DEVIATION ** 2`, since there are too few
     runs to estimate it. A bootstrap over batches and such seeds has the same interval.
 
+    Runs with other micro-batches are evaluated on the same rows in other batches; they are compared
+    on the smallest groups of batches that have the same rows in both.
+
     Args:
         runs: The first plan's runs, one per seed.
         others: The runs of the other plan, same seeds in the same order.
@@ -93,11 +96,7 @@ def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]
         raise ValueError(f"{len(runs)} runs do not pair with {len(others)}")
     means, variance = [], SEED_DEVIATION**2
     for run, other in zip(runs, others, strict=True):
-        if list(run.num_tokens) != list(other.num_tokens):
-            raise ValueError("the runs were evaluated on different batches")
-        tokens = torch.tensor(run.num_tokens, dtype=torch.float64)
-        nats, other_nats = (torch.tensor(r.nats, dtype=torch.float64) for r in (run, other))
-        gaps = nats - other_nats
+        tokens, gaps = _gaps(run, other)
         mean = float(gaps.sum() / tokens.sum())
         means.append(mean)
         if len(tokens) > 1:
@@ -107,6 +106,20 @@ def paired_difference(runs: Sequence[TrialResult], others: Sequence[TrialResult]
         mean=math.fsum(means) / len(means),
         half_width=_NORMAL_95 * math.sqrt(variance / len(runs)),
     )
+
+
+def _gaps(run: TrialResult, other: TrialResult) -> tuple[Tensor, Tensor]:
+    """Return the tokens of each group of batches with the same rows, and the difference in nats."""
+    ends, other_ends = (torch.tensor(r.num_tokens).cumsum(0) for r in (run, other))
+    shared = ends[torch.isin(ends, other_ends)]
+    if not len(shared) or shared[-1] != ends[-1] or shared[-1] != other_ends[-1]:
+        raise ValueError("the runs were evaluated on different batches")
+    nats, other_nats = (
+        torch.tensor(r.nats, dtype=torch.float64).cumsum(0)[torch.searchsorted(of_run, shared)]
+        for r, of_run in ((run, ends), (other, other_ends))
+    )
+    zero = torch.zeros(1)
+    return shared.double().diff(prepend=zero), (nats - other_nats).diff(prepend=zero)
 
 
 class TrialRunner:
