@@ -28,9 +28,10 @@ class OptionLadder:
     From the slowest option to the fastest: state in host memory (it crosses the bus twice a step),
     gradient release (the whole batch is one micro-batch), activation checkpointing (the forward
     pass is run again), selective checkpointing (all of it is run again but matrix products and
-    attention), state in int8, more and smaller micro-batches, chunked loss (the product of the head
-    is computed again). Two sets are compared by the slowest option in which they differ. So an
-    option is turned on only where all faster ones together do not save enough.
+    attention), state in int8, more and smaller micro-batches, chunked loss (nothing is computed
+    again, but in bfloat16 the gradient of the head is rounded once a chunk). Two sets are compared
+    by the slowest option in which they differ. So an option is turned on only where all faster ones
+    together do not save enough.
 
     Args:
         start: The memory options of the configuration; none of them is ever turned off.
@@ -143,7 +144,8 @@ class OptionLadder:
     ) -> MemoryOptions | None:
         """Find the largest micro-batch that fits, without chunks of the loss if that fits too."""
 
-        # Chunks save logits, but each makes a gradient of the head; a few rows have fewer logits.
+        # Chunks save logits, but the gradient of the head is there while each makes its own; a few
+        # rows have fewer logits.
         def either_fits(memory_options: MemoryOptions) -> bool:
             return fits(self._unchunked(memory_options), level) or fits(memory_options, level)
 
@@ -220,7 +222,7 @@ def option_costs(
     step = _PRODUCTS_PER_STEP * (decoder + head)
     costs = {}
     if memory_options.chunked_loss:
-        costs["chunked_loss"] = f"{head / step:.1%} more compute: logits recomputed"
+        costs["chunked_loss"] = "no slowdown"
     if memory_options.accumulate_grad_batches > 1:
         costs["accumulate_grad_batches"] = "no slowdown while each micro-batch keeps the GPU busy"
     if memory_options.selective_checkpointing:

@@ -212,8 +212,7 @@ def test_work_is_a_share_of_the_matrix_products_of_a_step(
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
     # 45000 weights multiply in the decoder, 5000 in the head; forward once, backward twice.
-    found = costs_of(shapes, chunked_loss=True, activation_checkpointing=True)
-    assert found["chunked_loss"].startswith("3.3% more")
+    found = costs_of(shapes, activation_checkpointing=True)
     assert found["activation_checkpointing"].startswith("30% more")
 
 

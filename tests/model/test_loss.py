@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.model import loss
 from foam_lightning.model.loss import IGNORED, token_loss
 from tests.support.unequal import BATCH, job_of_unequal_rows, trained
@@ -71,29 +72,98 @@ def test_the_loss_of_bfloat16_weights_is_float32(chunked):
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-3)
 
 
-class RecordingHead(nn.Linear):
-    """Records the number of tokens of every call."""
+def gradients(dtype, chunked, *, divisor=1, autocast=False, **frozen):
+    """Return the loss and the gradients of hidden states and head, None where one is frozen."""
+    torch.manual_seed(1)
+    hidden, head, labels = example(dtype=dtype)
+    hidden.requires_grad_(frozen.get("hidden", True))
+    head.weight.requires_grad_(frozen.get("head", True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+        total, count = token_loss(hidden, head, labels, chunked=chunked)
+        (total / count / divisor).backward()
+    return total.detach(), hidden.grad, head.weight.grad
 
-    def __init__(self):
-        super().__init__(H, V, bias=False)
-        self.sizes = []
 
-    def forward(self, states):
-        self.sizes.append(len(states))
-        return super().forward(states)
+@pytest.mark.parametrize("frozen", [{}, {"head": False}, {"hidden": False}], ids=str)
+def test_what_is_frozen_gets_no_gradient_and_the_rest_stays_the_same(frozen):
+    for plain, chunked in zip(
+        *(gradients(torch.float32, on, **frozen) for on in (False, True)), strict=True
+    ):
+        assert (plain is None) == (chunked is None)
+        if plain is not None:
+            torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("divisor", [1, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_chunks_are_as_near_to_float32_as_one_product(autocast, divisor):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    exact = gradients(torch.float32, False, divisor=divisor)
+    plain = gradients(dtype, False, divisor=divisor, autocast=autocast)
+    chunked = gradients(dtype, True, divisor=divisor, autocast=autocast)
+    for right, one, several in zip(exact, plain, chunked, strict=True):
+        assert several.dtype == one.dtype
+        scale = float(right.norm())
+        error_of_one, error = (float((x.float() - right).norm()) / scale for x in (one, several))
+        assert error < max(1e-5, 2 * error_of_one + (divisor == 3) * 2**-9)
+
+
+def test_a_tied_head_gets_the_gradient_of_both_uses():
+    found = []
+    for chunked in (False, True):
+        torch.manual_seed(2)
+        table, head = nn.Embedding(V, H), nn.Linear(H, V, bias=False)
+        head.weight = table.weight
+        ids = torch.randint(0, V, (3, 200))
+        token_loss(table(ids).tanh(), head, ids, chunked=chunked)[0].backward()
+        found.append(table.weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_returned_once_and_have_no_gradient_themselves():
+    hidden, head, labels = example()
+    total, _ = token_loss(hidden, head, labels, chunked=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(total, hidden, create_graph=True)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        total.backward()
+
+
+def track(rows=3, length=200, *, head_is_trained=True, grad=True):
+    """Track the chunked loss: the shape of every tensor it makes, and the most bytes alive."""
+    hidden, head, labels = example(rows, length)
+    head.requires_grad_(head_is_trained)
+    tracker = StorageTracker(with_origins=True)
+    tracker.claim([hidden, head.weight, labels], "weights")
+    with torch.set_grad_enabled(grad), tracker:
+        total, _ = token_loss(hidden, head, labels, chunked=True)
+        if grad:
+            total.backward()
+    return [origin.shape for origin in tracker.record.origins], tracker.peak().terms["activations"]
+
+
+def test_the_head_has_one_gradient():
+    shapes, peak = track()
+    assert shapes.count((V, H)) == 2  # and the head itself
+    # With it: the gradient of the hidden states, a chunk's logits twice, and a little of (N,).
+    assert peak < 4 * (H * V + 600 * H + 2 * 256 * V) + 20 * 600
+
+
+@pytest.mark.parametrize("options", [{"head_is_trained": False}, {"grad": False}], ids=str)
+def test_no_gradient_of_the_head_is_computed_where_none_is_asked_for(options):
+    assert track(**options)[0].count((V, H)) == 1  # the head itself
 
 
 def chunk_sizes(rows, length):
-    hidden, _, labels = example(rows, length)
-    head = RecordingHead()
-    with torch.no_grad():
-        token_loss(hidden, head, labels, chunked=True)
-    return head.sizes
+    """List the tokens of every chunk: without gradients, logits and their log-probabilities."""
+    shapes, _ = track(rows, length, grad=False)
+    return [shape[0] for shape in shapes if shape[1:] == (V,)][::2]
 
 
 def test_chunks_have_at_least_256_tokens_and_are_at_most_64():
-    assert chunk_sizes(2, 301) == [256, 256, 88]
-    assert chunk_sizes(1, 64 * 300 + 1) == [300] * 64
+    assert chunk_sizes(2, 301) == [256, 256, 90]
+    assert chunk_sizes(1, 64 * 300) == [300] * 64
 
 
 @pytest.mark.parametrize("length", [2, 3, 86, 129, 200, 256, 257, 258, 2048])
