@@ -1,23 +1,28 @@
-"""The FOAM optimizer: AdamW with moments folded along the columns of each matrix."""
+"""The FOAM optimizer: AdamW with moments folded along the columns of each matrix.
 
-import math
+Uses a private part of torch, checked on torch 2.11 and 2.13: `torch._compile._disable_dynamo`, with
+which torch's own optimizers are left out of a compiled program. `torch.compiler.disable` does the
+same, and imports the compiler at once.
+"""
+
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, cast, get_args, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from foam_lightning.optim.checkpoint import check_compatible, load_state_
+from foam_lightning.optim.checkpoint import check_compatible, load_state_, readable_state
 from foam_lightning.optim.dispatch import update_tensor_
-from foam_lightning.optim.fold import check_level
 from foam_lightning.optim.functional import StepFactors
 from foam_lightning.optim.offload import HostState, host_memory_options, state_on_device
-from foam_lightning.optim.state import STATE_DTYPES, SecondMoment, state_layout
+from foam_lightning.optim.options import check_adamw_options, check_options
+from foam_lightning.optim.state import SecondMoment, state_layout
 
-# Options of how the state is stored and computed: each run sets its own, no checkpoint does.
-_NEVER_SAVED = ("state_dtype", "state_offload", "fused")
+# Options of how the state is stored and computed: each run sets its own, whatever is saved.
+_SET_BY_EACH_RUN = ("state_dtype", "state_offload", "fused")
 
 
 class FOAM(torch.optim.Optimizer):
@@ -32,12 +37,14 @@ class FOAM(torch.optim.Optimizer):
     - A ragged last block is the mean over the columns that exist.
     - A block wider than the matrix is the whole row ("row fold").
     - eps is added after bias correction and weight decay acts before the update, as in
-      torch.optim.AdamW. Level 0 with scale 1 is torch.optim.AdamW, in float32 to the last bit.
+      torch.optim.AdamW. Level 0 with scale 1 is torch.optim.AdamW: on a CPU to the last bit in
+      float64, and in float32 with `fused=False`.
     - The whole update is bias-corrected, residual included; `bias_correct_moments_only` leaves the
       residual out.
     - Tensors with fewer than two dimensions are never folded and have scale 1. Parameter groups
       decide which matrices fold: see `foam_lightning.optim.groups`.
-    - The moments have dtype `state_dtype`, whatever the dtype of the gradient.
+    - The moments have dtype `state_dtype`, whatever the dtype of the gradient; in place of float32,
+      those of float64 parameters have float64, as has their update.
 
     State of each parameter: `step` (int), `exp_avg` and `exp_avg_sq`, both of shape
     `folded_shape(parameter.shape, level)`, and with int8 their scales; see
@@ -50,7 +57,7 @@ class FOAM(torch.optim.Optimizer):
     Args:
         params: Parameters, (name, parameter) pairs, or groups of either. With names, errors
             about checkpoints name the parameter.
-        lr: Learning rate, 0 or more.
+        lr: Learning rate, 0 or more; a number or, as `betas`, a tensor of one value.
         betas: Decay of the first and of the second moment, each in [0, 1).
         eps: Added to the root of the second moment, 0 or more.
         weight_decay: Decoupled weight decay, 0 or more, not multiplied by `scale`.
@@ -65,13 +72,19 @@ class FOAM(torch.optim.Optimizer):
             stochastically. Rounding to nearest loses updates below 1/512 of a weight.
         fused: Update in one pass over memory where possible: in float32 on the CPU by a kernel that
             is compiled once (needs a C++ compiler), on a GPU by torch.compile. Differs from the
-            plain update in the last bits.
+            plain update in the last bits. None is True.
         state_offload: Keep the moments in host memory (pinned, for CUDA) and copy those of one
             parameter at a time to the device for its update. Costs 2 x the state's bytes over the
             bus a step and changes no result; see `offload`. No effect on the CPU.
+        maximize: Maximize the objective: step along the gradient, not against it.
+        foreach: None or False. This and the arguments below are those of torch.optim.AdamW, here
+            so that code written for it runs; a value that would change something is refused.
+        amsgrad: False.
+        capturable: False.
+        differentiable: False.
 
     Raises:
-        ValueError: An argument, or an entry of a group, is out of range.
+        ValueError: An argument, or an entry of a group, is out of range or not supported.
     """
 
     def __init__(
@@ -90,9 +103,17 @@ class FOAM(torch.optim.Optimizer):
         bias_correct_moments_only: bool = False,
         clip_norm: float | None = None,
         stochastic_rounding: bool = True,
-        fused: bool = True,
+        fused: bool | None = None,
         state_offload: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        amsgrad: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
+        check_adamw_options(
+            foreach=foreach, amsgrad=amsgrad, capturable=capturable, differentiable=differentiable
+        )
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -108,16 +129,25 @@ class FOAM(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "fused": fused,
             "state_offload": state_offload,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a checkpoint, perhaps older than an option."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not set get the defaults.
 
         Raises:
-            ValueError: An entry is out of range.
+            ValueError: An entry is out of range or not supported.
         """
-        _check_options({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # what is not, torch refuses
+            check_adamw_options(**param_group)
+            check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @overload
@@ -126,6 +156,7 @@ class FOAM(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # torch.compile cannot trace the kernels, so it runs this as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, one after the other.
@@ -152,7 +183,9 @@ class FOAM(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state in the format of every torch optimizer, wherever the moments are stored.
 
-        Leaves out `state_dtype`, `state_offload` and `fused`, which each run sets for itself.
+        Loading ignores `state_dtype`, `state_offload` and `fused`: each run sets its own.
+        `torch.distributed.checkpoint` needs all options of the groups, though, and accepts only
+        numbers, strings and tensors, so `state_dtype` is saved as its name.
         """
         full = super().state_dict()
         # Plain dicts, because files with `HostState` would not load with `weights_only`, and FSDP2
@@ -160,7 +193,7 @@ class FOAM(torch.optim.Optimizer):
         return {
             "state": {key: dict(state) for key, state in full["state"].items()},
             "param_groups": [
-                {key: value for key, value in group.items() if key not in _NEVER_SAVED}
+                {**group, "state_dtype": str(group["state_dtype"]).removeprefix("torch.")}
                 for group in full["param_groups"]
             ],
         }
@@ -170,28 +203,44 @@ class FOAM(torch.optim.Optimizer):
 
         Options that may change during a run (lr, scale, ...) come from `state_dict`, as in every
         torch optimizer. Fold levels and `second_moment` must be equal, as the state depends on
-        them.
+        them. A state of torch.optim.AdamW is one at level 0; what AdamW does not have, such as
+        `scale`, stays as it is here. (AdamW loads a state of FOAM at level 0 too.)
 
         Args:
-            state_dict: From `state_dict()` of a FOAM with the same parameters in the same groups.
+            state_dict: From `state_dict()` of a FOAM or torch.optim.AdamW with the same parameters
+                in the same groups.
 
         Raises:
-            CheckpointError: The state is of other parameters, levels or shapes; the message names
-                the first parameter that differs, or its number if names are unknown.
+            CheckpointError: The state is of other parameters, levels, shapes or another optimizer;
+                the message names the first parameter that differs, or its number if names are
+                unknown.
         """
-        check_compatible(self.param_groups, state_dict)
-        # Options that an older version did not save also get this run's value.
-        saved_groups = [
-            {**group, **saved, **{key: group[key] for key in _NEVER_SAVED}}
-            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
-        ]
-        # Without the moments, which torch would cast to the dtype of the parameter.
-        super().load_state_dict({**state_dict, "param_groups": saved_groups, "state": {}})
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            for param, key in zip(group["params"], saved["params"], strict=True):
-                if key in state_dict["state"]:
-                    self.state[param] = _create_state(param, group)
-                    load_state_(self.state[param], state_dict["state"][key])
+        saved: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            saved.update(readable_state(loaded))
+            check_compatible(self.param_groups, saved)
+            # Options that an older version did not save also get this run's value.
+            saved["param_groups"] = [
+                {**group, **loaded, **{key: group[key] for key in _SET_BY_EACH_RUN}}
+                for group, loaded in zip(self.param_groups, saved["param_groups"], strict=True)
+            ]
+            # Without the moments, which torch would cast to the dtype of the parameter.
+            return {**saved, "state": {}}
+
+        def load_moments(_: torch.optim.Optimizer) -> None:
+            for group, loaded in zip(self.param_groups, saved["param_groups"], strict=True):
+                for param, key in zip(group["params"], loaded["params"], strict=True):
+                    if key in saved["state"]:
+                        self.state[param] = _create_state(param, group)
+                        load_state_(self.state[param], saved["state"][key])
+
+        # As hooks, the last before torch loads and the first after: between those of the user.
+        with (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(load_moments, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
 
     def update(self, param: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter from its gradient; `step` does so for each.
@@ -212,21 +261,24 @@ class FOAM(torch.optim.Optimizer):
             )
         if param.numel() == 0:
             return
+        if group["maximize"]:
+            grad = -grad
         is_matrix = param.ndim >= 2
         if not self.state[param]:
             self.state[param] = _create_state(param, group)
         state = self.state[param]
         state["step"] += 1
         if group["clip_norm"] is not None:
-            norm = _full_tensor(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            norm_dtype = torch.promote_types(grad.dtype, torch.float32)
+            norm = _full_tensor(torch.linalg.vector_norm(grad, dtype=norm_dtype))
             grad = grad * (group["clip_norm"] / norm.clamp_min(group["clip_norm"])).to(grad.dtype)
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         factors = StepFactors.at_step(
             state["step"],
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
             scale=group["scale"] if is_matrix else 1.0,
             residual_scale=group["residual_scale"],
             bias_correct_moments_only=group["bias_correct_moments_only"],
@@ -240,7 +292,7 @@ class FOAM(torch.optim.Optimizer):
                 moments,
                 factors,
                 seed=state["step"] if group["stochastic_rounding"] else None,
-                fused=group["fused"],
+                fused=group["fused"] is not False,
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],
@@ -262,6 +314,9 @@ def _create_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
             "which cannot fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
         )
     memory_options = host_memory_options(param) if group["state_offload"] else {}
+    state_dtype = group["state_dtype"]
+    if state_dtype == torch.float32:
+        state_dtype = torch.promote_types(param.dtype, state_dtype)
     moments = {
         # Like a slice of the parameter, because `torch.zeros` of a shape would not be sharded.
         key: torch.zeros_like(
@@ -269,7 +324,7 @@ def _create_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
             dtype=dtype,
             **memory_options,
         )
-        for key, (shape, dtype) in state_layout(param.shape, level, group["state_dtype"]).items()
+        for key, (shape, dtype) in state_layout(param.shape, level, state_dtype).items()
     }
     state = {"step": 0, **moments}
     return HostState(state) if group["state_offload"] else state
@@ -283,26 +338,3 @@ def _local_shard(tensor: Tensor) -> Tensor:
 def _full_tensor(tensor: Tensor) -> Tensor:
     """Gather a DTensor, and return any other tensor as it is."""
     return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay", "scale", "residual_scale"):
-        if not 0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
-    betas = options["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    check_level(options["level"])
-    clip_norm = options["clip_norm"]
-    if clip_norm is not None and not 0 < clip_norm < math.inf:
-        raise ValueError(f"clip_norm must be finite and above 0, or None, got {clip_norm}")
-    if options["second_moment"] not in get_args(SecondMoment):
-        raise ValueError(
-            f"second_moment must be one of {', '.join(get_args(SecondMoment))}, "
-            f"got {options['second_moment']!r}"
-        )
-    if options["state_dtype"] not in STATE_DTYPES:
-        raise ValueError(
-            f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, "
-            f"got {options['state_dtype']}"
-        )

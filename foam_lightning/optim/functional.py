@@ -15,14 +15,15 @@ rho the residual scale and bc_i = 1 - beta_i**t:
 With `second_moment="square_mean"`, v averages fold(G)**2 instead, as printed in the paper.
 
 Departures from the released code: eps is added after bias correction and weight decay acts before
-the update, both as in torch.optim.AdamW. In float32, level 0 with scale 1 is AdamW to the last bit.
+the update, both as in torch.optim.AdamW. On a CPU, level 0 with scale 1 is AdamW to the last bit in
+float32 and float64.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, promote_types
 
 from foam_lightning.optim import rounding
 from foam_lightning.optim.fold import add_unfolded_, fold
@@ -111,8 +112,8 @@ def foam_step_(
 ) -> None:
     """Update one tensor and its moments in place.
 
-    Computes in float32 whatever the dtypes: the update uses the moments before they are rounded to
-    their storage dtype, and each stored value is rounded once.
+    Computes in float32, or in float64 for weights in float64: the update uses the moments before
+    they are rounded to their storage dtype, and each stored value is rounded once.
 
     Args:
         param: Weights, shape (..., C), changed.
@@ -129,19 +130,20 @@ def foam_step_(
     """
     # Each stored tensor gets its own noise.
     seeds = (None, None, None) if seed is None else (seed, seed + 1, seed + 2)
-    folded_RK = fold(grad, level)
-    m_RK = read_moment(state, "exp_avg").lerp_(folded_RK, 1 - beta1)
+    dtype = promote_types(promote_types(param.dtype, grad.dtype), torch.float32)
+    folded_RK = fold(grad, level).to(dtype)
+    m_RK = read_moment(state, "exp_avg").to(dtype).lerp_(folded_RK, 1 - beta1)
     write_moment_(state, "exp_avg", m_RK, seeds[0])
-    v_RK = read_moment(state, "exp_avg_sq").mul_(beta2)
+    v_RK = read_moment(state, "exp_avg_sq").to(dtype).mul_(beta2)
     if level == 0 or second_moment == "square_mean":
         v_RK.addcmul_(folded_RK, folded_RK, value=1 - beta2)
     else:
-        v_RK.add_(fold(grad.float().square(), level), alpha=1 - beta2)
+        v_RK.add_(fold(grad.to(dtype).square(), level), alpha=1 - beta2)
     write_moment_(state, "exp_avg_sq", v_RK, seeds[1])
     if level == 0:  # no residual: M = m, V = v
         denominator, numerator = v_RK.sqrt(), m_RK.clone()
     else:
-        residual_RC = grad.to(torch.float32, copy=True)
+        residual_RC = grad.to(dtype, copy=True)
         add_unfolded_(residual_RC, folded_RK, level, alpha=-1)
         V_RC = residual_RC.square().mul_(factors.residual_square)
         denominator = add_unfolded_(V_RC, v_RK, level).sqrt_()
@@ -150,7 +152,7 @@ def foam_step_(
     denominator.div_(factors.sqrt_bias_correction2).add_(eps)
     # The order of AdamW's addcdiv: any other differs in the last bit.
     update = numerator.mul_(-factors.step_size / factors.bias_correction1).div_(denominator)
-    weights = param.float().mul_(factors.decay).add_(update)
+    weights = param.to(dtype).mul_(factors.decay).add_(update)
     if param.dtype == torch.bfloat16 and seeds[2] is not None:
-        weights = rounding.to_bfloat16(weights, seeds[2])
+        weights = rounding.to_bfloat16(weights.float(), seeds[2])
     param.copy_(weights)

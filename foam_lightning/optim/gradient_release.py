@@ -1,11 +1,12 @@
 """Gradient release: update each parameter inside backward, then free its gradient."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.optim.foam import FOAM
@@ -21,13 +22,13 @@ class BackwardGuard(Protocol):
         """Make a gradient finite, in place."""
 
 
-@contextmanager
 def release_gradients(
     optimizer: FOAM, before_update: Callable[[Tensor], None] = lambda _: None
-) -> Iterator[None]:
+) -> ExitStack:
     """Update every parameter as soon as backward has its gradient, and free the gradient.
 
-    Within this context only gradients that backward is still summing up are alive. The update is
+    Holds from the call on; used as `with release_gradients(optimizer):`, until the block ends.
+    Meanwhile only gradients that backward is still summing up are alive. The update is
     the one that `optimizer.step()` would make with the options that the parameter's group has at
     that moment, so the weights are equal, in float32 to the last bit. `step()` is still called
     after every backward: it finds no gradients, and hooks on it, such as learning-rate schedules,
@@ -44,6 +45,9 @@ def release_gradients(
         optimizer: Updates its own parameters.
         before_update: Called with every gradient before its update; may change it in place.
 
+    Returns:
+        A context manager that ends the release on leaving it, or by its method `close()`.
+
     Raises:
         ConfigError: Inside backward, if a parameter gets a second gradient before
             `optimizer.step()`: the first is gone, so gradients cannot accumulate.
@@ -57,6 +61,7 @@ def release_gradients(
     }
     updated = set[Tensor]()
 
+    @_disable_dynamo  # see `foam`
     @torch.no_grad()
     def update(param: Tensor) -> None:
         if param in updated:
@@ -66,7 +71,8 @@ def release_gradients(
                 "step() after every backward (accumulate_grad_batches 1)"
             )
         updated.add(param)
-        assert param.grad is not None
+        if param.grad is None:  # a second release of the same optimizer: the first has updated it
+            return
         before_update(param.grad)
         optimizer.update(param, optimizer.param_groups[group_indices[param]])
         param.grad = None
@@ -75,4 +81,4 @@ def release_gradients(
         hooks.enter_context(optimizer.register_step_post_hook(lambda *_: updated.clear()))
         for param in group_indices:
             hooks.enter_context(param.register_post_accumulate_grad_hook(update))
-        yield
+        return hooks.pop_all()

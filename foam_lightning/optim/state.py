@@ -2,8 +2,8 @@
 
 Shapes: R rows (any leading dimensions), C columns, K = ceil(C / 2**level) blocks in a row.
 
-In float32 and bfloat16 a moment is one tensor. In int8 it is a tensor of codes and a float32 tensor
-of scales, one scale per 256 codes of a row: the largest magnitude among them.
+In float64, float32 and bfloat16 a moment is one tensor. In int8 it is a tensor of codes and a
+float32 tensor of scales, one scale per 256 codes of a row: the largest magnitude among them.
 
     m = scale * y * |y|     y = code / 127           code in -127 .. 127
     v = scale * y**4        y = code / 255           code in 0 .. 255
@@ -55,7 +55,7 @@ def state_layout(shape: Sequence[int], level: int, dtype: torch.dtype) -> dict[s
         shape: Shape of the parameter. With fewer than two dimensions it is never folded, and its
             moments stay in float32 where `dtype` is int8.
         level: Fold level.
-        dtype: torch.float32, torch.bfloat16 or torch.int8.
+        dtype: torch.float32, torch.bfloat16 or torch.int8; or torch.float64.
 
     Returns:
         By state key: "exp_avg", "exp_avg_sq", and with int8 "exp_avg_scale", "exp_avg_sq_scale".
@@ -81,7 +81,7 @@ def state_bytes(shape: Sequence[int], level: int, dtype: torch.dtype) -> int:
 
 
 def read_moment(state: Mapping[str, Tensor], moment: Moment) -> Tensor:
-    """Read a moment in float32; a moment stored in float32 is returned itself, not a copy.
+    """Read a moment in float32 or float64; one stored so is returned itself, not a copy.
 
     Args:
         state: Tensors by the keys of `state_layout`.
@@ -89,7 +89,7 @@ def read_moment(state: Mapping[str, Tensor], moment: Moment) -> Tensor:
     """
     stored = state[moment]
     if stored.is_floating_point():
-        return stored.float()
+        return stored.to(torch.promote_types(stored.dtype, torch.float32))
     scale = _repeat_scales(state[f"{moment}_scale"], stored)
     if moment == "exp_avg":
         y = stored.float().div_(127)
@@ -105,12 +105,12 @@ def write_moment_(
     Args:
         state: Tensors by the keys of `state_layout`; those of this moment are changed.
         moment: Which of the two.
-        value: float32, the shape of the moment; v is 0 or more.
+        value: float32 or float64, the shape of the moment; v is 0 or more.
         seed: Of stochastic rounding, see `rounding`; None rounds to nearest.
     """
     stored = state[moment]
     if stored.dtype == torch.bfloat16 and seed is not None:
-        stored.copy_(rounding.to_bfloat16(value, seed))
+        stored.copy_(rounding.to_bfloat16(value.float(), seed))
     elif stored.is_floating_point():
         stored.copy_(value)
     else:

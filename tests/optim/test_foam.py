@@ -8,21 +8,52 @@ from torch import nn
 from foam_lightning import FOAM
 from tests.support.training import all_equal, moments, parameters, train
 
-BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
+BF16, F32, F64, INT8 = torch.bfloat16, torch.float32, torch.float64, torch.int8
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"weight_decay": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-3}], ids=str
 )
 @pytest.mark.parametrize("second_moment", ["mean_square", "square_mean"])
-def test_level_0_with_scale_1_is_adamw_to_the_last_bit(options, second_moment):
-    ours, theirs = parameters(), parameters()
+@pytest.mark.parametrize(
+    ("dtype", "fused"), [(F32, False), (F64, False), (F64, None)], ids=["f32", "f64", "f64-default"]
+)
+def test_level_0_with_scale_1_is_adamw_to_the_last_bit(options, second_moment, dtype, fused):
+    ours, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
     options = {"weight_decay": 0.0, "lr": 1e-2, **options}
     train(
-        FOAM(ours, level=0, scale=1, fused=False, second_moment=second_moment, **options), range(6)
+        FOAM(ours, level=0, scale=1, fused=fused, second_moment=second_moment, **options), range(6)
     )
     train(torch.optim.AdamW(theirs, foreach=False, **options), range(6))
     assert all_equal(ours, theirs)
+
+
+def test_the_default_update_at_level_0_is_adamw_up_to_the_last_bits():
+    """torch takes roots by MKL, which rounds some otherwise than the compiled kernel does."""
+    ours, theirs = parameters([(64, 64)]), parameters([(64, 64)])
+    train(FOAM(ours, level=0, scale=1, lr=1e-2), range(10))
+    train(torch.optim.AdamW(theirs, weight_decay=0, lr=1e-2), range(10))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("state_dtype", [F32, BF16, INT8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize("level", [0, 1, 3, 12])
+def test_float64_weights_are_updated_in_float64(level, state_dtype):
+    double, single = parameters(dtype=F64), parameters()
+    for options in ({}, {"clip_norm": 0.5, "residual_scale": 0.5, "second_moment": "square_mean"}):
+        optimizers = [
+            FOAM(params, level=level, state_dtype=state_dtype, **options)
+            for params in (double, single)
+        ]
+        for optimizer in optimizers:
+            train(optimizer, range(4))
+        if state_dtype == F32:
+            assert {moment.dtype for moment in moments(optimizers[0])} == {F64}
+            rounded = [(p - p.float()).abs().max() > 0 for p in double]
+            assert all(rounded)
+    for a, b in zip(double, single, strict=True):
+        rtol = 1e-2 if state_dtype == INT8 else 1e-4
+        torch.testing.assert_close(a.float(), b, rtol=rtol, atol=2e-5)
 
 
 @pytest.mark.parametrize("level", [0, 1, 3, 12])

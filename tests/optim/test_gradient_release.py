@@ -117,6 +117,33 @@ def test_after_the_context_gradients_stay():
     assert not optimizer.state
 
 
+def test_a_plain_call_releases_until_it_is_closed():
+    net = Net()
+    optimizer = FOAM(net.parameters())
+    before = copy.deepcopy(net.state_dict())
+    release = release_gradients(optimizer)
+    for _ in range(2):
+        net(torch.arange(11)).backward()
+        assert all(p.grad is None for p in net.parameters())
+        optimizer.step()
+    assert not torch.equal(before["norm"], net.norm)
+    assert optimizer.state[net.norm]["step"] == 2
+    release.close()
+    net(torch.arange(11)).backward()
+    assert net.norm.grad is not None
+    assert optimizer.state[net.norm]["step"] == 2
+
+
+def test_releasing_twice_updates_once():
+    net = Net()
+    optimizer = FOAM(net.parameters())
+    release_gradients(optimizer)
+    with release_gradients(optimizer):
+        net(torch.arange(11)).backward()
+        optimizer.step()
+    assert {state["step"] for state in optimizer.state.values()} == {1}
+
+
 def test_two_backwards_over_different_parameters_are_one_step():
     left, right = nn.Linear(3, 3), nn.Linear(3, 3)
     optimizer = FOAM([*left.parameters(), *right.parameters()])
