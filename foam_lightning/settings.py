@@ -123,9 +123,12 @@ class DataSettings:
     library, which needs no download.
 
     Args:
-        files: Training text: .txt (one document each), .jsonl or .parquet (one document per row).
+        files: Training text: files, folders and patterns such as "texts/**/*.txt". A .txt file is
+            one document; so is each record of .jsonl, .json, .csv and .parquet. All but the last
+            may be packed, such as .jsonl.gz or .txt.zst.
         validation_files: Text to evaluate on; by default 5 percent of `files` is held out.
-        text_column: Column of the text in .jsonl, .parquet and `dataset`.
+        text_column: Column of the text in `dataset` and in files of records; those without it may
+            have a column "input_ids" with token ids of `tokenizer`.
         dataset: Name of a dataset on the Hugging Face Hub with train and validation splits.
         dataset_config: Its configuration, such as "en", if it has several.
         sources: Several sources instead of one. Each has a `weight`, its relative share of the
@@ -155,8 +158,8 @@ class DataSettings:
         ConfigError: A setting is out of range.
     """
 
-    files: list[str] | None = None
-    validation_files: list[str] | None = None
+    files: list[str] | str | None = None
+    validation_files: list[str] | str | None = None
     text_column: str = "text"
     dataset: str | None = None
     dataset_config: str | None = None

@@ -1,18 +1,17 @@
 """Conversations from .jsonl files as rows whose loss covers only the assistant's messages."""
 
-import sys
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from foam_lightning.data.cache import cache_key, cached_dataset
-from foam_lightning.data.files import files_fingerprint, parse_json_line
+from foam_lightning.data.files import files_fingerprint
 from foam_lightning.data.loader import EpochSampler
+from foam_lightning.data.notices import print_once
 from foam_lightning.data.packing import IGNORED, evenly_spaced, rows_in_whole_batches
+from foam_lightning.data.records import format_of, list_files, read_records
 from foam_lightning.data.sources import VALIDATION_FRACTION
 from foam_lightning.data.tokenizer import special_token_ids, tokenizer_fingerprint
-from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -74,8 +73,8 @@ class ChatText:
 
     def __init__(
         self,
-        files: list[str],
-        validation_files: list[str] | None,
+        files: list[str] | str,
+        validation_files: list[str] | str | None,
         tokenizer: "PreTrainedTokenizerBase",
         *,
         sequence_length: int,
@@ -85,7 +84,7 @@ class ChatText:
     ) -> None:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = PLAIN_TEMPLATE
-        train = chat_dataset(files, tokenizer, sequence_length, cache)
+        train = chat_dataset(list_files(files), tokenizer, sequence_length, cache)
         if validation_files is None:
             count = int(len(train) * VALIDATION_FRACTION)
             if count == 0:
@@ -97,7 +96,9 @@ class ChatText:
             validation = train.select(held_out)
             train = train.select(sorted(set(range(len(train))) - set(held_out)))
         else:
-            validation = chat_dataset(validation_files, tokenizer, sequence_length, cache)
+            validation = chat_dataset(
+                list_files(validation_files), tokenizer, sequence_length, cache
+            )
         self.train: Dataset = train.select(
             range(rows_in_whole_batches(len(train), batch_size, sequence_length))
         )
@@ -116,7 +117,7 @@ class ChatText:
 
 
 def chat_dataset(
-    files: list[str], tokenizer: "PreTrainedTokenizerBase", sequence_length: int, cache: Path
+    files: Sequence[Path], tokenizer: "PreTrainedTokenizerBase", sequence_length: int, cache: Path
 ) -> "Dataset":
     """Create a row of every conversation with a response within the length, and warn of others.
 
@@ -130,8 +131,8 @@ def chat_dataset(
         [("input_ids", tokens), ("labels", tokens), ("length", pa.int32()), ("scored", pa.int32())]
     )
     for path in files:
-        if Path(path).suffix != ".jsonl":
-            raise DataError(f"cannot read {path} as conversations; data.chat needs .jsonl files")
+        if format_of(path) == ".txt":
+            raise DataError(f"cannot read {path} as conversations: it is text; remove data.chat")
     key = cache_key(
         *("chat", 1, files_fingerprint(files, "messages"), sequence_length),
         *(tokenizer_fingerprint(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map),
@@ -152,7 +153,7 @@ def chat_dataset(
             "data.sequence_length"
         )
     if num_truncated:
-        _warn_once(
+        print_once(
             f"{num_truncated} of {len(rows)} conversations are truncated to data.sequence_length "
             f"{sequence_length}; {num_skipped} have no response within it and are skipped"
         )
@@ -166,14 +167,8 @@ def read_conversations(path: Path) -> Iterator[tuple[str, Messages]]:
     Raises:
         DataError: The file is unreadable, or a line is not a conversation.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    location = f"{path} line {number}"
-                    yield location, _parse_conversation(line, location)
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror or error})") from error
+    for record in read_records(path):
+        yield record.location, _parse_conversation(record.values, record.location)
 
 
 def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, location: str) -> Encoded:
@@ -246,9 +241,8 @@ def _render(
     return cast(list[int], found)
 
 
-def _parse_conversation(line: bytes, location: str) -> Messages:
-    record = parse_json_line(line, location)
-    messages = _list_messages(record) if isinstance(record, dict) else None
+def _parse_conversation(record: dict[str, Any], location: str) -> Messages:
+    messages = _list_messages(record)
     if messages is None:
         raise DataError(
             f'{location} is not a conversation; write {{"messages": [{{"role": ..., "content": '
@@ -279,7 +273,7 @@ def _list_messages(record: dict[str, Any]) -> Messages | None:
 
 
 def _batches(
-    files: Iterable[str],
+    files: Sequence[Path],
     tokenizer: "PreTrainedTokenizerBase",
     sequence_length: int,
     schema: "pa.Schema",
@@ -287,7 +281,7 @@ def _batches(
     import pyarrow as pa
 
     rows: list[dict[str, Any]] = []
-    for path in map(Path, files):
+    for path in files:
         for location, messages in read_conversations(path):
             ids, labels = encode_chat(tokenizer, messages, location)
             labels = labels[:sequence_length]
@@ -298,9 +292,3 @@ def _batches(
                 yield pa.RecordBatch.from_pylist(rows, schema=schema), len(rows)
                 rows = []
     yield pa.RecordBatch.from_pylist(rows, schema=schema), len(rows)
-
-
-@cache  # every trial of a search prepares its data again
-def _warn_once(message: str) -> None:
-    if is_first_process():
-        sys.stderr.write(f"{message}\n")

@@ -1,16 +1,13 @@
-"""Read documents from local text files, at once or as resumable streams of shards."""
+"""Read documents from local files, text or token ids, at once or as resumable streams."""
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from foam_lightning.data.cache import cache_key, cached_dataset
+from foam_lightning.data.records import Record, format_of, read_records
 from foam_lightning.errors import ConfigError, DataError, first_line
-from foam_lightning.storage.paths import is_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,54 +15,46 @@ if TYPE_CHECKING:
 
 
 _CHUNK_CHARACTERS = 2**23  # in memory before each write
-# A surrogate, half of a character beyond 16 bits. Unpaired ones are valid JSON but invalid text.
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAX_TOKEN = 2**31
 
 
-def files_fingerprint(files: list[str], text_column: str) -> str:
+Document = str | list[int]
+"""Text, or the token ids of an earlier run of the tokenizer."""
+TOKENS = "input_ids"
+"""The column of token ids, where a record has no text."""
+_OTHER_COLUMNS = (TOKENS, "attention_mask", "labels")
+
+
+def files_fingerprint(files: Sequence[Path], text_column: str) -> str:
     """Hash path, size and modification time of files, without reading them.
 
     Args:
-        files: Paths of .txt, .jsonl or .parquet files.
-        text_column: The column of the text in the latter two.
-
-    Raises:
-        DataError: A file is missing, is a folder, is empty, or has another extension.
+        files: From `list_files`.
+        text_column: The column of the text.
     """
-    stats = []
-    for path in map(Path, files):
-        if path.suffix not in _READERS:
-            raise DataError(
-                f"cannot read {path}: its extension must be one of {', '.join(_READERS)}; "
-                "convert or rename it"
-            )
-        if not is_file(path):
-            raise DataError(f"there is no file {path}; check data.files")
-        stat = path.stat()
-        if stat.st_size == 0:
-            raise DataError(f"{path} is empty; pass a file with text")
-        stats.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-    return cache_key("files", 1, stats, text_column)
+    stats = [(path, path.stat()) for path in files]
+    stamps = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return cache_key("files", 2, stamps, text_column)
 
 
-def read_files(files: list[str], text_column: str, cache: Path) -> "Dataset":
-    """Read text files into a memory-mapped dataset with one column, "text".
+def read_files(files: Sequence[Path], text_column: str, cache: Path) -> "Dataset":
+    """Read files into a memory-mapped dataset with the columns "text" and "input_ids".
 
-    A .txt file is one document; a line of .jsonl and a row of .parquet are one document each.
-    Empty documents are left out.
+    A .txt file is one document; a record of another file is one document each. Empty documents are
+    left out. Of the two columns a row has text, or else token ids.
 
     Args:
-        files: Paths, in the order of the documents.
-        text_column: The column of the text in .jsonl and .parquet files.
+        files: From `list_files`, in the order of the documents.
+        text_column: The column of the text.
         cache: Folder in which the dataset is cached.
 
     Raises:
-        DataError: A file is missing, unreadable, or without text.
+        DataError: A file is unreadable, or without text.
     """
     import pyarrow as pa
 
     fingerprint = files_fingerprint(files, text_column)
-    schema = pa.schema([("text", pa.large_string())])
+    schema = pa.schema([("text", pa.large_string()), (TOKENS, pa.list_(pa.int32()))])
     return cached_dataset(
         cache / f"text-{fingerprint}.arrow",
         schema,
@@ -74,22 +63,31 @@ def read_files(files: list[str], text_column: str, cache: Path) -> "Dataset":
     )
 
 
+def documents_of(columns: Mapping[str, list[Any]]) -> list[Document]:
+    """Return the documents of a batch from `read_files`, or of a dataset with text only."""
+    texts = columns["text"]
+    tokens = columns.get(TOKENS) or [None] * len(texts)
+    return [ids if text is None else text for text, ids in zip(texts, tokens, strict=True)]
+
+
 def _batches(
-    files: list[str], column: str, schema: "pa.Schema"
+    files: Sequence[Path], column: str, schema: "pa.Schema"
 ) -> Iterator[tuple["pa.RecordBatch", int]]:
     import pyarrow as pa
 
-    for texts in _chunks(text for path in files for _, text in read_documents(Path(path), column)):
-        batch = pa.record_batch([pa.array(texts, pa.large_string())], schema=schema)
-        yield batch, len(texts)
+    for documents in _chunks(one for path in files for _, one in read_documents(path, column)):
+        texts = [one if isinstance(one, str) else None for one in documents]
+        tokens = [None if isinstance(one, str) else one for one in documents]
+        arrays = [pa.array(texts, schema.types[0]), pa.array(tokens, schema.types[1])]
+        yield pa.record_batch(arrays, schema=schema), len(documents)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
     size = 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
         if size >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
@@ -97,126 +95,79 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def read_documents(path: Path, column: str, start: int = 0) -> Iterator[tuple[int, str]]:
+def read_documents(path: Path, column: str, start: int = 0) -> Iterator[tuple[int, Document]]:
     """Read the documents of one file, each with the position after it.
 
-    Lines of .jsonl and row groups of .parquet before `start` are skipped without parsing.
-
     Args:
-        path: A .txt, .jsonl or .parquet file.
-        column: The column of the text in the latter two.
+        path: From `list_files`.
+        column: The column of the text.
         start: Position to start from: 0, or one that came with a document.
 
     Yields:
-        The number of lines (.jsonl), rows (.parquet) or documents (.txt) read so far, and the text.
+        The number of lines or rows read so far, and the document.
 
     Raises:
         DataError: The file is missing, unreadable, or without text.
     """
     found = start > 0
-    try:
-        for position, text in _READERS[path.suffix](path, column, start):
-            if text.strip():
-                found = True
-                yield position, text
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror or error})") from error
+    column = "text" if format_of(path) == ".txt" else column
+    for record in read_records(path, start, columns=(column, *_OTHER_COLUMNS)):
+        document = _document(record, column)
+        if document and not (isinstance(document, str) and document.isspace()):
+            found = True
+            yield record.number, document
     if not found:
         raise DataError(f"{path} has no text, only whitespace; pass a file with text")
 
 
-def _read_txt(path: Path, _column: str, start: int) -> Iterator[tuple[int, str]]:
-    if start:
-        return
+def _document(record: Record, column: str) -> Document | None:
+    """Return the document of a record; None if its value is null in a table."""
+    values, location = record.values, record.location
+    if column not in record.names and TOKENS not in record.names:
+        raise DataError(
+            f"{location} has no column {column!r}; it has {', '.join(record.names)}; "
+            "set data.text_column to the one with the text"
+        )
+    name = column if column in record.names else TOKENS
+    if name not in values:
+        return None
+    found = values[name]
+    if isinstance(found, bytes):
+        return _decode(found, f"{location}: {name!r}")
+    if isinstance(found, list):
+        return _token_ids(found, record, name)
+    if not isinstance(found, str):
+        raise DataError(
+            f"{location}: {name!r} is {type(found).__name__}, not a string; set data.text_column"
+        )
+    return found
+
+
+def _decode(content: bytes, location: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return content.decode()
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
+            f"{location} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
         ) from error
-    if "\0" in text:
-        raise DataError(f"{path} is not a text file: it contains NUL bytes; pass a text file")
-    yield 1, text
 
 
-def _read_jsonl(path: Path, column: str, start: int) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number > start and line.strip():
-                yield number, _parse_text(line, f"{path} line {number}", column)
-
-
-def parse_json_line(line: bytes, location: str) -> Any:
-    """Parse a line of a .jsonl file.
-
-    Args:
-        line: The line in bytes.
-        location: File and line, for errors.
-
-    Raises:
-        DataError: The line is not valid JSON in UTF-8.
-    """
-    try:
-        content = json.loads(line)
-        if _SURROGATE.search(line):
-            json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+def _token_ids(ids: list[Any], record: Record, name: str) -> list[int]:
+    """Check token ids, and remove those that the record masks as padding."""
+    if not all(type(token) is int and 0 <= token < _MAX_TOKEN for token in ids):
         raise DataError(
-            f"{location} is not JSON ({error}); every line must be one JSON object"
-        ) from error
-    return content
-
-
-def _parse_text(line: bytes, location: str, column: str) -> str:
-    record = parse_json_line(line, location)
-    if not isinstance(record, dict):
-        raise DataError(f"{location} is not a JSON object {{...}}; write one per line")
-    if column not in record:
-        raise _missing_column(location, column, record)
-    text = record[column]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{location}: {column!r} is {type(text).__name__}, not a string; set data.text_column"
+            f"{record.location}: {name!r} is a list, but not of token ids; set data.text_column to "
+            "the column with the text"
         )
-    return text
-
-
-def _read_parquet(path: Path, column: str, start: int) -> Iterator[tuple[int, str]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise _missing_column(str(path), column, file.schema_arrow.names)
-            kind = file.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(
-                    f"{path}: column {column!r} is {kind}, not a string; set data.text_column"
-                )
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            ends = list(accumulate(sizes))
-            groups = [group for group, end in enumerate(ends) if end > start]
-            row = ends[groups[0]] - sizes[groups[0]] if groups else 0
-            for batch in file.iter_batches(1024, row_groups=groups, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if row > start and text is not None:
-                        yield row, text
-    except pa.ArrowInvalid as error:
+    if record.values.get("labels", ids) != ids:
         raise DataError(
-            f"{path} is not a valid Parquet file ({first_line(error)}); create it again"
-        ) from error
-
-
-def _missing_column(location: str, column: str, columns: Iterable[str]) -> DataError:
-    return DataError(
-        f"{location} has no column {column!r}; it has {', '.join(columns)}; "
-        "set data.text_column to the one with the text"
-    )
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+            f"{record.location} has labels that differ from its token ids; set data.chat true, "
+            "which makes each record a row and learns its labels"
+        )
+    mask = record.values.get("attention_mask", [1] * len(ids))
+    if not isinstance(mask, list) or len(mask) != len(ids):
+        raise DataError(f"{record.location}: the attention_mask is not as long as the token ids")
+    return [token for token, is_text in zip(ids, mask, strict=True) if is_text]
 
 
 # Line or row 10 (from 0) of every 20 is for validation: 5 %, as without streaming.
@@ -227,7 +178,7 @@ _HELD_OUT = 10
 class Shard(Protocol):
     """A part of a stream, read by one process at a time in a fixed order."""
 
-    def read(self, position: Any) -> Iterator[str]:
+    def read(self, position: Any) -> Iterator[Document]:
         """Read the documents after a position; None is the beginning."""
 
     def position(self) -> Any:
@@ -238,8 +189,8 @@ class FileShard:
     """One local file.
 
     Args:
-        path: A .txt, .jsonl or .parquet file.
-        text_column: The column of the text in the latter two.
+        path: From `list_files`.
+        text_column: The column of the text.
         held_out: True reads only the 11th of every 20 lines or rows, False the others, None all.
     """
 
@@ -249,18 +200,18 @@ class FileShard:
         self.held_out = held_out
         self._position = 0
 
-    def read(self, position: int | None) -> Iterator[str]:
+    def read(self, position: int | None) -> Iterator[Document]:
         """Read the documents after this number of lines or rows.
 
         Raises:
             DataError: The file is missing, unreadable, or without text.
         """
         self._position = position or 0
-        for number, text in read_documents(self.path, self.text_column, self._position):
+        for number, document in read_documents(self.path, self.text_column, self._position):
             self._position = number
             is_held_out = (number - 1) % _HELD_OUT_EVERY == _HELD_OUT
             if self.held_out is None or self.held_out == is_held_out:
-                yield text
+                yield document
 
     def position(self) -> int:
         """Return the number of lines or rows read."""
@@ -273,9 +224,9 @@ class FileStream:
 
     shards: Sequence[FileShard]
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
+    def __iter__(self) -> Iterator[dict[str, Document]]:
         """Read all documents, file after file."""
-        return ({"text": text} for shard in self.shards for text in shard.read(None))
+        return ({"text": one} for shard in self.shards for one in shard.read(None))
 
 
 class HubShard:
@@ -318,23 +269,23 @@ class HubShard:
 
 
 def open_file_streams(
-    files: list[str], validation_files: list[str] | None, text_column: str
+    files: Sequence[Path], validation_files: Sequence[Path] | None, text_column: str
 ) -> tuple[FileStream, FileStream, str]:
     """Open local files as streams.
 
     Args:
-        files: Paths of .txt, .jsonl or .parquet files.
+        files: From `list_files`.
         validation_files: Files to validate on; None holds out one in 20 lines or rows of `files`.
-        text_column: The column of the text in .jsonl and .parquet files.
+        text_column: The column of the text.
 
     Returns:
         The training stream, the validation stream, and their fingerprint.
 
     Raises:
         ConfigError: Without validation files, a .txt file: it is one document.
-        DataError: A file is missing, or its first document is unreadable.
+        DataError: The first document of a file is unreadable.
     """
-    txt_files = [path for path in files if Path(path).suffix == ".txt"]
+    txt_files = [path for path in files if format_of(path) == ".txt"]
     if validation_files is None and txt_files:
         raise ConfigError(
             f"{txt_files[0]} is a single document, so streaming cannot hold out a part for "
@@ -367,7 +318,7 @@ def list_shards(documents: "FileStream | IterableDataset", name: str) -> Sequenc
     ]
 
 
-def _stream(files: list[str], text_column: str, held_out: bool | None) -> FileStream:
+def _stream(files: Sequence[Path], text_column: str, held_out: bool | None) -> FileStream:
     for path in files:
-        next(read_documents(Path(path), text_column))
-    return FileStream([FileShard(Path(path), text_column, held_out=held_out) for path in files])
+        next(read_documents(path, text_column))
+    return FileStream([FileShard(path, text_column, held_out=held_out) for path in files])

@@ -14,6 +14,7 @@ from torch import Tensor
 from foam_lightning.data import rng
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.packing import evenly_spaced
+from foam_lightning.data.records import name_files
 from foam_lightning.errors import ConfigError
 from foam_lightning.validation import POSITIVE
 
@@ -28,16 +29,16 @@ class SourceSettings:
     """One source of text, and its weight in the mixture.
 
     Args:
-        files: Training text: .txt (one document each), .jsonl or .parquet (one per row).
+        files: Training text: files, folders and patterns; see `list_files`.
         validation_files: Validation text; by default 5 percent of `files` is held out.
-        text_column: The column of the text in .jsonl, .parquet and `dataset`.
+        text_column: The column of the text in files of records and in `dataset`.
         dataset: Name of a dataset on the Hugging Face Hub with train and validation splits.
         dataset_config: Its configuration, such as "en", if it has several.
         weight: Share of the training rows, relative to the other sources.
     """
 
-    files: list[str] | None = None
-    validation_files: list[str] | None = None
+    files: list[str] | str | None = None
+    validation_files: list[str] | str | None = None
     text_column: str = "text"
     dataset: str | None = None
     dataset_config: str | None = None
@@ -46,7 +47,12 @@ class SourceSettings:
     @property
     def name(self) -> str:
         """Its name in errors."""
-        return self.dataset or (self.files or ["the default corpus"])[0]
+        return self.dataset or (name_files(self.files) if self.files else "the default corpus")
+
+    def name_of(self, split: str) -> str:
+        """Return its name in errors about the split "training" or "validation"."""
+        own = self.validation_files if split == "validation" else None
+        return name_files(own) if own else self.name
 
     def check(self, prefix: str) -> None:
         """Check that the settings do not contradict each other.
@@ -57,7 +63,7 @@ class SourceSettings:
         Raises:
             ConfigError: They contradict each other.
         """
-        if self.files == []:
+        if self.files in ([], ""):
             raise ConfigError(f"{prefix}.files is empty; name a file, or remove the setting")
         if self.files is not None and self.dataset is not None:
             raise ConfigError(f"{prefix}.files and {prefix}.dataset are both set; remove one")
@@ -161,8 +167,8 @@ def _parse_source(settings: Mapping[str, Any], prefix: str) -> SourceSettings:
     for key in ("files", "validation_files"):
         paths = settings.get(key)
         is_list = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-        if paths is not None and not is_list:
-            raise ConfigError(f"{prefix}.{key} must be a list of paths, got {paths!r}")
+        if paths is not None and not isinstance(paths, str) and not is_list:
+            raise ConfigError(f"{prefix}.{key} must be a path or a list of paths, got {paths!r}")
     for key in ("text_column", "dataset", "dataset_config"):
         if not isinstance(settings.get(key, ""), str | None):
             raise ConfigError(f"{prefix}.{key} must be a string, got {settings[key]!r}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foam_lightning.data.cache import cache_key, cached_dataset
+from foam_lightning.data.files import Document, documents_of
 from foam_lightning.data.tokenizer import Piece, encode, end_of_text_id, tokenizer_fingerprint
 from foam_lightning.errors import DataError
 
@@ -93,7 +94,7 @@ def packed_dataset(
     With packing, an incomplete last row is dropped.
 
     Args:
-        documents: The split, with the column "text".
+        documents: The split, for `documents_of`.
         tokenizer: Its end-of-text token follows each document.
         fingerprint: Cache key of the documents.
         sequence_length: Tokens in a full row.
@@ -108,7 +109,7 @@ def packed_dataset(
     def batches() -> Iterator[tuple["pa.RecordBatch", int]]:
         packer = Packer(sequence_length, end_of_text_id(tokenizer), packing=packing)
         for texts in documents.iter(batch_size=_DOCUMENTS_PER_BATCH):
-            for piece in encode(tokenizer, texts["text"]):
+            for piece in encode(tokenizer, documents_of(texts)):
                 packer.add(piece)
             rows = pa.array(list(packer.rows()), schema.field(0).type)
             yield pa.record_batch([rows], schema=schema), len(texts["text"])
@@ -124,7 +125,7 @@ def packed_dataset(
 
 
 def packed_rows(
-    documents: Iterable[dict[str, str]],
+    documents: Iterable[dict[str, Document]],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     sequence_length: int,

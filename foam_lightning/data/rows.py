@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foam_lightning.data import rng
-from foam_lightning.data.files import list_shards
+from foam_lightning.data.files import Document, list_shards
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.mixture import MixtureSampler, SourceSettings, normalized_weights
 from foam_lightning.data.packing import (
@@ -162,10 +162,10 @@ class StreamedText:
         return StreamedRows(sources, weights, seed=seed, world=world, rank=rank)
 
 
-def _read_documents(documents: Any, name: str) -> Iterator[dict[str, str]]:
+def _read_documents(documents: Any, name: str) -> Iterator[dict[str, Document]]:
     for shard in list_shards(documents, f"{name}, validation"):
-        for text in shard.read(None):
-            yield {"text": text}
+        for document in shard.read(None):
+            yield {"text": document}
 
 
 def _packed(text: Text, one: TextSource, split: str, cache: Path) -> "Dataset":
@@ -183,7 +183,7 @@ def _require_rows(text: Text, split: str, rows: Sequence[Sequence[Any]]) -> None
     for own, source in zip(rows, text.sources, strict=True):
         if len(own) == 0:
             raise DataError(
-                f"the {split} text of {source.name} is shorter than one sequence of "
+                f"the {split} text of {source.name_of(split)} is shorter than one sequence of "
                 f"{text.sequence_length} tokens; add text, or lower data.sequence_length"
             )
 

@@ -4,16 +4,23 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from foam_lightning.data.files import FileStream, files_fingerprint, open_file_streams, read_files
+from foam_lightning.data.files import (
+    TOKENS,
+    FileStream,
+    files_fingerprint,
+    open_file_streams,
+    read_files,
+)
 from foam_lightning.data.packing import evenly_spaced
+from foam_lightning.data.records import list_files
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -93,7 +100,9 @@ def _source_files(library: Path) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """Training and validation documents, each dataset with one column, "text".
+    """Training and validation documents, each dataset with a column "text".
+
+    Rows of a dataset of local files have either text or, in a column "input_ids", token ids.
 
     Attributes:
         train: Training documents.
@@ -117,13 +126,15 @@ def open_source(source: "SourceSettings", *, streaming: bool, cache: Path) -> Te
     Raises:
         DataError: The source is unreadable.
     """
-    if source.files is not None and streaming:
-        train, validation, fingerprint = open_file_streams(
-            source.files, source.validation_files, source.text_column
-        )
-        return TextSource(train=train, validation=validation, fingerprint=fingerprint)
     if source.files is not None:
-        return open_files(source.files, source.validation_files, source.text_column, cache=cache)
+        files = list_files(source.files)
+        held_out = None
+        if source.validation_files is not None:
+            held_out = list_files(source.validation_files)
+        if not streaming:
+            return open_files(files, held_out, source.text_column, cache=cache)
+        train, validation, fingerprint = open_file_streams(files, held_out, source.text_column)
+        return TextSource(train=train, validation=validation, fingerprint=fingerprint)
     if source.dataset is not None:
         return open_dataset(
             source.dataset, source.dataset_config, source.text_column, streaming=streaming
@@ -149,8 +160,8 @@ def open_default_corpus() -> TextSource:
 
 
 def open_files(
-    files: list[str],
-    validation_files: list[str] | None,
+    files: Sequence[Path],
+    validation_files: Sequence[Path] | None,
     text_column: str,
     *,
     cache: Path,
@@ -158,10 +169,10 @@ def open_files(
     """Read local files.
 
     Args:
-        files: Paths of .txt, .jsonl or .parquet files.
+        files: From `list_files`.
         validation_files: Files to validate on; None holds out 5 % of the documents, or with too few
             of them the end of each.
-        text_column: The column of the text in .jsonl and .parquet files.
+        text_column: The column of the text.
         cache: Folder in which the documents are cached.
 
     Raises:
@@ -253,11 +264,18 @@ def _split_validation(documents: "Dataset") -> tuple["Dataset", "Dataset"]:
 
     count = int(len(documents) * VALIDATION_FRACTION)
     if count == 0:
-        cuts = [
-            (text, len(text) - int(len(text) * VALIDATION_FRACTION)) for text in documents["text"]
-        ]
-        train = Dataset.from_dict({"text": [text[:cut] for text, cut in cuts]})
-        return train, Dataset.from_dict({"text": [text[cut:] for text, cut in cuts]})
+        train, validation = (
+            Dataset.from_list([_part(row, is_held_out=held_out) for row in documents])
+            for held_out in (False, True)
+        )
+        return train, validation
     held_out = evenly_spaced(count, len(documents))
     rest = np.delete(np.arange(len(documents)), held_out)
     return documents.select(rest), documents.select(held_out)
+
+
+def _part(row: dict[str, Any], *, is_held_out: bool) -> dict[str, Any]:
+    """Return the beginning of a document, or its last 5 %, which is held out."""
+    name = TOKENS if row["text"] is None else "text"
+    cut = len(row[name]) - int(len(row[name]) * VALIDATION_FRACTION)
+    return {**row, name: row[name][cut:] if is_held_out else row[name][:cut]}

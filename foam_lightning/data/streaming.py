@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from foam_lightning.data import rng
-from foam_lightning.data.files import Shard
+from foam_lightning.data.files import Document, Shard
 from foam_lightning.data.packing import Packer, Row
 from foam_lightning.data.tokenizer import encode, end_of_text_id
 from foam_lightning.errors import DataError
@@ -32,8 +32,8 @@ class ReaderSlot(NamedTuple):
     total: int
 
 
-class _Document(NamedTuple):
-    text: str
+class _Read(NamedTuple):
+    document: Document
     shards: int  # read before this shard, in this pass
     documents: int  # read of this shard, including this one
     shard: Shard
@@ -94,8 +94,8 @@ class StreamedSource:
         self.packer.restart(self._state["tail"])
         while True:
             documents = self._read_pass(slot)
-            while texts := self._read_block(documents):
-                rows = self._pack(texts)
+            while block := self._read_block(documents):
+                rows = self._pack(block)
                 has_rows = has_rows or bool(rows)
                 yield from self._shuffle(rows, slot)
                 self._state = {
@@ -112,7 +112,7 @@ class StreamedSource:
             has_rows = False
             self._state = {**self._state, "pass": self._state["pass"] + 1, **_START}
 
-    def _read_pass(self, slot: ReaderSlot) -> Iterator[_Document]:
+    def _read_pass(self, slot: ReaderSlot) -> Iterator[_Read]:
         """Read the documents of the slot from the current position to the end of the pass."""
         state = self._state
         order = rng.permutation(len(self.shards), self.seed, state["pass"])
@@ -121,31 +121,31 @@ class StreamedSource:
         before, position = state["documents"], state["place"]
         for done in range(state["shards"], len(mine)):
             shard = self.shards[mine[done]]
-            for index, text in enumerate(shard.read(position), start=before):
+            for index, document in enumerate(shard.read(position), start=before):
                 if is_own or index % slot.total == slot.number:
-                    yield _Document(text, done, index + 1, shard)
+                    yield _Read(document, done, index + 1, shard)
             before, position = 0, None
 
-    def _read_block(self, documents: Iterator[_Document]) -> list[str]:
+    def _read_block(self, documents: Iterator[_Read]) -> list[Document]:
         """Read one block of documents, and remember where the next block starts."""
-        texts = []
+        block = []
         left = _BLOCK_CHARACTERS
         self._next = {}  # after the last block comes another pass
-        for document in documents:
-            texts.append(document.text)
-            left -= len(document.text)
+        for read in documents:
+            block.append(read.document)
+            left -= len(read.document)
             if left <= 0:
                 self._next = {
-                    "shards": document.shards,
-                    "documents": document.documents,
-                    "place": document.shard.position(),
+                    "shards": read.shards,
+                    "documents": read.documents,
+                    "place": read.shard.position(),
                     "rows": 0,
                 }
                 break
-        return texts
+        return block
 
-    def _pack(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        for piece in encode(self.tokenizer, texts):
+    def _pack(self, documents: list[Document]) -> list[NDArray[np.int32]]:
+        for piece in encode(self.tokenizer, documents):
             self.packer.add(piece)
         return [np.asarray(ids, dtype=np.int32) for ids in self.packer.rows()]
 

@@ -1,12 +1,13 @@
 """Train a byte-level BPE tokenizer or load an existing one, and encode documents."""
 
 import random
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foam_lightning.data.cache import atomic_cache_path, cache_key, damaged
+from foam_lightning.data.files import Document
 from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -101,12 +102,33 @@ def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[Piece]:
-    """Encode documents, without special tokens.
+def encode(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[Document]) -> Iterator[Piece]:
+    """Encode documents, without special tokens; token ids are only checked.
 
-    A long document yields several pieces, split after a line, so that it is encoded in parallel and
-    the tokens of a file of gigabytes are never in memory together.
+    A long text yields several pieces, split after a line, so that it is encoded in parallel and the
+    tokens of a file of gigabytes are never in memory together.
+
+    Raises:
+        DataError: A document is neither, or has an id that is not one of the tokenizer.
     """
+    for is_ids, group in groupby(documents, lambda document: isinstance(document, list)):
+        encode_group = _check_ids if is_ids else _encode_texts
+        yield from encode_group(tokenizer, group)
+
+
+def _check_ids(tokenizer: "PreTrainedTokenizerBase", documents: Iterable[Any]) -> Iterator[Piece]:
+    largest, end = len(tokenizer) - 1, end_of_text_id(tokenizer)
+    for ids in documents:
+        if max(ids, default=0) > largest:
+            raise DataError(
+                f"a document has the token id {max(ids)}, but the tokenizer "
+                f"{tokenizer.name_or_path!r} has ids up to {largest}; set data.tokenizer to the "
+                "one that made the documents"
+            )
+        yield Piece(ids[:-1] if ids[-1:] == [end] else ids, starts=True, ends=True)
+
+
+def _encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[Any]) -> Iterator[Piece]:
     pieces = [piece for text in texts for piece in _split(text)]
     start = 0
     while start < len(pieces):
@@ -210,6 +232,11 @@ def _sample(documents: "Dataset | IterableDataset") -> Iterator[str]:
         texts = (document["text"] for document in islice(documents, _SAMPLE_DOCUMENTS))
     left = _SAMPLE_CHARACTERS
     for text in texts:
+        if text is None or isinstance(text, list):
+            raise DataError(
+                "the files have token ids, not text to train a tokenizer on; set data.tokenizer to "
+                "the tokenizer that made them"
+            )
         _require_text(text)
         yield text[:left]
         left -= len(text)

@@ -86,7 +86,7 @@ def test_prompt_and_response_are_a_conversation_of_two_messages(tmp_path):
 NOT = "line 3 is not a conversation"
 BROKEN = {
     "no json": ('{"prompt": ', r"line 3 is not JSON"),
-    "a list": ([1, 2], NOT),
+    "a list": ([1, 2], "line 3 is not a JSON object"),
     "no response": ({"prompt": "Why?"}, NOT),
     "no messages": ({"messages": []}, NOT),
     "no text": ({"messages": [{"role": "user", "content": 5}]}, NOT),
@@ -177,7 +177,7 @@ def test_too_few_conversations_are_refused(lines, settings, message, chat):
 def test_other_files_and_settings_are_refused(chat, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("no conversation")
-    with pytest.raises(DataError, match=r"text\.txt .*needs \.jsonl"):
+    with pytest.raises(DataError, match=r"text\.txt .*remove data\.chat"):
         chat(prompts(30), files=[str(text)]).setup()
     for settings in ({"tokenizer": None}, {"files": None}, {"streaming": True}):
         with pytest.raises(ConfigError, match=r"data\.chat needs data\.files"):

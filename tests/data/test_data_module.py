@@ -259,6 +259,7 @@ def test_preparing_is_quiet(data, capfd):
         ({"batch_size": 0}, "data.batch_size .*16777216, got 0"),
         ({"sequence_length": 0}, "data.sequence_length .*16777216, got 0"),
         ({"files": []}, "data.files is empty"),
+        ({"files": ""}, "data.files is empty"),
         ({"dataset": "some/text"}, "data.files and data.dataset are both set"),
         ({"files": None, "validation_files": ["a.txt"]}, "validation_files is set without"),
         ({"files": None, "streaming": True}, "set data.dataset or data.files"),
@@ -277,5 +278,5 @@ def test_too_little_text_is_refused(data, tmp_path):
         data(batch_size=99999).setup()
     path = tmp_path / "held_out.txt"
     path.write_text("short")
-    with pytest.raises(DataError, match=r"validation text .*shorter .*of 8"):
+    with pytest.raises(DataError, match=r"validation text of .*held_out\.txt is shorter .*of 8"):
         data(validation_files=[str(path)]).setup()

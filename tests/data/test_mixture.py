@@ -140,7 +140,7 @@ GOOD = {"dataset": "x", "weight": 1}
         ([{"weight": 1}], r"\[0\] has neither files nor a dataset"),
         ([{**GOOD, "path": "x"}], "'path'; it has files, validation_files"),
         ([{**GOOD, "files": ["a.txt"]}], r"\[0\].files and .*dataset are both set"),
-        ([{"files": "a.txt", "weight": 1}], "list of paths, got 'a.txt'"),
+        ([{"files": {"a": "txt"}, "weight": 1}], "list of paths, got {'a'"),
         ([{"files": [5], "weight": 1}], r"list of paths, got \[5\]"),
         ([{**GOOD, "text_column": 5}], r"\[0\].text_column .*got 5"),
         ([{"files": [], "weight": 1}], r"\[0\].files is empty"),

@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from foam_lightning.data.cache import cache_folder, cached_dataset
+from foam_lightning.data.records import list_files
 from foam_lightning.data.sources import (
     is_held_out,
     open_dataset,
@@ -38,7 +39,8 @@ def jsonl(path, texts, column="text"):
 
 
 def read(files, cache, validation_files=None, text_column="text", **settings):
-    return open_files(files, validation_files, text_column, cache=cache, **settings)
+    held_out = None if validation_files is None else list_files(validation_files)
+    return open_files(list_files(files), held_out, text_column, cache=cache, **settings)
 
 
 def texts(dataset):
@@ -105,12 +107,12 @@ def test_the_second_reading_comes_from_the_cache_until_a_file_changes(tmp_path, 
         ("a.txt", b"\xff\xfe\x00", "not UTF-8 text (byte 0)"),
         ("a.txt", b"ab\0cd", "NUL bytes"),
         ("a.txt", None, "there is no file"),
-        ("a.csv", "x,y", ".txt, .jsonl, .parquet"),
+        ("a.docx", "x,y", ".txt, .jsonl, .json, .csv, .parquet"),
         ("a.jsonl", '{"text": "x"}\n{"text": "y"\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n\xff\xff\n', "line 2 is not JSON"),
         ("a.jsonl", '{"body": "x", "id": 3}\n', "no column 'text'; it has body, id;"),
         ("a.jsonl", '{"text": 5}\n', "line 1: 'text' is int"),
-        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", '"x"\n', "line 1 is not a JSON object"),
         ("a.jsonl", "\n\n", "has no text"),
         ("a.parquet", "no parquet at all", "not a valid Parquet file"),
     ],
@@ -127,7 +129,7 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, cache, name, content, message
 
 
 @pytest.mark.parametrize(
-    ("column", "message"), [("words", "'words'; it has text, n;"), ("n", "'n' is int64")]
+    ("column", "message"), [("words", "'words'; it has text, n;"), ("n", "row 1: 'n' is int,")]
 )
 def test_a_parquet_column_without_text_is_named(tmp_path, cache, column, message):
     parquet.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
@@ -141,7 +143,7 @@ def test_a_file_without_permission_is_named(tmp_path, cache, monkeypatch):
     def refuse(*_args, **_settings):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"cannot read .*a\.txt \(Permission denied\)"):
         read([path], cache)
 

@@ -16,6 +16,7 @@ from foam_lightning.data import streaming
 from foam_lightning.data.files import list_shards, open_file_streams
 from foam_lightning.data.loader import StreamLoader
 from foam_lightning.data.packing import collate
+from foam_lightning.data.records import list_files
 from foam_lightning.data.streaming import StreamedRows, StreamedSource
 from foam_lightning.data.tokenizer import build_tokenizer
 from foam_lightning.errors import ConfigError, DataError
@@ -48,7 +49,7 @@ def shards(request, tmp_path):
     ]
     table = pa.table({"text": TEXTS[55:]})
     parquet.write_table(table, paths[2], row_group_size=8)
-    train, _, _ = open_file_streams(paths, paths, "text")
+    train, _, _ = open_file_streams(list_files(paths), list_files(paths), "text")
     return list(list_shards(train, "files"))
 
 
@@ -204,7 +205,7 @@ def test_a_file_that_breaks_while_streaming_is_named(
     tmp_path, streamed, small_blocks, num_workers, fault
 ):
     paths = [jsonl(tmp_path / f"{name}.jsonl", TEXTS[:30]) for name in "ab"]
-    train, _, _ = open_file_streams(paths, None, "text")
+    train, _, _ = open_file_streams(list_files(paths), None, "text")
     if fault == "gone":
         Path(paths[1]).unlink()
         message = r"cannot read .*b\.jsonl .No such file"
@@ -230,19 +231,19 @@ def test_a_missing_shard_of_the_hub_is_named(tmp_path, streamed, small_blocks):
 
 def test_files_hold_out_every_twentieth_document(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [f"document {index}" for index in range(60)])
-    train, validation, fingerprint = open_file_streams([path], None, "text")
+    train, validation, fingerprint = open_file_streams(list_files(path), None, "text")
     held_out = [document["text"] for document in validation]
     assert held_out == ["document 10", "document 30", "document 50"]
     assert len(list(train)) == 57
-    assert fingerprint == open_file_streams([path], None, "text")[2]
+    assert fingerprint == open_file_streams(list_files(path), None, "text")[2]
 
 
 def test_a_txt_file_needs_validation_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("a document")
     with pytest.raises(ConfigError, match=r"a\.txt .*validation_files"):
-        open_file_streams([str(path)], None, "text")
-    train, validation, _ = open_file_streams([str(path)], [str(path)], "text")
+        open_file_streams([path], None, "text")
+    train, validation, _ = open_file_streams([path], [path], "text")
     assert list(train) == list(validation) == [{"text": "a document"}]
 
 

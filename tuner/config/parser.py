@@ -33,6 +33,7 @@ _UNSAVED = {one.name for one in OPTIONS if one.commands or one.is_switch} | {
     "allow_class_paths",
 }
 _ALLOW_FLAGS = ("--allow-class-paths", "--allow_class_paths")
+_LIST_FLAGS = ("--data.files", "--data.validation_files")
 _MAX_NAME_BYTES = 200  # file systems allow 255, and temporary files have longer names
 _MAX_CHARACTERS = 500  # of an error: a value, or the description of a type, may be long
 
@@ -102,6 +103,9 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
     try:
         first = ("--config", str(default)) if default else ()
         values = parser.parse_args([*first, *_join_lists(options)], env=False)
+        for flag in _LIST_FLAGS:
+            if isinstance(value := values[flag[2:]], str):  # in a configuration file
+                values[flag[2:]] = [value]
         shared = values.clone()
         for name in _UNSAVED:
             shared.pop(name, None)
@@ -153,16 +157,23 @@ def _join_lists(options: Sequence[str]) -> list[str]:
     files: list[str] | None = None
     for word in (*options, "--"):
         if word.startswith("--") and files is not None:
-            words.append(files[0] if files[:1] == ["null"] else json.dumps(files))
+            words.append(_list_word(files))
             files = None
-        if files is not None and not word.startswith("["):
+        flag, equals, value = word.partition("=")
+        if flag in _LIST_FLAGS:
+            words.append(flag)
+            files = [value] if equals else []
+        elif files is not None:
             files.append(word)
-            continue
-        files = None
-        words.append(word)
-        if word in ("--data.files", "--data.validation_files"):
-            files = []
+        else:
+            words.append(word)
     return words[:-1]
+
+
+def _list_word(files: Sequence[str]) -> str:
+    if len(files) == 1 and (files[0] == "null" or re.fullmatch(r"\[.*\]", files[0], re.DOTALL)):
+        return files[0]
+    return json.dumps(files)
 
 
 def make_parser(command: str) -> ArgumentParser:
