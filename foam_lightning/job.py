@@ -12,7 +12,7 @@ from foam_lightning.data.module import TextData
 from foam_lightning.distributed.topology import Devices, device_of
 from foam_lightning.errors import ConfigError
 from foam_lightning.memory.account import Accountant
-from foam_lightning.memory.device import Gpu, find_gpu, load_costs
+from foam_lightning.memory.device import Gpu, calibrate, find_gpu, load_costs
 from foam_lightning.memory.trace import weight_dtype
 from foam_lightning.model.pretrained import check_weights
 from foam_lightning.module import LlamaFoam
@@ -214,6 +214,19 @@ class Job:
     ) -> Trainer:
         """Create a trainer; arguments as for `create_trainer`."""
         return create_trainer(self.trainer, memory_options, callbacks, **options)
+
+    def calibrate_gpu(self) -> None:
+        """Measure what the GPU of this process needs beyond tensors, unless that is known.
+
+        Raises:
+            ConfigError: Lightning refuses an argument of the trainer.
+        """
+        if (gpu := self.gpu) is None:
+            return
+        # Under `trainer.deterministic` Lightning sets CUBLAS_WORKSPACE_CONFIG, which torch reads
+        # once, at the first matrix product.
+        self.new_trainer(self.memory_options, [], bare=True)
+        calibrate(gpu)
 
     def new_accountant(self) -> Accountant:
         """Create the accountant, which predicts the memory of this job."""

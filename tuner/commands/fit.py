@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.memory.device import calibrate
 from foam_lightning.resume import load_given_plan, replace_missing_pretrained
 from tuner.config.parser import Settings
 from tuner.console import say
@@ -29,8 +28,7 @@ def run_fit(settings: Settings) -> None:
     start = None if settings.ckpt_path is None else Path(settings.ckpt_path)
     starts = [unfinished.last_checkpoint if unfinished else None, start]
     job = replace_missing_pretrained(settings.job(), [path for path in starts if path])
-    if job.gpu is not None:
-        calibrate(job.gpu)
+    job.calibrate_gpu()
     planner = BudgetPlanner(job, settings.memory_budget)
     plan = load_given_plan(job, settings.ckpt_path, settings.fold_plan)
     memory_options = load_fallback(unfinished)

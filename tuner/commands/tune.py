@@ -1,7 +1,6 @@
 """The command `tune`: everything up to and including the rehearsal."""
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.memory.device import calibrate
 from tuner.config.parser import Settings
 from tuner.console import say
 from tuner.oom_fallback import fall_back_when_out_of_memory
@@ -27,8 +26,7 @@ def run_tune(settings: Settings) -> None:
             "tune trains the whole model in one process; tune with --trainer.devices 1 and a "
             "budget that holds it, then share it: fit --fold-plan FILE"
         )
-    if job.gpu is not None:
-        calibrate(job.gpu)
+    job.calibrate_gpu()
     planner = BudgetPlanner(job, settings.memory_budget)
     planner.check_feasible()
     memory_options = load_fallback(find_unfinished_run(settings))
