@@ -222,9 +222,7 @@ def _train(sample: list[str], vocab_size: int) -> "Tokenizer":
 
 
 def _sample(documents: "Dataset | IterableDataset") -> Iterator[str]:
-    from datasets import Dataset
-
-    if isinstance(documents, Dataset):
+    if hasattr(documents, "__getitem__"):  # not a stream
         count = min(len(documents), _SAMPLE_DOCUMENTS)
         chosen = random.Random(0).sample(range(len(documents)), count)
         texts = (documents[index]["text"] for index in chosen)

@@ -108,13 +108,14 @@ def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
         work.shapes, work.num_heads, device=device, dtype=DTYPES[device], seed=SEED
     )
     rows = chosen(names, ROWS) if names else work.rows
-    found, bandwidth = step_all(
+    *_, (found, bandwidth) = step_all(
         rows,
         weights,
         rounds=work.rounds,
         copy_bytes=work.copy_bytes,
         begin_seconds=work.begin_seconds,
     )
+    assert bandwidth is not None
     watched = (
         "peak memory allocated in a step, minus the memory before it"
         if device == "cuda"
@@ -144,7 +145,6 @@ def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
 
 
 def table(found: Sequence[Stepped], weights: Weights, bandwidth: float) -> list[str]:
-    weight_bytes = weights.num_elements * weights.dtype.itemsize
     fused = [row.median_seconds for row in found if row.name == FUSED and row.failure is None]
     lines = [
         "| optimizer | ms | of fused AdamW | of the floor | temporaries, MB | state, MB | "
@@ -155,7 +155,7 @@ def table(found: Sequence[Stepped], weights: Weights, bandwidth: float) -> list[
         if row.failure is not None:
             lines.append(f"| {row.name} | {row.failure} | | | | | |")
             continue
-        floor = (3 * weight_bytes + 2 * row.state_bytes) / bandwidth
+        floor = floor_seconds(row, weights, bandwidth)
         seen = row.temporary_bytes
         lines.append(
             f"| {row.name} | {row.median_seconds * 1e3:.4g} | "
@@ -165,6 +165,12 @@ def table(found: Sequence[Stepped], weights: Weights, bandwidth: float) -> list[
             f"{row.state_bytes / 1e6:.4g} | {row.first_seconds:.3g} |"
         )
     return lines
+
+
+def floor_seconds(row: Stepped, weights: Weights, bandwidth: float) -> float:
+    """Compute the time to read and write weights and state, and to read gradients."""
+    weight_bytes = weights.num_elements * weights.dtype.itemsize
+    return (3 * weight_bytes + 2 * row.state_bytes) / bandwidth
 
 
 def heading(words: Sequence[str], device: str) -> list[str]:

@@ -73,7 +73,7 @@ def step_all(
     rounds: int,
     copy_bytes: int,
     begin_seconds: float = math.inf,
-) -> tuple[list[Stepped], Bandwidth]:
+) -> Iterator[tuple[list[Stepped], Bandwidth | None]]:
     """Measure the rows, one timed step of each in turn.
 
     Args:
@@ -83,18 +83,20 @@ def step_all(
         copy_bytes: Size of the tensor on which bandwidth is measured, once a round.
         begin_seconds: Rows that would begin later than this are skipped.
 
-    Returns:
-        The measurements by row, and the bandwidth.
+    Yields:
+        The measurements by row so far, and the bandwidth; None before the first timed round. Once
+        for each row's first steps, and once for each round.
     """
     begin = time.monotonic()
     start_compiler(rows, weights.device)
-    found = []
+    found: list[Stepped] = []
     for row in rows:
         if time.monotonic() - begin > begin_seconds:
             found.append(Stepped(row.name, failure="skipped: out of time"))
         else:
             found.append(first_steps(row, weights))
         say(f"{row.name}: {found[-1].failure or f'first step {found[-1].first_seconds:.2f} s'}")
+        yield found, None
     source = torch.ones(copy_bytes // 4, device=weights.device)
     target = torch.zeros_like(source)
     copies, products = [], []
@@ -108,10 +110,13 @@ def step_all(
                 except Exception as error:  # as in `first_steps`
                     stepped.fail(error)
         say(f"round {number + 1} of {rounds}, {time.monotonic() - begin:.0f} s")
-    return found, Bandwidth(
-        copy=2 * copy_bytes / statistics.median(copies),
-        in_place=2 * copy_bytes / statistics.median(products),
-    )
+        yield (
+            found,
+            Bandwidth(
+                copy=2 * copy_bytes / statistics.median(copies),
+                in_place=2 * copy_bytes / statistics.median(products),
+            ),
+        )
 
 
 def first_steps(row: Row, weights: Weights) -> Stepped:

@@ -61,7 +61,8 @@ def test_a_row_that_fails_says_why_and_the_others_continue(weights):
         raise RuntimeError("no such | device\nand more")
 
     rows = [Row("broken", refuse), EAGER[0], Row("absent", refuse, package="no_such_package")]
-    found, bandwidth = step_all(rows, weights, rounds=2, copy_bytes=2**12)
+    *first, (found, bandwidth) = step_all(rows, weights, rounds=2, copy_bytes=2**12)
+    assert [speed is None for _, speed in first] == [True] * 3 + [False]
     assert found[0].failure == "failed: RuntimeError: no such / device"
     assert len(found[1].seconds) == 2
     assert found[2].failure == "failed: ModuleNotFoundError: No module named 'no_such_package'"

@@ -16,11 +16,17 @@ from tuner.planning.planner import BudgetPlanner
 
 
 class FallbackCase:
-    """A tiny run by a plan at level 2, and the memory options that it may fall back to."""
+    """A run by a plan at level 2, and the memory options that it may fall back to.
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    Args:
+        folder: Gets the run.
+        words: Further options.
+        settings: Of a run named "default" in `folder`; by default those of a tiny one.
+    """
+
+    def __init__(self, folder: Path, *words: str, settings: Path | None = None) -> None:
         folder.mkdir(exist_ok=True)
-        self.words = ["--config", str(write_settings(folder)), *words]
+        self.words = ["--config", str(settings or write_settings(folder)), *words]
         self.job: Job = parse("fit", self.words, default=None).job()
         self.planner = BudgetPlanner(self.job, None)
         self.plan = self.job.uniform_plan(2)

@@ -1,10 +1,10 @@
 """The command line on a device that refuses what would go above a limit.
 
-    python -m tests.support.limited LIMIT_BYTES FROM [--die] COMMAND ...
+    python -m tests.support.limited LIMIT_BYTES FROM [--die] [--gpu] COMMAND ...
 
 The limit holds from the moment that the file FROM exists; a run that is refused memory after its
 first checkpoint has something to resume from. With --die the process is killed where it would
-restart.
+restart. With --gpu the limit is of what torch reserves on a real GPU, which refuses it itself.
 """
 
 import os
@@ -72,13 +72,36 @@ def limited(limit: Callable[[], float]) -> Any:
     return patch.object(Trainer, "fit", fit)
 
 
+def limited_gpu(limit_bytes: int, start: Path) -> Any:
+    """Return a context in which a GPU gives no more, from the first checkpoint on."""
+    save_checkpoint = Trainer.save_checkpoint
+
+    def limit() -> None:
+        if start.exists():
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.empty_cache()  # what is cached would be used again without asking
+            torch.cuda.set_per_process_memory_fraction(limit_bytes / total)
+
+    def save_and_limit(*args: Any, **kwargs: Any) -> None:
+        save_checkpoint(*args, **kwargs)
+        limit()
+
+    limit()
+    return patch.object(Trainer, "save_checkpoint", save_and_limit)
+
+
 def main() -> int:
     limit_bytes, start, *words = sys.argv[1:]
-    if words[0] == "--die":
-        words = words[1:]
+    flags = [word for word in words[:2] if word in ("--die", "--gpu")]
+    words = words[len(flags) :]
+    if "--die" in flags:
         os.execv = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     sys.argv = ["cli.py", *words]
-    with limited(lambda: int(limit_bytes) if Path(start).exists() else float("inf")):
+    if "--gpu" in flags:
+        context = limited_gpu(int(limit_bytes), Path(start))
+    else:
+        context = limited(lambda: int(limit_bytes) if Path(start).exists() else float("inf"))
+    with context:
         return cli.main()
 
 

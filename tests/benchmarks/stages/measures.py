@@ -1,0 +1,138 @@
+"""The optimizer step and the memory truth, as rows of a campaign."""
+
+import warnings
+from dataclasses import replace
+
+import torch
+
+from foam_lightning.plan import MemoryOptions
+from tests.benchmarks import optimizer_step
+from tests.benchmarks.combinations import Combination
+from tests.benchmarks.contenders import FUSED, ROWS, Weights
+from tests.benchmarks.memory_runs import quiet
+from tests.benchmarks.memory_truth import run_on_cpu, run_on_gpu
+from tests.benchmarks.stages.record import Setting
+from tests.benchmarks.stepping import cold_caches, step_all
+
+# What a step at level 2 with bfloat16 state must reach on a card.
+LEVEL_2 = "FOAM level 2"
+MOST_OF_BOUND, LEAST_FASTER = 1.25, 1.6
+STEPPED = (
+    *(FUSED, "torch AdamW, foreach", LEVEL_2, "FOAM level 0", "FOAM level 1"),
+    *("FOAM row fold", "torchao AdamW8bit", "FOAM level 2, int8"),
+)
+
+
+def time_optimizer_steps(setting: Setting) -> None:
+    """Time the steps on the matrices of llama_1b; every round of steps replaces the rows."""
+    warnings.simplefilter("ignore")
+    record = setting.record
+    all_rows = {row.name: row for row in ROWS}
+    chosen = [all_rows[name] for name in STEPPED]
+    if setting.tiny:
+        # Compiling for a CPU takes half a minute.
+        chosen = [row for row in chosen if setting.device not in row.compiled_on]
+    with cold_caches():
+        work = optimizer_step.choose_work(setting.device, "llama_1b", small=setting.tiny)
+        weights = Weights.draw(
+            work.shapes,
+            work.num_heads,
+            device=setting.device,
+            dtype=optimizer_step.DTYPES[setting.device],
+            seed=optimizer_step.SEED,
+        )
+        record.note(
+            f"{work.label}, {weights.num_elements / 1e6:.4g} million weights in {weights.dtype}. "
+            "Bound: the time that reading and writing weights and state, and reading gradients, "
+            "takes at the speed of a copy or a multiplication in place, the faster one."
+        )
+        for found, bandwidth in step_all(
+            chosen,
+            weights,
+            rounds=work.rounds,
+            copy_bytes=work.copy_bytes,
+            begin_seconds=setting.seconds_left() / 2,
+        ):
+            if bandwidth is None:
+                continue
+            speed = max(bandwidth)
+            fused = {row.name: row.median_seconds for row in found if row.failure is None}
+            for row in found:
+                if row.failure is not None:
+                    record.row(row.name, failure=row.failure)
+                    continue
+                bound = optimizer_step.floor_seconds(row, weights, speed)
+                record.row(
+                    row.name,
+                    step_seconds=row.median_seconds,
+                    bound_seconds=bound,
+                    of_the_bound=row.median_seconds / bound,
+                    of_fused_AdamW=row.median_seconds / fused[FUSED] if FUSED in fused else None,
+                    temporaries_bytes=row.temporary_bytes,
+                    state_bytes=row.state_bytes,
+                    first_step_seconds=row.first_seconds,
+                    measured_speed_bytes_per_second=speed,
+                    rounds=len(row.seconds),
+                )
+    by_name = {row.name: row for row in found if row.failure is None}
+    if setting.on_gpu and bandwidth is not None and {FUSED, LEVEL_2} <= by_name.keys():
+        row = by_name[LEVEL_2]
+        of_bound = row.median_seconds / optimizer_step.floor_seconds(row, weights, max(bandwidth))
+        faster = by_name[FUSED].median_seconds / row.median_seconds
+        record.note(
+            f"{LEVEL_2}: {of_bound:.3f} of the bound (wanted: at most {MOST_OF_BOUND}), "
+            f"{faster:.2f} times faster than fused AdamW (wanted: at least {LEAST_FASTER})."
+        )
+
+
+_PLAIN = MemoryOptions(micro_batch_size=8, state_dtype="bfloat16")
+CHANGES = {
+    "release": replace(_PLAIN, gradient_release=True),
+    "checkpointing": replace(_PLAIN, activation_checkpointing=True),
+    "bf16-mixed": replace(_PLAIN, state_dtype="float32"),
+    "selective": replace(_PLAIN, activation_checkpointing=True, selective_checkpointing=True),
+    "int8": replace(_PLAIN, state_dtype="int8"),
+    "chunked loss": replace(_PLAIN, chunked_loss=True),
+}
+
+
+def measure_memory(setting: Setting) -> None:
+    """Compare predicted and measured peaks at level 2, each with one memory option."""
+    quiet()
+    if not setting.on_gpu:
+        torch.set_num_threads(1)
+    grid = {
+        f"{model}, {change}": Combination(
+            model, "bf16-mixed" if change == "bf16-mixed" else "bf16-true", "FOAM 2", options
+        )
+        for model in (("default",) if setting.tiny else ("llama_1b", "llama_350m"))
+        for change, options in CHANGES.items()
+    }
+    names = [name for name in grid if not setting.record.has(name)]
+    wanted = [grid[name] for name in names]
+    runs = run_on_gpu(wanted, setting.seconds_left() - 5) if setting.on_gpu else run_on_cpu(wanted)
+    left, ratios = iter(names), []
+    for row, name in zip(runs, left, strict=False):  # in this order, which loses no name
+        if isinstance(row.measured, str):
+            setting.record.row(name, failure=row.measured)
+            continue
+        values = {
+            "predicted_bytes": row.predicted.tensors,
+            "measured_bytes": row.measured.tensors,
+            "ratio": row.ratio,
+        }
+        if row.predicted.device and row.measured.device:
+            values |= {
+                "predicted_on_card_bytes": row.predicted.device,
+                "on_card_bytes": row.measured.device,
+                "ratio_on_card": row.predicted.device / row.measured.device,
+                "retries": row.measured.retries,
+            }
+        ratios.append(values["ratio_on_card" if "ratio_on_card" in values else "ratio"])
+        setting.record.row(name, **values)
+    if ratios:
+        setting.record.note(
+            f"Predicted over measured, {len(ratios)} runs: {min(ratios):.4f} to {max(ratios):.4f}."
+        )
+    for name in left:
+        setting.record.row(name, failure="no time left")
