@@ -317,9 +317,8 @@ class Accountant:
     def _trace_update(
         self, plan: FoldPlan, name: str, shape: tuple[int, ...], *, with_origins: bool = False
     ) -> Timeline:
-        # The compiled kernel of the CPU has no temporaries, and is chosen by the device of the fake
-        # tensors. An update compiled for a GPU has some, fewer than the plain one, which is traced
-        # here on meta tensors, in a third of the time. State from host memory is counted apart.
+        # Which kernel runs depends on the device of the tensors, and the optimizer takes the meta
+        # device for a GPU. State from host memory is counted apart.
         dtype, device = weight_dtype(self._precision), "meta" if self._on_gpu else "cpu"
         alone = replace(
             plan,
@@ -330,8 +329,6 @@ class Accountant:
             parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             parameter.grad = torch.empty_like(parameter)
             optimizer = self._model.make_optimizer([(name, parameter)], alone)
-            for group in optimizer.param_groups:
-                group["fused"] = not self._on_gpu
             return track_optimizer_step(optimizer, name=name if with_origins else None)
 
 

@@ -71,8 +71,8 @@ class FOAM(torch.optim.Optimizer):
         stochastic_rounding: Round bfloat16 weights, and moments in bfloat16 or int8,
             stochastically. Rounding to nearest loses updates below 1/512 of a weight.
         fused: Update in one pass over memory where possible: in float32 on the CPU by a kernel that
-            is compiled once (needs a C++ compiler), on a GPU by torch.compile. Differs from the
-            plain update in the last bits. None is True.
+            is compiled once (needs a C++ compiler), on a GPU by a Triton kernel. Needs no
+            temporaries, and differs from the plain update in the last bits. None is True.
         state_offload: Keep the moments in host memory (pinned, for CUDA) and copy those of one
             parameter at a time to the device for its update. Costs 2 x the state's bytes over the
             bus a step and changes no result; see `offload`. No effect on the CPU.
@@ -268,10 +268,11 @@ class FOAM(torch.optim.Optimizer):
             self.state[param] = _create_state(param, group)
         state = self.state[param]
         state["step"] += 1
-        if group["clip_norm"] is not None:
+        clip_norm, clip_factor = group["clip_norm"], None
+        if clip_norm is not None:
             norm_dtype = torch.promote_types(grad.dtype, torch.float32)
             norm = _full_tensor(torch.linalg.vector_norm(grad, dtype=norm_dtype))
-            grad = grad * (group["clip_norm"] / norm.clamp_min(group["clip_norm"])).to(grad.dtype)
+            clip_factor = clip_norm / norm.clamp_min(clip_norm)
         beta1, beta2 = map(float, group["betas"])
         factors = StepFactors.at_step(
             state["step"],
@@ -293,6 +294,7 @@ class FOAM(torch.optim.Optimizer):
                 factors,
                 seed=state["step"] if group["stochastic_rounding"] else None,
                 fused=group["fused"] is not False,
+                clip_factor=clip_factor,
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],

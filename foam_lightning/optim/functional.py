@@ -19,6 +19,7 @@ the update, both as in torch.optim.AdamW. On a CPU, level 0 with scale 1 is Adam
 float32 and float64.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -32,8 +33,6 @@ from foam_lightning.optim.state import SecondMoment, read_moment, write_moment_
 
 class StepFactors(NamedTuple):
     """The factors of the update that change from step to step.
-
-    Floats, or 0-dimensional tensors for a compiled update, which would recompile for a new float.
 
     Attributes:
         decay: 1 - lr * weight_decay, the factor of the weights.
@@ -108,7 +107,8 @@ def foam_step_(
     eps: float,
     level: int,
     second_moment: SecondMoment = "mean_square",
-    seed: int | Tensor | None = None,
+    seed: int | None = None,
+    first_row: int = 0,
 ) -> None:
     """Update one tensor and its moments in place.
 
@@ -127,11 +127,16 @@ def foam_step_(
         second_moment: What v averages, see above. At level 0 both choices coincide.
         seed: Of stochastic rounding, which applies to weights and moments in bfloat16 and to
             moments in int8; see `rounding`. None rounds to nearest.
+        first_row: Where `param` is some rows of a tensor, the index of the first: the random bits
+            are those of the whole tensor.
     """
-    # Each stored tensor gets its own noise.
-    seeds = (None, None, None) if seed is None else (seed, seed + 1, seed + 2)
     dtype = promote_types(promote_types(param.dtype, grad.dtype), torch.float32)
     folded_RK = fold(grad, level).to(dtype)
+    # Each stored tensor gets its own noise.
+    seeds = [
+        None if seed is None else rounding.seed_at(seed + number, first_row * math.prod(shape[1:]))
+        for number, shape in enumerate((folded_RK.shape, folded_RK.shape, param.shape))
+    ]
     m_RK = read_moment(state, "exp_avg").to(dtype).lerp_(folded_RK, 1 - beta1)
     write_moment_(state, "exp_avg", m_RK, seeds[0])
     v_RK = read_moment(state, "exp_avg_sq").to(dtype).mul_(beta2)

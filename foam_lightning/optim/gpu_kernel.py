@@ -1,83 +1,159 @@
-"""The fused update on a GPU: `foam_step_` compiled by torch.compile.
-
-Uses private parts of torch, checked on torch 2.13: `torch._dynamo.maybe_mark_dynamic`,
-`torch._dynamo.exc.TorchDynamoException`, `torch.utils._triton.has_triton` and the option
-`isolate_recompiles`, which torch's stubs lack. tests/optim/test_kernels.py fails when one changes.
-"""
+"""The fused update on a GPU: one launch of `triton_kernel` for each tensor, without temporaries."""
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 
-from foam_lightning.optim.functional import StepFactors, foam_step_
+from foam_lightning.optim.fold import num_blocks
+from foam_lightning.optim.functional import StepFactors
+from foam_lightning.optim.state import CODES_PER_SCALE, SecondMoment, state_layout
+
+# All values of a tile lie in registers. A block, and with int8 a group of codes, lies in one tile.
+_TILE = 1024
+_MAX_TILE = 2**16
+_VALUES_PER_WARP = 256  # 8 for each thread, in bfloat16 the 16 bytes that it reads at once
 
 _log = logging.getLogger(__name__)
-_failures: list[Exception] = []
-_has_triton = cache(has_triton)
-# Typed here because torch's stub does not know `isolate_recompiles`.
-_compile: Callable[..., Callable[..., None]] = torch.compile
 
 
+def is_supported(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], level: int) -> bool:
+    """Return whether the kernel can update this tensor, apart from its device.
+
+    Args:
+        param: Weights: float32 or bfloat16, contiguous as all the others.
+        grad: Gradient: float32 or bfloat16.
+        state: The tensors that `state.state_layout` describes.
+        level: Fold level. A block of more than 65,536 columns is not supported.
+    """
+    floats = (torch.float32, torch.bfloat16)
+    columns = param.shape[-1] if param.ndim >= 2 else param.numel()
+    width, blocks = _tile_shape(columns, level, has_codes="exp_avg_scale" in state)
+    return (
+        param.dtype in floats
+        and grad.dtype in floats
+        and all(tensor.is_contiguous() for tensor in (param, grad, *state.values()))
+        and width * blocks <= _MAX_TILE
+    )
+
+
+@cache
+def is_available() -> bool:
+    """Return whether the kernel runs on this machine's GPU, found out by an update of one element.
+
+    Every Linux build of torch for CUDA brings Triton, which needs a C compiler. If something is
+    missing, warns once. Without a GPU returns True: a plan for a GPU elsewhere takes it for
+    granted.
+    """
+    if not torch.cuda.is_available():
+        return True
+    try:
+        zero = torch.zeros(1, device="cuda")
+        state = {key: zero.clone() for key in state_layout((1,), 0, torch.float32)}
+        factors = StepFactors.at_step(1, beta1=0.9, beta2=0.999)
+        gpu_kernel_step_(
+            zero, zero.clone(), state, factors, beta1=0.9, beta2=0.999, eps=1e-8, level=0
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever compilers and drivers raise
+        _log.warning(
+            "Triton cannot compile for this GPU, so the optimizer uses the slower update, with up "
+            "to 64 MB of temporaries; install triton and a C compiler (%s)",
+            " ".join(str(error).split())[:200],
+        )
+        return False
+    return True
+
+
+@torch.no_grad()
 def gpu_kernel_step_(
     param: Tensor,
     grad: Tensor,
     state: Mapping[str, Tensor],
     factors: StepFactors,
     *,
-    seed: int | None,
-    **constants: Any,
+    seed: int | None = None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    level: int,
+    second_moment: SecondMoment = "mean_square",
+    clip_factor: Tensor | None = None,
 ) -> None:
-    """Run `foam_step_` compiled; if compilation fails, run it as it is and warn once.
+    """Run `foam_step_` in one launch without temporaries, equal up to the last bits of float32.
 
-    One compiled program serves every number of rows, every step and every learning rate. Another
-    number of columns, dtype, level or other constant compiles another one.
+    A program is compiled for each combination of block width, dtypes and divisibility of the number
+    of columns by 16; another step, learning rate or number of rows compiles none.
 
     Args:
-        param: Weights, changed.
-        grad: Gradient.
+        param: Weights, shape (..., C), changed; `is_supported` must hold.
+        grad: Gradient, shape (..., C).
         state: The tensors that `state.state_layout` describes, changed.
-        factors: The factors of this step, as floats.
-        seed: See `foam_step_`.
-        constants: The other arguments of `foam_step_`.
+        factors: The factors of this step.
+        seed: Of stochastic rounding, see `foam_step_`; None rounds to nearest.
+        beta1: Decay of m.
+        beta2: Decay of v.
+        eps: Added to the root of the bias-corrected V.
+        level: Fold level; for a tensor that must not fold, 0.
+        second_moment: What v averages, see `functional`.
+        clip_factor: If given, a tensor of one element by which the gradient is multiplied.
     """
-    for tensor in (param, grad, *state.values()):
-        if tensor.ndim >= 2:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    key = (param.ndim, param.shape[-1:] if param.ndim >= 2 else (), param.dtype, grad.dtype)
-    try:
-        _program(key, tuple(constants.items()))(
+    # Not at the top, because not every system has Triton.
+    from foam_lightning.optim.triton_kernel import foam_kernel
+
+    columns = param.shape[-1] if param.ndim >= 2 else param.numel()
+    has_codes = "exp_avg_scale" in state
+    width, tile_blocks = _tile_shape(columns, level, has_codes=has_codes)
+    if columns % width == 0 and not has_codes:
+        # No block crosses the end of a row, so that all rows together are one.
+        columns = param.numel()
+        tile_blocks = max(1, _TILE // width)
+    blocks = num_blocks(columns, min(level, width.bit_length() - 1))
+    tiles = -(-blocks // tile_blocks)
+    with torch.cuda.device_of(param):
+        foam_kernel[(param.numel() // columns * tiles,)](
             param,
             grad,
-            state,
-            StepFactors(*(torch.tensor(factor, dtype=torch.float64) for factor in factors)),  # type: ignore[arg-type]
-            seed=None if seed is None else torch.tensor(seed, dtype=torch.int32),
-            **constants,
+            state["exp_avg"],
+            state.get("exp_avg_scale", param),
+            state["exp_avg_sq"],
+            state.get("exp_avg_sq_scale", param),
+            param if clip_factor is None else clip_factor,
+            columns,
+            blocks,
+            tiles,
+            0 if seed is None else seed,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            factors.decay,
+            factors.step_size / factors.bias_correction1,
+            factors.residual,
+            factors.residual_square,
+            1 / factors.sqrt_bias_correction2,
+            WIDTH=width,
+            BLOCKS=tile_blocks,
+            RAGGED=columns % width != 0,
+            CLIP=clip_factor is not None,
+            MEAN_SQUARE=second_moment == "mean_square",
+            STOCHASTIC=seed is not None,
+            num_warps=min(max(width * tile_blocks // _VALUES_PER_WARP, 1), 32),
         )
-    except torch._dynamo.exc.TorchDynamoException as error:
-        # Raised before anything has run, so nothing has changed.
-        _log.warning(
-            "torch.compile failed; the optimizer uses the slower update: %s",
-            " ".join(str(error).split())[:200],
-        )
-        _failures.append(error)
-        foam_step_(param, grad, state, factors, seed=seed, **constants)
+    # As an in-place operator does, so that autograd notices the change.
+    torch.autograd.graph.increment_version((param, *state.values()))
 
 
-def is_available() -> bool:
-    """Return whether torch can compile for the GPU, as far as is known.
+def _tile_shape(columns: int, level: int, *, has_codes: bool) -> tuple[int, int]:
+    """Compute the width of a block and the number of blocks in a tile, both powers of two."""
+    width = _next_power_of_two(min(2**level, columns))
+    blocks_of_row = _next_power_of_two(num_blocks(columns, level))
+    blocks = max(1, min(_TILE // width, blocks_of_row))
+    return width, max(blocks, min(CODES_PER_SCALE, blocks_of_row)) if has_codes else blocks
 
-    It needs Triton, which not every system has, and Triton needs a C compiler: a compilation that
-    failed turns this to False.
-    """
-    return _has_triton() and not _failures
 
-
-@cache
-def _program(*key: Hashable) -> Callable[..., None]:
-    """Compile one program per key: a shared one would hit torch's limit of recompilations."""
-    return _compile(foam_step_, fullgraph=True, isolate_recompiles=True)
+def _next_power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

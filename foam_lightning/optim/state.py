@@ -9,7 +9,7 @@ float32 tensor of scales, one scale per 256 codes of a row: the largest magnitud
     v = scale * y**4        y = code / 255           code in 0 .. 255
 
 The powers place most codes at small magnitudes, where most moments are. Powers instead of a lookup
-table (Dettmers et al. 2021, arXiv:2110.02861) are a departure: they compile into the update. Codes
+table (Dettmers et al. 2021, arXiv:2110.02861) are a departure: every kernel can compute them. Codes
 are rounded stochastically (see `rounding`): v changes by a thousandth a step, far less than one
 code, so that rounding to nearest would never change it.
 """
@@ -98,7 +98,7 @@ def read_moment(state: Mapping[str, Tensor], moment: Moment) -> Tensor:
 
 
 def write_moment_(
-    state: Mapping[str, Tensor], moment: Moment, value: Tensor, seed: int | Tensor | None
+    state: Mapping[str, Tensor], moment: Moment, value: Tensor, seed: int | None
 ) -> None:
     """Store a moment, rounded once.
 

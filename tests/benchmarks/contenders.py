@@ -15,6 +15,7 @@ from foam_lightning.optim.foam import FOAM
 from foam_lightning.optim.groups import foldable_shapes, param_groups
 
 FUSED = "torch AdamW, fused"  # what every row is compared with
+FOLDED = "FOAM level 2"  # the default level
 LR = 1e-4
 SCALE = 0.25
 
@@ -137,11 +138,8 @@ ROWS = (
     Row("APOLLO", partial(_baseline, name="apollo"), package="pytorch_optimizer"),
     Row("Adam-mini", partial(_baseline, name="adam_mini"), package="pytorch_optimizer"),
     Row("torch Muon", partial(_baseline, name="muon"), is_slow_on_cpu=True),
-    *(
-        Row(f"FOAM level {level}", partial(_foam, level=level), ("cuda",))
-        for level in (0, 1, 2, 3, 4, 8)
-    ),
-    Row("FOAM row fold", partial(_foam, level=20), ("cuda",)),
+    *(Row(f"FOAM level {level}", partial(_foam, level=level)) for level in (0, 1, 2, 3, 4, 8)),
+    Row("FOAM row fold", partial(_foam, level=20)),
     Row("FOAM level 2, eager", partial(_foam, level=2, fused=False)),
-    Row("FOAM level 2, int8", partial(_foam, level=2, state_dtype=torch.int8), ("cuda",)),
+    Row("FOAM level 2, int8", partial(_foam, level=2, state_dtype=torch.int8)),
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from tests.benchmarks.contenders import FUSED, LR, ROWS, Row, Weights
+from tests.benchmarks.contenders import FOLDED, FUSED, LR, ROWS, Row, Weights
 from tests.benchmarks.heading import ROOT, commit_and_date, machine, packages, publish
 from tests.benchmarks.stepping import Stepped, cold_caches, step_all
 
@@ -32,6 +32,9 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # would exceed the limit is cut to its first layers.
 BYTES_PER_PARAMETER = {"cpu": 80, "cuda": 40}
 MAX_BYTES = {"cpu": 12 * 10**9, "cuda": 90 * 10**9}
+
+# What the kernel of a GPU must reach: its time over the floor, and that of fused AdamW over its.
+MAX_OF_FLOOR, MIN_SPEEDUP = 1.25, 1.6
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -141,6 +144,7 @@ def full_table(names: Sequence[str], work: Work, device: str) -> list[str]:
         + (f" Too slow for a CPU: {', '.join(left_out)}." if left_out else ""),
         "",
         *table(found, weights, max(bandwidth)),
+        *(targets(found, weights, max(bandwidth)) if device == "cuda" else []),
     ]
 
 
@@ -171,6 +175,23 @@ def floor_seconds(row: Stepped, weights: Weights, bandwidth: float) -> float:
     """Compute the time to read and write weights and state, and to read gradients."""
     weight_bytes = weights.num_elements * weights.dtype.itemsize
     return (3 * weight_bytes + 2 * row.state_bytes) / bandwidth
+
+
+def targets(found: Sequence[Stepped], weights: Weights, bandwidth: float) -> list[str]:
+    """Compare FOAM at its default level with what its kernel must reach."""
+    rows = {row.name: row for row in found if row.failure is None}
+    if not {FUSED, FOLDED} <= rows.keys():
+        return []
+    seconds = rows[FOLDED].median_seconds
+    of_floor = seconds / floor_seconds(rows[FOLDED], weights, bandwidth)
+    speedup = rows[FUSED].median_seconds / seconds
+    return [
+        "",
+        f"{FOLDED}: {of_floor:.2f} of the floor (target: at most {MAX_OF_FLOOR}), "
+        f"{'reached' if of_floor <= MAX_OF_FLOOR else 'missed'}; {speedup:.2f} times as fast as "
+        f"fused AdamW (target: at least {MIN_SPEEDUP}), "
+        f"{'reached' if speedup >= MIN_SPEEDUP else 'missed'}.",
+    ]
 
 
 def heading(words: Sequence[str], device: str) -> list[str]:

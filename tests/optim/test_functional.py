@@ -39,7 +39,7 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-def take_step(param, grad, exp_avg, exp_avg_sq, step, settings):
+def take_step(param, grad, exp_avg, exp_avg_sq, step, settings, step_=foam_step_):
     factors = StepFactors.at_step(
         step,
         beta1=settings.beta1,
@@ -50,7 +50,7 @@ def take_step(param, grad, exp_avg, exp_avg_sq, step, settings):
         residual_scale=settings.rho,
         bias_correct_moments_only=settings.correct_moments_only,
     )
-    foam_step_(
+    step_(
         param,
         grad,
         {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
@@ -76,14 +76,14 @@ def stored(rows, like):
     return torch.tensor(rows, dtype=torch.float64).to(like.dtype).reshape(like.shape)
 
 
-def assert_follows_the_paper(shape, settings, dtypes=(F32, F32), num_steps=3):
+def assert_follows_the_paper(shape, settings, dtypes=(F32, F32), num_steps=3, step_=foam_step_):
     param_dtype, state_dtype = dtypes
     param = torch.randn(shape).to(param_dtype)
     exp_avg, exp_avg_sq = zeros(shape, settings.level, state_dtype)
     expected, state = param.clone(), State()
     for step in range(1, num_steps + 1):
         grad = torch.randn(shape).to(param_dtype)
-        take_step(param, grad, exp_avg, exp_avg_sq, step, settings)
+        take_step(param, grad, exp_avg, exp_avg_sq, step, settings, step_)
         rows = foam_paper.step(rows_of(expected), rows_of(grad), state, settings)
         expected = stored(rows, param)
         expected_avg, expected_sq = stored(state.m, exp_avg), stored(state.v, exp_avg)
