@@ -1,6 +1,5 @@
 """LLaMA trained with FOAM, as a LightningModule."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -25,33 +24,12 @@ from foam_lightning.model.pretrained import architecture_to_json, create_model, 
 from foam_lightning.optim.factory import create_optimizer
 from foam_lightning.optim.gradient_release import BackwardGuard, release_gradients
 from foam_lightning.optim.groups import is_foldable
+from foam_lightning.optim.schedule import learning_rate_factor
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
-
-
-def warmup_cosine(
-    num_steps: int, *, warmup_fraction: float, final_fraction: float
-) -> Callable[[int], float]:
-    """Return the learning-rate factor as a function of the step: linear warmup, then half a cosine.
-
-    Args:
-        num_steps: Optimizer steps of the whole run; the last one has the factor `final_fraction`.
-        warmup_fraction: Fraction of the steps over which the factor rises from near 0 to 1.
-        final_fraction: The factor at the end.
-    """
-    warmup_steps = max(1, round(num_steps * warmup_fraction))
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps))
-        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
-
 
 Batch = Mapping[str, Tensor]
 _NO_PLAN = "no fold plan is set; call set_plan(plan) before training"
@@ -170,9 +148,11 @@ class LlamaFoam(LightningModule):
         optimizer = self.make_optimizer(self._built_model().named_parameters(), self._plan())
         schedule = LambdaLR(
             optimizer,
-            warmup_cosine(
+            learning_rate_factor(
                 int(self.trainer.estimated_stepping_batches),
+                schedule=self.settings.schedule,
                 warmup_fraction=self.settings.warmup_fraction,
+                decay_fraction=self.settings.decay_fraction,
                 final_fraction=self.settings.final_lr_fraction,
             ),
         )

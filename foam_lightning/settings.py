@@ -11,6 +11,7 @@ from foam_lightning.validation import DATA, MODEL, TRAINER, check_pattern, check
 OptimizerName = Literal[
     "foam", "adamw", "split_adamw", "galore", "apollo", "fira", "adam_mini", "muon", "adamw8bit"
 ]
+ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 # Each row of an embedding or of the head belongs to one token and is rarely touched. The rule is
 # the one of the released FOAM code.
@@ -65,8 +66,13 @@ class ModelSettings:
         max_rollbacks: How often a run may return to its last checkpoint after a loss spike; the
             data goes on after the spike. 0 does not look for spikes.
         spike_nats: A loss this far above the mean of the last 50 steps is a spike.
+        schedule: Course of the learning rate after the warm-up: along half a cosine, along a line,
+            constant, or constant and then along a line at the end (wsd: warm-up, stable, decay).
+            The short runs of the search have the same schedule.
         warmup_fraction: Fraction of the steps over which the learning rate rises.
-        final_lr_fraction: Learning rate of the last step, as a fraction of the peak.
+        decay_fraction: Fraction of the steps over which the learning rate falls, for wsd.
+        final_lr_fraction: Learning rate of the last step, as a fraction of the peak; a constant one
+            does not fall.
         exclude: Regular expression; matrices whose name contains a match never fold.
 
     Raises:
@@ -100,7 +106,9 @@ class ModelSettings:
     max_skipped_steps: int = 10
     max_rollbacks: int = 0
     spike_nats: float = 1.0
+    schedule: ScheduleName = "cosine"
     warmup_fraction: float = 0.1
+    decay_fraction: float = 0.2
     final_lr_fraction: float = 0.1
     exclude: str = DEFAULT_EXCLUDE
 

@@ -65,6 +65,7 @@ MODEL: Mapping[str, Range] = {
     "max_rollbacks": Range(0, 2**31),
     "spike_nats": POSITIVE,
     "warmup_fraction": _FRACTION,
+    "decay_fraction": _FRACTION,
     "final_lr_fraction": _FRACTION,
 }
 DATA: Mapping[str, Range] = {

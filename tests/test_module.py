@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.functional import cross_entropy
 
@@ -16,39 +14,11 @@ from foam_lightning.checkpoint.load import read_checkpoint
 from foam_lightning.data.module import TextData
 from foam_lightning.errors import CheckpointError, ConfigError, PlanError
 from foam_lightning.job import Job
-from foam_lightning.module import LlamaFoam, warmup_cosine
+from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.schedule import learning_rate_factor
 from foam_lightning.plan import FoldPlan
 
 NewJob = Callable[..., Job]
-
-
-@pytest.mark.parametrize(
-    ("steps", "warmup", "final"), [(100, 0.1, 0.1), (8, 0.25, 0.0), (7, 1.0, 0.5)]
-)
-def test_the_schedule_rises_to_one_and_falls_to_its_end(
-    steps: int, warmup: float, final: float
-) -> None:
-    factor = warmup_cosine(steps, warmup_fraction=warmup, final_fraction=final)
-    values = [factor(step) for step in range(steps)]
-    peak = round(steps * warmup) - 1
-    assert values[peak] == 1.0
-    assert values[: peak + 1] == pytest.approx([(i + 1) / (peak + 1) for i in range(peak + 1)])
-    assert all(a > b for a, b in zip(values[peak:], values[peak + 1 :], strict=False))
-    if peak + 1 < steps:
-        assert values[-1] == pytest.approx(final)
-        middle = (peak + steps - 1) / 2
-        if middle.is_integer():
-            assert values[int(middle)] == pytest.approx((1 + final) / 2)
-
-
-@given(st.integers(1, 500), st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
-def test_the_schedule_never_leaves_its_range(
-    steps: int, warmup: float, final: float, step: int
-) -> None:
-    factor = warmup_cosine(steps, warmup_fraction=warmup, final_fraction=final)(step)
-    assert 0 <= factor <= 1
-    if step >= steps - 1 and round(steps * warmup) < steps and steps > 1:
-        assert factor == pytest.approx(final)
 
 
 class Watch(Callback):
@@ -93,7 +63,8 @@ def test_training_learns(new_job: NewJob, precision: str) -> None:
     assert first == pytest.approx(math.log(300), abs=0.2)
     assert last < first - 1
     assert not any(watch.has_gradients)
-    expected = warmup_cosine(40, warmup_fraction=0.1, final_fraction=0.1)
+    options = {"warmup_fraction": 0.1, "decay_fraction": 0.2, "final_fraction": 0.1}
+    expected = learning_rate_factor(40, schedule="cosine", **options)
     assert watch.rates == pytest.approx([0.01 * expected(step) for step in range(40)])
     state_dtypes = {s["exp_avg"].dtype for s in module.trainer.optimizers[0].state.values()}
     assert state_dtypes == {torch.float32}
