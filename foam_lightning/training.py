@@ -4,8 +4,9 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,9 @@ def describe_plan(levels: Mapping[str, int]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and those that the result depends on."""
-    own = {"python": platform.python_version(), "foam-lightning": __version__}
-    return {**own, **{name: version(name) for name in _PACKAGES}}
+    """Return the versions of Python, this package and the installed ones the result depends on."""
+    found = {"python": platform.python_version(), "foam-lightning": __version__}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # such as datasets, which only the Hub needs
+            found[name] = version(name)
+    return found

@@ -16,7 +16,8 @@ from foam_lightning.units import format_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
+
+    from foam_lightning.data.table import Table
 
 _QUIET_SECONDS = 10
 
@@ -62,15 +63,15 @@ def atomic_cache_path(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def cached_dataset(
+def cached_table(
     path: Path,
     schema: "pa.Schema",
     batches: Callable[[], Iterable[tuple["pa.RecordBatch", int]]],
     *,
     content: str,
     num_documents: int | None = None,
-) -> "Dataset":
-    """Open an Arrow file as a memory-mapped dataset, writing it first if it is not there.
+) -> "Table":
+    """Open an Arrow file as a memory-mapped table, writing it first if it is not there.
 
     Batches go to disk one by one, so the content may be larger than memory. Writing that takes
     long shows a bar with the size so far, and ends with a line about the size and the path.
@@ -87,7 +88,8 @@ def cached_dataset(
         DataError: The file cannot be written, or the existing one is damaged.
     """
     import pyarrow as pa
-    from datasets import Dataset
+
+    from foam_lightning.data.table import Table
 
     if not path.exists():
         with (
@@ -100,7 +102,7 @@ def cached_dataset(
                 writer.write_batch(batch)
                 progress.add(count, file.tell())
     try:
-        return Dataset.from_file(str(path))
+        return Table([path])
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(path, error) from error
 
@@ -117,7 +119,7 @@ class _Progress:
     """A progress bar on stderr for writing that takes long, and a line at its end."""
 
     def __init__(self, content: str, num_documents: int | None, path: Path) -> None:
-        from datasets.utils import tqdm
+        from tqdm import tqdm
 
         self._content = content
         self._path = path

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from foam_lightning.data.cache import cache_key, cached_dataset
+from foam_lightning.data.cache import cache_key, cached_table
 from foam_lightning.data.files import files_fingerprint
 from foam_lightning.data.loader import EpochSampler
 from foam_lightning.data.notices import print_once
@@ -16,8 +16,9 @@ from foam_lightning.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from foam_lightning.data.table import Table
 
 ROLES = ("system", "user", "assistant")
 """Roles of a conversation; for those of matrices see `model.roles`."""
@@ -99,11 +100,11 @@ class ChatText:
             validation = chat_dataset(
                 list_files(validation_files), tokenizer, sequence_length, cache
             )
-        self.train: Dataset = train.select(
+        self.train = train.select(
             range(rows_in_whole_batches(len(train), batch_size, sequence_length))
         )
         count = min(validation_sequences, len(validation))
-        self.validation: Dataset = validation.select(evenly_spaced(count, len(validation)))
+        self.validation = validation.select(evenly_spaced(count, len(validation)))
 
     def sampler(self, *, seed: int, world: int, rank: int) -> EpochSampler:
         """Create the sampler of the training rows.
@@ -118,7 +119,7 @@ class ChatText:
 
 def chat_dataset(
     files: Sequence[Path], tokenizer: "PreTrainedTokenizerBase", sequence_length: int, cache: Path
-) -> "Dataset":
+) -> "Table":
     """Create a row of every conversation with a response within the length, and warn of others.
 
     Raises:
@@ -137,7 +138,7 @@ def chat_dataset(
         *("chat", 1, files_fingerprint(files, "messages"), sequence_length),
         *(tokenizer_fingerprint(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map),
     )
-    rows = cached_dataset(
+    rows = cached_table(
         cache / f"chat-{key}.arrow",
         schema,
         lambda: _batches(files, tokenizer, sequence_length, schema),
@@ -145,7 +146,7 @@ def chat_dataset(
     )
     if not len(rows):
         raise DataError(f"{files[0]} has no conversation, only whitespace; write one per line")
-    lengths, scored = (rows.data.column(name).to_numpy() for name in ("length", "scored"))
+    lengths, scored = (rows.column(name) for name in ("length", "scored"))
     num_truncated, num_skipped = int((lengths > sequence_length).sum()), int((scored == 0).sum())
     if num_skipped == len(rows):
         raise DataError(
@@ -157,8 +158,7 @@ def chat_dataset(
             f"{num_truncated} of {len(rows)} conversations are truncated to data.sequence_length "
             f"{sequence_length}; {num_skipped} have no response within it and are skipped"
         )
-    usable = rows.select(scored.nonzero()[0]).select_columns(["input_ids", "labels"])
-    return usable.with_format("numpy")
+    return rows.select(scored.nonzero()[0])
 
 
 def read_conversations(path: Path) -> Iterator[tuple[str, Messages]]:

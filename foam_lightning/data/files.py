@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from foam_lightning.data.cache import cache_key, cached_dataset
+from foam_lightning.data.cache import cache_key, cached_table
 from foam_lightning.data.records import Record, format_of, read_records
 from foam_lightning.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, IterableDataset
+    from datasets import IterableDataset
+
+    from foam_lightning.data.table import Table
 
 
 _CHUNK_CHARACTERS = 2**23  # in memory before each write
@@ -37,8 +39,8 @@ def files_fingerprint(files: Sequence[Path], text_column: str) -> str:
     return cache_key("files", 2, stamps, text_column)
 
 
-def read_files(files: Sequence[Path], text_column: str, cache: Path) -> "Dataset":
-    """Read files into a memory-mapped dataset with the columns "text" and "input_ids".
+def read_files(files: Sequence[Path], text_column: str, cache: Path) -> "Table":
+    """Read files into a memory-mapped table with the columns "text" and "input_ids".
 
     A .txt file is one document; a record of another file is one document each. Empty documents are
     left out. Of the two columns a row has text, or else token ids.
@@ -46,7 +48,7 @@ def read_files(files: Sequence[Path], text_column: str, cache: Path) -> "Dataset
     Args:
         files: From `list_files`, in the order of the documents.
         text_column: The column of the text.
-        cache: Folder in which the dataset is cached.
+        cache: Folder in which the table is cached.
 
     Raises:
         DataError: A file is unreadable, or without text.
@@ -55,7 +57,7 @@ def read_files(files: Sequence[Path], text_column: str, cache: Path) -> "Dataset
 
     fingerprint = files_fingerprint(files, text_column)
     schema = pa.schema([("text", pa.large_string()), (TOKENS, pa.list_(pa.int32()))])
-    return cached_dataset(
+    return cached_table(
         cache / f"text-{fingerprint}.arrow",
         schema,
         lambda: _batches(files, text_column, schema),

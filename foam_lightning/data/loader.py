@@ -18,6 +18,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from foam_lightning.data.packing import Row
 from foam_lightning.data.streaming import StreamedRows
+from foam_lightning.data.table import Table
 from foam_lightning.errors import DataError
 from foam_lightning.signals import survive_signals
 
@@ -84,7 +85,7 @@ class RankRows(Dataset[Row]):
         rank: This rank.
     """
 
-    def __init__(self, rows: Sequence[Row], world: int, rank: int) -> None:
+    def __init__(self, rows: Table | Sequence[Row], world: int, rank: int) -> None:
         self._rows = rows
         self._world = world
         self._rank = rank

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from foam_lightning.data.packing import evenly_spaced
 from foam_lightning.data.records import name_files
 from foam_lightning.errors import ConfigError
 from foam_lightning.validation import POSITIVE
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _MAX_DOCUMENTS = 2**15
 
@@ -183,10 +180,8 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _sample_documents(documents: "Dataset") -> Iterator[dict[str, str]]:
-    from datasets import Dataset
-
-    if not isinstance(documents, Dataset):
+def _sample_documents(documents: Any) -> Iterator[dict[str, str]]:
+    if not hasattr(documents, "__len__"):
         return islice(iter(documents), _MAX_DOCUMENTS)
     count = min(len(documents), _MAX_DOCUMENTS)
     return (documents[index] for index in evenly_spaced(count, len(documents)))

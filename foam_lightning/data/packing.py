@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from foam_lightning.data.cache import cache_key, cached_dataset
+from foam_lightning.data.cache import cache_key, cached_table
 from foam_lightning.data.files import Document, documents_of
 from foam_lightning.data.tokenizer import Piece, encode, end_of_text_id, tokenizer_fingerprint
 from foam_lightning.errors import DataError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from foam_lightning.data.table import Table
 
 IGNORED = -100  # label that the loss ignores
 _DOCUMENTS_PER_BATCH = 256
@@ -81,15 +83,15 @@ class Packer:
 
 
 def packed_dataset(
-    documents: "Dataset",
+    documents: "Table | Dataset",
     *,
     tokenizer: "PreTrainedTokenizerBase",
     fingerprint: str,
     sequence_length: int,
     packing: bool,
     cache: Path,
-) -> "Dataset":
-    """Tokenise and pack a split into a memory-mapped dataset of rows.
+) -> "Table":
+    """Tokenise and pack a split into a memory-mapped table of rows.
 
     With packing, an incomplete last row is dropped.
 
@@ -114,14 +116,13 @@ def packed_dataset(
             rows = pa.array(list(packer.rows()), schema.field(0).type)
             yield pa.record_batch([rows], schema=schema), len(texts["text"])
 
-    rows = cached_dataset(
+    return cached_table(
         cache / f"rows-{key}.arrow",
         schema,
         batches,
         content="tokens",
         num_documents=len(documents),
     )
-    return rows.with_format("numpy")
 
 
 def packed_rows(

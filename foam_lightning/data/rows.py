@@ -1,6 +1,6 @@
 """Rows of tokens from text: packed in files or streamed, from one source or several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,10 +17,10 @@ from foam_lightning.data.packing import (
 )
 from foam_lightning.data.sources import TextSource
 from foam_lightning.data.streaming import StreamedRows, StreamedSource
+from foam_lightning.data.table import Table
 from foam_lightning.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -61,8 +61,6 @@ class PackedText:
     """
 
     def __init__(self, text: Text, *, batch_size: int, cache: Path) -> None:
-        from datasets import concatenate_datasets
-
         train, validation = (
             [_packed(text, one, split, cache) for one in text.texts]
             for split in ("train", "validation")
@@ -74,10 +72,8 @@ class PackedText:
         self._batch_size = batch_size
         self._sizes = [len(rows) for rows in train]
         total = rows_in_whole_batches(sum(self._sizes), batch_size, text.sequence_length)
-        self.train: Dataset = (
-            concatenate_datasets(train) if len(train) > 1 else train[0].select(range(total))
-        )
-        self.validation: Dataset = concatenate_datasets(
+        self.train = Table.concatenate(train) if len(train) > 1 else train[0].select(range(total))
+        self.validation = Table.concatenate(
             [
                 rows.select(evenly_spaced(count, len(rows)))
                 for rows, count in zip(
@@ -168,7 +164,7 @@ def _read_documents(documents: Any, name: str) -> Iterator[dict[str, Document]]:
             yield {"text": document}
 
 
-def _packed(text: Text, one: TextSource, split: str, cache: Path) -> "Dataset":
+def _packed(text: Text, one: TextSource, split: str, cache: Path) -> "Table":
     return packed_dataset(
         getattr(one, split),
         tokenizer=text.tokenizer,
@@ -179,7 +175,7 @@ def _packed(text: Text, one: TextSource, split: str, cache: Path) -> "Dataset":
     )
 
 
-def _require_rows(text: Text, split: str, rows: Sequence[Sequence[Any]]) -> None:
+def _require_rows(text: Text, split: str, rows: Sequence[Sized]) -> None:
     for own, source in zip(rows, text.sources, strict=True):
         if len(own) == 0:
             raise DataError(
@@ -188,7 +184,7 @@ def _require_rows(text: Text, split: str, rows: Sequence[Sequence[Any]]) -> None
             )
 
 
-def _validation_counts(text: Text, rows: Sequence[Sequence[Any]]) -> list[int]:
+def _validation_counts(text: Text, rows: Sequence[Sized]) -> list[int]:
     """Count validation rows per source, in proportion to the weights; at least one each.
 
     The source with the fewest rows for its weight limits the total.

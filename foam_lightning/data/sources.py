@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from foam_lightning.data.mixture import SourceSettings
+    from foam_lightning.data.table import Table
 
 
 _SKIPPED_FOLDERS = {
@@ -110,8 +111,8 @@ class TextSource:
         fingerprint: Key of caches; changes whenever the documents may have changed.
     """
 
-    train: "Dataset | IterableDataset | FileStream"
-    validation: "Dataset | IterableDataset | FileStream"
+    train: "Table | Dataset | IterableDataset | FileStream"
+    validation: "Table | Dataset | IterableDataset | FileStream"
     fingerprint: str
 
 
@@ -144,7 +145,7 @@ def open_source(source: "SourceSettings", *, streaming: bool, cache: Path) -> Te
 
 def open_default_corpus() -> TextSource:
     """Open the default corpus: the source of Python's standard library."""
-    from datasets import Dataset
+    from foam_lightning.data.table import Table
 
     digest = hashlib.sha256()
     train: list[str] = []
@@ -153,8 +154,8 @@ def open_default_corpus() -> TextSource:
         digest.update(f"{name}\0{text}\0".encode())
         (validation if is_held_out(name) else train).append(text)
     return TextSource(
-        train=Dataset.from_dict({"text": train}),
-        validation=Dataset.from_dict({"text": validation}),
+        train=Table.from_texts(train),
+        validation=Table.from_texts(validation),
         fingerprint=digest.hexdigest(),
     )
 
@@ -199,10 +200,16 @@ def open_dataset(name: str, config: str | None, text_column: str, *, streaming: 
         streaming: Read it over the network while training, instead of downloading it first.
 
     Raises:
-        DataError: The Hub cannot be reached; the dataset, a split or the column is missing; or a
-            split is empty.
+        DataError: The package datasets cannot be imported; the Hub cannot be reached; the dataset,
+            a split or the column is missing; or a split is empty.
     """
-    import datasets
+    try:
+        import datasets
+    except (ImportError, AttributeError) as error:  # the latter with an older pyarrow
+        raise DataError(
+            f"data.dataset {name!r} needs the package datasets, which cannot be imported "
+            f"({first_line(error)}); run `pip install -U datasets pyarrow`, or set data.files"
+        ) from error
 
     with _hub_errors(name):
         splits = datasets.load_dataset(name, config, streaming=streaming)
@@ -259,13 +266,15 @@ def _select_text(
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _split_validation(documents: "Dataset") -> tuple["Dataset", "Dataset"]:
-    from datasets import Dataset
+def _split_validation(documents: "Table") -> tuple["Table", "Table"]:
+    from foam_lightning.data.table import Table
 
     count = int(len(documents) * VALIDATION_FRACTION)
     if count == 0:
         train, validation = (
-            Dataset.from_list([_part(row, is_held_out=held_out) for row in documents])
+            Table.from_rows(
+                [_part(row, is_held_out=held_out) for row in documents], documents.schema
+            )
             for held_out in (False, True)
         )
         return train, validation

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+    from foam_lightning.data.table import Table
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 _SPECIAL = [END_OF_TEXT, PAD]
@@ -39,7 +41,11 @@ class Piece(NamedTuple):
 
 
 def build_tokenizer(
-    name: str | None, *, vocab_size: int, documents: "Dataset | IterableDataset", cache: Path
+    name: str | None,
+    *,
+    vocab_size: int,
+    documents: "Table | Dataset | IterableDataset",
+    cache: Path,
 ) -> "PreTrainedTokenizerBase":
     """Train a tokenizer on the documents, or load an existing one.
 
@@ -177,7 +183,7 @@ def _require_text(text: object) -> None:
 
 
 def _train_or_load_cached(
-    documents: "Dataset | IterableDataset", vocab_size: int, cache: Path
+    documents: "Table | Dataset | IterableDataset", vocab_size: int, cache: Path
 ) -> "PreTrainedTokenizerBase":
     import tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -221,7 +227,7 @@ def _train(sample: list[str], vocab_size: int) -> "Tokenizer":
     return tokenizer
 
 
-def _sample(documents: "Dataset | IterableDataset") -> Iterator[str]:
+def _sample(documents: "Table | Dataset | IterableDataset") -> Iterator[str]:
     if hasattr(documents, "__getitem__"):  # not a stream
         count = min(len(documents), _SAMPLE_DOCUMENTS)
         chosen = random.Random(0).sample(range(len(documents)), count)

@@ -15,6 +15,7 @@ from foam_lightning.data.packing import (
     packed_rows,
     rows_in_whole_batches,
 )
+from foam_lightning.data.table import Table
 from foam_lightning.data.tokenizer import Piece, build_tokenizer, encode, end_of_text_id
 from foam_lightning.errors import DataError
 
@@ -26,7 +27,7 @@ EOS = 0
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    documents = Dataset.from_dict({"text": TEXTS})
+    documents = Table.from_texts(TEXTS)
     cache = tmp_path_factory.mktemp("tokenizer")
     return build_tokenizer(None, vocab_size=300, documents=documents, cache=cache)
 
@@ -86,8 +87,12 @@ def test_rows_continue_across_batches_of_documents(tokenizer, tmp_path, monkeypa
 
 def packed(tokenizer, cache, **settings):
     settings = {"fingerprint": "f", "sequence_length": 16, "packing": True} | settings
-    documents = Dataset.from_dict({"text": TEXTS})
+    documents = Table.from_texts(TEXTS)
     return packed_dataset(documents, tokenizer=tokenizer, cache=cache, **settings)
+
+
+def token_lists(rows):
+    return [row["input_ids"].tolist() for row in rows]
 
 
 def test_one_row_per_document_without_packing(tokenizer, tmp_path):
@@ -99,11 +104,11 @@ def test_one_row_per_document_without_packing(tokenizer, tmp_path):
 def test_rows_are_written_once(tokenizer, tmp_path, monkeypatch):
     first = packed(tokenizer, tmp_path)
     monkeypatch.setattr(packing, "encode", None)  # a call would fail
-    assert packed(tokenizer, tmp_path)["input_ids"][:].tolist() == first["input_ids"][:].tolist()
+    assert token_lists(packed(tokenizer, tmp_path)) == token_lists(first)
 
 
 def test_rows_of_other_settings_are_cached_separately(tokenizer, tmp_path):
-    documents = Dataset.from_dict({"text": TEXTS})
+    documents = Table.from_texts(TEXTS)
     other = build_tokenizer(None, vocab_size=270, documents=documents, cache=tmp_path)
     packed(tokenizer, tmp_path)
     packed(other, tmp_path)
@@ -138,4 +143,4 @@ def test_a_stream_packs_to_the_same_rows_as_the_whole_split(tokenizer, tmp_path)
     whole = packed(tokenizer, tmp_path)
     stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
     rows = packed_rows(stream, tokenizer, sequence_length=16, packing=True)
-    assert [row["input_ids"] for row in rows] == whole["input_ids"][:].tolist()
+    assert [row["input_ids"] for row in rows] == token_lists(whole)

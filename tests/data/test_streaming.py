@@ -18,6 +18,7 @@ from foam_lightning.data.loader import StreamLoader
 from foam_lightning.data.packing import collate
 from foam_lightning.data.records import list_files
 from foam_lightning.data.streaming import StreamedRows, StreamedSource
+from foam_lightning.data.table import Table
 from foam_lightning.data.tokenizer import build_tokenizer
 from foam_lightning.errors import ConfigError, DataError
 
@@ -30,7 +31,7 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    documents = Dataset.from_dict({"text": TEXTS})
+    documents = Table.from_texts(TEXTS)
     cache = tmp_path_factory.mktemp("tokenizer")
     return build_tokenizer(None, vocab_size=300, documents=documents, cache=cache)
 

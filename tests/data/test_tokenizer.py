@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from foam_lightning.data import tokenizer as module
+from foam_lightning.data.table import Table
 from foam_lightning.data.tokenizer import build_tokenizer, encode, end_of_text_id, pad_id
 from foam_lightning.errors import DataError
 
@@ -12,7 +13,7 @@ TEXTS = [f"def name_{index}(value):\n    return value + {index}\n" for index in 
 
 
 def build(cache, name=None, vocab_size=300):
-    documents = Dataset.from_dict({"text": TEXTS})
+    documents = Table.from_texts(TEXTS)
     return build_tokenizer(name, vocab_size=vocab_size, documents=documents, cache=cache)
 
 
