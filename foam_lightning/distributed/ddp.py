@@ -1,4 +1,8 @@
-"""DDP with one copy of the gradients."""
+"""DDP with one copy of the gradients.
+
+Uses a private part of torch, checked on torch 2.11 and 2.13: `Reducer._rebuild_buckets`, on which
+the peaks in tests/distributed/test_distributed.py depend.
+"""
 
 from typing import cast
 
@@ -31,8 +35,6 @@ class SingleCopyDDP(DDPStrategy):
         for parameter in parameters:
             parameter.grad = None  # or the first buckets would stay allocated
         # torch does this once, at the second forward pass, in the order of the gradients it saw.
-        # Private; checked with torch 2.13. The peaks in tests/distributed/test_distributed.py
-        # depend on it.
         model.reducer._rebuild_buckets()
         _average_zeros(model, parameters)
         self._views = [(p, p.grad) for p in parameters if p.grad is not None]

@@ -1,7 +1,7 @@
 """The first of several devices, traced in this process alone, without communication.
 
-Private parts of torch that are used, checked on torch 2.13: the fake process group and its store,
-and `_get_fsdp_state()`, `_pre_forward` and `_post_forward` of FSDP2.
+Private parts of torch that are used, checked on torch 2.11 and 2.13: the fake process group and its
+store, and `_get_fsdp_state()`, `_pre_forward` and `_post_forward` of FSDP2.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -4,6 +4,8 @@ The same tracker serves both, so that prediction and measurement count the same:
 storage that an operator returns, until its last reference is gone. What an operator allocates
 inside itself is not seen, nor what the device's allocator adds by rounding and caching; on a GPU
 the account's margin stands for those.
+
+Uses a private part of torch, checked on torch 2.11 and 2.13: `FakeTensorMode`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

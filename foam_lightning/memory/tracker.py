@@ -1,6 +1,6 @@
 """Track every tensor storage of a run, from its allocation until it is freed.
 
-Two private parts of torch are used, checked on torch 2.13: the address of a storage,
+Two private parts of torch are used, checked on torch 2.11 and 2.13: the address of a storage,
 `UntypedStorage._cdata`, and a patch of `UntypedStorage.resize_`, through which FSDP2 frees and
 gathers weights, and which a dispatch mode does not see.
 """

@@ -317,6 +317,7 @@ PRIVATE_PARTS = {
     "_cdata of a storage": lambda: torch.empty(1).untyped_storage()._cdata,
     "UntypedStorage.resize_": lambda: torch.UntypedStorage(4).resize_(8),
     "FakeTensorMode": lambda: import_module("torch._subclasses.fake_tensor").FakeTensorMode,
+    "_rebuild_buckets": lambda: torch.distributed.Reducer._rebuild_buckets,
     "FakeStore": lambda: import_module("torch.testing._internal.distributed.fake_pg").FakeStore,
     "_get_fsdp_state": lambda: FSDPModule._get_fsdp_state,
     "_pre_forward and _post_forward": lambda: (FSDPState._pre_forward, FSDPState._post_forward),
@@ -328,7 +329,9 @@ def test_torch_still_has_the_private_parts_that_the_trace_uses(name: str) -> Non
     try:
         PRIVATE_PARTS[name]()
     except (AttributeError, ImportError) as error:
-        pytest.fail(f"torch {torch.__version__} has no {name} ({error}); it was there in 2.13")
+        pytest.fail(
+            f"torch {torch.__version__} has no {name} ({error}); it was there in 2.11 to 2.13"
+        )
 
 
 def test_a_storage_that_is_resized_in_place_is_seen() -> None:
