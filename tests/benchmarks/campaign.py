@@ -96,16 +96,14 @@ def _run_all(options: argparse.Namespace, words: Sequence[str]) -> int:
     end = time.monotonic() + options.seconds - _CLOSING_SECONDS
     folder: Path = options.output
     earlier = read_lines(options.earlier) if options.earlier else []
-    context = new_context()
-    if options.device == "cuda":
-        found, failure = in_fresh_process(context, 120, _find_gpu)
-        if not found:
-            print(
-                f"error: {failure or 'torch finds no GPU'}; --device cuda needs one, and "
-                "--device cpu --tiny runs everything without",
-                file=sys.stderr,
-            )
-            return 2
+    context, failure = new_context(options.device)
+    if failure is not None:
+        print(
+            f"error: torch can use no GPU ({failure}); --device cuda needs one, and --device cpu "
+            "--tiny runs everything without",
+            file=sys.stderr,
+        )
+        return 2
     folder.mkdir(parents=True, exist_ok=True)
     for line in _keep(earlier):
         append(folder, line)
@@ -155,12 +153,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _find_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _keep(lines: Sequence[Line]) -> list[Line]:
     """Select what an earlier campaign has finished: all of whole stages, the rows of others."""
     done = {line["stage"] for line in lines if line.get("end") == "done"}
@@ -205,13 +197,14 @@ def _run(context: Any, stage: Stage, options: argparse.Namespace, end: float) ->
     line = {"stage": stage.name, "end": ending.result, "seconds": round(ending.seconds, 2)}
     append(folder, line if ending.error is None else {**line, "error": ending.error})
     if ending.result != "not run, no time left":
-        _draw(context, folder)
+        # Without a stage's plots, if the rest of the time is too short for them.
+        _draw(context, folder, min(_PLOT_SECONDS, end + _CLOSING_SECONDS - 2 - time.monotonic()))
     return stage, ending
 
 
-def _draw(context: Any, folder: Path) -> None:
+def _draw(context: Any, folder: Path, seconds: float) -> None:
     """Draw the plots, and make the page show them; in a process, which may fail or hang."""
-    _, failure = in_fresh_process(context, _PLOT_SECONDS, _redraw, folder)
+    _, failure = in_fresh_process(context, seconds, _redraw, folder)
     if failure:
         with (folder / LOG).open("a", encoding="utf-8") as log:
             log.write(f"plots: {failure}\n")

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks import campaign
 from tests.benchmarks.campaign import NAMES, STAGES, Stage, main
+from tests.benchmarks.stages.checks import free_before_context
 from tests.benchmarks.stages.page import rows_of
 from tests.benchmarks.stages.record import Record, Setting, append, read_lines
 from tests.support.tiny import REPOSITORY
@@ -121,6 +123,7 @@ def succeed(setting: Setting) -> None:
         setting.record.row(name, seen_bytes=3 * 10**6, text="a | b")
 
 
+@pytest.mark.slow
 def test_stages_that_fail_hang_or_come_too_late_stop_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +182,37 @@ def test_what_an_earlier_campaign_finished_is_kept_and_the_rest_runs(
     assert results(folder) == {"fail": "done", "succeed": "done"}
     found = {name: values["seen_bytes"] for name, values in rows(folder, "succeed").items()}
     assert found == {"first": 1, "second": 3 * 10**6}
+
+
+@pytest.mark.slow
+def test_without_a_gpu_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--device cpu" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("has_tool", [True, False])
+def test_what_others_use_of_a_card_is_not_free_before_the_context(
+    has_tool: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([1000, 1500])  # MiB used by all, before and after this process has its context
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def answer(*_: object, **__: object) -> None:
+        tool.write_text(f"#!/bin/sh\necho {next(answers)}\n")
+        tool.chmod(0o755)
+
+    if has_tool:
+        answer()
+    monkeypatch.setattr(torch, "zeros", answer if has_tool else lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    free, total = 8000 * 2**20, 10_000 * 2**20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
+    assert free_before_context() == (8500 * 2**20 if has_tool else total)
 
 
 def test_a_torn_line_costs_no_other(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.benchmarks.fresh_process import in_fresh_process
 from tests.benchmarks.stages.record import LOG, Setting
 
+_FIRST_SECONDS = 60  # to import everything and to start CUDA
 _TOLD_LINES, _TOLD_CHARACTERS = 15, 2000
 _MOST_LOG_BYTES = 400_000  # of a stage
 _STACK_SECONDS = 2.0  # before the limit, a stage writes where it is
@@ -27,15 +29,34 @@ class Ending(NamedTuple):
     error: str | None = None
 
 
-def new_context() -> Any:
+def new_context(device: str) -> tuple[Any, str | None]:
     """Make the context of all stages: processes forked from one that has imported everything.
 
-    That process never uses the GPU; asking by NVML whether there is one leaves it so.
+    That process must not have used the GPU; asking by NVML whether there is one leaves it so. Where
+    a forked process still cannot use the GPU, every process imports for itself.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        The context, and why none of its processes can use the device; None if they can.
     """
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.benchmarks.stages.preload"])
-    return context
+    if device == "cpu":
+        return context, None
+    _, failure = in_fresh_process(context, _FIRST_SECONDS, _use_gpu)
+    if failure is not None:
+        context = multiprocessing.get_context("spawn")
+        _, failure = in_fresh_process(context, _FIRST_SECONDS, _use_gpu)
+    return context, failure
+
+
+def _use_gpu() -> None:
+    import torch
+
+    torch.zeros(1, device="cuda")
 
 
 def run_stage(context: Any, function: str, setting: Setting) -> Ending:
