@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 import cli
 from tests.support.tiny import write_settings
@@ -65,6 +66,11 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
     output = tmp_path / "exported"
     assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(output)]) == 0
     assert (output / "model.safetensors").is_file()
+    file = tmp_path / "exported.gguf"
+    words = ["export", "--ckpt_path", checkpoint, "--format", "gguf", "--output", str(file)]
+    assert cli.main(words) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name).num_parameters()
+    assert cli.main(words) == 2
     capfd.readouterr()
     assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(output)]) == 2
 

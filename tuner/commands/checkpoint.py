@@ -8,6 +8,7 @@ from foam_lightning.data.chat import end_of_turn_id
 from foam_lightning.errors import CheckpointError
 from foam_lightning.evaluate import format_perplexity, validate
 from foam_lightning.generate import generate_text
+from foam_lightning.model.gguf import save_gguf
 from foam_lightning.model.llama import save_model
 from foam_lightning.resume import use_checkpoint_model
 from foam_lightning.storage.paths import exists
@@ -48,13 +49,19 @@ def run_generate(settings: Settings) -> None:
 
 
 def run_export(settings: Settings) -> None:
-    """Write a checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder or a GGUF file."""
     path, output = Path(settings.ckpt_path), Path(settings.output)
-    if exists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"--output {output} exists and is not an empty folder")
+    is_file = settings.format == "gguf"
+    if exists(output) and (is_file or not output.is_dir() or any(output.iterdir())):
+        free = "" if is_file else " and is not an empty folder"
+        raise CheckpointError(f"--output {output} exists{free}; name another")
     module = load_module(path)
     assert module.model is not None
     tokenizer = load_tokenizer(path)
     turn = end_of_turn_id(tokenizer) if settings.data.chat else None
+    if is_file:
+        save_gguf(module.model, tokenizer, output, settings.dtype, end_of_turn=turn)
+        print(f"wrote {output}, {settings.dtype}; run it with llama-cli -m {output}")
+        return
     save_model(module.model, tokenizer, output, end_of_turn=turn)
     print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")

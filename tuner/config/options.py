@@ -13,7 +13,7 @@ COMMANDS = {
     "tune": "fit, up to and including the rehearsal",
     "validate": "unbiased perplexity of a checkpoint",
     "generate": "text from a checkpoint",
-    "export": "a Hugging Face folder from a checkpoint",
+    "export": "a Hugging Face folder or a GGUF file from a checkpoint",
     "compare": "several optimizers side by side, each at its best learning rate",
 }
 # The other options are settings in one of these sections of the configuration.
@@ -79,7 +79,12 @@ OPTIONS = (
            PositiveInt, 200, commands=("generate",)),
     Option("--temperature", "T", "of sampling; 0 takes the most likely token; default 0.8",
            NonNegativeFloat, 0.8, commands=("generate",)),
-    Option("--output", "DIR", "the folder to write (required)", str, None, True, ("export",)),
+    Option("--output", "PATH", "the folder or file to write (required)", str, None, True,
+           ("export",)),
+    Option("--format", "FORMAT", "huggingface, a folder, or gguf, a file for llama.cpp and Ollama",
+           Literal["huggingface", "gguf"], "huggingface", commands=("export",)),
+    Option("--dtype", "DTYPE", "of a gguf file: bfloat16 (default), float16 or q8_0 (8 bits)",
+           Literal["bfloat16", "float16", "q8_0"], "bfloat16", commands=("export",)),
     Option("--optimizers", "NAMES", "separated by commas; default all that are installed",
            str | None, commands=("compare",)),
     Option("--steps", "N", "optimizer steps per run; default 300, fewer mislead",
