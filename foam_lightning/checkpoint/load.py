@@ -8,11 +8,13 @@ import torch
 from rich.console import Console
 
 from foam_lightning.checkpoint.io import find_damage, previous_checkpoint
+from foam_lightning.data import tokenizer as tokenizers
+from foam_lightning.data.saved import has_tokenizer, peek_checkpoint
 from foam_lightning.distributed.topology import is_first_process
-from foam_lightning.errors import CheckpointError, first_line
+from foam_lightning.errors import CheckpointError, DataError, first_line
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
-from foam_lightning.storage.paths import exists, is_file
+from foam_lightning.storage.paths import exists, is_file, is_folder
 from foam_lightning.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -198,29 +200,38 @@ def run_folder_of(path: Path) -> RunFolder:
     return RunFolder(path.resolve().parent.parent)
 
 
+def find_tokenizer(path: Path, content: Mapping[str, Any]) -> str | None:
+    """Return what to set `data.tokenizer` to for the tokenizer of a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        content: Its content.
+
+    Returns:
+        The checkpoint itself, or for one of an older version the folder in its run folder; None if
+        there is neither.
+    """
+    if has_tokenizer(content):
+        return str(path)
+    folder = run_folder_of(path).tokenizer
+    return str(folder) if is_folder(folder) else None
+
+
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer from the run folder of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint or the tokenizer is missing, or the tokenizer is damaged or
+        CheckpointError: The checkpoint or its tokenizer is missing, or the tokenizer is damaged or
             needs code of its own.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
     _check_exists(path)
-    folder = run_folder_of(path).tokenizer
-    if not folder.is_dir():
+    name = find_tokenizer(path, peek_checkpoint(path) or {})
+    if name is None:
         raise CheckpointError(
-            f"no tokenizer in {folder}; leave the checkpoint in the checkpoints/ of its run folder"
+            f"{path} has no tokenizer, as it is of an older version, and there is none in "
+            f"{run_folder_of(path).tokenizer}; put it back in the checkpoints/ of its run folder"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # a broken tokenizer.json raises a plain Exception
-        raise CheckpointError(
-            f"cannot load the tokenizer in {folder}: {first_line(error)}; use another checkpoint"
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise CheckpointError(f"{folder} contains no tokenizer")
-    return tokenizer
+        return tokenizers.load_tokenizer(name)
+    except DataError as error:
+        raise CheckpointError(f"{first_line(error)}") from error

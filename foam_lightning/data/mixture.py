@@ -181,7 +181,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _sample_documents(documents: Any) -> Iterator[dict[str, str]]:
-    if not hasattr(documents, "__getitem__"):
+    if not hasattr(documents, "__len__"):
         return islice(iter(documents), _MAX_DOCUMENTS)
     count = min(len(documents), _MAX_DOCUMENTS)
     return (documents[index] for index in evenly_spaced(count, len(documents)))

@@ -1,7 +1,7 @@
 """The Lightning data module: text as batches of token rows."""
 
 import os
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,16 @@ class TextData(LightningDataModule):
         self.setup()
         assert self._tokenizer is not None
         return self._tokenizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has of the data; Lightning calls it for each checkpoint."""
+        return self._state
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        from foam_lightning.data.saved import state_to_save
+
+        return state_to_save(self.tokenizer, self.settings)
 
     def prepare_data(self) -> None:
         """Fill the cache in one process, before the others open it."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foam_lightning.data.cache import atomic_cache_path, cache_key, damaged
 from foam_lightning.data.files import Document
+from foam_lightning.data.saved import load_saved_tokenizer
 from foam_lightning.errors import DataError, first_line
+from foam_lightning.storage.paths import is_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -50,7 +52,7 @@ def build_tokenizer(
     """Train a tokenizer on the documents, or load an existing one.
 
     Args:
-        name: A local folder or a name on the Hugging Face Hub; None trains byte-level BPE.
+        name: As for `load_tokenizer`; None trains byte-level BPE.
         vocab_size: Vocabulary of the model: the number of tokens to train, or the maximum that an
             existing tokenizer may have.
         documents: The training documents, with the column "text".
@@ -62,7 +64,7 @@ def build_tokenizer(
     """
     if name is None:
         return _train_or_load_cached(documents, vocab_size, cache)
-    tokenizer = _load(name)
+    tokenizer = load_tokenizer(name)
     _check_fits(tokenizer, name, vocab_size)
     return tokenizer
 
@@ -93,6 +95,12 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     ]
     rules = slow if backend is None else backend.to_str()
     return cache_key(rules, tokenizer.eos_token_id)
+
+
+def count_other_ids(tokenizer: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> int:
+    """Count the tokens of a tokenizer to which another one gives no id, or another id."""
+    ids = other.get_vocab()
+    return sum(ids.get(token) != own for token, own in tokenizer.get_vocab().items())
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
@@ -228,7 +236,7 @@ def _train(sample: list[str], vocab_size: int) -> "Tokenizer":
 
 
 def _sample(documents: "Table | Dataset | IterableDataset") -> Iterator[str]:
-    if hasattr(documents, "__getitem__"):  # not a stream
+    if hasattr(documents, "__len__"):  # not a stream
         count = min(len(documents), _SAMPLE_DOCUMENTS)
         chosen = random.Random(0).sample(range(len(documents)), count)
         texts = (documents[index]["text"] for index in chosen)
@@ -248,7 +256,18 @@ def _sample(documents: "Table | Dataset | IterableDataset") -> Iterator[str]:
             return
 
 
-def _load(name: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer.
+
+    Args:
+        name: A local folder, a checkpoint, or a name on the Hugging Face Hub.
+
+    Raises:
+        DataError: It cannot be loaded.
+        CheckpointError: The checkpoint has no tokenizer that can be loaded.
+    """
+    if is_file(Path(name)):
+        return load_saved_tokenizer(Path(name))
     from transformers import AutoTokenizer
 
     try:

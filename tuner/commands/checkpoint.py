@@ -10,7 +10,7 @@ from foam_lightning.evaluate import format_perplexity, validate
 from foam_lightning.generate import generate_text
 from foam_lightning.model.gguf import save_gguf
 from foam_lightning.model.llama import save_model
-from foam_lightning.resume import use_checkpoint_model
+from foam_lightning.resume import use_checkpoint_model, use_checkpoint_tokenizer
 from foam_lightning.storage.paths import exists
 from tuner.config.parser import Settings
 
@@ -19,8 +19,8 @@ def run_validate(settings: Settings) -> None:
     """Print the unbiased perplexity of a checkpoint."""
     path = Path(settings.ckpt_path)
     module = load_module(path)
-    job = settings.job().with_one_device()
-    job = use_checkpoint_model(job, path, module.architecture)
+    job = use_checkpoint_model(settings.job().with_one_device(), module)
+    job = use_checkpoint_tokenizer(job, [path])
     plan = module.plan
     assert plan is not None
     data = job.new_data(plan.memory_options)

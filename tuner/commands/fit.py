@@ -5,7 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.resume import load_given_plan, replace_missing_pretrained
+from foam_lightning.resume import (
+    describe_other_text,
+    load_given_plan,
+    use_checkpoint_architecture,
+    use_checkpoint_tokenizer,
+)
 from tuner.config.parser import Settings
 from tuner.console import say
 from tuner.oom_fallback import fall_back_when_out_of_memory
@@ -26,11 +31,14 @@ def run_fit(settings: Settings) -> None:
     """Plan, tune, rehearse, train and export."""
     unfinished = find_unfinished_run(settings)
     start = None if settings.ckpt_path is None else Path(settings.ckpt_path)
-    starts = [unfinished.last_checkpoint if unfinished else None, start]
-    job = replace_missing_pretrained(settings.job(), [path for path in starts if path])
+    starts = [path for path in (unfinished and unfinished.last_checkpoint, start) if path]
+    job = use_checkpoint_architecture(settings.job(), starts)
+    plan = load_given_plan(job, settings.ckpt_path, settings.fold_plan)
+    job = use_checkpoint_tokenizer(job, starts)
+    if start is not None and (other := describe_other_text(job, start)):
+        say(other)
     job.calibrate_gpu()
     planner = BudgetPlanner(job, settings.memory_budget)
-    plan = load_given_plan(job, settings.ckpt_path, settings.fold_plan)
     memory_options = load_fallback(unfinished)
     if plan is None and settings.memory_budget is None:
         plan = job.configured_plan()

@@ -13,7 +13,7 @@ from tuner.config.credentials import refuse_credentials
 from tuner.config.options import COMMANDS, SECTIONS, unused_options
 from tuner.config.safe_yaml import load_yaml
 
-_DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
+DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
 
 
 def check_command_line(command: str, options: Sequence[str]) -> None:
@@ -129,4 +129,4 @@ def default_config(options: Sequence[str]) -> Path | None:
         if is_file(config):
             check_config(config)
             return config
-    return _DEFAULT_CONFIG
+    return DEFAULT_CONFIG

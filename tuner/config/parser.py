@@ -13,12 +13,14 @@ from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers
 from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 
+from foam_lightning.data.notices import print_once
+from foam_lightning.data.saved import TEXT_SETTINGS, peek_checkpoint, saved_settings
 from foam_lightning.errors import ConfigError, FoamError, one_line
 from foam_lightning.job import Job
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.units import ByteSize
 from tuner.config.allowed_classes import allow_only, refusal
-from tuner.config.early_checks import option_values, suggestion
+from tuner.config.early_checks import DEFAULT_CONFIG, option_values, suggestion
 from tuner.config.options import OPTIONS, options_of
 from tuner.config.safe_yaml import checked_loader
 from tuner.trials.budget import TuneOptions
@@ -101,7 +103,9 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
     allow_only(name for names in allowed for name in names.split(","))
     parser = make_parser(command)
     try:
-        first = ("--config", str(default)) if default else ()
+        first = ["--config", str(default)] if default else []
+        if default == DEFAULT_CONFIG:
+            first += _data_of_checkpoint(options)
         values = parser.parse_args([*first, *_join_lists(options)], env=False)
         for flag in _LIST_FLAGS:
             if isinstance(value := values[flag[2:]], str):  # in a configuration file
@@ -119,6 +123,23 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
     _ = settings.tune  # raises ConfigError if out of range
     _check_run_folder(settings.runs, settings.name)
     return settings
+
+
+def _data_of_checkpoint(options: Sequence[str]) -> list[str]:
+    """Return the data settings of a checkpoint outside its run folder, as options.
+
+    A text on the command line replaces all settings of the text.
+    """
+    words: list[str] = []
+    names = {option.partition("=")[0].removeprefix("--data.") for option in options}
+    unused = {"tokenizer", *(TEXT_SETTINGS if names & TEXT_SETTINGS else ())}
+    for path in map(Path, option_values(options, "--ckpt_path")):
+        settings = saved_settings(peek_checkpoint(path) or {})
+        for name in settings.keys() - unused:
+            words += [f"--data.{name}", json.dumps(settings[name])]
+        if words:
+            print_once(f"{path} is outside its run folder; data settings are those it has")
+    return words
 
 
 def _check_run_folder(runs: str, name: str) -> None:
