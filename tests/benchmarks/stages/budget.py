@@ -1,5 +1,6 @@
 """A LLaMA in a hard memory budget: losses, retries and true use of the card at every step."""
 
+import gc
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from foam_lightning.memory.device import Gpu, calibrate, memory_cap
+from foam_lightning.errors import first_line
+from foam_lightning.memory.device import Gpu, calibrate, is_out_of_memory, memory_cap
 from foam_lightning.memory.tracker import StorageTracker
+from foam_lightning.plan import FoldPlan
 from foam_lightning.units import ByteSize, format_bytes
 from tests.benchmarks.memory_runs import quiet
 from tests.benchmarks.stages.checks import free_before_context
@@ -36,7 +39,7 @@ def _train(setting: Setting, sizes: dict[str, Any]) -> None:
     """Train on random weights and tokens by the plan that `plan` would choose; save nothing."""
     quiet()
     record, budget = setting.record, TINY_BUDGET if setting.tiny else BUDGET
-    free_before, outside = 0, 0
+    free_before, outside = None, 0
     if setting.on_gpu:
         free_before = free_before_context()
         outside = calibrate(Gpu()).context
@@ -52,6 +55,8 @@ def _train(setting: Setting, sizes: dict[str, Any]) -> None:
     planner = BudgetPlanner(job, budget)
     plan = planner.default_plan()
     predicted = planner.accountant.account(plan)
+    # What the plan keeps free is not to be used.
+    predicted_bytes = predicted.peak_bytes - predicted.breakdown.get("slack", 0)
     options = [name for name, on in vars(plan.memory_options).items() if on is True]
     record.note(
         f"{BATCH} rows of {job.data.sequence_length} random tokens, the same in every step; plan "
@@ -62,16 +67,33 @@ def _train(setting: Setting, sizes: dict[str, Any]) -> None:
         + ", ".join(f"{term} {format_bytes(size)}" for term, size in predicted.breakdown.items())
         + f"; {format_bytes(predicted.peak_bytes)} in all."
     )
-    common = {"predicted_bytes": predicted.peak_bytes, "budget_bytes": int(budget)}
-    watch = _Watch(record, common, free_before if setting.on_gpu else None)
+    common = {"predicted_bytes": predicted_bytes, "budget_bytes": int(budget)}
+    watch = _Watch(record, common, free_before)
+    try:
+        with memory_cap(Gpu(), budget, outside) if setting.on_gpu else nullcontext():
+            _fit(job, plan, watch)
+        record.note(watch.summary(budget))
+    except Exception as error:
+        if not (setting.on_gpu and is_out_of_memory(error)):
+            raise
+        reason = f"memory ran out after {watch.num_steps} steps: {first_line(error)}"
+        record.row("in the budget", failure=reason)
+    else:
+        return
+    gc.collect()
+    Gpu().reset_peaks()
+    watch = _Watch(record, common, free_before)  # without the cap, to see what it needs
+    _fit(job, plan, watch)
+    record.note(f"In the budget, {reason}. Without a cap: {watch.summary(budget)}")
+
+
+def _fit(job: TokenJob, plan: FoldPlan, watch: "_Watch") -> None:
     module = job.new_module()
     module.set_plan(plan)
     trainer = job.new_trainer(
         plan.memory_options, [watch], bare=True, limit_val_batches=0, val_check_interval=None
     )
-    with memory_cap(Gpu(), budget, outside) if setting.on_gpu else nullcontext():
-        trainer.fit(module, datamodule=job.new_data(plan.memory_options))
-    record.note(watch.summary(budget))
+    trainer.fit(module, datamodule=job.new_data(plan.memory_options))
 
 
 class _Watch(Callback):
@@ -120,6 +142,10 @@ class _Watch(Callback):
             "allocated_peak_bytes": stats["allocated_bytes.all.peak"],
             "retries": int(stats["num_alloc_retries"]),
         }
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._steps)
 
     def summary(self, budget: int) -> str:
         first, last = self._steps[0], self._steps[-1]

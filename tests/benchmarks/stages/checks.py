@@ -66,6 +66,7 @@ def _check_card(record: Record) -> None:
     import torch
 
     from foam_lightning.memory.device import Gpu, calibrate, memory_cap
+    from foam_lightning.units import format_bytes
 
     gpu = Gpu()
     costs = calibrate(gpu)
@@ -87,6 +88,10 @@ def _check_card(record: Record) -> None:
             record.row("cap", budget_bytes=budget, failure="not held")
     again = gpu.measure()
     record.row("measured again", context_bytes=again.context, workspace_bytes=again.workspace)
+    record.note(
+        f"{gpu.name}, {format_bytes(total)}: context {format_bytes(costs.context)}, again "
+        f"{format_bytes(again.context)}."
+    )
 
 
 def run_gpu_tests(setting: Setting) -> None:

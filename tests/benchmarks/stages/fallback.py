@@ -64,13 +64,17 @@ def _report(record: Record, case: FallbackCase, code: int | None, output: str) -
         record.row("resumed run", failure=f"exit code {code}: {told[-1]}"[:300])
         return
     summary = case.summary()
+    done = (
+        f"done after {summary['fallbacks']} fall-backs, validation loss "
+        f"{summary['final_validation_loss']:.4f}"
+    )
     record.row(
         "resumed run",
         predicted_bytes=summary["predicted_peak_bytes"],
         used_bytes=summary["measured_peak_bytes"],
-        what=f"done after {summary['fallbacks']} fall-backs, validation loss "
-        f"{summary['final_validation_loss']:.4f}",
+        what=done,
     )
+    record.note(f"The run was {done}.")
 
 
 def _write_settings(folder: Path, setting: Setting) -> Path:

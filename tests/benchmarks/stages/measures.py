@@ -71,7 +71,9 @@ def time_optimizer_steps(setting: Setting) -> None:
                     measured_speed_bytes_per_second=speed,
                     rounds=len(row.seconds),
                 )
-    if setting.on_gpu and bandwidth is not None:
+    if not setting.on_gpu:
+        record.note("No GPU: the targets of a step are for its kernel.")
+    elif bandwidth is not None:
         record.note("\n".join(optimizer_step.targets(found, weights, max(bandwidth))).strip())
 
 

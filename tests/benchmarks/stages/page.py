@@ -30,7 +30,7 @@ def _page(folder: Path, lines: Sequence[Line]) -> Iterator[str]:
     by_stage = {name: [line for line in lines if line.get("stage") == name] for name in stages}
     yield ""
     yield markdown_table(
-        ["stage", "result", "seconds", "rows", "failed"],
+        ["stage", "result", "seconds", "rows", "failed", "found"],
         [_summary(name, of_stage) for name, of_stage in by_stage.items()],
     )
     for name, of_stage in by_stage.items():
@@ -42,7 +42,8 @@ def _summary(name: str, lines: Sequence[Line]) -> list[str]:
     rows = rows_of(lines)
     failures = sum("failure" in values for values in rows.values())
     seconds = f"{end['seconds']:.0f}" if "seconds" in end else ""
-    return [name, str(end.get("end", CUT_OFF)), seconds, str(len(rows)), str(failures or "")]
+    result, found = str(end.get("end", CUT_OFF)), _last(lines, "note").get("note", "")
+    return [name, result, seconds, str(len(rows)), str(failures or ""), _cell("", found)]
 
 
 def _section(folder: Path, name: str, lines: Sequence[Line]) -> Iterator[str]:

@@ -65,7 +65,7 @@ class Record:
         append(self.folder, {"stage": self.stage, "row": name, "values": values})
 
     def note(self, text: str) -> None:
-        """Add a sentence above the stage's table."""
+        """Add a sentence above the stage's table; the last one also sums the stage up."""
         append(self.folder, {"stage": self.stage, "note": text})
 
     def has(self, name: str) -> bool:

@@ -70,11 +70,14 @@ def train_60m(setting: Setting) -> None:
             longest = max(longest, time.monotonic() - begin)
             runs.setdefault(name, []).append(result)
             setting.record.row(row, loss=result.loss, **_speed(clock, job), **watch.found)
+    gaps = []
     for name, others in ((UNIFORM, ADAM), (UNIFORM, SPLIT_ADAM), (MIXED, SPLIT_ADAM)):
         count = min(len(runs.get(name, [])), len(runs.get(others, [])))
         if count:
             gap = paired_difference(runs[name][:count], runs[others][:count])
-            setting.record.note(f"{name} minus {others}: {gap} nats ({count} x {steps} steps).")
+            gaps.append(f"{name} - {others}: {gap}")
+    if gaps:
+        setting.record.note(f"Loss in nats, on {count} seeds of {steps} steps: {'; '.join(gaps)}.")
 
 
 def _contenders(job: TokenJob) -> dict[str, tuple[TrialRunner, FoldPlan]]:
