@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from foam_lightning.optim.checkpoint import check_compatible, load_state_, readable_state
 from foam_lightning.optim.dispatch import update_tensor_
+from foam_lightning.optim.fold import folded_shape
 from foam_lightning.optim.functional import StepFactors
 from foam_lightning.optim.offload import HostState, host_memory_options, state_on_device
 from foam_lightning.optim.options import check_adamw_options, check_options
@@ -168,7 +169,8 @@ class FOAM(torch.optim.Optimizer):
             The result of `closure`, or None without one.
 
         Raises:
-            RuntimeError: A gradient is sparse or complex.
+            RuntimeError: A gradient is sparse or complex, or the state of a parameter is of another
+                level or shape.
         """
         loss = None
         if closure is not None:
@@ -250,7 +252,8 @@ class FOAM(torch.optim.Optimizer):
             group: The entry of `param_groups` that holds it.
 
         Raises:
-            RuntimeError: The gradient is missing, sparse or complex.
+            RuntimeError: The gradient is missing, sparse or complex, or the state is of another
+                level or shape.
         """
         grad = param.grad
         if grad is None or grad.layout != torch.strided or grad.is_complex():
@@ -267,6 +270,13 @@ class FOAM(torch.optim.Optimizer):
         if not self.state[param]:
             self.state[param] = _create_state(param, group)
         state = self.state[param]
+        level = group["level"] if is_matrix else 0
+        if tuple(state["exp_avg"].shape) != folded_shape(param.shape, level):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has moments of shape "
+                f"{tuple(state['exp_avg'].shape)}, and fold level {level} needs "
+                f"{folded_shape(param.shape, level)}; do not change level or shape after a step"
+            )
         state["step"] += 1
         clip_norm, clip_factor = group["clip_norm"], None
         if clip_norm is not None:
@@ -298,7 +308,7 @@ class FOAM(torch.optim.Optimizer):
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],
-                level=group["level"] if is_matrix else 0,
+                level=level,
                 second_moment=group["second_moment"],
             )
 
