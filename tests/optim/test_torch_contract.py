@@ -333,7 +333,7 @@ def test_a_level_or_shape_that_changes_after_a_step_is_refused(change, fused):
     assert optimizer.state[param]["step"] == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_it_works_inside_the_sharded_optimizer_of_torch():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
