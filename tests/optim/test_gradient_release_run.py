@@ -1,15 +1,21 @@
 """Gradient release in a run: Lightning, plan, account and settings."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from foam_lightning.callbacks.memory import MemoryMonitor
+from foam_lightning.callbacks.spike_guard import SpikeGuard, StepPolicy
 from foam_lightning.errors import ConfigError
 from foam_lightning.module import LlamaFoam
+from foam_lightning.optim.foam import FOAM
+from foam_lightning.optim.gradient_release import release_gradients
 from foam_lightning.plan import MemoryOptions
 from foam_lightning.training import train
 from tests.support.pretrained import save_tokenizer
@@ -75,6 +81,54 @@ def test_release_changes_no_weight_of_a_run(new_job, precision, level, clip_norm
     assert released.rates == kept.rates
     assert len(set(released.rates)) > 6
     assert_same(found.state_dict(), expected.state_dict())
+
+
+@pytest.fixture
+def device_threads(monkeypatch):
+    """Run every backward in a thread of its own, as on CUDA autograd runs it and its hooks."""
+    backward, threads = torch.Tensor.backward, []
+
+    def backward_here(*args, **kwargs):
+        threads.append(threading.current_thread())
+        backward(*args, **kwargs)
+
+    def backward_elsewhere(*args, **kwargs):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(backward_here, *args, **kwargs).result()  # raises what it raised
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward_elsewhere)
+    return threads
+
+
+# A thread begins with gradients on, without autocast and with no dispatch mode.
+@pytest.mark.parametrize(
+    ("precision", "state_dtype"),
+    [("32-true", "float32"), ("bf16-true", "int8"), ("bf16-mixed", "bfloat16")],
+)
+def test_hooks_in_another_thread_change_no_weight(
+    new_job, request, tmp_path, precision, state_dtype
+):
+    def trained():
+        policy = StepPolicy(max_skipped_steps=2, spike_nats=1.0, max_rollbacks=0)
+        return fit(job, plan, SpikeGuard(policy, tmp_path / "none.ckpt"))
+
+    trainer = {"precision": precision, "max_steps": 3}
+    job = new_job(model={"clip_norm": 0.1}, trainer=trainer)
+    plan = releasing(job.uniform_plan(2), state_dtype=state_dtype, activation_checkpointing=True)
+    expected = trained().state_dict()
+    threads = request.getfixturevalue("device_threads")
+    assert_same(trained().state_dict(), expected)
+    assert len(threads) == 3
+    assert threading.main_thread() not in threads
+
+
+def test_an_error_in_another_thread_is_raised(device_threads):
+    weight = torch.nn.Parameter(torch.ones(2, 4))
+    optimizer = FOAM([weight])
+    with release_gradients(optimizer):
+        weight.sum().backward()
+        with pytest.raises(ConfigError, match="second gradient"):
+            weight.sum().backward()
 
 
 def test_a_tied_model_trains_the_same(new_job, tmp_path):
