@@ -44,6 +44,14 @@ class Combination:
         return next(name for name, switches in CHECKPOINTING.items() if switches == found)
 
     @property
+    def state(self) -> str:
+        """The dtype of the moments, and where they are if not on the device."""
+        if not self.is_foam:
+            return "of the weights"
+        where = ", in host memory" if self.memory_options.state_offload else ""
+        return self.memory_options.state_dtype + where
+
+    @property
     def settings(self) -> tuple[object, ...]:
         """The settings that pairs are made of."""
         memory_options = self.memory_options
@@ -51,7 +59,7 @@ class Combination:
             self.model,
             self.precision,
             self.optimizer,
-            memory_options.state_dtype if self.is_foam else "of the weights",
+            self.state,
             memory_options.micro_batch_size,
             memory_options.accumulate_grad_batches,
             self.checkpointing,
@@ -67,13 +75,23 @@ def pairs(combination: Combination) -> list[Pair]:
     return list(combinations(enumerate(combination.settings), 2))
 
 
-def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combination]:
-    """Yield every valid combination: AdamW releases no gradients and has one state dtype."""
+def every(
+    models: Sequence[str], micro_batches: Sequence[int], *, with_offload: bool
+) -> Iterator[Combination]:
+    """Yield every valid combination: AdamW releases no gradients and has one state dtype.
+
+    Args:
+        models: Files of configs/, without their ending.
+        micro_batches: Rows of a forward pass.
+        with_offload: Whether state may be in host memory, in bfloat16.
+    """
+    states = [(dtype, False) for dtype in get_args(StateDtype)]
+    states += [("bfloat16", True)] * with_offload
     batches = [(times, False) for times in _ACCUMULATION] + [(1, True)]
     for model, precision, micro_batch, (times, releases), checkpointing, chunks in product(
         models, get_args(Precision), micro_batches, batches, CHECKPOINTING.values(), (False, True)
     ):
-        for optimizer, state_dtype in product((*LEVELS, *FOREACH), get_args(StateDtype)):
+        for optimizer, (state_dtype, offloads) in product((*LEVELS, *FOREACH), states):
             if optimizer in FOREACH and (releases or state_dtype != "float32"):
                 continue
             memory_options = MemoryOptions(
@@ -84,19 +102,24 @@ def every(models: Sequence[str], micro_batches: Sequence[int]) -> Iterator[Combi
                 chunked_loss=chunks,
                 gradient_release=releases,
                 state_dtype=state_dtype,
+                state_offload=offloads,
             )
             yield Combination(model, precision, optimizer, memory_options)
 
 
-def choose(models: Sequence[str], micro_batches: Sequence[int], count: int) -> list[Combination]:
+def choose(
+    models: Sequence[str], micro_batches: Sequence[int], count: int, *, with_offload: bool
+) -> list[Combination]:
     """Choose combinations one by one, each with the most pairs that are rare so far.
 
     Args:
         models: Files of configs/, without their ending.
         micro_batches: Rows of a forward pass.
         count: How many.
+        with_offload: See `every`.
     """
-    left = {combination: pairs(combination) for combination in every(models, micro_batches)}
+    combinations_of = every(models, micro_batches, with_offload=with_offload)
+    left = {combination: pairs(combination) for combination in combinations_of}
     weights = {pair: 1.0 for of_one in left.values() for pair in of_one}
     chosen = []
     for _ in range(count):

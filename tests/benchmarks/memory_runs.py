@@ -1,5 +1,6 @@
 """One training run: its peak predicted on fake tensors, and measured by running it."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from foam_lightning import FOAM
 from foam_lightning.callbacks.residual_energy import ResidualEnergy
 from foam_lightning.job import Job
+from foam_lightning.memory.device import load_costs
 from foam_lightning.memory.trace import autocast_for, fake_tensors, track_step
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
@@ -33,11 +35,14 @@ class Peak:
         tensors: In tensors.
         device: On the card in all: what the allocator reserves, and the context. None on a CPU, and
             for predictions of AdamW, which end at the tensors.
+        workspace: Workspaces of libraries such as cuBLAS, which torch's allocator counts, too, and
+            which `tensors` leaves out.
         retries: How often the allocator had to free its cache first.
     """
 
     tensors: int
     device: int | None = None
+    workspace: int = 0
     retries: int = 0
 
 
@@ -79,7 +84,10 @@ def predict(one: Combination, device: str) -> Peak:
     if one.is_foam:
         accountant, plan = job.new_accountant(), plan_of(module, one)
         tensors = sum(accountant.tensor_terms(plan).values())
-        return Peak(tensors, accountant.account(plan).peak_bytes if device == "cuda" else None)
+        if device == "cpu":
+            return Peak(tensors)
+        workspace = load_costs(job.gpu).workspace
+        return Peak(tensors, accountant.account(plan).peak_bytes, workspace)
     size = (one.memory_options.micro_batch_size, job.data.sequence_length)
 
     def make_batch() -> tuple[Tensor, Tensor]:
@@ -152,11 +160,15 @@ def measure_on_gpu(one: Combination, free_before: int) -> Peak:
     """
     quiet()
     train(job_of(one, "cuda"), one, [])
+    gc.collect()
     torch.cuda.synchronize()
+    # The run is over and its tensors are gone; workspaces stay to the end of the process.
+    workspace = torch.cuda.memory_allocated()
     context = free_before - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
     return Peak(
-        torch.cuda.max_memory_allocated(),
+        torch.cuda.max_memory_allocated() - workspace,
         torch.cuda.max_memory_reserved() + context,
+        workspace,
         int(torch.cuda.memory_stats()["num_alloc_retries"]),
     )
 

@@ -1,14 +1,17 @@
+import math
 import multiprocessing
 import operator
 import os
 import time
 from collections import Counter
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from foam_lightning.plan import MemoryOptions
-from tests.benchmarks import memory_truth
+from tests.benchmarks import memory_runs, memory_truth
 from tests.benchmarks.combinations import (
     CHECKPOINTING,
     FOREACH,
@@ -22,14 +25,18 @@ from tests.benchmarks.fresh_process import in_fresh_process
 from tests.benchmarks.memory_runs import Peak, measure_on_cpu, predict
 from tests.benchmarks.memory_truth import Row, summary
 
+MB = 10**6
+
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_pair_of_settings_occurs(device: str) -> None:
     models, micro_batches = memory_truth.MODELS[device][:2], memory_truth.MICRO_BATCHES[device]
-    grid = choose(models, micro_batches, 30)
+    with_offload = device == "cuda"
+    grid = choose(models, micro_batches, 30, with_offload=with_offload)
     assert len(set(grid)) == 30
     found = {pair for one in grid for pair in pairs(one)}
-    assert found == {pair for one in every(models, micro_batches) for pair in pairs(one)}
+    all_combinations = every(models, micro_batches, with_offload=with_offload)
+    assert found == {pair for one in all_combinations for pair in pairs(one)}
     assert set(Counter(one.optimizer for one in grid)) == {*LEVELS, *FOREACH}
     assert set(Counter(one.checkpointing for one in grid)) == set(CHECKPOINTING)
 
@@ -78,9 +85,44 @@ def test_the_summary_counts_predictions_that_are_too_low() -> None:
         Row(adamw, Peak(1020), "no memory"),
     ]
     lines = summary(rows)
-    assert lines[2] == "| all | 3 | 0.9940 | 1.0000 | 1.0200 | 1 | 1 |"
+    assert lines[2] == "| all, tensors | 3 | 0.9940 | 1.0000 | 1.0200 | 1 | 1 |"
     assert lines[3].startswith("| FOAM, by the account | 2 | 0.9940 | 0.9970 | 1.0000 | 0 | 1 |")
     assert lines[4].startswith("| AdamW, by a trace | 1 |")
+
+
+def test_workspaces_of_libraries_are_no_tensors_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # After the run 64 MB stay allocated, and the card has 700 MB outside the allocator.
+    figures = {
+        "memory_allocated": 64 * MB,
+        "max_memory_allocated": 5_000 * MB,
+        "memory_reserved": 5_200 * MB,
+        "max_memory_reserved": 5_400 * MB,
+        "mem_get_info": (74_100 * MB, 80_000 * MB),
+        "memory_stats": {"num_alloc_retries": 3},
+    }
+    trained = []
+    monkeypatch.setattr(memory_runs, "train", lambda *_: trained.append(1))
+    monkeypatch.setattr(torch, "cuda", Mock(**{f"{k}.return_value": v for k, v in figures.items()}))
+    peak = memory_runs.measure_on_gpu(CASES[0], 80_000 * MB)
+    assert peak == Peak(4_936 * MB, 6_100 * MB, 64 * MB, 3)
+    assert trained == [1]
+
+
+def test_every_cell_has_a_figure_or_a_reason() -> None:
+    foam, adamw = CASES[0], CASES[3]
+    rows = [
+        Row(foam, Peak(1000, 2000, 64), Peak(1000, 1600, 67)),
+        Row(adamw, Peak(1000, None, 64), Peak(1000, 2000, 67)),
+        Row(adamw, Peak(1000, None, 64), "OutOfMemoryError"),
+        Row(foam, "no time left", "no time left"),
+    ]
+    header, _, *lines = memory_truth.table(rows, "cuda")
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in (header, *lines)]
+    assert {len(row) for row in cells} == {len(cells[0])}
+    assert all(cell for row in cells for cell in row)
+    assert [row[-1] for row in cells[1:]] == ["1.2500", "-", "-", "-"]
+    assert "tensors only" in cells[2]
+    assert any(line.startswith("| FOAM, on the card | 1 | 1.2500") for line in summary(rows))
 
 
 def test_a_new_process_returns_its_result_or_the_reason_why_there_is_none() -> None:
@@ -103,6 +145,12 @@ def test_the_grid_goes_on_after_a_run_that_fails(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**11, 10**11))
     monkeypatch.setattr(memory_truth, "measure_on_gpu", fail)
-    rows = list(memory_truth.run_on_gpu([CASES[0], CASES[3]], 500))
-    assert [row.measured for row in rows] == ["RuntimeError: out of memory"] * 2
-    assert [row.predicted.device is None for row in rows] == [False, True]
+    runs = memory_truth.run_on_gpu([CASES[0], CASES[3], CASES[1]], 500)
+    rows = [next(runs), next(runs)]
+    late = SimpleNamespace(monotonic=lambda: math.inf)
+    monkeypatch.setattr(memory_truth, "time", late)  # too late for the third
+    rows += runs
+    measured = [row.measured for row in rows]
+    assert measured == ["RuntimeError: out of memory"] * 2 + [memory_truth.NO_TIME]
+    predicted = [row.predicted for row in rows if isinstance(row.predicted, Peak)]
+    assert [peak.device is None for peak in predicted[:2]] == [False, True]

@@ -103,9 +103,9 @@ def measure_memory(setting: Setting) -> None:
     names = [name for name in grid if not setting.record.has(name)]
     wanted = [grid[name] for name in names]
     runs = run_on_gpu(wanted, setting.seconds_left() - 5) if setting.on_gpu else run_on_cpu(wanted)
-    left, ratios = iter(names), []
-    for row, name in zip(runs, left, strict=False):  # in this order, which loses no name
-        if isinstance(row.measured, str):
+    ratios = []
+    for row, name in zip(runs, names, strict=True):
+        if isinstance(row.measured, str) or isinstance(row.predicted, str):
             setting.record.row(name, failure=row.measured)
             continue
         values = {
@@ -117,7 +117,9 @@ def measure_memory(setting: Setting) -> None:
             values |= {
                 "predicted_on_card_bytes": row.predicted.device,
                 "on_card_bytes": row.measured.device,
-                "ratio_on_card": row.predicted.device / row.measured.device,
+                "ratio_on_card": row.ratio_on_card,
+                "predicted_workspace_bytes": row.predicted.workspace,
+                "workspace_bytes": row.measured.workspace,
                 "retries": row.measured.retries,
             }
         ratios.append(values["ratio_on_card" if "ratio_on_card" in values else "ratio"])
@@ -126,5 +128,3 @@ def measure_memory(setting: Setting) -> None:
         setting.record.note(
             f"Predicted over measured, {len(ratios)} runs: {min(ratios):.4f} to {max(ratios):.4f}."
         )
-    for name in left:
-        setting.record.row(name, failure="no time left")
