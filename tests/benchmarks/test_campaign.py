@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from tests.benchmarks.campaign import NAMES, STAGES, Stage, main
 from tests.benchmarks.stages.checks import free_before_context
 from tests.benchmarks.stages.page import rows_of
 from tests.benchmarks.stages.record import Record, Setting, append, read_lines
+from tests.benchmarks.stages.training import read_tokens
 from tests.support.tiny import REPOSITORY
 
 TINY = ["--device", "cpu", "--tiny"]
@@ -213,6 +215,25 @@ def test_what_others_use_of_a_card_is_not_free_before_the_context(
     free, total = 8000 * 2**20, 10_000 * 2**20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
     assert free_before_context() == (8500 * 2**20 if has_tool else total)
+
+
+def test_text_is_that_of_the_folder_or_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    setting = Setting("cpu", tiny=True, text=tmp_path, record=Record(tmp_path, ""), end=0.0)
+    (tmp_path / "notes.md").touch()  # neither text nor tokens
+    (tmp_path / "a.txt").write_text("one two three. " * 50, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "one two"}\n' * 3, encoding="utf-8")
+    tokens = read_tokens(setting, 300)
+    assert 10 < len(tokens) < 800
+    assert tokens.min() >= 0
+    assert tokens.max() < 300
+    assert (tokens == tokens[-1]).sum() == 4  # each document ends
+    np.save(tmp_path / "c.npy", np.arange(7, dtype=np.uint16))
+    assert read_tokens(setting, 300).tolist() == list(range(7))
+    with pytest.raises(ValueError, match="6"):
+        read_tokens(setting, 6)
 
 
 def test_a_torn_line_costs_no_other(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -101,7 +102,9 @@ def run_gpu_tests(setting: Setting) -> None:
     # Without the project's options: neither its plugins are needed, nor warnings errors.
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings="]
     words = [str(ROOT / "tests" / "gpu"), "--rootdir", str(ROOT), *options]
-    code = pytest.main(words, plugins=[_Rows(setting.record)])
+    found = _Rows(setting.record)
+    code = pytest.main(words, plugins=[found])
+    setting.record.note(f"{', '.join(f'{n} {outcome}' for outcome, n in found.counts.items())}.")
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {code!r}")
 
@@ -111,9 +114,12 @@ class _Rows:
 
     def __init__(self, record: Record) -> None:
         self._record = record
+        self.counts = Counter[str]()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         name = report.nodeid.removeprefix("tests/gpu/")
+        if report.when == "call" or not report.passed:
+            self.counts[report.outcome] += 1
         if report.skipped:
             self._record.row(name, outcome=report.longrepr[2])
         elif report.failed:

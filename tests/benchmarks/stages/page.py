@@ -118,17 +118,21 @@ def draw_plots(folder: Path) -> None:
 
 
 def _draw_memory(path: Path, steps: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     from tuner.report.style import BLUE, ORANGE, RED, add_grid, new_figure, save
 
+    budget = steps[0]["budget_bytes"]
+    unit, name = (1e9, "GB") if budget >= 1e9 else (1e6, "MB")
+    measured = [values["peak_bytes"] / unit for values in steps]
     figure = new_figure(7, 3.5)
     axes = figure.subplots()
-    numbers = range(1, len(steps) + 1)
-    measured = [values["peak_bytes"] / 1e9 for values in steps]
-    axes.plot(numbers, measured, "o-", color=BLUE, label="measured peak")
-    axes.axhline(steps[0]["predicted_bytes"] / 1e9, color=ORANGE, label="predicted peak")
-    axes.axhline(steps[0]["budget_bytes"] / 1e9, color=RED, linestyle="--", label="budget")
-    axes.set(xlabel="step", ylabel="memory, GB")
-    axes.set_ylim(bottom=0)
+    axes.plot(range(1, len(steps) + 1), measured, "o-", color=BLUE, label="measured peak")
+    axes.axhline(steps[0]["predicted_bytes"] / unit, color=ORANGE, label="predicted peak")
+    axes.axhline(budget / unit, color=RED, linestyle="--", label="budget")
+    axes.set(xlabel="step", ylabel=f"memory, {name}")
+    axes.set_ylim(0, 1.1 * max(*measured, budget / unit))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right")
     add_grid(axes)
     save(figure, path)

@@ -110,13 +110,13 @@ def _job(setting: Setting) -> TokenJob:
         },
     )
     length = job.data.sequence_length
-    tokens = _tokens(setting, job.model.vocab_size)
+    tokens = read_tokens(setting, job.model.vocab_size)
     rows = torch.from_numpy(tokens[: len(tokens) // length * length].reshape(-1, length))
     is_held_out = torch.arange(len(rows)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     return TokenJob.of(job, rows[~is_held_out], rows[is_held_out][: 32 * batch])
 
 
-def _tokens(setting: Setting, vocab_size: int) -> NDArray[np.int32]:
+def read_tokens(setting: Setting, vocab_size: int) -> NDArray[np.int32]:
     """Read the tokens of the text, by a tokenizer that is trained on it; or .npy files of them."""
     if arrays := setting.text_files(".npy"):
         found = np.concatenate([np.load(file).ravel() for file in arrays]).astype(np.int32)
