@@ -70,6 +70,7 @@ class LlamaFoam(LightningModule):
         self.step_mean = StepMean()
         self.backward_guard: BackwardGuard | None = None
         self._config: LlamaConfig | None = None
+        self._group_options: list[dict[str, Any]] = []  # those of the settings
 
     # ---- the model, before any weight exists
 
@@ -156,6 +157,10 @@ class LlamaFoam(LightningModule):
                 final_fraction=self.settings.final_lr_fraction,
             ),
         )
+        self._group_options = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -251,6 +256,24 @@ class LlamaFoam(LightningModule):
                 f"{type(trainer.strategy).__name__}, {trainer.accumulate_grad_batches} and "
                 f"{trainer.gradient_clip_val}"
             )
+        self._use_own_settings()
+
+    def _use_own_settings(self) -> None:
+        """Train by the settings of this run, where Lightning has restored those of a checkpoint.
+
+        It restores the settings of the groups together with the state of the optimizer, and the
+        peak learning rates with the state of the schedule.
+        """
+        (optimizer,) = self.trainer.optimizers
+        for group, options in zip(optimizer.param_groups, self._group_options, strict=True):
+            group.update(options)
+        (schedule,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        assert isinstance(schedule, LambdaLR)
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        schedule._last_lr = [peak * factor(schedule.last_epoch) for peak, factor in rates]
+        for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
     @override
     def on_validation_start(self) -> None:

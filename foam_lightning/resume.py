@@ -1,15 +1,19 @@
 """Adapt a job to the checkpoint that it resumes: its plan, model and tokenizer."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from foam_lightning.callbacks.exact_resume import count_ranks
 from foam_lightning.checkpoint.io import previous_checkpoint
 from foam_lightning.checkpoint.load import (
     check_same_plan,
+    check_same_settings,
     find_intact_checkpoint,
     find_tokenizer,
+    format_setting,
+    is_same,
     read_checkpoint,
 )
 from foam_lightning.data.saved import (
@@ -20,10 +24,10 @@ from foam_lightning.data.saved import (
     settings_to_save,
 )
 from foam_lightning.data.tokenizer import count_other_ids, load_tokenizer
-from foam_lightning.errors import CheckpointError
+from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
-from foam_lightning.plan import FoldPlan
+from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.storage.paths import is_folder
 
 
@@ -127,32 +131,103 @@ def describe_other_text(job: Job, path: Path) -> str | None:
     )
 
 
-def load_given_plan(job: Job, ckpt_path: str | None, fold_plan: str | None) -> FoldPlan | None:
-    """Load the plan of a checkpoint or else of a file, and spread it over the devices of a job.
+def load_plan(job: Job, path: str) -> FoldPlan:
+    """Load a plan from a file, and spread it over the devices of a job.
 
     Args:
         job: The job to train.
-        ckpt_path: The checkpoint, whose optimizer state has the levels of its plan.
-        fold_plan: The file of a plan.
-
-    Returns:
-        None if neither is given.
+        path: The file.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or another optimizer wrote it.
         PlanError: The plan cannot be read, or was made for another model.
         ConfigError: The plan's batch cannot be divided among the devices.
     """
-    num_devices = None
-    if ckpt_path is not None:
-        path = Path(ckpt_path)
-        saved = read_checkpoint(path)
-        plan = FoldPlan.from_json(saved["fold_plan"], source=ckpt_path)
-        check_same_plan(path, saved, plan, job.model.optimizer)
-        num_devices = count_ranks(saved)
-    elif fold_plan is not None:
-        plan = FoldPlan.load(Path(fold_plan))
-    else:
-        return None
+    plan = FoldPlan.load(Path(path))
     job.new_module().set_plan(plan)
-    return job.adapt_plan(plan, num_devices=num_devices)
+    return job.adapt_plan(plan)
+
+
+@dataclass(frozen=True)
+class ResumedPlan:
+    """The plan by which a job goes on from a checkpoint.
+
+    Attributes:
+        plan: The levels of the checkpoint, with the learning rate and the memory options of the
+            job where these differ from those of the run that wrote it.
+        step: Optimizer steps of the checkpoint.
+        changes: The settings that differ, such as "model.lr 0.001 (was 0.02)".
+    """
+
+    plan: FoldPlan
+    step: int
+    changes: Sequence[str]
+
+
+def resume_plan(
+    job: Job, ckpt_path: Path, fold_plan: str | None = None, *, is_budgeted: bool = False
+) -> ResumedPlan:
+    """Find the plan by which a job goes on from the checkpoint of another run.
+
+    The settings of the job count, as in any run; those that the state in the checkpoint was made
+    with must be the same.
+
+    Args:
+        job: The job to train.
+        ckpt_path: The checkpoint.
+        fold_plan: The file of a plan with the same levels, whose learning rate, scales and memory
+            options replace those of the checkpoint.
+        is_budgeted: The memory options of the checkpoint stay, since they were chosen for a budget.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or its state is of other settings.
+        PlanError: A plan cannot be read, or was made for another model.
+        ConfigError: The plan's batch cannot be divided among the devices, or no step is left.
+    """
+    content = read_checkpoint(ckpt_path)
+    saved = FoldPlan.from_json(content["fold_plan"], source=str(ckpt_path))
+    before = content["hyper_parameters"]
+    check_same_settings(ckpt_path, before, job.model, has_plan=fold_plan is not None)
+    changes = _changes(before, job)
+    if fold_plan is not None:
+        plan = load_plan(job, fold_plan)
+        check_same_plan(ckpt_path, content, plan, may_change=("scales", "lr"))
+    else:
+        # Unless another rate is asked for, the one that the tuner may have found stays.
+        plan = replace(saved, lr=job.model.lr) if before.get("lr") != job.model.lr else saved
+        job.new_module().set_plan(plan)
+        plan = job.adapt_plan(plan, num_devices=count_ranks(content))
+        if not is_budgeted:
+            options = _memory_options(job, plan.memory_options, before)
+            plan = replace(plan, memory_options=options)
+    step = content.get("global_step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{ckpt_path} holds no global_step; use a checkpoint of this tool")
+    if step >= job.trainer.max_steps:
+        raise ConfigError(
+            f"nothing is left to train: the checkpoint {ckpt_path} is of step {step}, and the run "
+            f"ends at step {job.trainer.max_steps}; raise --trainer.max_steps above {step}"
+        )
+    return ResumedPlan(plan, step, changes)
+
+
+def _changes(before: Mapping[str, Any], job: Job) -> list[str]:
+    """Describe the settings of the model that differ from those in a checkpoint."""
+    after = asdict(job.model)
+    return [
+        f"model.{name} {format_setting(after[name])} (was {format_setting(value)})"
+        for name, value in before.items()
+        if name in after and name != "pretrained" and not is_same(value, after[name])
+    ]
+
+
+def _memory_options(job: Job, options: MemoryOptions, before: Mapping[str, Any]) -> MemoryOptions:
+    """Replace the memory options that the settings ask for."""
+    own = job.memory_options
+    names = [
+        name
+        for name in ("gradient_release", "state_offload")
+        if getattr(job.model, name) != before.get(name, False)
+    ]
+    if job.data.micro_batch_size is not None:
+        names += ["micro_batch_size", "accumulate_grad_batches"]
+    return replace(options, **{name: getattr(own, name) for name in names})

@@ -28,6 +28,7 @@ from foam_lightning.checkpoint.io import previous_checkpoint
 from foam_lightning.checkpoint.load import (
     IntactCheckpoint,
     check_same_plan,
+    check_same_settings,
     read_checkpoint,
     recover_checkpoint,
 )
@@ -37,9 +38,12 @@ from foam_lightning.memory.device import memory_shortage_context
 from foam_lightning.model.llama import save_tokenizer
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
+from foam_lightning.settings import ModelSettings
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.units import format_bytes
 
+# What another run may change of a plan when it goes on from a checkpoint.
+_RATES = ("scales", "lr")
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "optuna", "tensorboard")
 
 
@@ -90,7 +94,7 @@ def train(
         DivergedError: Too many steps in a row had a bad loss or gradient.
         MemoryShortageError: The device has not enough memory; the last checkpoint is intact.
     """
-    source = _find_checkpoint(folder, ckpt_path, plan, job.model.optimizer)
+    source = _find_checkpoint(folder, ckpt_path, plan, job.model)
     module = job.new_module()
     module.set_plan(plan)
     data = job.new_data(plan.memory_options)
@@ -134,15 +138,17 @@ def train(
 
 
 def _find_checkpoint(
-    folder: RunFolder, ckpt_path: Path | None, plan: FoldPlan, optimizer: str
+    folder: RunFolder, ckpt_path: Path | None, plan: FoldPlan, settings: ModelSettings
 ) -> Path | None:
     """Find the checkpoint to resume from, and read it whole, so that damage is one line."""
     start = recover_checkpoint(folder.last_checkpoint)
+    may_change: Sequence[str] = ()
     if start is None and ckpt_path is not None:
-        start = IntactCheckpoint(ckpt_path, read_checkpoint(ckpt_path))
+        start, may_change = IntactCheckpoint(ckpt_path, read_checkpoint(ckpt_path)), _RATES
     if start is None:
         return None
-    check_same_plan(start.path, start.content, plan, optimizer)
+    check_same_settings(start.path, start.content["hyper_parameters"], settings, has_plan=True)
+    check_same_plan(start.path, start.content, plan, may_change=may_change)
     return start.path
 
 

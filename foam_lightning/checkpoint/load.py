@@ -1,6 +1,7 @@
 """Read checkpoints, recover from damaged ones, and load a model without its configuration."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import CheckpointError, DataError, first_line
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan
+from foam_lightning.settings import ModelSettings
 from foam_lightning.storage.paths import exists, is_file, is_folder
 from foam_lightning.storage.run_folder import RunFolder
 
@@ -116,28 +118,69 @@ def recover_checkpoint(last: Path) -> IntactCheckpoint | None:
     return found
 
 
-def check_same_plan(path: Path, content: Mapping[str, Any], plan: FoldPlan, optimizer: str) -> None:
-    """Check that a checkpoint was trained by the plan and optimizer that are to resume it.
+# The state of an optimizer has the shapes and the meaning that these settings gave it. All others
+# may change when a run goes on. A plan has its own levels and scales.
+_OF_STATE = ("optimizer", "second_moment", "state_dtype", "exclude")
+_OF_PLAN = ("level", "scale", "unfolded_scale")
+
+
+def check_same_settings(
+    path: Path, saved: Mapping[str, Any], settings: ModelSettings, *, has_plan: bool = False
+) -> None:
+    """Check that the state in a checkpoint is of the settings that are to go on with it.
+
+    Args:
+        path: The file, for the error.
+        saved: The settings in the checkpoint; a checkpoint of an older version lacks some.
+        settings: The settings to go on with.
+        has_plan: A plan is given, which has the levels and the scales.
+
+    Raises:
+        CheckpointError: One of the settings that must stay differs.
+    """
+    before = {"optimizer": "foam", **saved}
+    for name in (*_OF_STATE, *(() if has_plan else _OF_PLAN)):
+        value = getattr(settings, name)
+        if name in before and not is_same(before[name], value):
+            now, then = format_setting(value), format_setting(before[name])
+            raise CheckpointError(
+                f"model.{name} is {now}, and the optimizer state in {path} was made with {then}; "
+                f"go on with --model.{name} {then}, or start a new run from the exported model "
+                "(model.pretrained)"
+            )
+
+
+def is_same(before: object, after: object) -> bool:
+    """Whether two values of a setting are equal, be they read from YAML or from a checkpoint."""
+    return format_setting(before) == format_setting(after)
+
+
+def format_setting(value: object) -> str:
+    """Write the value of a setting as on the command line."""
+    return json.dumps(value).replace(" ", "").strip('"')
+
+
+def check_same_plan(
+    path: Path,
+    content: Mapping[str, Any],
+    plan: FoldPlan,
+    *,
+    may_change: Collection[str] = (),
+) -> None:
+    """Check that a checkpoint was trained by the plan that is to resume it.
 
     Args:
         path: The file, for the error.
         content: Its content.
         plan: The plan to resume with.
-        optimizer: The optimizer to resume with.
+        may_change: What may differ of "scales" and "lr".
 
     Raises:
-        CheckpointError: It was trained by another plan or optimizer.
+        CheckpointError: It was trained by another plan.
     """
-    saved_optimizer = content["hyper_parameters"].get("optimizer", "foam")
-    if saved_optimizer != optimizer:
-        raise CheckpointError(
-            f"the checkpoint {path} holds the state of {saved_optimizer}, not of {optimizer}; "
-            f"resume with --model.optimizer {saved_optimizer}, or start a new run from its "
-            "exported model (model.pretrained)"
-        )
     saved = FoldPlan.from_json(content["fold_plan"], source=f"the fold plan in {path}")
     for key in ("model", "levels", "scales", "lr"):
-        if getattr(saved, key) != getattr(plan, key):
+        if key not in may_change and getattr(saved, key) != getattr(plan, key):
             raise CheckpointError(
                 f"the checkpoint {path} was trained by another plan: {key} differ; pass the "
                 "fold_plan.json of its run, or start a new run"

@@ -118,6 +118,13 @@ CHECKPOINTS = [
         ("export", "weights of a list", "weights", {}, _saved(lambda c: c.update(state_dict=[]))),
         ("fit", "another optimizer", "--model.optimizer muon", {},
          _saved(lambda c: c[_HPARAMS].update(optimizer="muon"))),
+        ("fit", "another level", "--model.level 3", {},
+         _saved(lambda c: c[_HPARAMS].update(level=3))),
+        ("fit", "another second moment", "--model.second_moment square_mean", {},
+         _saved(lambda c: c[_HPARAMS].update(second_moment="square_mean"))),
+        ("fit", "no step", "no global_step", {}, _saved(lambda c: c.update(ranks=[{}]))),
+        ("fit", "a step past the end", "nothing is left to train", {},
+         _saved(lambda c: c.update(ranks=[{}], global_step=99))),
         ("generate", "no tokenizer beside it", "no tokenizer", {}, _saved(lambda c: None)),
     ]
     for command in commands.split()

@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from foam_lightning.errors import ConfigError
+from foam_lightning.job import Job
+from foam_lightning.plan import FoldPlan
 from foam_lightning.resume import (
     describe_other_text,
-    load_given_plan,
+    load_plan,
+    resume_plan,
     use_checkpoint_architecture,
     use_checkpoint_tokenizer,
 )
@@ -33,7 +36,7 @@ def run_fit(settings: Settings) -> None:
     start = None if settings.ckpt_path is None else Path(settings.ckpt_path)
     starts = [path for path in (unfinished and unfinished.last_checkpoint, start) if path]
     job = use_checkpoint_architecture(settings.job(), starts)
-    plan = load_given_plan(job, settings.ckpt_path, settings.fold_plan)
+    plan = _given_plan(settings, job, start)
     job = use_checkpoint_tokenizer(job, starts)
     if start is not None and (other := describe_other_text(job, start)):
         say(other)
@@ -72,3 +75,14 @@ def run_fit(settings: Settings) -> None:
         summary = fit(context, plan)
     if summary is not None:
         say(final_screen(folder, summary), wrap=False)
+
+
+def _given_plan(settings: Settings, job: Job, start: Path | None) -> FoldPlan | None:
+    """Load the plan of a checkpoint or of a file; None if neither is given."""
+    if start is None:
+        return None if settings.fold_plan is None else load_plan(job, settings.fold_plan)
+    is_budgeted = settings.memory_budget is not None
+    resumed = resume_plan(job, start, settings.fold_plan, is_budgeted=is_budgeted)
+    text = f"going on from {start}, step {resumed.step} of {job.trainer.max_steps}"
+    say(f"{text}, with {', '.join(resumed.changes)}" if resumed.changes else text)
+    return resumed.plan

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from foam_lightning.errors import ConfigError, FoamError, InfeasibleBudgetError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
-from foam_lightning.resume import load_given_plan
+from foam_lightning.resume import load_plan
 from foam_lightning.validation import MODEL, check_ranges
 from tuner.config.parser import Settings
 from tuner.planning.planner import BudgetPlanner, nearby_budgets
@@ -141,7 +141,7 @@ def run_plan(settings: Settings) -> None:
         job,
         settings.memory_budget,
         uniform_level=settings.uniform_level,
-        given=load_given_plan(job, None, settings.fold_plan),
+        given=None if settings.fold_plan is None else load_plan(job, settings.fold_plan),
         num_tensors=settings.tensors,
         picture=None if settings.picture is None else Path(settings.picture),
     )
