@@ -101,6 +101,9 @@ def _run(words: list[str]) -> None:
     check_command_line(command, options)
     default = default_config(options)
     is_first_import = "tuner.config.parser" not in sys.modules
+    from foam_lightning.memory.allocator import set_expandable_segments
+
+    set_expandable_segments()
     gc.disable()  # collecting garbage among modules, which live to the end, takes seconds
     from tuner.config.parser import parse
 

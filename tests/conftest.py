@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from foam_lightning.job import Job
+from foam_lightning.memory.allocator import set_expandable_segments
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.training import train
 from tests.support.runs import Finished, open_folder, small
@@ -19,6 +20,7 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50
 settings.load_profile("ci")
 # With small tensors and other processes at work, several threads are slower than one.
 torch.set_num_threads(1)
+set_expandable_segments()  # as the command line does
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -216,6 +216,29 @@ def test_plan_draws_a_picture_on_request(
     assert "missing" in line
 
 
+@pytest.mark.parametrize("chosen", [None, "True", "False"])
+def test_the_plan_of_a_gpu_is_for_the_segments_that_its_run_will_have(
+    chosen: str | None,
+    settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{chosen}")
+    words = ["plan", "--config", str(settings), "--uniform-level", "2", "--format", "json"]
+    assert cli.main([*words, "--trainer.accelerator", "gpu"]) == 0
+    content = json.loads(capfd.readouterr().out)
+    assert content.get("expandable_segments", False) == (chosen != "False")
+    assert content["breakdown"]["slack"] >= content["predicted_peak_bytes"] * 0.02
+    assert sum(content["breakdown"].values()) == content["predicted_peak_bytes"]
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if chosen else "expandable_segments:True")
+    assert cli.main([*words[:-2], "--trainer.accelerator", "gpu"]) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert f"{'fixed' if chosen == 'False' else 'expandable'} segments" in text
+    assert "kept free" in text
+
+
 _SECTION_4 = {  # layers, hidden, intermediate; the vocabulary is 32000
     "60m": (8, 512, 1376),
     "130m": (12, 768, 2048),

@@ -7,9 +7,18 @@ below 10 MiB and else of the request rounded up to 2 MiB. The smallest free bloc
 enough is taken, and split if the rest is large enough; free neighbours in a segment are merged.
 A reserved segment is kept. Not replayed: other streams than the first, and that a device without
 room for a new segment first frees unused ones, so that a run may need less.
+
+With expandable segments a pool is one segment that grows. The fraction of a card that torch limits
+a process to holds for them too, and the reserved bytes are those that are mapped
+(DeviceCachingAllocator::alloc_block and map_block). Near that limit the whole request has to fit,
+though a part of it may be mapped already; if it does not, free pages are unmapped first, which is
+counted as a retry.
 """
 
 import math
+import os
+import re
+import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +37,29 @@ _MIN_OWN_SEGMENT = 10 * MiB
 _OWN_SEGMENT_ROUNDING = 2 * MiB
 
 END_OF_BACKWARD = "end of backward"  # a mark, followed by the number of the micro-batch
+
+
+# The variables that set up the allocator, in the order in which torch 2.11 to 2.13 look for them
+# (c10/cuda/CUDAAllocatorConfig.h): the first that is set is the only one that is read.
+_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_EXPANDABLE = "expandable_segments:True"
+
+
+def set_expandable_segments() -> None:
+    """Turn on expandable segments for this process and its children, unless the user set something.
+
+    Call it before the first tensor on a GPU, when torch reads the setting. Windows does not have
+    them, and there torch would warn.
+    """
+    if not any(name in os.environ for name in _VARIABLES) and sys.platform != "win32":
+        os.environ["PYTORCH_ALLOC_CONF"] = _EXPANDABLE
+
+
+def has_expandable_segments() -> bool:
+    """Return whether the environment turns expandable segments on, for the run that is planned."""
+    found = next((os.environ[name] for name in _VARIABLES if name in os.environ), "")
+    settings = re.findall(r"expandable_segments:(True|False)", found.replace(" ", ""))
+    return settings[-1:] == ["True"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +221,10 @@ class _Pool:
         """Allocate a block of at least `size` bytes, a multiple of 512."""
         best = bisect_left(self._order, (size, -1))
         if best < len(self._order):
+            # The end of an expandable segment counts as large as it may grow, so it comes last.
+            is_end = self._free_blocks[self._order[best][1]] is self._last
+            if is_end and self._expandable and best + 1 < len(self._order):
+                best += 1
             block = self._free_blocks.pop(self._order.pop(best)[1])
         else:
             block = self._grow(size) if self._expandable else self._new_segment(size)
@@ -292,17 +328,17 @@ class AllocatorMargin:
         state = self._state_bytes(plan)
         return math.ceil(np.interp(state, *self._points(plan, state)))
 
-    def state_change(self, plan: FoldPlan, slack_bytes: int) -> int:
+    def state_change(self, plan: FoldPlan, change_bytes: int) -> int:
         """Convert a change of state and margin together into the change of the state alone.
 
         Args:
             plan: The plan before the change.
-            slack_bytes: The change of both in bytes; below 0 they shrink.
+            change_bytes: The change of both in bytes; below 0 they shrink.
         """
         state = self._state_bytes(plan)
         states, margins = self._points(plan, math.inf)
         sums = np.add(states, margins)
-        target = state + np.interp(state, states, margins) + slack_bytes
+        target = state + np.interp(state, states, margins) + change_bytes
         # Beyond the ends the margin is constant.
         beyond = min(target - sums[0], 0) + max(target - sums[-1], 0)
         return math.floor(float(np.interp(target, sums, states) + beyond)) - state

@@ -2,8 +2,8 @@
 
 The same tracker serves both, so that prediction and measurement count the same: every tensor
 storage that an operator returns, until its last reference is gone. What an operator allocates
-inside itself is not seen, nor what the device's allocator adds by rounding and caching; on a GPU
-the account's margin stands for those.
+inside itself is not seen, but counted by formula where it matters (see `memory.cuda_operators`).
+What a GPU's allocator adds by rounding and caching is the account's margin.
 
 Uses a private part of torch, checked on torch 2.11 and 2.13: `FakeTensorMode`.
 """
@@ -95,6 +95,7 @@ def track_step(
     num_layers: int | None = None,
     held: Mapping[str, Tensor] | None = None,
     with_origins: bool = False,
+    as_on_cuda: bool = False,
 ) -> Step:
     """Run one optimizer step as the training loop does, and track its tensors.
 
@@ -115,8 +116,9 @@ def track_step(
             The weights are those of the module.
         held: Other tensors that are alive throughout, by name; they count as "workspace".
         with_origins: Record where every storage comes from.
+        as_on_cuda: Also count what operators would allocate inside themselves on a CUDA device.
     """
-    tracker = StorageTracker(with_origins=with_origins)
+    tracker = StorageTracker(with_origins=with_origins, as_on_cuda=as_on_cuda)
     names, parameters = _named(module.named_parameters())
     tracker.claim(parameters, "weights")
     tracker.name(zip(names, parameters, strict=True))

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
+from foam_lightning.memory.cuda_operators import bytes_inside
 from foam_lightning.memory.timeline import TERMS, Moment, Origin, Record, Repeat, Term, Timeline
 
 
@@ -33,14 +34,17 @@ class StorageTracker(TorchDispatchMode):
 
     Args:
         with_origins: Record where each comes from: the current `made_by` and `phase`.
+        as_on_cuda: Also record, as "workspace", what operators would allocate inside themselves on
+            a CUDA device.
     """
 
-    def __init__(self, *, with_origins: bool = False) -> None:
+    def __init__(self, *, with_origins: bool = False, as_on_cuda: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.term: Term = "activations"
         self.made_by = self.phase = ""
         self.record = Record()
         self._with_origins = with_origins
+        self._as_on_cuda = as_on_cuda
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address
         self._is_over = False
 
@@ -111,6 +115,11 @@ class StorageTracker(TorchDispatchMode):
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self._index(leaf)
+        if self._as_on_cuda and (size := bytes_inside(func, args)):
+            shape, dtype = (size,), torch.uint8
+            origin = Origin(self.made_by, self.phase, shape, dtype) if self._with_origins else None
+            index = self._record_allocation(size, "workspace", origin)
+            self.record.changes.append(~index)
         return result
 
     def _index(self, tensor: Tensor) -> int:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from foam_lightning.memory.allocator import set_expandable_segments
 from tests.benchmarks.commit import read_commit
 from tests.benchmarks.fresh_process import in_fresh_process
 from tests.benchmarks.stages.process import Ending, new_context, run_stage
@@ -89,6 +90,7 @@ def main(words: Sequence[str]) -> int:
         # Caches, calibration and runs; a card and its torch are measured afresh.
         places = {"TMPDIR": temporary, "XDG_CACHE_HOME": f"{temporary}/cache"}
         with patch.dict(os.environ, {**places, "HF_HUB_OFFLINE": "1"}):
+            set_expandable_segments()
             return _run_all(options, words)
 
 

@@ -86,8 +86,9 @@ def predict(one: Combination, device: str) -> Peak:
         tensors = sum(accountant.tensor_terms(plan).values())
         if device == "cpu":
             return Peak(tensors)
-        workspace = load_costs(job.gpu).workspace
-        return Peak(tensors, accountant.account(plan).peak_bytes, workspace)
+        account = accountant.account(plan)  # what is kept free is not to be taken
+        planned = account.peak_bytes - account.breakdown["slack"]
+        return Peak(tensors, planned, load_costs(job.gpu).workspace)
     size = (one.memory_options.micro_batch_size, job.data.sequence_length)
 
     def make_batch() -> tuple[Tensor, Tensor]:
@@ -104,6 +105,7 @@ def predict(one: Combination, device: str) -> Peak:
             make_batch,
             accumulate_grad_batches=one.memory_options.accumulate_grad_batches,
             autocast=autocast_for(job.trainer.precision),
+            as_on_cuda=device == "cuda",
         )
     return Peak(step.peak.total_bytes)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from foam_lightning.memory.allocator import set_expandable_segments
 from foam_lightning.memory.device import Gpu, calibrate
 from foam_lightning.units import format_bytes
 from tests.benchmarks.combinations import Combination, choose
@@ -93,6 +94,7 @@ def run_on_gpu(grid: Sequence[Combination], seconds: float) -> Iterator[Row]:
     end = time.monotonic() + seconds
     # Asking by NVML leaves a process whose children will use the GPU as it was.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    set_expandable_segments()
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tests.benchmarks.memory_runs", "transformers.models.llama.modeling_llama"]

@@ -1,3 +1,4 @@
+import os
 from itertools import accumulate, permutations
 
 import pytest
@@ -10,7 +11,9 @@ from foam_lightning.memory.allocator import (
     AllocatorPeaks,
     Events,
     ParameterUpdate,
+    has_expandable_segments,
     replay,
+    set_expandable_segments,
     two_steps,
 )
 from foam_lightning.memory.timeline import Repeat
@@ -116,6 +119,9 @@ def test_an_expandable_segment_grows_at_its_end() -> None:
     hole = (20 * MiB, 20 * MiB, 20 * MiB, -2)
     assert reserved(*hole, 12 * MiB, 8 * MiB, expandable=True) == 60 * MiB
     assert reserved(*hole, 21 * MiB, expandable=True) == 100 * MiB
+    # The free end, which may still grow, is used after every hole that is large enough.
+    assert reserved(40 * MiB, 12 * MiB, -1, 6 * MiB, 34 * MiB, expandable=True) == 60 * MiB
+    assert reserved(40 * MiB, 12 * MiB, -1, 6 * MiB, 40 * MiB, expandable=True) == 100 * MiB
 
 
 SIZES = st.one_of(st.integers(0, 4 * KiB), st.integers(0, 3 * MiB), st.integers(0, 30 * MiB))
@@ -236,3 +242,45 @@ def test_weights_and_state_are_not_among_the_events() -> None:
         tracker.claim([state], "optimizer_state")
         assert totals(tracker.timeline().events()) == [1]
     del rest
+
+
+# ---- the setting
+
+GENERAL, CUDA = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+ON, OFF = "expandable_segments:True", "expandable_segments:False"
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_on"),
+    [
+        ({}, True),
+        ({GENERAL: ON}, True),
+        ({GENERAL: OFF}, False),
+        ({CUDA: OFF}, False),
+        ({GENERAL: "max_split_size_mb:512"}, False),
+        ({CUDA: " max_split_size_mb:512, expandable_segments : True "}, True),
+        ({CUDA: f"{ON},{OFF}"}, False),
+        ({CUDA: "", GENERAL: ON}, False),  # torch reads the first that is set
+        ({CUDA: ON, GENERAL: OFF}, True),
+        ({"PYTORCH_HIP_ALLOC_CONF": OFF, GENERAL: ON}, False),
+    ],
+    ids=str,
+)
+def test_segments_expand_unless_the_user_set_up_the_allocator(
+    variables: dict[str, str], is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"HOME": "/", **variables})
+    set_expandable_segments()
+    assert has_expandable_segments() == is_on
+    added = {} if variables else {GENERAL: ON}
+    assert os.environ == {"HOME": "/", **variables, **added}
+
+
+def test_where_torch_has_no_expandable_segments_nothing_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("sys.platform", "win32")
+    set_expandable_segments()
+    assert os.environ == {}
+    assert not has_expandable_segments()

@@ -21,6 +21,7 @@ BREAKDOWN = {
     "workspace": 0,
     "context": 600_000,
     "margin": 1_128_000,
+    "slack": 0,
 }
 ACCOUNT = Account(BREAKDOWN)
 ADAM_ACCOUNT = Account({**BREAKDOWN, "optimizer_state": 10_600_000})

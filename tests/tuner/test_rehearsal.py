@@ -135,7 +135,9 @@ def test_a_context_that_grows_counts(
     assert gpu.asked == ["forget peaks", f"limit {(peak + room - 650 * MB) / gpu.total:.6g}"]
     resumed = BudgetPlanner(job, peak + room)  # reads the record
     rehearse_plan(replace(context, planner=resumed), resumed, plan)
-    assert resumed.accountant.account(plan).peak_bytes == peak + 150 * MB
+    slack = 0.02  # of the peak
+    expected = peak + round(150 * MB / (1 - slack))
+    assert resumed.accountant.account(plan).peak_bytes == pytest.approx(expected, abs=2)
 
 
 def test_a_plan_that_takes_a_little_too_much_folds_further(

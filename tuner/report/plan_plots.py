@@ -38,6 +38,7 @@ _TERM_COLOURS = {
     "workspace": PINK,
     "context": "#999999",
     "margin": "#D9D9D9",
+    "slack": "#F2F2F2",
 }
 _LEVELS_HEIGHT = 2.6
 _MAX_LAYERS_WITH_VALUES = 40

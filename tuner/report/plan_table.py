@@ -22,11 +22,12 @@ from tuner.planning.planner import NearbyBudget, mean_level
 
 SCHEMA = "foam-lightning/plan/3"
 # The terms of an account in the order of the tables, and what people call them.
-TERM_NAMES = {term: term.replace("_", " ") for term in (*TERMS, "context", "margin")} | {
+TERM_NAMES = {term: term.replace("_", " ") for term in (*TERMS, "context", "margin", "slack")} | {
     "loss": "logits and loss",
     "workspace": "temporary buffers",
     "context": "CUDA context",
     "margin": "allocator overhead",
+    "slack": "kept free",
 }
 
 # The fields of `MemoryOptions` that share a row of the table.
@@ -76,6 +77,7 @@ def plan_table(
     lines = [
         *_budget_in_words(account, budget_bytes, minimum_bytes),
         *_largest_term_in_words(plan, account, budget_bytes),
+        *_allocator_in_words(account),
         *(_nearby_budget_in_words(nearby, plan) for nearby in nearby_budgets),
     ]
     parts: list[RenderableType] = [
@@ -129,6 +131,8 @@ def plan_json(
         "memory_options": asdict(plan.memory_options),
         "levels": dict(plan.levels),
     }
+    if account.expandable_segments:
+        content["expandable_segments"] = True
     if account.devices > 1:
         content["devices"] = account.devices
     if nearby_budgets:
@@ -335,6 +339,14 @@ def _largest_term_in_words(plan: FoldPlan, account: Account, budget_bytes: int |
             "or use a smaller model."
         )
     return lines
+
+
+def _allocator_in_words(account: Account) -> list[str]:
+    """Say for which kind of the allocator's segments its overhead is, where there is one."""
+    if not account.breakdown["margin"]:
+        return []
+    kind = "expandable" if account.expandable_segments else "fixed"
+    return [f"The allocator overhead is that of {kind} segments (PYTORCH_ALLOC_CONF)."]
 
 
 def _nearby_budget_in_words(nearby: NearbyBudget, plan: FoldPlan) -> str:
