@@ -1,3 +1,4 @@
+import sys
 from itertools import chain
 from types import SimpleNamespace
 
@@ -44,6 +45,39 @@ def hub(monkeypatch):
         return datasets.DatasetDict(splits)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+@pytest.fixture
+def without_datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
+
+
+@pytest.mark.usefixtures("without_datasets")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"packing": False, "batch_size": 1},
+        {"files": None},
+        {"files": None, "sources": [1, 3]},
+    ],
+    ids=str,
+)
+def test_local_text_needs_no_package_datasets(data, text, settings):
+    if "sources" in settings:
+        own = {"files": [text], "validation_files": [text]}
+        settings = {**settings, "sources": [{**own, "weight": w} for w in settings["sources"]]}
+    module = data(**settings)
+    module.setup()
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        assert next(iter(loader))["input_ids"].shape == (module.micro_batch_size, 8)
+
+
+@pytest.mark.usefixtures("without_datasets")
+def test_without_the_package_datasets_the_hub_is_refused_with_what_to_install(data):
+    with pytest.raises(DataError, match=r"pip install .*datasets") as caught:
+        data(files=None, dataset="some/text").setup()
+    assert "\n" not in str(caught.value)
 
 
 class Recorder(LightningModule):
