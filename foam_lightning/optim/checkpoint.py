@@ -143,12 +143,23 @@ def _readable_group(group: dict[str, Any]) -> dict[str, Any]:
 
 def _entries(groups: Sequence[dict[str, Any]], has_names: bool) -> dict[str, _Entry]:
     """Index every parameter by its name, or by its number if names are unknown."""
-    entries: dict[str, _Entry] = {}
-    for group_index, group in enumerate(groups):
-        for i, param in enumerate(group["params"]):
-            label = group["param_names"][i] if has_names else f"parameter {len(entries)}"
-            entries[label] = _Entry(group_index, group, param)
-    return entries
+    params = [
+        _Entry(index, group, param)
+        for index, group in enumerate(groups)
+        for param in group["params"]
+    ]
+    if has_names:
+        labels = _unwrapped([name for group in groups for name in group["param_names"]])
+    else:
+        labels = [f"parameter {number}" for number in range(len(params))]
+    return dict(zip(labels, params, strict=True))
+
+
+def _unwrapped(names: Sequence[str]) -> list[str]:
+    """Remove what torch.compile and DistributedDataParallel put into the names of parameters."""
+    names = [name.replace("_orig_mod.", "") for name in names]
+    is_wrapped = all(name.startswith("module.") for name in names)
+    return [name.removeprefix("module.") if is_wrapped else name for name in names]
 
 
 def _check_options(label: str, entry: _Entry, saved: dict[str, Any]) -> None:

@@ -28,12 +28,12 @@ def release_gradients(
     """Update every parameter as soon as backward has its gradient, and free the gradient.
 
     Holds from the call on; used as `with release_gradients(optimizer):`, until the block ends.
-    Meanwhile only gradients that backward is still summing up are alive. The update is
-    the one that `optimizer.step()` would make with the options that the parameter's group has at
-    that moment, so the weights are equal, in float32 to the last bit. `step()` is still called
-    after every backward: it finds no gradients, and hooks on it, such as learning-rate schedules,
-    run as usual. A parameter that is used more than once is updated once, after the last part of
-    its gradient; one that backward does not reach is not updated.
+    Meanwhile only gradients that backward is still summing up are alive. The update is the one that
+    `optimizer.step()` would make with the options that the parameter's group has at that moment, so
+    the weights are equal to the last bit. `step()` is still called after every backward: it finds
+    no gradients, and hooks on it, such as learning-rate schedules, run as usual. A parameter that
+    is used more than once is updated once, after the last part of its gradient; one that backward
+    does not reach is not updated.
 
     Does not combine with what needs all gradients at once: clipping by their global norm
     (`clip_norm` of FOAM clips each by its own), a gradient scaler, and data parallel training that

@@ -142,6 +142,17 @@ def test_adamw_and_foam_at_level_0_go_on_with_each_other(before, after):
     assert all_equal(straight, moved)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_state_of_a_compiled_or_parallel_model_loads_into_the_plain_one(prefix):
+    def named_by(prefix):
+        return FOAM([(f"{prefix}{name}", p) for name, p in zip("ab", parameters(B), strict=True)])
+
+    for saved, run in ((named_by(prefix), named_by("")), (named_by(""), named_by(prefix))):
+        train(saved, range(2))
+        run.load_state_dict(saved.state_dict())
+        assert all_equal(moments(run), moments(saved))
+
+
 def test_hooks_on_loading_see_and_change_the_state():
     saved, run = FOAM(parameters(A)), FOAM(parameters(A))
     train(saved, range(2))
