@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from foam_lightning.memory.account import Accountant
-from foam_lightning.memory.cuda_operators import embedding_backward_bytes
+from foam_lightning.memory.cuda_operators import attention_backward_bytes, embedding_backward_bytes
 from foam_lightning.memory.tracker import StorageTracker
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
@@ -58,6 +58,49 @@ def test_only_the_account_of_a_gpu_has_them(rows: int, release: bool) -> None:
     passes = [accountant.replay_allocator(plan).requested for accountant in (cpu, gpu)]
     assert passes[1] >= passes[0]
     sizes = [set(accountant._traced_passes(options).events.sizes) for accountant in (cpu, gpu)]
-    found = {embedding_backward_bytes(rows * 64, 3000, 64)} - {0}
-    assert sizes[1] - sizes[0] == found
-    assert bool(found) == (rows == 49)
+    attention = {attention_backward_bytes(*[torch.empty(rows, 4, 64, 16)] * 2)}
+    embedding = {embedding_backward_bytes(rows * 64, 3000, 64)} - {0}
+    assert sizes[1] - sizes[0] == attention | embedding
+    assert bool(embedding) == (rows == 49)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "size", "tokens", "expected"),
+    [
+        # LLaMA 7B: 16 KiB a token, and what the softmax needs.
+        (torch.bfloat16, (32, 32), 128, 256, 256 * 32 * (128 + 1) * 4),
+        # Llama 3 8B: also the gradients of keys and values for every query head.
+        (torch.bfloat16, (32, 8), 128, 256, 256 * 32 * ((128 + 1) * 4 + 2 * 128 * 2)),
+        (torch.float32, (4, 4), 20, 130, 256 * 4 * (32 + 1) * 4),  # rounded up
+    ],
+)
+def test_attention_keeps_sums_of_its_backward_pass_in_float32(
+    dtype: torch.dtype, heads: tuple[int, int], size: int, tokens: int, expected: int
+) -> None:
+    query, key, value = (
+        torch.empty(1, number, tokens, size, dtype=dtype, requires_grad=True)
+        for number in (heads[0], heads[1], heads[1])
+    )
+    with StorageTracker(as_on_cuda=True) as tracker:
+        tracker.claim([query, key, value], "weights")
+        functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=heads[0] != heads[1]
+        ).sum().backward()
+    assert tracker.peak().terms["workspace"] == expected
+
+
+def test_attention_is_not_at_the_peak_of_a_recipe() -> None:
+    module = LlamaFoam(hidden_size=512, intermediate_size=1376, vocab_size=32000)
+    for options in (
+        MemoryOptions(micro_batch_size=16),
+        MemoryOptions(
+            micro_batch_size=16,
+            gradient_release=True,
+            chunked_loss=True,
+            activation_checkpointing=True,
+        ),
+    ):
+        terms = Accountant(
+            module, num_layers=4, sequence_length=128, precision="bf16-true", on_gpu=True
+        ).tensor_terms(module.uniform_plan(8, options))
+        assert terms["workspace"] < attention_backward_bytes(*[torch.empty(16, 4, 128, 128)] * 2)
