@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any, Self
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 
+from foam_lightning.callbacks.given import check_callbacks
 from foam_lightning.data.module import TextData
 from foam_lightning.distributed.topology import Devices, device_of
 from foam_lightning.errors import ConfigError
@@ -227,6 +229,15 @@ class Job:
         # once, at the first matrix product.
         self.new_trainer(self.memory_options, [], bare=True)
         calibrate(gpu)
+
+    def check_trainer(self) -> None:
+        """Create a trainer once, and try the callbacks of the settings, before anything is trained.
+
+        Raises:
+            ConfigError: Lightning refuses an argument, or a callback cannot work.
+        """
+        trainer = self.new_trainer(self.memory_options, [], logger=DummyLogger())
+        check_callbacks(self.trainer.callbacks, trainer, self.new_module())
 
     def new_accountant(self) -> Accountant:
         """Create the accountant, which predicts the memory of this job."""

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.plan import StateDtype
 from foam_lightning.validation import DATA, MODEL, TRAINER, check_pattern, check_ranges
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
 
 OptimizerName = Literal[
     "foam", "adamw", "split_adamw", "galore", "apollo", "fira", "adam_mini", "muon", "adamw8bit"
@@ -237,6 +240,12 @@ class TrainerSettings:
         """Lightning's `devices`: a number, or which ones."""
         devices: int | str | list[int] | None = self.arguments.get("devices")
         return devices
+
+    @property
+    def callbacks(self) -> list["Callback"]:
+        """The callbacks that the settings name, for the full run."""
+        given: Any = self.arguments.get("callbacks") or []
+        return list(given) if isinstance(given, list) else [given]
 
     @property
     def gradient_clip_val(self) -> float | None:

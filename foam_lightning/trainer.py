@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -15,7 +14,6 @@ from foam_lightning.plan import MemoryOptions
 from foam_lightning.settings import TrainerSettings
 
 _BARE = {
-    "callbacks": None,
     # The end of the full run; a short run has its own number of steps.
     **dict.fromkeys(("max_epochs", "max_time", "min_steps", "min_epochs")),
     "logger": False,
@@ -54,7 +52,7 @@ def create_trainer(
     if isinstance(interval, int):
         # Lightning counts micro-batches here; the setting counts optimizer steps.
         arguments["val_check_interval"] = interval * accumulated
-    arguments["callbacks"] = [*(arguments.get("callbacks") or []), *callbacks]
+    arguments["callbacks"] = [*([] if bare else settings.callbacks), *callbacks]
     arguments["accumulate_grad_batches"] = accumulated
     arguments["plugins"] = add_atomic_io(arguments.get("plugins"))
     if bare or devices.count == 1:
@@ -64,7 +62,7 @@ def create_trainer(
         arguments |= {"use_distributed_sampler": False, "strategy": _strategy(devices)}
     try:
         return Trainer(**arguments)
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except Exception as error:  # of an accelerator that is missing, or a callback given twice
         raise ConfigError(f"trainer: {first_line(error)}") from error
 
 

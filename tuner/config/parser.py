@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
         shared = values.clone()
         for name in _UNSAVED:
             shared.pop(name, None)
-        text = str(parser.dump(shared, skip_validation=True))
+        text = str(parser.dump(_with_plain_texts(shared), skip_validation=True))
         command_line = shlex.join(["python", "cli.py", command, *options])
         settings = Settings(parser.instantiate(values), text, command_line)
     except FoamError:
@@ -140,6 +141,15 @@ def _data_of_checkpoint(options: Sequence[str]) -> list[str]:
         if words:
             print_once(f"{path} is outside its run folder; data settings are those it has")
     return words
+
+
+def _with_plain_texts(value: Any) -> Any:
+    """Replace texts that are members of an enum, such as the default of Timer's `interval`."""
+    if isinstance(value, Namespace):
+        return Namespace({name: _with_plain_texts(one) for name, one in vars(value).items()})
+    if isinstance(value, list):
+        return [_with_plain_texts(one) for one in value]
+    return value.value if isinstance(value, str) and isinstance(value, Enum) else value
 
 
 def _check_run_folder(runs: str, name: str) -> None:
