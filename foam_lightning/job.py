@@ -13,6 +13,7 @@ from foam_lightning.callbacks.given import check_callbacks
 from foam_lightning.data.module import TextData
 from foam_lightning.distributed.topology import Devices, device_of
 from foam_lightning.errors import ConfigError
+from foam_lightning.loggers import check_loggers
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, calibrate, find_gpu, load_costs
 from foam_lightning.memory.trace import weight_dtype
@@ -231,11 +232,18 @@ class Job:
         calibrate(gpu)
 
     def check_trainer(self) -> None:
-        """Create a trainer once, and try the callbacks of the settings, before anything is trained.
+        """Create a trainer once, and try callbacks and loggers, before anything is trained.
 
         Raises:
-            ConfigError: Lightning refuses an argument, or a callback cannot work.
+            ConfigError: Lightning refuses an argument, or a callback or logger cannot work.
         """
+        interval = self.trainer.arguments.get("val_check_interval")
+        if self.data.streaming and isinstance(interval, float) and interval != 1:
+            raise ConfigError(
+                f"trainer.val_check_interval {interval} needs the length of an epoch, which "
+                "data.streaming does not know; give a number of optimizer steps, such as 100"
+            )
+        check_loggers(self.trainer.loggers)
         trainer = self.new_trainer(self.memory_options, [], logger=DummyLogger())
         check_callbacks(self.trainer.callbacks, trainer, self.new_module())
 

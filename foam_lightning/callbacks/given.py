@@ -49,7 +49,8 @@ def check_callbacks(
         try:
             deepcopy(callback).setup(trainer, module, "fit")
         except Exception as error:
-            raise ConfigError(f"trainer.callbacks: {name} cannot work: {first_line(error)}") from error
+            reason = first_line(error)
+            raise ConfigError(f"trainer.callbacks: {name} cannot work: {reason}") from error
 
 
 def _check_monitor(name: str, monitor: Any, callbacks: Sequence[Callback]) -> None:
