@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import cli
 from foam_lightning.data.chat import encode_chat
+from foam_lightning.data.conversations import Conversation
 from foam_lightning.errors import ConfigError, DataError
 from foam_lightning.model.pretrained import parse_config
 from tests.support.pretrained import save_pretrained, save_tokenizer
@@ -174,7 +175,7 @@ def test_a_chat_template_is_kept_in_its_sandbox(
     save_tokenizer(tmp_path / "tokenizer", template=template)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     with pytest.raises(DataError, match="chat template fails"):
-        encode_chat(tokenizer, conversation(), "line 1")
+        encode_chat(tokenizer, Conversation(conversation()), "line 1")
     assert not (tmp_path / "hacked").exists()
 
 

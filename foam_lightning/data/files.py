@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from foam_lightning.data.cache import cache_key, cached_table
+from foam_lightning.data.conversations import find_form
 from foam_lightning.data.records import Record, format_of, read_records
 from foam_lightning.errors import ConfigError, DataError, first_line
 
@@ -126,9 +127,11 @@ def _document(record: Record, column: str) -> Document | None:
     """Return the document of a record; None if its value is null in a table."""
     values, location = record.values, record.location
     if column not in record.names and TOKENS not in record.names:
+        form = find_form(record.names)
+        advice = "set data.text_column to the one with the text"
         raise DataError(
             f"{location} has no column {column!r}; it has {', '.join(record.names)}; "
-            "set data.text_column to the one with the text"
+            + (f"for conversations ({form.name}), set data.chat true" if form else advice)
         )
     name = column if column in record.names else TOKENS
     if name not in values:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foam_lightning.data.cache import cache_key, cached_table
+from foam_lightning.data.conversations import IGNORED
 from foam_lightning.data.files import Document, documents_of
 from foam_lightning.data.tokenizer import Piece, encode, end_of_text_id, tokenizer_fingerprint
 from foam_lightning.errors import DataError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from foam_lightning.data.table import Table
 
-IGNORED = -100  # label that the loss ignores
 _DOCUMENTS_PER_BATCH = 256
 
 

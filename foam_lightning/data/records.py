@@ -250,12 +250,21 @@ def _read_parquet(path: Path, start: int, columns: Sequence[str] | None) -> Iter
                 for row_values in batch.to_pylist():
                     row += 1
                     if row > start:
-                        values = {k: v for k, v in row_values.items() if v is not None}
+                        values = _without_nulls(row_values)
                         yield Record(row, f"{path} row {row}", values, names)
     except pa.ArrowException as error:
         raise DataError(
             f"{path} is not a valid Parquet file ({first_line(error)}); create it again"
         ) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove null values: a table has every key of any row, also within its objects."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [_without_nulls(one) for one in value]
+    return value
 
 
 def _read_txt(path: Path, start: int, _columns: Sequence[str] | None) -> Iterator[Record]:

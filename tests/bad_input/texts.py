@@ -106,7 +106,22 @@ DATA = [
          files={"c.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}'}),
     reading("data: too few chats", f"--data.files {{at}}/c.jsonl {_CHAT}", "too few",
             files={"c.jsonl": '{"prompt": "a", "response": "b"}\n' * 10}),
-    reading("data: chat with a number", f"--data.files {{at}}/c.jsonl {_CHAT}", "conversation",
+    reading("data: chat in an unknown form", f"--data.files {{at}}/c.jsonl {_CHAT}", "in one form",
+            files={"c.jsonl": '{"question": "a", "answer": "b"}\n' * 60}),
+    reading("data: chat in two forms", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 2",
+            files={"c.jsonl": '{"prompt": "a", "response": "b"}\n'
+                   '{"instruction": "a", "output": "b"}\n'}),
+    reading("data: chat with half a weight", f"--data.files {{at}}/c.jsonl {_CHAT}", "weight 0.5",
+            files={"c.jsonl": '{"messages": [{"role": "user", "content": "hi"}, '
+                   '{"role": "assistant", "content": "ho", "weight": 0.5}]}\n'}),
+    reading("data: chat with an image", f"--data.files {{at}}/c.json {_CHAT}", "'image'",
+            files={"c.json": '[{"prompt": [{"role": "user", "content": [{"type": "image"}]}], '
+                   '"completion": [{"role": "assistant", "content": "ho"}]}]'}),
+    reading("data: chat of tokens of another tokenizer", f"--data.files {{at}}/c.jsonl {_CHAT}",
+            "token id 9999", files={"c.jsonl": '{"input_ids": [9999], "labels": [9999]}\n' * 60}),
+    reading("data: a chat as text", "--data.files {at}/c.jsonl", "set data.chat true",
+            files={"c.jsonl": '{"prompt": "a", "response": "b"}\n'}),
+    reading("data: chat with a number", f"--data.files {{at}}/c.jsonl {_CHAT}", "has no text",
          files={"c.jsonl": '{"prompt": "hi", "response": 1}'}),
     reading("data: chat of an unknown role", f"--data.files {{at}}/c.jsonl {_CHAT}", "line 1",
          files={"c.jsonl": '{"messages": [{"role": ["x"], "content": "hi"}]}'}),

@@ -23,6 +23,7 @@ class Run:
         self.at = folder
         self.words = ["--config", str(write_settings(folder)), "--trainer.max_steps", "4", *words]
         assert cli.main(["fit", *self.words]) == 0
+        self.longer = [*self.words, "--trainer.max_steps", "6"]
         self.folder = folder / "runs" / "default" / "version_0"
         self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
         (folder / "far").mkdir()
@@ -75,7 +76,7 @@ def test_going_on_with_other_text_keeps_the_tokenizer(run: Run, capfd: Printed) 
     other = run.at / "other.jsonl"
     lines = (json.dumps({"text": f"wholly other words {i}, {i}, {i} " * 9}) for i in range(200))
     other.write_text("\n".join(lines))
-    words = [*run.words, "--name", "other", "--data.files", other, "--trainer.max_steps", "6"]
+    words = [*run.longer, "--name", "other", "--data.files", other]
     printed = answer(capfd, "fit", *words, "--ckpt_path", run.lone)
     assert "was trained on" in printed
     assert "going on with" in printed
@@ -133,7 +134,7 @@ def test_a_tokenizer_with_other_ids_is_refused(run: Run, capfd: Printed) -> None
     save_tokenizer(run.at / "another", template=None)
     words = ["--ckpt_path", run.lone, "--data.tokenizer", run.at / "another"]
     for command in ("validate", "fit"):
-        error = refused(capfd, command, *words, *(run.words if command == "fit" else ()))
+        error = refused(capfd, command, *words, *(run.longer if command == "fit" else ()))
         assert "of 320 tokens" in error
         assert "remove data.tokenizer" in error
     same = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
@@ -145,7 +146,7 @@ def test_a_tokenizer_with_other_ids_is_refused(run: Run, capfd: Printed) -> None
 
 def test_a_checkpoint_of_an_older_version_needs_its_run_folder(run: Run, capfd: Printed) -> None:
     for command in ("generate", "validate", "fit", "export"):
-        more = {"fit": run.words, "export": ["--output", run.at / "none"]}.get(command, [])
+        more = {"fit": run.longer, "export": ["--output", run.at / "none"]}.get(command, [])
         error = refused(capfd, command, "--ckpt_path", run.old, *more)
         assert "no tokenizer" in error
         assert "run folder" in error

@@ -1,9 +1,9 @@
 import json
-from pathlib import Path
 
 import pytest
 
-from foam_lightning.data.chat import PLAIN_TEMPLATE, ChatText, encode_chat, read_conversations
+from foam_lightning.data.chat import PLAIN_TEMPLATE, ChatText, encode_chat
+from foam_lightning.data.conversations import Conversation
 from foam_lightning.data.module import TextData
 from foam_lightning.data.packing import IGNORED
 from foam_lightning.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ def learned(tokenizer, labels):
 
 
 def test_only_messages_of_the_assistant_have_labels(tokenizer):
-    ids, labels = encode_chat(tokenizer, TALK, "here")
+    ids, labels = encode_chat(tokenizer, Conversation(TALK), "here")
     assert learned(tokenizer, labels) == ["It is 4.<|end|>\n", "Now it is 6.<|end|>\n"]
     whole = tokenizer.apply_chat_template(TALK[:5], return_dict=False)
     assert ids == whole
@@ -57,7 +57,7 @@ def test_only_messages_of_the_assistant_have_labels(tokenizer):
 
 def test_the_plain_template(tokenizer):
     tokenizer.chat_template = PLAIN_TEMPLATE
-    ids, labels = encode_chat(tokenizer, TALK, "here")
+    ids, labels = encode_chat(tokenizer, Conversation(TALK), "here")
     assert learned(tokenizer, labels) == ["It is 4.</s>", "Now it is 6.</s>"]
     assert tokenizer.decode(ids) == (
         "<s>### System\nBe brief.\n\n### User\nWhat is 2 + 2?\n\n### Assistant\nIt is 4.</s>"
@@ -75,40 +75,6 @@ def prompts(number):
     return [{"prompt": f"{i} + {i}?", "response": f"{2 * i}."} for i in range(number)]
 
 
-def test_prompt_and_response_are_a_conversation_of_two_messages(tmp_path):
-    path = write_lines(tmp_path / "chat.jsonl", [*prompts(1), "", {"messages": TALK}])
-    (_, pair), (place, messages) = read_conversations(Path(path))
-    assert [list(message.values()) for message in pair] == [["user", "0 + 0?"], ["assistant", "0."]]
-    assert messages == TALK
-    assert place == f"{path} line 3"
-
-
-NOT = "line 3 is not a conversation"
-BROKEN = {
-    "no json": ('{"prompt": ', r"line 3 is not JSON"),
-    "a list": ([1, 2], "line 3 is not a JSON object"),
-    "no response": ({"prompt": "Why?"}, NOT),
-    "no messages": ({"messages": []}, NOT),
-    "no text": ({"messages": [{"role": "user", "content": 5}]}, NOT),
-    "no answer": ({"messages": TALK[:2]}, r"line 3 needs a message of the assistant"),
-    "answer first": ({"messages": TALK[2:]}, r"line 3 needs a message of the assistant"),
-    "unknown role": (
-        {"messages": [*TALK, {"role": "tool", "content": "4"}]},
-        r"line 3 .*'tool'; use system, user, assistant",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_line_is_named(kind, tmp_path):
-    line, message = BROKEN[kind]
-    path = write_lines(tmp_path / "chat.jsonl", [*prompts(2), line])
-    with pytest.raises(DataError, match=message) as caught:
-        list(read_conversations(Path(path)))
-    assert str(caught.value).startswith(path)
-    assert len(str(caught.value).splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -120,7 +86,7 @@ def test_a_broken_line_is_named(kind, tmp_path):
 def test_a_template_that_does_not_separate_responses_is_refused(template, message, tokenizer):
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=message):
-        encode_chat(tokenizer, TALK, "here")
+        encode_chat(tokenizer, Conversation(TALK), "here")
 
 
 @pytest.fixture
@@ -152,7 +118,7 @@ def test_long_conversations_are_truncated_and_counted(chat, capfd):
     wordy = {"prompt": "Why?", "response": "So. " * 40}
     data = chat([*prompts(21), far, wordy], batch_size=1)
     data.setup()
-    (warning,) = capfd.readouterr().err.splitlines()
+    warning = capfd.readouterr().err.splitlines()[0]
     assert warning.startswith("2 of 23 conversations are truncated to data.sequence_length 40; 1 ")
     assert isinstance(data._text, ChatText)
     assert max(len(row["input_ids"]) for row in data._text.train) == 40
