@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from foam_lightning.optim.foam import FOAM
     from foam_lightning.plan import FoldPlan
     from foam_lightning.units import ByteSize
+    from tuner.planning.any_model import plan_for
 
 __version__ = "0.1.0"
-__all__ = ["FOAM", "ByteSize", "FoldPlan"]
+__all__ = ["FOAM", "ByteSize", "FoldPlan", "plan_for"]
 
 _HOMES = {
     "FOAM": "foam_lightning.optim.foam",
     "FoldPlan": "foam_lightning.plan",
     "ByteSize": "foam_lightning.units",
+    "plan_for": "tuner.planning.any_model",
 }
 
 

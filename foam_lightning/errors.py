@@ -96,6 +96,7 @@ class InfeasibleBudgetError(FoamError):
         binding: The largest term of the peak at that minimum, such as "gradients".
         breakdown: The terms of that minimum, in bytes.
         subject: What needs that much, as the subject of the sentence.
+        options: What to lower and what to raise, by the names that the caller gave them.
     """
 
     exit_code = 3
@@ -107,6 +108,7 @@ class InfeasibleBudgetError(FoamError):
         binding: str,
         breakdown: dict[str, int],
         subject: str = "even with every memory option on, this model",
+        options: tuple[str, str] = ("data.batch_size", "--memory-budget"),
     ) -> None:
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
@@ -120,8 +122,8 @@ class InfeasibleBudgetError(FoamError):
         budget, least = format_bytes_apart(budget_bytes, minimum_bytes)
         super().__init__(
             f"a budget of {budget} is too small: {subject} needs {least} ({terms}); the largest "
-            f"term is {binding.replace('_', ' ')}; lower data.batch_size, choose a smaller model, "
-            f"or raise --memory-budget to at least {at_least(minimum_bytes)}"
+            f"term is {binding.replace('_', ' ')}; lower {options[0]}, choose a smaller model, "
+            f"or raise {options[1]} to at least {at_least(minimum_bytes)}"
         )
 
 

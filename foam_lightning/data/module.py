@@ -1,7 +1,7 @@
 """The Lightning data module: text as batches of token rows."""
 
 import os
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +70,9 @@ class TextData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint has of the data; Lightning calls it for each checkpoint."""
-        return self._state
-
-    @cached_property
-    def _state(self) -> dict[str, Any]:
         from foam_lightning.data.saved import state_to_save
 
+        # Not kept, because its tensors would count as memory of the run.
         return state_to_save(self.tokenizer, self.settings)
 
     def prepare_data(self) -> None:

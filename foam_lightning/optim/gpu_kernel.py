@@ -25,7 +25,7 @@ def is_supported(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], level
     Args:
         param: Weights: float32 or bfloat16, contiguous as all the others.
         grad: Gradient: float32 or bfloat16.
-        state: The tensors that `state.state_layout` describes.
+        state: The tensors that `state.state_layout` describes, none of them float64.
         level: Fold level. A block of more than 65,536 columns is not supported.
     """
     floats = (torch.float32, torch.bfloat16)
@@ -34,6 +34,7 @@ def is_supported(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], level
     return (
         param.dtype in floats
         and grad.dtype in floats
+        and not any(tensor.dtype == torch.float64 for tensor in state.values())
         and all(tensor.is_contiguous() for tensor in (param, grad, *state.values()))
         and width * blocks <= _MAX_TILE
     )

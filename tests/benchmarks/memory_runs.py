@@ -107,8 +107,7 @@ def predict(one: Combination, device: str) -> Peak:
             autocast=autocast_for(job.trainer.precision),
             as_on_cuda=device == "cuda",
         )
-    workspace = load_costs(job.gpu).workspace if device == "cuda" else 0
-    return Peak(step.peak.total_bytes, workspace=workspace)
+    return Peak(step.peak.total_bytes)
 
 
 # ---- measured

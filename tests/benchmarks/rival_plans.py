@@ -21,7 +21,8 @@ from foam_lightning.plan import FoldPlan
 from tests.benchmarks.heading import ROOT
 from tuner.config.parser import parse
 from tuner.planning.knobs import Knobs
-from tuner.planning.planner import DEFAULT_KNOBS, BudgetPlanner
+from tuner.planning.levels import DEFAULT_KNOBS
+from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import scale_plan
 from tuner.trials.cache import TrialStore
 from tuner.trials.runner import TrialResult, TrialRunner

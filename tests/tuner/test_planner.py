@@ -13,7 +13,8 @@ from foam_lightning.training import train
 from tests.support.tiny import REPOSITORY
 from tuner.config.parser import parse
 from tuner.planning.knobs import Knobs, state_bytes_table
-from tuner.planning.planner import LEVELS, BudgetPlanner, mean_level, nearby_budgets
+from tuner.planning.levels import LEVELS
+from tuner.planning.planner import BudgetPlanner, mean_level, nearby_budgets
 from tuner.rehearsal import rehearse
 from tuner.run_context import RunContext
 from tuner.trials.budget import TuneOptions

@@ -18,7 +18,8 @@ from foam_lightning.storage.run_folder import RunFolder
 from tests.support.runs import NewJob, open_folder
 from tuner.pipeline import tune
 from tuner.planning.knobs import Knobs
-from tuner.planning.planner import LEVELS, BudgetPlanner
+from tuner.planning.levels import LEVELS
+from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import combine_plans, scale_plan
 from tuner.run_context import RunContext
 from tuner.search.proxy_model import NoProxyModelError, ProxyModel, proxy_sizes

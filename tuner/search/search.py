@@ -11,7 +11,8 @@ from optuna.trial import FrozenTrial
 from foam_lightning.errors import ConfigError
 from foam_lightning.plan import FoldPlan
 from tuner.planning.knobs import Knobs, suggest
-from tuner.planning.planner import DEFAULT_KNOBS, BudgetPlanner
+from tuner.planning.levels import DEFAULT_KNOBS
+from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import ADAM_QK_FACTOR, combine_plans, describe_scales, scale_plan
 from tuner.search.finals import decide, run_finals
 from tuner.trials.budget import SearchBudget

@@ -24,7 +24,8 @@ from foam_lightning.plan import FoldPlan
 from tests.benchmarks.memory_runs import quiet
 from tests.benchmarks.stages.record import Setting
 from tests.benchmarks.token_job import TokenJob, read_job
-from tuner.planning.planner import DEFAULT_KNOBS, BudgetPlanner
+from tuner.planning.levels import DEFAULT_KNOBS
+from tuner.planning.planner import BudgetPlanner
 from tuner.planning.scales import combine_plans
 from tuner.trials.runner import StepClock, TrialResult, TrialRunner, paired_difference
 
