@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -268,6 +269,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """
     if is_file(Path(name)):
         return load_saved_tokenizer(Path(name))
+    _require_sentencepiece(Path(name))
     from transformers import AutoTokenizer
 
     try:
@@ -280,6 +282,19 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             "folder with tokenizer.json, or to a name on the Hugging Face Hub"
         ) from error
     return tokenizer
+
+
+def _require_sentencepiece(folder: Path) -> None:
+    """Refuse a folder like that of LLaMA 2 from Meta, unless the package that reads it is there.
+
+    transformers itself would ask for another package, which reads the model of LLaMA 3.
+    """
+    is_only = is_file(folder / "tokenizer.model") and not is_file(folder / "tokenizer.json")
+    if is_only and find_spec("sentencepiece") is None:
+        raise DataError(
+            f"the tokenizer {str(folder)!r} is a sentencepiece model without a tokenizer.json; "
+            "to read it, pip install sentencepiece, or set data.tokenizer to another"
+        )
 
 
 def _check_fits(tokenizer: "PreTrainedTokenizerBase", name: str, vocab_size: int) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ FOLDERS = [
          _copy("run/tokenizer", _written("tokenizer.json", b"{")), ""),
         ("JSON of something else", "cannot load the tokenizer",
          _copy("run/tokenizer", _written("tokenizer.json", b"[1]")), ""),
+        ("a model of no package", "cannot load" if find_spec("sentencepiece") else "pip install",
+         _copy("run/tokenizer", lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model")),
+         ""),
         ("a larger vocabulary", "model.vocab_size", _copy("run/tokenizer"),
          "--model.vocab_size 300"),
         ("no end of text", "end-of-text",

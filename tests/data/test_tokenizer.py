@@ -1,3 +1,5 @@
+import json
+
 import huggingface_hub.constants
 import pytest
 from datasets import Dataset
@@ -131,3 +133,44 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_in_one_line(tmp_path, conten
     with pytest.raises(DataError, match=rf"cannot load the tokenizer '{name}'") as caught:
         build(tmp_path, name)
     assert "\n" not in str(caught.value)
+
+
+# ---- sentencepiece
+
+
+def save_sentencepiece(folder):
+    """Save a tokenizer as Meta ships that of LLaMA 2: a sentencepiece model alone."""
+    trainer = pytest.importorskip("sentencepiece", reason="pip install sentencepiece")
+    folder.mkdir(parents=True)
+    trainer.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(folder / "tokenizer"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, minloglevel=9, add_dummy_prefix=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity",
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    content = {"tokenizer_class": "LlamaTokenizer", **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    return trainer.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_a_sentencepiece_model_alone_encodes_as_that_package_does(tmp_path):
+    processor = save_sentencepiece(tmp_path / "folder")
+    tokenizer = build(tmp_path, str(tmp_path / "folder"), vocab_size=400)
+    assert end_of_text_id(tokenizer) == processor.eos_id() == 2
+    for text in [*TEXTS[:3], "two  spaces", "snow \u2603 and \U0001f600", "tab\tend\n"]:
+        (piece,) = encode(tokenizer, [text])
+        assert piece.ids == processor.encode(text)
+        assert tokenizer.decode(piece.ids) == text
+    tokenizer.save_pretrained(tmp_path / "exported")
+    again = build(tmp_path, str(tmp_path / "exported"), vocab_size=400)
+    assert list(encode(again, TEXTS)) == list(encode(tokenizer, TEXTS))
+
+
+def test_without_the_package_a_sentencepiece_model_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15")
+    monkeypatch.setattr(module, "find_spec", lambda _name: None)
+    with pytest.raises(DataError, match="pip install sentencepiece") as caught:
+        build(tmp_path, str(tmp_path / "folder"))
+    assert "tiktoken" not in str(caught.value)
