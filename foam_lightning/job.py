@@ -7,10 +7,13 @@ from functools import cached_property
 from typing import Any, Self
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 
+from foam_lightning.callbacks.given import check_callbacks
 from foam_lightning.data.module import TextData
 from foam_lightning.distributed.topology import Devices, device_of
 from foam_lightning.errors import ConfigError
+from foam_lightning.loggers import check_loggers
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, calibrate, find_gpu, load_costs
 from foam_lightning.memory.trace import weight_dtype
@@ -227,6 +230,22 @@ class Job:
         # once, at the first matrix product.
         self.new_trainer(self.memory_options, [], bare=True)
         calibrate(gpu)
+
+    def check_trainer(self) -> None:
+        """Create a trainer once, and try callbacks and loggers, before anything is trained.
+
+        Raises:
+            ConfigError: Lightning refuses an argument, or a callback or logger cannot work.
+        """
+        interval = self.trainer.arguments.get("val_check_interval")
+        if self.data.streaming and isinstance(interval, float) and interval != 1:
+            raise ConfigError(
+                f"trainer.val_check_interval {interval} needs the length of an epoch, which "
+                "data.streaming does not know; give a number of optimizer steps, such as 100"
+            )
+        check_loggers(self.trainer.loggers)
+        trainer = self.new_trainer(self.memory_options, [], logger=DummyLogger())
+        check_callbacks(self.trainer.callbacks, trainer, self.new_module())
 
     def new_accountant(self) -> Accountant:
         """Create the accountant, which predicts the memory of this job."""

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from foam_lightning.errors import ConfigError
 from foam_lightning.plan import StateDtype
 from foam_lightning.validation import DATA, MODEL, TRAINER, check_pattern, check_ranges
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
 
 OptimizerName = Literal[
     "foam", "adamw", "split_adamw", "galore", "apollo", "fira", "adam_mini", "muon", "adamw8bit"
@@ -188,6 +192,41 @@ class DataSettings:
         check_ranges("data.", vars(self), DATA)
 
 
+# Arguments of Lightning's Trainer that a run cannot have: their values that change nothing, and why
+# any other is refused.
+_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "accelerator": (
+        ("auto", "cpu", "gpu", "cuda"),
+        "memory is known for CPUs and GPUs only; use auto, cpu, gpu or cuda",
+    ),
+    "accumulate_grad_batches": (
+        (1,),
+        "it follows from data.batch_size and data.micro_batch_size; set data.micro_batch_size "
+        "instead",
+    ),
+    "barebones": ((False,), "it saves nothing of a run; leave it out"),
+    "default_root_dir": ((), "the folder follows from --runs and --name; leave it out"),
+    "enable_checkpointing": ((True,), "a run resumes from its checkpoints; leave it out"),
+    "fast_dev_run": ((False,), "it saves nothing of a run; set trainer.max_steps 2 instead"),
+    "limit_predict_batches": ((), "nothing is predicted; leave it out"),
+    "limit_test_batches": ((), "nothing is tested; set trainer.limit_val_batches"),
+    "model_registry": ((), "nothing is uploaded; the run folder has the model in hf/"),
+    "overfit_batches": (
+        (0,),
+        "every epoch shuffles all rows; put the few to learn by heart into data.files instead",
+    ),
+    "reload_dataloaders_every_n_epochs": (
+        (0,),
+        "a run resumes at the row where it ended, which needs one loader; leave it out",
+    ),
+    "sync_batchnorm": ((False,), "a LLaMA has no batch normalization; leave it out"),
+    "use_distributed_sampler": (
+        (True,),
+        "every device has rows of its own in any case; leave it out",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
     """Arguments of Lightning's Trainer: the section `trainer`.
@@ -198,19 +237,29 @@ class TrainerSettings:
         arguments: By name, as Lightning takes them; those left out have Lightning's defaults.
 
     Raises:
-        ConfigError: An argument is out of range, or follows from other settings.
+        ConfigError: An argument is out of range, is not supported, or follows from other settings.
     """
 
     arguments: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.arguments.get("accumulate_grad_batches", 1) != 1:
+        for name, (allowed, reason) in _REFUSED.items():
+            value = self.arguments.get(name)
+            if value is not None and value not in allowed:
+                raise ConfigError(f"trainer.{name} {value} is not supported: {reason}")
+        clipping = self.arguments.get("gradient_clip_algorithm")
+        if clipping and not self.gradient_clip_val:
             raise ConfigError(
-                "trainer.accumulate_grad_batches follows from data.batch_size and "
-                "data.micro_batch_size; set data.micro_batch_size instead"
+                f"trainer.gradient_clip_algorithm {clipping} needs trainer.gradient_clip_val, what "
+                "to clip to"
             )
-        if self.arguments.get("barebones"):
-            raise ConfigError("trainer.barebones saves nothing of a run; leave it out")
+        every_n_epochs = self.arguments.get("check_val_every_n_epoch")
+        if self.validates_by_steps and every_n_epochs not in (None, 1):
+            raise ConfigError(
+                "trainer.check_val_every_n_epoch needs a trainer.val_check_interval that is a "
+                "fraction of an epoch, such as 1.0; a whole number counts optimizer steps, across "
+                "epochs"
+            )
         check_ranges("trainer.", {"max_steps": -1, **self.arguments}, TRAINER)
 
     def replace(self, **arguments: Any) -> Self:
@@ -239,6 +288,22 @@ class TrainerSettings:
         return devices
 
     @property
+    def validates_by_steps(self) -> bool:
+        """Whether `val_check_interval` counts optimizer steps or time, across epochs."""
+        interval = self.arguments.get("val_check_interval")
+        return interval is not None and not isinstance(interval, float)
+
+    @property
+    def callbacks(self) -> list["Callback"]:
+        """The callbacks that the settings name, for the full run."""
+        return _as_list(self.arguments.get("callbacks"))
+
+    @property
+    def loggers(self) -> list["str | bool | Logger"]:
+        """The loggers that the settings name, beside TensorBoard."""
+        return _as_list(self.arguments.get("logger"))
+
+    @property
     def gradient_clip_val(self) -> float | None:
         """The norm that all gradients together are clipped to; None does not clip."""
         value: float | None = self.arguments.get("gradient_clip_val")
@@ -248,3 +313,9 @@ class TrainerSettings:
     def has_progress_bar(self) -> bool:
         """Whether progress is shown; it is by default."""
         return self.arguments.get("enable_progress_bar") is not False
+
+
+def _as_list(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]

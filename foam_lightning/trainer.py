@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -15,7 +14,6 @@ from foam_lightning.plan import MemoryOptions
 from foam_lightning.settings import TrainerSettings
 
 _BARE = {
-    "callbacks": None,
     # The end of the full run; a short run has its own number of steps.
     **dict.fromkeys(("max_epochs", "max_time", "min_steps", "min_epochs")),
     "logger": False,
@@ -23,6 +21,8 @@ _BARE = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
+    "profiler": None,
+    "detect_anomaly": False,  # a plan that diverges is a result
 }
 
 
@@ -48,13 +48,13 @@ def create_trainer(
         ConfigError: Lightning refuses an argument.
     """
     devices = Devices.from_trainer(settings.arguments)
-    arguments = {**settings.arguments, **(_BARE if bare else {}), **overrides}
     accumulated = memory_options.accumulate_grad_batches * (devices.count if bare else 1)
-    interval = arguments.get("val_check_interval")
-    if isinstance(interval, int):
-        # Lightning counts micro-batches here; the setting counts optimizer steps.
-        arguments["val_check_interval"] = interval * accumulated
-    arguments["callbacks"] = [*(arguments.get("callbacks") or []), *callbacks]
+    arguments = {**settings.arguments}
+    for name in ("limit_train_batches", "limit_val_batches"):
+        _count_micro_batches(arguments, name, accumulated)
+    arguments |= {**(_BARE if bare else {}), **overrides}
+    _count_micro_batches(arguments, "val_check_interval", accumulated)
+    arguments["callbacks"] = [*([] if bare else settings.callbacks), *callbacks]
     arguments["accumulate_grad_batches"] = accumulated
     arguments["plugins"] = add_atomic_io(arguments.get("plugins"))
     if bare or devices.count == 1:
@@ -64,8 +64,18 @@ def create_trainer(
         arguments |= {"use_distributed_sampler": False, "strategy": _strategy(devices)}
     try:
         return Trainer(**arguments)
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except Exception as error:  # of an accelerator that is missing, or a callback given twice
         raise ConfigError(f"trainer: {first_line(error)}") from error
+
+
+def _count_micro_batches(arguments: dict[str, Any], name: str, accumulated: int) -> None:
+    """Turn a number of batches of `data.batch_size` rows into micro-batches, in place.
+
+    Lightning counts micro-batches, but a memory budget chooses their size, and what is learned and
+    evaluated must not depend on it.
+    """
+    if isinstance(arguments.get(name), int):
+        arguments[name] *= accumulated
 
 
 def on_one_device(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from foam_lightning import __version__
 from foam_lightning.callbacks.exact_resume import ExactResume
@@ -34,6 +35,7 @@ from foam_lightning.checkpoint.load import (
 )
 from foam_lightning.evaluate import validate
 from foam_lightning.job import Job
+from foam_lightning.loggers import create_loggers
 from foam_lightning.memory.device import memory_shortage_context
 from foam_lightning.model.llama import save_tokenizer
 from foam_lightning.module import LlamaFoam
@@ -44,6 +46,7 @@ from foam_lightning.units import format_bytes
 
 # What another run may change of a plan when it goes on from a checkpoint.
 _RATES = ("scales", "lr")
+PROFILE = "profile"  # in the names of what a profiler writes
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "optuna", "tensorboard")
 
 
@@ -118,13 +121,11 @@ def train(
         if trainer.global_step % _steps_between_checkpoints(job):
             trainer.save_checkpoint(folder.last_checkpoint)
         loss, num_tokens = validate(trainer, module, data)
-    assert isinstance(trainer.logger, TensorBoardLogger)
-    trainer.logger.log_hyperparams(
+    _log_results(
+        trainer,
         hyperparameters(job, module, plan, budget_bytes),
         _final_metrics(loss, memory.measured_bytes, throughput.tokens_per_second),
-        step=trainer.global_step,
     )
-    trainer.logger.finalize("success")
     if trainer.is_global_zero:  # the last checkpoint is of the last step
         previous_checkpoint(folder.last_checkpoint).unlink(missing_ok=True)
     return TrainingResult(
@@ -135,6 +136,19 @@ def train(
         policy.skipped,
         policy.rollbacks,
     )
+
+
+def _log_results(trainer: Trainer, settings: Mapping[str, Any], metrics: dict[str, float]) -> None:
+    """Log the results and, unless `trainer.enable_autolog_hparams` is off, the settings."""
+    step, logs_settings = trainer.global_step, trainer.enable_autolog_hparams
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and logs_settings:
+            logger.log_hyperparams({**settings}, metrics, step=step)  # one row of its tab HPARAMS
+        else:
+            if logs_settings:
+                logger.log_hyperparams({**settings})
+            logger.log_metrics(metrics, step=step)
+        logger.finalize("success")
 
 
 def _find_checkpoint(
@@ -170,16 +184,29 @@ def _callbacks(folder: RunFolder, job: Job) -> Sequence[Callback]:
 def _new_trainer(
     job: Job, plan: FoldPlan, folder: RunFolder, callbacks: Sequence[Callback]
 ) -> Trainer:
+    given = job.trainer.arguments
+    shows_summary = bool(given.get("enable_model_summary"))
     return job.new_trainer(
         plan.memory_options,
-        list(callbacks),
-        logger=TensorBoardLogger(folder.path, name="", version="", default_hp_metric=False),
+        [*callbacks, *([RichModelSummary()] if shows_summary else [])],
+        logger=create_loggers(job.trainer.loggers, folder),
+        profiler=_profiler(given.get("profiler"), folder),
         enable_progress_bar=any(isinstance(callback, StepBar) for callback in callbacks),
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        enable_model_summary=False,
+        num_sanity_val_steps=given.get("num_sanity_val_steps") or 0,
+        check_val_every_n_epoch=(
+            None if job.trainer.validates_by_steps else given.get("check_val_every_n_epoch") or 1
+        ),
+        enable_model_summary=shows_summary,
         default_root_dir=folder.path,
     )
+
+
+def _profiler(given: Any, folder: RunFolder) -> Any:
+    """Make a profiler of Lightning write into the run folder instead of the log."""
+    classes = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    if given in classes:
+        return classes[given](dirpath=folder.path, filename=PROFILE)
+    return given
 
 
 def _steps_between_checkpoints(job: Job) -> int:
@@ -225,7 +252,7 @@ def hyperparameters(
 
 def _final_metrics(
     validation_loss: float, peak_bytes: int | None, tokens_per_second: float | None
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Return the final results by their tags; what is None is left out."""
     figures = {
         "final/validation_loss": validation_loss,

@@ -24,7 +24,7 @@ LAYERS = [
     {"foam_lightning.optim"},
     {"foam_lightning.memory", "foam_lightning.module"},
     {"foam_lightning.checkpoint", "foam_lightning.callbacks"},
-    {"foam_lightning.trainer"},
+    {"foam_lightning.trainer", "foam_lightning.loggers"},
     {"foam_lightning.job", "foam_lightning.evaluate", "foam_lightning.generate"},
     {"foam_lightning.resume", "foam_lightning.training"},
     {"tuner.planning", "tuner.console", "tuner.output"},

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_json
-from foam_lightning.training import train, versions
+from foam_lightning.training import PROFILE, train, versions
 from foam_lightning.units import ByteSize, format_bytes_apart
 from tuner.console import say
 from tuner.oom_fallback import Fallback
@@ -140,6 +140,9 @@ def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict
         pictures=tuned.pictures if tuned else None,
         ckpt_path=context.ckpt_path,
     )
+    if job.trainer.arguments.get("profiler"):
+        for path in sorted(folder.path.glob(f"fit-{PROFILE}*")):
+            say(f"profile: {path}")
     found = tuned.search_result if tuned else None
     fallback = Fallback.load(folder.fallback)
     summary = {

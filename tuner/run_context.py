@@ -65,7 +65,7 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
         FoamError: Weights, trainer settings or data are wrong, or the folder cannot be written.
     """
     job.check_weights()
-    job.new_trainer(job.memory_options, [], logger=False)
+    job.check_trainer()
     job.new_data(job.memory_options).setup()
     folder = RunFolder.open(Path(settings.runs), settings.name, settings.identity)
     if not folder.plan.exists():

@@ -117,7 +117,7 @@ class StepLines(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._print(trainer, pl_module)
 
     def _print(self, trainer: Trainer, module: LightningModule) -> None:

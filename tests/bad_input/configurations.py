@@ -121,7 +121,7 @@ HOSTILE = [
     _yaml("a strategy", "trainer: {strategy: {class_path: hacked.S}}", "may not name"),
     _yaml("a profiler", "trainer: {profiler: {class_path: hacked.P}}", "may not name"),
     _yaml("an accelerator", "trainer: {accelerator: {class_path: hacked.A}}", "may not name"),
-    _yaml("a logger", "trainer: {logger: {class_path: hacked.L}}", "logger"),
+    _yaml("a logger", "trainer: {logger: {class_path: hacked.L}}", "may not name"),
     _yaml("a class for a model", "model: {class_path: hacked.M}", "may not name"),
     _yaml("a class for data", "data: {class_path: hacked.D, init_args: {}}", "may not name"),
     _yaml("a class for the search", "tune: {class_path: hacked.T}", "may not name"),

@@ -39,6 +39,39 @@ USAGE = [
     ),
     Case("plan of a missing plan", "plan --config {good}/tiny.yaml --fold-plan x.json", "x.json"),
     Case("a value for --debug", "fit --debug=yes", "debug"),
+    *(
+        Case(f"trainer: {name}", f"fit --config {{good}}/tiny.yaml --trainer.{flag}", says)
+        for name, flag, says in [
+            ("no such GPU", "accelerator=gpu --trainer.devices=99", "trainer"),
+            ("a TPU", "accelerator tpu", "cpu, gpu"),
+            ("an accelerator by a wrong name", "accelerator=graphics", "cpu, gpu"),
+            (
+                "a monitor nobody logs",
+                "callbacks EarlyStopping --trainer.callbacks.monitor val_loss",
+                "did you mean validation/loss?",
+            ),
+            (
+                "a callback's wrong time",
+                "callbacks Timer --trainer.callbacks.duration 5m",
+                "DD:HH:MM:SS",
+            ),
+            ("a logger by a wrong name", "logger neptune", "'wandb'"),
+            ("no logger", "logger false", "TensorBoard"),
+            ("a logger without its package", "logger comet", "pip install comet-ml"),
+            ("a profiler by a wrong name", "profiler fast", "simple"),
+            ("no checkpoints", "enable_checkpointing false", "trainer.enable_checkpointing"),
+            ("a dry run", "fast_dev_run true", "trainer.max_steps 2"),
+            ("overfitting", "overfit_batches 2", "data.files"),
+            ("a clipping algorithm alone", "gradient_clip_algorithm norm", "gradient_clip_val"),
+            (
+                "an unknown clipping algorithm",
+                "gradient_clip_val 1 --trainer.gradient_clip_algorithm both",
+                "both",
+            ),
+            ("a folder of its own", "default_root_dir x", "--runs"),
+            ("an evaluation in no time", "val_check_interval soon", "soon"),
+        ]
+    ),
     Case("a Unicode dash", "fit —config x.yaml", "unrecognized arguments"),
     Case("unknown format", "plan --format xml --memory-budget 1GB", "format"),
     Case("a key within a number", "fit --model.lr.x 3", "model.lr"),

@@ -107,7 +107,8 @@ def predict(one: Combination, device: str) -> Peak:
             autocast=autocast_for(job.trainer.precision),
             as_on_cuda=device == "cuda",
         )
-    return Peak(step.peak.total_bytes)
+    workspace = load_costs(job.gpu).workspace if device == "cuda" else 0
+    return Peak(step.peak.total_bytes, workspace=workspace)
 
 
 # ---- measured

@@ -6,17 +6,20 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers
 from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 
 from foam_lightning.data.notices import print_once
 from foam_lightning.data.saved import TEXT_SETTINGS, peek_checkpoint, saved_settings
 from foam_lightning.errors import ConfigError, FoamError, one_line
 from foam_lightning.job import Job
+from foam_lightning.loggers import LoggerName
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.units import ByteSize
 from tuner.config.allowed_classes import allow_only, refusal
@@ -34,8 +37,12 @@ _UNSAVED = {one.name for one in OPTIONS if one.commands or one.is_switch} | {
     "config",
     "allow_class_paths",
 }
+# Settings of `trainer` that the config.yaml of older runs lacks, with which they must stay equal.
+_LATER_SETTINGS = ("logger", "default_root_dir")
 _ALLOW_FLAGS = ("--allow-class-paths", "--allow_class_paths")
 _LIST_FLAGS = ("--data.files", "--data.validation_files")
+# What jsonargparse says before the errors of a value that may be of several types.
+_UNION = r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: (- )?"
 _MAX_NAME_BYTES = 200  # file systems allow 255, and temporary files have longer names
 _MAX_CHARACTERS = 500  # of an error: a value, or the description of a type, may be long
 
@@ -113,7 +120,10 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
         shared = values.clone()
         for name in _UNSAVED:
             shared.pop(name, None)
-        text = str(parser.dump(shared, skip_validation=True))
+        for name in _LATER_SETTINGS:
+            if shared.trainer[name] is None:
+                del shared.trainer[name]
+        text = str(parser.dump(_with_plain_texts(shared), skip_validation=True))
         command_line = shlex.join(["python", "cli.py", command, *options])
         settings = Settings(parser.instantiate(values), text, command_line)
     except FoamError:
@@ -142,6 +152,18 @@ def _data_of_checkpoint(options: Sequence[str]) -> list[str]:
     return words
 
 
+def _with_plain_texts(value: Any) -> Any:
+    """Replace texts that are members of an enum, such as the default of Timer's `interval`."""
+    if isinstance(value, Namespace):
+        plain = value.clone()
+        for name, one in vars(value).items():
+            plain[name] = _with_plain_texts(one)
+        return plain
+    if isinstance(value, list):
+        return [_with_plain_texts(one) for one in value]
+    return value.value if isinstance(value, str) and isinstance(value, Enum) else value
+
+
 def _check_run_folder(runs: str, name: str) -> None:
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
@@ -160,7 +182,7 @@ def _describe(error: Exception, parser: ArgumentParser) -> str:
     denied = re.search(r"Importing '([^']+)' is not allowed", str(error))
     if denied is not None:
         return refusal(denied[1])
-    text = one_line(error)
+    text = re.sub(_UNION, "", one_line(error))
     flag = re.search(r"unrecognized arguments: (--[^\s=]+)", text)
     key = re.search(r"(?:Group '(\w+)' does not accept option|Option) '([^']+)'", text)
     flags = [name for action in parser._actions for name in action.option_strings]
@@ -221,6 +243,8 @@ def make_parser(command: str) -> ArgumentParser:
         "trainer",
         instantiate=False,
         fail_untyped=False,
-        skip={"logger", "default_root_dir"},
+        skip={"logger"},
     )
+    logger = LoggerName | Logger
+    parser.add_argument("--trainer.logger", type=logger | list[logger] | bool | None)
     return parser

@@ -24,7 +24,7 @@ from tuner.trials.study import Params, trial_result
 
 # Trainer settings that do not affect a short run, which has its own values for them.
 _IRRELEVANT_SETTINGS = {
-    *("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "callbacks"),
+    *("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "callbacks", "logger"),
     *("val_check_interval", "check_val_every_n_epoch", "log_every_n_steps", "limit_val_batches"),
     *("devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary"),
     *("enable_checkpointing", "num_sanity_val_steps"),

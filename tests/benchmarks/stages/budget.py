@@ -56,7 +56,7 @@ def _train(setting: Setting, sizes: dict[str, Any]) -> None:
     plan = planner.default_plan()
     predicted = planner.accountant.account(plan)
     # What the plan keeps free is not to be used.
-    predicted_bytes = predicted.peak_bytes - predicted.breakdown.get("slack", 0)
+    predicted_bytes = predicted.peak_bytes - predicted.breakdown["slack"]
     options = [name for name, on in vars(plan.memory_options).items() if on is True]
     record.note(
         f"{BATCH} rows of {job.data.sequence_length} random tokens, the same in every step; plan "
