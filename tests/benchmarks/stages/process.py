@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tests.benchmarks.fresh_process import in_fresh_process
 from tests.benchmarks.stages.record import LOG, Setting
 
-_FIRST_SECONDS = 60  # to import everything and to start CUDA
+_FIRST_SECONDS = 100  # to import everything and to start CUDA
 _TOLD_LINES, _TOLD_CHARACTERS = 15, 2000
 _MOST_LOG_BYTES = 400_000  # of a stage
 _STACK_SECONDS = 2.0  # before the limit, a stage writes where it is
