@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from foam_lightning.distributed.fsdp import shard
 from foam_lightning.errors import CheckpointError, ConfigError
-from foam_lightning.model import llama
+from foam_lightning.model import llama, rope
 from foam_lightning.model.activation_checkpointing import checkpoint_layers
 from foam_lightning.model.loss import StepMean, token_loss
 from foam_lightning.model.pretrained import architecture_to_json, create_model, model_config
@@ -171,7 +171,13 @@ class LlamaFoam(LightningModule):
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """Run the decoder: token ids (B, S) to hidden states (B, S, hidden_size)."""
         model = self._built_model()
-        llama.check_sequence_length(model.config, input_ids.shape[1])
+        length = input_ids.shape[1]
+        llama.check_sequence_length(model.config, length)
+        rope.check_rope_length(model.config, length)
+        rope.fix_dynamic_frequencies(model)
+        if self.training:  # what is exported declares it
+            longest = max(length, model.config.max_position_embeddings)
+            model.config.max_position_embeddings = longest
         # No mask: attention is causal, and padding is on the right, where no token is scored.
         hidden: Tensor = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
@@ -240,7 +246,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        llama.restore_rope_float32(self._built_model())
+        rope.restore_rope_float32(self._built_model())
 
     @override
     def on_train_start(self) -> None:
@@ -277,7 +283,7 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_validation_start(self) -> None:
-        llama.restore_rope_float32(self._built_model())
+        rope.restore_rope_float32(self._built_model())
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -71,6 +71,14 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
     if not folder.plan.exists():
         write_text(folder.config, settings.text)
     say(f"run folder: {folder.path}")
+    length, declared = job.data.sequence_length, settings.model.max_position_embeddings
+    if job.model.pretrained is not None:
+        declared = job.new_module().llama_config().max_position_embeddings
+    if length > declared:
+        say(
+            f"rows of {length} tokens exceed the {declared} positions of the model "
+            f"(max_position_embeddings); the exported model will declare {length}"
+        )
     return folder
 
 

@@ -254,21 +254,6 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     write_folder(folder, tokenizer.save_pretrained)
 
 
-def restore_rope_float32(model: "LlamaForCausalLM") -> None:
-    """Recompute the rotary frequencies in float32 after the whole model was cast.
-
-    A bfloat16 run casts every buffer. Rounded frequencies are off by up to 0.4 %, and the error of
-    the angles grows with the position.
-    """
-    rope = model.model.rotary_emb
-    if rope.inv_freq.dtype == torch.float32:
-        return
-    with rope.inv_freq.device:
-        fresh = type(rope)(rope.config)
-    rope.inv_freq = fresh.inv_freq.float()
-    rope.original_inv_freq = fresh.inv_freq.float().clone()
-
-
 def _add_old_rope_names(folder: Path) -> None:
     """Add the names `rope_theta`, `rope_scaling` and `torch_dtype` to config.json."""
     file = folder / "config.json"

@@ -17,6 +17,7 @@ from foam_lightning.model.llama import (
     model_class,
     use_causal_attention,
 )
+from foam_lightning.model.rope import check_factors, check_scaling
 from foam_lightning.settings import ModelSettings
 from foam_lightning.storage.paths import is_file
 from foam_lightning.validation import MODEL, check_ranges
@@ -147,9 +148,11 @@ def parse_config(content: Any, source: str) -> "LlamaConfig":
     plain = {key: value for key, value in content.items() if "implementation" not in key}
     config_class: Any = CONFIG_MAPPING[model_type]
     try:
+        check_scaling(content)
         config: LlamaConfig = config_class.from_dict(plain)
         sizes = {name: getattr(config, name) for name in MODEL if hasattr(config, name)}
         check_ranges("", sizes, MODEL)
+        check_factors(config)
     except Exception as error:  # validation in transformers raises many types
         raise CheckpointError(f"cannot read {source}: {first_line(error)}") from error
     return config

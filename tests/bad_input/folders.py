@@ -87,6 +87,25 @@ FOLDERS = [
          _copy("pretrained", _code, _json("config.json", auto_map=_AUTO))),
         ("a size of a text", "cannot read",
          _copy("pretrained", _json("config.json", hidden_size="big"))),
+        *(
+            (f"RoPE with {name}", says, _copy("pretrained", _json(
+                "config.json", rope_scaling=one, rope_parameters=None)))
+            for name, says, one in [
+                ("no type", "no rope_type", {"factor": 4.0}),
+                ("null for a type", "no rope_type", {"rope_type": None, "factor": 4.0}),
+                ("an unknown type", "known are", {"type": "linar", "factor": 4.0}),
+                ("no factor", "factor", {"type": "linear"}),
+                ("a factor in words", "above 0", {"type": "linear", "factor": "four"}),
+                ("a negative factor", "above 0", {"type": "dynamic", "factor": -2.0}),
+                ("a factor of 0", "above 0", {"type": "yarn", "factor": 0}),
+                ("an infinite factor", "above 0", {"type": "linear", "factor": float("inf")}),
+                ("a number alone", "must be a mapping", 4.0),
+                ("too few factors", "short_factor", {
+                    "type": "longrope", "short_factor": [1.0], "long_factor": [2.0],
+                    "original_max_position_embeddings": 16,
+                }),
+            ]
+        ),
         ("a size of 0", "config.json", _copy("pretrained", _json("config.json", hidden_size=0))),
         ("a negative size", "config.json",
          _copy("pretrained", _json("config.json", num_hidden_layers=-1))),

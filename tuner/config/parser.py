@@ -5,7 +5,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,12 @@ class Settings:
                 f"model.optimizer {model.optimizer} does not support --memory-budget or "
                 "--fold-plan, which need foam; leave them out"
             )
+        data = DataSettings(**self.values.data.as_dict(), vocab_size=model.vocab_size)
+        if model.pretrained is None and data.sequence_length > model.max_position_embeddings:
+            model = replace(model, max_position_embeddings=data.sequence_length)
         return Job(
             model=model,
-            data=DataSettings(**self.values.data.as_dict(), vocab_size=model.vocab_size),
+            data=data,
             trainer=TrainerSettings(self.values.trainer.as_dict()),
             seed=self.values.seed_everything,
         )
