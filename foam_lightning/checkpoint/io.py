@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from typing_extensions import override
 
+from foam_lightning.errors import CheckpointError
 from foam_lightning.storage.atomic import atomic_path
 
 
@@ -49,10 +51,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint; if it cannot be, the last one and its backup are unchanged.
 
         Raises:
-            OSError: It cannot be written; the last checkpoint and its backup are unchanged.
+            OSError: It cannot be written.
+            CheckpointError: It contains an object that no run could read again.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +64,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _write(checkpoint, temporary)
             if (reason := find_damage(temporary, thorough=False)) is not None:
                 raise OSError(f"cannot write {target}: what was written is {reason}")
+            if unsafe := get_unsafe_globals_in_checkpoint(temporary):
+                raise CheckpointError(
+                    f"cannot save {target}: the state of a callback or data module contains "
+                    f"{', '.join(sorted(unsafe))}, and a checkpoint is read without running code; "
+                    "let its state_dict() return numbers, texts, lists, dictionaries and tensors"
+                )
 
 
 def add_atomic_io(plugins: Any) -> list[Any]:

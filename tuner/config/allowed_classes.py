@@ -1,7 +1,10 @@
 """Classes that a configuration may name: a few of Lightning, and those of --allow-class-paths."""
 
+import re
+import sys
 from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import (
@@ -25,7 +28,8 @@ _ALLOWED = (*CALLBACKS, *LOGGERS)
 def allow_only(added: Iterable[str] = ()) -> None:
     """Let jsonargparse import `CALLBACKS`, `LOGGERS` and some more classes, and nothing else.
 
-    A class that was allowed once stays allowed in this process.
+    A class that was allowed once stays allowed in this process. Those that are added may also be in
+    a file in the working directory.
 
     Args:
         added: Import paths of classes, or of packages with everything in them.
@@ -37,6 +41,8 @@ def allow_only(added: Iterable[str] = ()) -> None:
     names += [f"lightning.pytorch.loggers.{one.__name__}" for one in LOGGERS]
     full_names = [f"{one.__module__}.{one.__qualname__}" for one in _ALLOWED]
     added = tuple(added)
+    if added and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     # jsonargparse asks for the module that defines a class, which may be another.
     full_names += [name for path in added if (name := _defined_as(path)) is not None]
     try:
@@ -70,3 +76,31 @@ def refusal(path: str) -> str:
         f"a configuration may not name {path}, whose code would run; allowed are {names}; if you "
         f"trust the code, add --allow-class-paths {path}"
     )
+
+
+_OTHER_TYPES = ("Expected a", "Not a valid subclass")  # that a value could have been of
+_NAMES = (
+    r"Problem with given class_path '([^']+)'",
+    r"(?<=class_path=')([^']+)",
+    r"(?<=Given value: )([\w.]+)$",
+)
+
+
+def explain(text: str) -> str:
+    """Shorten what jsonargparse says of a class that it could not import or create.
+
+    Args:
+        text: In one line. Returned unchanged if it is about something else.
+    """
+    key = re.match(r'Parser key "(trainer\.(?:callbacks|logger))": ', text)
+    reasons = text[key.end() if key else 0 :].split(" - ")
+    own = [one for one in reasons if not one.startswith(_OTHER_TYPES)]
+    if not own or len(own) == len(reasons):
+        return text
+    found = next((match for name in _NAMES if (match := re.search(name, text))), None)
+    name = found[1] if found else ""
+    reason = own[0].removeprefix(f"Problem with given class_path {name!r}: ")
+    missing = re.fullmatch(r"No module named '([^']+)'", reason)
+    if missing and f"{name}.".startswith(f"{missing[1]}."):
+        reason += "; put its file into the working directory or a folder of PYTHONPATH"
+    return ": ".join(one for one in (key[1] if key else "", name, reason) if one)

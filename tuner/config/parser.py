@@ -22,7 +22,7 @@ from foam_lightning.job import Job
 from foam_lightning.loggers import LoggerName
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.units import ByteSize
-from tuner.config.allowed_classes import allow_only, refusal
+from tuner.config.allowed_classes import allow_only, explain, refusal
 from tuner.config.early_checks import DEFAULT_CONFIG, option_values, suggestion
 from tuner.config.options import OPTIONS, options_of
 from tuner.config.safe_yaml import checked_loader
@@ -185,7 +185,7 @@ def _describe(error: Exception, parser: ArgumentParser) -> str:
     denied = re.search(r"Importing '([^']+)' is not allowed", str(error))
     if denied is not None:
         return refusal(denied[1])
-    text = re.sub(_UNION, "", one_line(error))
+    text = explain(re.sub(_UNION, "", one_line(error)))
     flag = re.search(r"unrecognized arguments: (--[^\s=]+)", text)
     key = re.search(r"(?:Group '(\w+)' does not accept option|Option) '([^']+)'", text)
     flags = [name for action in parser._actions for name in action.option_strings]
