@@ -1,5 +1,6 @@
 """A training job: the settings, and the model, data and trainer that are created from them."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,6 +155,40 @@ class Job:
         micro = next(n for n in range(options.micro_batch_size, 0, -1) if rows % n == 0)
         adapted = replace(options, micro_batch_size=micro, accumulate_grad_batches=rows // micro)
         return replace(plan, memory_options=adapted)
+
+    def with_steps(self) -> Self:
+        """Return the same job with its length in steps, as `trainer.max_steps`.
+
+        It follows from the data where `trainer.max_epochs` ends the run first. A share of an epoch
+        in `trainer.limit_train_batches` becomes a number of steps, which does not depend on the
+        size of a micro-batch.
+
+        Raises:
+            ConfigError: A stream has no epochs, or the share is less than one step.
+            DataError: The data cannot be read.
+        """
+        trainer, limit = self.trainer, self.trainer.epoch_limit
+        is_share = isinstance(limit, float) and limit != 1
+        if trainer.max_epochs is None and not is_share:
+            return self
+        steps = self.new_data(self.memory_options).steps_per_epoch()
+        if steps is None:
+            if trainer.max_steps < 1 or is_share:
+                raise ConfigError("a stream has no end; set trainer.max_steps, and no part of it")
+            return self
+        used = int(steps * limit) if isinstance(limit, float) else min(steps, limit)
+        if not used:
+            raise ConfigError(
+                f"trainer.limit_train_batches {limit:g} of the {steps} steps of an epoch is less "
+                f"than one; use {1 / steps:.2g} or more, or a number of steps"
+            )
+        arguments: dict[str, Any] = {"max_epochs": None}
+        if is_share:
+            arguments["limit_train_batches"] = used
+        if trainer.max_epochs is not None:
+            most = trainer.max_steps if trainer.max_steps > 0 else math.inf
+            arguments["max_steps"] = int(min(trainer.max_epochs * used, most))
+        return replace(self, trainer=trainer.replace(**arguments))
 
     def with_one_device(self) -> Self:
         """Return the same job on one device."""

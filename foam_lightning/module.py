@@ -191,11 +191,9 @@ class LlamaFoam(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         labels = batch["labels"]
         total, num_tokens = self._summed_loss(self.hidden_states(batch["input_ids"]), labels)
-        loss = self.step_mean.backward_loss(total, num_tokens, labels, self.trainer)
-        nats, count = self.step_mean.totals()  # of all micro-batches of the step so far
-        self.log("train/loss", nats / count.clamp(min=1), prog_bar=True)
+        self.log("train/loss", total.detach() / num_tokens.clamp(min=1), prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        return self.step_mean.backward_loss(total, num_tokens, labels, self.trainer)
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -162,6 +162,22 @@ class ResumedPlan:
     step: int
     changes: Sequence[str]
 
+    def check_steps_left(self, path: Path, max_steps: int) -> None:
+        """Check that the run does not end before it begins.
+
+        Args:
+            path: The checkpoint, for the error.
+            max_steps: Optimizer steps of the run.
+
+        Raises:
+            ConfigError: The checkpoint is at or past the end.
+        """
+        if self.step >= max_steps:
+            raise ConfigError(
+                f"nothing is left to train: the checkpoint {path} is of step {self.step}, and the "
+                f"run ends at step {max_steps}; raise --trainer.max_steps above {self.step}"
+            )
+
 
 def resume_plan(
     job: Job, ckpt_path: Path, fold_plan: str | None = None, *, is_budgeted: bool = False
@@ -181,7 +197,7 @@ def resume_plan(
     Raises:
         CheckpointError: The checkpoint cannot be read, or its state is of other settings.
         PlanError: A plan cannot be read, or was made for another model.
-        ConfigError: The plan's batch cannot be divided among the devices, or no step is left.
+        ConfigError: The plan's batch cannot be divided among the devices.
     """
     content = read_checkpoint(ckpt_path)
     saved = FoldPlan.from_json(content["fold_plan"], source=str(ckpt_path))
@@ -202,11 +218,6 @@ def resume_plan(
     step = content.get("global_step")
     if not isinstance(step, int):
         raise CheckpointError(f"{ckpt_path} holds no global_step; use a checkpoint of this tool")
-    if step >= job.trainer.max_steps:
-        raise ConfigError(
-            f"nothing is left to train: the checkpoint {ckpt_path} is of step {step}, and the run "
-            f"ends at step {job.trainer.max_steps}; raise --trainer.max_steps above {step}"
-        )
     return ResumedPlan(plan, step, changes)
 
 

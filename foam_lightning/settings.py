@@ -260,7 +260,9 @@ class TrainerSettings:
                 "fraction of an epoch, such as 1.0; a whole number counts optimizer steps, across "
                 "epochs"
             )
-        check_ranges("trainer.", {"max_steps": -1, **self.arguments}, TRAINER)
+        ends_by_epochs = self.max_steps == -1 and self.max_epochs is not None
+        max_steps = None if ends_by_epochs else self.max_steps
+        check_ranges("trainer.", {**self.arguments, "max_steps": max_steps}, TRAINER)
 
     def replace(self, **arguments: Any) -> Self:
         """Return these settings with some arguments replaced."""
@@ -268,8 +270,21 @@ class TrainerSettings:
 
     @property
     def max_steps(self) -> int:
-        """Optimizer steps of the full run."""
-        return int(self.arguments["max_steps"])
+        """Optimizer steps of the full run; -1 while only `max_epochs` limits them."""
+        steps = self.arguments.get("max_steps")
+        return -1 if steps is None else int(steps)
+
+    @property
+    def max_epochs(self) -> int | None:
+        """Passes over the training rows; None where only `max_steps` ends the run."""
+        value: int | None = self.arguments.get("max_epochs")
+        return None if value == -1 else value
+
+    @property
+    def epoch_limit(self) -> int | float:
+        """How much of an epoch is used: an int counts batches, a float is a share."""
+        limit: int | float | None = self.arguments.get("limit_train_batches")
+        return 1.0 if limit is None else limit
 
     @property
     def precision(self) -> Precision:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from foam_lightning.checkpoint.io import add_atomic_io
@@ -55,6 +56,7 @@ def create_trainer(
     arguments |= {**(_BARE if bare else {}), **overrides}
     _count_micro_batches(arguments, "val_check_interval", accumulated)
     arguments["callbacks"] = [*([] if bare else settings.callbacks), *callbacks]
+    max_time = arguments.pop("max_time", None)
     arguments["accumulate_grad_batches"] = accumulated
     arguments["plugins"] = add_atomic_io(arguments.get("plugins"))
     if bare or devices.count == 1:
@@ -63,6 +65,8 @@ def create_trainer(
         # The data module gives each device its rows.
         arguments |= {"use_distributed_sampler": False, "strategy": _strategy(devices)}
     try:
+        if max_time is not None:  # first, so that the others see that it stops the run
+            arguments["callbacks"].insert(0, Timer(max_time))
         return Trainer(**arguments)
     except Exception as error:  # of an accelerator that is missing, or a callback given twice
         raise ConfigError(f"trainer: {first_line(error)}") from error

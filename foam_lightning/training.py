@@ -22,6 +22,7 @@ from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.callbacks.preemption import SaveOnSignal, stop_workers_on_signal
 from foam_lightning.callbacks.progress import StepBar, progress
 from foam_lightning.callbacks.residual_energy import ResidualEnergy
+from foam_lightning.callbacks.run_end import RunEnd, describe_end, has_run_out_of_time
 from foam_lightning.callbacks.spike_guard import LIMITS, SpikeGuard, StepPolicy
 from foam_lightning.callbacks.tensorboard import TensorBoardLayout
 from foam_lightning.callbacks.throughput import Throughput
@@ -59,6 +60,9 @@ class TrainingResult:
         final_validation_loss: In nats per token, unbiased.
         validation_tokens: The number of tokens of that mean.
         tokens_per_second: None if no step was left to train.
+        steps: Optimizer steps done.
+        ended_by: What ended the run before its last step; None if nothing did.
+        is_finished: Whether nothing is left: not if `trainer.max_time` ended the run.
         skipped_steps: Steps skipped because of a bad loss or gradient.
         rollbacks: How often the run went back to a checkpoint.
     """
@@ -67,6 +71,9 @@ class TrainingResult:
     final_validation_loss: float
     validation_tokens: int
     tokens_per_second: float | None
+    steps: int
+    ended_by: str | None = None
+    is_finished: bool = True
     skipped_steps: int = 0
     rollbacks: int = 0
 
@@ -114,12 +121,14 @@ def train(
         throughput,
         *([progress(throughput, memory)] if job.trainer.has_progress_bar else []),
         Export(folder.hf),
+        RunEnd(),  # after all that may stop the run
     ]
     trainer = _new_trainer(job, plan, folder, callbacks)
     with memory_shortage_context("training", plan, trainer), stop_workers_on_signal(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=source, weights_only=True)
         if trainer.global_step % _steps_between_checkpoints(job):
             trainer.save_checkpoint(folder.last_checkpoint)
+        is_early = trainer.global_step < job.trainer.max_steps
         loss, num_tokens = validate(trainer, module, data)
     _log_results(
         trainer,
@@ -133,8 +142,11 @@ def train(
         loss,
         num_tokens,
         throughput.tokens_per_second,
-        policy.skipped,
-        policy.rollbacks,
+        steps=trainer.global_step,
+        ended_by=describe_end(trainer) if is_early else None,
+        is_finished=not (is_early and has_run_out_of_time(trainer)),
+        skipped_steps=policy.skipped,
+        rollbacks=policy.rollbacks,
     )
 
 

@@ -122,7 +122,7 @@ def fit(context: RunContext, plan: FoldPlan | None = None) -> dict[str, Any] | N
 
 
 def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict[str, Any]:
-    """Train, export and write `summary.json`."""
+    """Train and export, and write `summary.json` unless `trainer.max_time` ended the run."""
     job, planner, folder = context.job, context.planner, context.folder
     folder.write_config(context.settings_text)
     predicted = planner.accountant.account(plan).peak_bytes if job.is_foam else None
@@ -155,11 +155,16 @@ def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict
         "validation_tokens": trained.validation_tokens,
         "tokens_per_second": trained.tokens_per_second,
         "proxy_model": plan.proxy_model,
+        "steps": trained.steps,
+        "max_steps": job.trainer.max_steps,
+        "ended_by": trained.ended_by,
+        "is_finished": trained.is_finished,
         "skipped_steps": trained.skipped_steps,
         "rollbacks": trained.rollbacks,
         "fallbacks": len(fallback.events) if fallback else 0,
         "versions": versions(),
         "seed": job.seed,
     }
-    write_json(folder.summary, summary)
+    if trained.is_finished:
+        write_json(folder.summary, summary)
     return summary

@@ -1,18 +1,22 @@
 """What every step of a run needs, and how a command opens the folder of a run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import format_exception
 
+from foam_lightning.checkpoint.io import previous_checkpoint
+from foam_lightning.data.saved import peek_checkpoint
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import FoamError, UnexpectedError, as_storage_error
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.storage.atomic import atomic_path, write_text
 from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.storage.run_identity import RunIdentity
+from tuner.config.identity import ENDS, run_identity
 from tuner.config.parser import Settings
 from tuner.console import say
 from tuner.oom_fallback import Fallback
@@ -58,7 +62,96 @@ class RunContext:
         return replace(plan, memory_options=self.memory_options or plan.memory_options)
 
 
-def open_run_folder(settings: Settings, job: Job) -> RunFolder:
+@dataclass(frozen=True, kw_only=True)
+class RunStart:
+    """Where the run of a command begins.
+
+    Attributes:
+        identity: What identifies it.
+        folder: The unfinished version that it goes on with; None if it begins a new one.
+        checkpoint: The checkpoint of another run to start from while the folder has none of its
+            own; None if it starts from none.
+    """
+
+    identity: RunIdentity
+    folder: RunFolder | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run has a checkpoint of its own."""
+        return self.folder is not None and count_steps(self.folder) is not None
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints to look for, the one to prefer first."""
+        own = None if self.folder is None else self.folder.last_checkpoint
+        return [path for path in (own, self.checkpoint) if path is not None]
+
+
+def find_start(settings: Settings, *, extends: bool = False) -> RunStart | None:
+    """Find the run that a command goes on with; writes nothing.
+
+    Args:
+        settings: Of the command.
+        extends: Also go on from the end of a finished run that only ends earlier.
+
+    Returns:
+        None if the run is finished, which is printed.
+    """
+    root, name, identity = Path(settings.runs), settings.name, run_identity(settings)
+    given = settings.values.get("ckpt_path")
+    start = None if given is None else Path(given)
+    unfinished = RunFolder.find_unfinished(root, name, identity)
+    if unfinished is not None:
+        start = start or unfinished.start
+        return RunStart(identity=identity, folder=unfinished, checkpoint=start)
+    finished = RunFolder.find_finished(root, name, identity)
+    if finished:
+        say(_finished_message(finished[0]))
+        return None
+    if start is None and extends:
+        shorter = RunFolder.find_finished(root, name, identity, ignoring=ENDS)
+        start = _find_extended(settings, shorter)
+    return RunStart(identity=identity, checkpoint=start)
+
+
+def _find_extended(settings: Settings, finished: Sequence[RunFolder]) -> Path | None:
+    """Find the checkpoint of the finished run that ended last before the end of this one."""
+    if not finished:
+        return None
+    max_steps = settings.job().with_steps().trainer.max_steps
+    steps = {run: step for run in finished if (step := count_steps(run)) is not None}
+    run = max((run for run in steps if steps[run] < max_steps), key=steps.__getitem__, default=None)
+    if run is None:
+        return None
+    say(
+        f"extending {run.path} from step {steps[run]} to {max_steps}; to begin at step 0 instead, "
+        "choose another --name"
+    )
+    return run.last_checkpoint
+
+
+def _finished_message(run: RunFolder) -> str:
+    step = count_steps(run)
+    text = f"{run.path} is finished" + ("" if step is None else f" at step {step}")
+    above = "" if step is None else f" above {step}"
+    return (
+        f"{text}, its results are in {run.summary.name}; to train on, raise --trainer.max_steps"
+        f"{above}, and to run it again, choose another --name"
+    )
+
+
+def count_steps(run: RunFolder) -> int | None:
+    """Return the optimizer steps of the last checkpoint of a run; None if it has none."""
+    for path in (run.last_checkpoint, previous_checkpoint(run.last_checkpoint)):
+        step = (peek_checkpoint(path) or {}).get("global_step")
+        if isinstance(step, int):
+            return step
+    return None
+
+
+def open_run_folder(settings: Settings, job: Job, start: RunStart) -> RunFolder:
     """Open the run folder, after the last check of anything that the user gave, and name it.
 
     Raises:
@@ -67,10 +160,16 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
     job.check_weights()
     job.check_trainer()
     job.new_data(job.memory_options).setup()
-    folder = RunFolder.open(Path(settings.runs), settings.name, settings.identity)
+    folder = RunFolder.open(
+        Path(settings.runs), settings.name, start.identity, start=start.checkpoint
+    )
     if not folder.plan.exists():
         write_text(folder.config, settings.text)
-    say(f"run folder: {folder.path}")
+    if start.folder is None:
+        say(f"run folder: {folder.path}")
+        _name_other_run(folder, start.identity)
+    else:
+        _name_run(folder, start.identity, job.trainer.max_steps)
     length, declared = job.data.sequence_length, settings.model.max_position_embeddings
     if job.model.pretrained is not None:
         declared = job.new_module().llama_config().max_position_embeddings
@@ -80,6 +179,28 @@ def open_run_folder(settings: Settings, job: Job) -> RunFolder:
             f"(max_position_embeddings); the exported model will declare {length}"
         )
     return folder
+
+
+def _name_run(folder: RunFolder, identity: RunIdentity, max_steps: int) -> None:
+    """Say which run goes on, and from where."""
+    step = count_steps(folder)
+    where = "which has no checkpoint yet" if step is None else f"at step {step} of {max_steps}"
+    say(f"going on with {folder.path}, {where}")
+    if changed := folder.differences(identity, by_path=False):
+        say(f"the contents of {', '.join(changed)} have changed since it began")
+
+
+def _name_other_run(folder: RunFolder, identity: RunIdentity) -> None:
+    """Say why a new run begins although the newest one before it is unfinished."""
+    others = RunFolder.versions(folder.path.parent.parent, folder.path.parent.name)
+    newest = next((run for run in others if run != folder), None)
+    if newest is None or newest.is_finished or (step := count_steps(newest)) is None:
+        return
+    if names := newest.differences(identity):
+        say(
+            f"{newest.path}, unfinished at step {step}, has another {', '.join(names)}; to go on "
+            f"from it with these settings, add --ckpt_path {newest.last_checkpoint}"
+        )
 
 
 @contextmanager
@@ -107,11 +228,6 @@ def save_traceback(folder: Path) -> Iterator[None]:
         except OSError:  # then only --debug shows it
             raise error from None
         raise UnexpectedError.from_error(error, path) from error
-
-
-def find_unfinished_run(settings: Settings) -> RunFolder | None:
-    """Find the run that the command resumes; None if it starts a new one. Writes nothing."""
-    return RunFolder.find_unfinished(Path(settings.runs), settings.name, settings.identity)
 
 
 def load_fallback(folder: RunFolder | None) -> MemoryOptions | None:

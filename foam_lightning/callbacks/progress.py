@@ -17,6 +17,7 @@ from rich.progress import ProgressColumn, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
 from foam_lightning.callbacks.memory import MemoryMonitor
+from foam_lightning.callbacks.run_end import time_left
 from foam_lightning.callbacks.throughput import Throughput
 from foam_lightning.units import format_bytes
 
@@ -126,8 +127,10 @@ class StepLines(Callback):
         found = figures(trainer.callback_metrics, self._throughput, self._memory)
         parts = [f"step {trainer.global_step}/{trainer.max_steps}"]
         parts += [f"{name} {figure}" for name, figure in found.items()]
-        if steps_left and self._throughput.step_seconds is not None:
+        if steps_left > 0 and self._throughput.step_seconds is not None:
             seconds = round(steps_left * self._throughput.step_seconds)
+            if (limit := time_left(trainer)) is not None:
+                seconds = min(seconds, max(0, round(limit)))
             parts.append(f"{timedelta(seconds=seconds)} left")
         module.print("  ".join(parts))
 

@@ -154,6 +154,17 @@ class TextData(LightningDataModule):
         )
         return text, tokenizer
 
+    def steps_per_epoch(self) -> int | None:
+        """Return how many optimizer steps read every training row once; None for a stream.
+
+        Raises:
+            DataError: As for `setup`.
+        """
+        if self.settings.streaming:
+            return None
+        self.setup()
+        return len(self.train_dataloader()) * self.micro_batch_size // self.settings.batch_size
+
     def train_dataloader(self) -> "RowLoader | StreamLoader":
         """Return a loader of the training rows, whose order resumes exactly within an epoch."""
         from foam_lightning.data.loader import resumable_loader

@@ -1,13 +1,12 @@
 """The folder of one run, `runs/<name>/version_<n>/`, and whether to resume it."""
 
-import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from filelock import Timeout
 
@@ -15,6 +14,8 @@ from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import BusyError, ConfigError
 from foam_lightning.storage.atomic import atomic_path, write_json, write_text
 from foam_lightning.storage.locks import file_lock
+from foam_lightning.storage.paths import exists
+from foam_lightning.storage.run_identity import RunIdentity
 
 # How long a rank waits until the first one has created the folder, and how often it checks.
 _TIMEOUT_SECONDS = 600.0
@@ -36,46 +37,58 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(cls, root: Path, name: str, settings: str) -> Self:
-        """Resume the newest version if it is unfinished and has the same settings.
+    def open(
+        cls, root: Path, name: str, identity: RunIdentity, *, start: Path | None = None
+    ) -> Self:
+        """Go on with the newest unfinished version of the same identity.
 
-        Otherwise create the next version. Of several ranks the first creates it, and the others
-        wait.
+        If there is none, create the next version. Of several ranks the first creates it, and the
+        others wait.
 
         Args:
             root: The folder of all runs.
             name: The name of this run.
-            settings: The resolved configuration as text, which identifies the run.
+            identity: What identifies it.
+            start: The checkpoint that a new version starts from; None if it starts from none.
 
         Raises:
             ConfigError: The folder cannot be written, or the first rank has not created it in 10
                 minutes.
         """
-        found = cls.find_unfinished(root, name, settings)
+        found = cls.find_unfinished(root, name, identity)
         if not is_first_process():
             until = time.monotonic() + _TIMEOUT_SECONDS
             while found is None and time.monotonic() < until:
                 time.sleep(_POLL_SECONDS)
-                found = cls.find_unfinished(root, name, settings)
+                found = cls.find_unfinished(root, name, identity)
             if found is None:
                 raise ConfigError(
                     f"rank 0 has created no run folder in {root / name} within "
                     f"{_TIMEOUT_SECONDS:.0f} s; read its output, and give all ranks the same --runs"
                 )
         while found is None:
-            found = cls._start(root, name, settings) or cls.find_unfinished(root, name, settings)
+            found = cls._start(root, name, identity, start) or cls.find_unfinished(
+                root, name, identity
+            )
         return found
 
     @classmethod
-    def _start(cls, root: Path, name: str, settings: str) -> Self | None:
+    def _start(
+        cls, root: Path, name: str, identity: RunIdentity, start: Path | None
+    ) -> Self | None:
         """Create the next version; None if another process has just created it."""
         fresh = cls(root / name / f"version_{max(_numbers(root / name), default=-1) + 1}")
+        record = {
+            "settings_sha256": identity.digest,  # for older versions of this tool
+            "identity": identity.settings,
+            "start": None if start is None else str(start.absolute()),
+        }
         try:
             (root / name).mkdir(parents=True, exist_ok=True)
             # It appears with its settings, so that the same command started twice is one run.
             with atomic_path(fresh.path, overwrite=False) as temporary:
                 temporary.mkdir()
-                write_json(cls(temporary)._settings, {"settings_sha256": _digest(settings)})
+                write_json(cls(temporary)._settings, record)
         except OSError as error:
             if not fresh.path.exists():
                 raise ConfigError(
@@ -86,11 +99,81 @@ class RunFolder:
         return fresh
 
     @classmethod
-    def find_unfinished(cls, root: Path, name: str, settings: str) -> Self | None:
-        """Find the folder that `open` would resume; None if it would create another."""
-        found = cls(root / name / f"version_{max(_numbers(root / name), default=-1)}")
-        is_open = not found.summary.exists() and found._digest() == _digest(settings)
-        return found if is_open else None
+    def find_unfinished(cls, root: Path, name: str, identity: RunIdentity) -> Self | None:
+        """Find the version that `open` goes on with; None if it would create another."""
+        open_runs = (run for run in cls.versions(root, name) if not run.is_finished)
+        return next((run for run in open_runs if run.matches(identity)), None)
+
+    @classmethod
+    def find_finished(
+        cls, root: Path, name: str, identity: RunIdentity, *, ignoring: Collection[str] = ()
+    ) -> list[Self]:
+        """List the finished versions of the same identity, newest first.
+
+        Args:
+            root: The folder of all runs.
+            name: The name of the run.
+            identity: What identifies it.
+            ignoring: Names of settings that may differ.
+        """
+        finished = (run for run in cls.versions(root, name) if run.is_finished)
+        return [run for run in finished if run.matches(identity, ignoring=ignoring)]
+
+    @classmethod
+    def versions(cls, root: Path, name: str) -> list[Self]:
+        """List the versions of a run, newest first."""
+        # Not by time: a clock may have been set back.
+        numbers = sorted(_numbers(root / name), reverse=True)
+        return [cls(root / name / f"version_{number}") for number in numbers]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended and nothing is left of it."""
+        return self.summary.exists()
+
+    def matches(self, identity: RunIdentity, *, ignoring: Collection[str] = ()) -> bool:
+        """Whether a command goes on with this version.
+
+        Once it has a checkpoint, files of the same path count as the same, whatever they contain:
+        the same command then goes on, and does not begin again because a file was touched.
+
+        Args:
+            identity: What identifies the run of the command.
+            ignoring: Names of settings that may differ.
+        """
+        record = self._record()
+        if "identity" not in record and record.get("settings_sha256") == identity.digest:
+            return True  # a run of an older version
+        differences = self.differences(identity)
+        return differences is not None and not set(differences) - set(ignoring)
+
+    def differences(
+        self, identity: RunIdentity, *, by_path: bool | None = None
+    ) -> list[str] | None:
+        """List the settings in which a command differs; None if those of the run are unknown.
+
+        Args:
+            identity: What identifies the run of the command.
+            by_path: Take files of the same path for the same; by default if there is a checkpoint.
+        """
+        recorded = self._identity(identity)
+        if recorded is None:
+            return None
+        is_begun = exists(self.last_checkpoint) if by_path is None else by_path
+        return identity.differences(recorded, by_path=is_begun)
+
+    def _identity(self, identity: RunIdentity) -> Mapping[str, Any] | None:
+        record = self._record()
+        found = record.get("identity")
+        if isinstance(found, dict):
+            return found
+        return identity.parse(self.config) if "settings_sha256" in record else None
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint that this version started from; None if it started from none."""
+        start = self._record().get("start")
+        return Path(start) if isinstance(start, str) else None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -198,18 +281,14 @@ class RunFolder:
     def _settings(self) -> Path:
         return self.path / ".settings.json"
 
-    def _digest(self) -> str | None:
+    def _record(self) -> Mapping[str, Any]:
         try:
             content = json.loads(self._settings.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
-        return content.get("settings_sha256") if isinstance(content, dict) else None
+            return {}
+        return content if isinstance(content, dict) else {}
 
 
 def _numbers(runs: Path) -> list[int]:
     names = (folder.name.removeprefix("version_") for folder in runs.glob("version_*"))
     return [int(name) for name in names if name.isdigit()]
-
-
-def _digest(settings: str) -> str:
-    return hashlib.sha256(settings.encode()).hexdigest()

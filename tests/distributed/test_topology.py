@@ -36,6 +36,7 @@ from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import MemoryOptions
 from foam_lightning.storage import atomic, run_folder
 from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.storage.run_identity import RunIdentity
 from tests.support.runs import NewJob
 from tests.support.tiny import write_settings
 from tuner.planning.planner import BudgetPlanner
@@ -256,11 +257,11 @@ def test_other_ranks_wait_for_the_run_folder_and_write_nothing(
         with monkeypatch.context() as first:
             first.setattr(run_folder, "is_first_process", lambda: True)
             first.setattr(atomic, "is_first_process", lambda: True)
-            RunFolder.open(tmp_path, "run", "settings")
+            RunFolder.open(tmp_path, "run", RunIdentity())
 
     first = threading.Thread(target=open_as_first)
     first.start()
-    found = RunFolder.open(tmp_path, "run", "settings")
+    found = RunFolder.open(tmp_path, "run", RunIdentity())
     first.join()
     assert found.path == tmp_path / "run" / "version_0"
 
@@ -271,7 +272,7 @@ def test_ranks_do_not_wait_forever_for_the_run_folder(
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(run_folder, "_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(ConfigError, match="rank 0 has created no run folder"):
-        RunFolder.open(tmp_path, "run", "settings")
+        RunFolder.open(tmp_path, "run", RunIdentity())
 
 
 # ---- predicted memory

@@ -7,6 +7,7 @@ import pytest
 import cli
 from foam_lightning.errors import BusyError
 from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.storage.run_identity import RunIdentity
 from tests.faults.limits import files_up_to
 from tests.support.runs import Finished
 from tests.support.tiny import write_settings
@@ -17,11 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the command line quietens l
 def test_a_run_folder_is_locked_by_one_process_at_a_time_for_all_its_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder.open(tmp_path, "run", "")
+    folder = RunFolder.open(tmp_path, "run", RunIdentity())
     with folder.lock():
         with pytest.raises(BusyError, match=r"another process trains in .*version_0"):
             folder.lock().__enter__()
-        with RunFolder.open(tmp_path, "other", "").lock():
+        with RunFolder.open(tmp_path, "other", RunIdentity()).lock():
             pass
         monkeypatch.setenv("RANK", "1")
         with folder.lock():

@@ -12,6 +12,7 @@ from foam_lightning.job import Job
 from foam_lightning.model.loss import token_loss
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.storage.run_identity import RunIdentity
 from foam_lightning.training import TrainingResult
 
 NewJob = Callable[..., Job]
@@ -37,7 +38,7 @@ def small(new_job: NewJob, **trainer: Any) -> Job:
 
 
 def open_folder(root: Path) -> RunFolder:
-    return RunFolder.open(root, "run", "")
+    return RunFolder.open(root, "run", RunIdentity())
 
 
 def validation_loss(model: Any, head: Any, job: Job) -> float:

@@ -16,6 +16,7 @@ from foam_lightning.memory.device import GpuUsage, MemoryShortageError
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.storage.run_identity import RunIdentity
 from foam_lightning.units import format_bytes
 from tests.support.fake_gpu import FakeGpu
 from tests.support.fallback_case import FallbackCase, leftovers
@@ -39,7 +40,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> FallbackCase:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder.open(tmp_path, "run", "")
+    return RunFolder.open(tmp_path, "run", RunIdentity())
 
 
 def run_out(planner: BudgetPlanner, folder: RunFolder, plan: FoldPlan) -> str:

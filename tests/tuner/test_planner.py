@@ -9,6 +9,7 @@ from foam_lightning.job import Job
 from foam_lightning.memory.options import MAX_LEVEL
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
+from foam_lightning.storage.run_identity import RunIdentity
 from foam_lightning.training import train
 from tests.support.tiny import REPOSITORY
 from tuner.config.parser import parse
@@ -88,7 +89,7 @@ def test_a_run_of_the_default_model_stays_within_its_budget(
     plan = planner.default_plan()
     predicted = peak(planner, plan)
     assert predicted <= budget
-    folder = RunFolder.open(tmp_path, "run", "")
+    folder = RunFolder.open(tmp_path, "run", RunIdentity())
     folder.tuning.mkdir()
     context = RunContext(
         job=planner.job, planner=planner, folder=folder, tune_options=TuneOptions()

@@ -8,6 +8,7 @@ from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.resume import (
+    ResumedPlan,
     describe_other_text,
     load_plan,
     resume_plan,
@@ -22,7 +23,8 @@ from tuner.planning.planner import BudgetPlanner
 from tuner.report.final_screen import final_screen
 from tuner.run_context import (
     RunContext,
-    find_unfinished_run,
+    RunStart,
+    find_start,
     load_fallback,
     open_run_folder,
     save_traceback,
@@ -32,19 +34,18 @@ from tuner.trials.workers import Worker
 
 def run_fit(settings: Settings) -> None:
     """Plan, tune, rehearse, train and export."""
-    unfinished = find_unfinished_run(settings)
-    start = None if settings.ckpt_path is None else Path(settings.ckpt_path)
-    starts = [path for path in (unfinished and unfinished.last_checkpoint, start) if path]
-    job = use_checkpoint_architecture(settings.job(), starts)
-    plan = _given_plan(settings, job, start)
-    job = use_checkpoint_tokenizer(job, starts)
-    if start is not None and (other := describe_other_text(job, start)):
-        say(other)
+    start = find_start(settings, extends=True)
+    if start is None:
+        return
+    job = use_checkpoint_architecture(settings.job(), start.checkpoints)
+    resumed = _resume(settings, job, start)
+    job = use_checkpoint_tokenizer(job, start.checkpoints).with_steps()
+    if start.checkpoint is not None and resumed is not None:
+        _describe_start(job, start.checkpoint, resumed)
     job.calibrate_gpu()
     planner = BudgetPlanner(job, settings.memory_budget)
-    memory_options = load_fallback(unfinished)
-    if plan is None and settings.memory_budget is None:
-        plan = job.configured_plan()
+    memory_options = load_fallback(start.folder)
+    plan = resumed.plan if resumed is not None else _given_plan(settings, job, start)
     if plan is None and job.devices.count > 1:
         raise ConfigError(
             "tune in one process first: python cli.py tune with the same options, then fit "
@@ -55,7 +56,7 @@ def run_fit(settings: Settings) -> None:
     else:
         plan = replace(plan, memory_options=memory_options or plan.memory_options)
         planner.check(plan)
-    folder = open_run_folder(settings, job)
+    folder = open_run_folder(settings, job, start)
     joined = nullcontext() if plan is not None else Worker(folder.tuning, "fit", say)
     with (
         save_traceback(folder.path),
@@ -70,19 +71,34 @@ def run_fit(settings: Settings) -> None:
             settings_text=settings.text,
             worker=worker,
             memory_options=memory_options,
-            ckpt_path=start,
+            ckpt_path=start.checkpoint,
         )
         summary = fit(context, plan)
     if summary is not None:
         say(final_screen(folder, summary), wrap=False)
 
 
-def _given_plan(settings: Settings, job: Job, start: Path | None) -> FoldPlan | None:
-    """Load the plan of a checkpoint or of a file; None if neither is given."""
-    if start is None:
-        return None if settings.fold_plan is None else load_plan(job, settings.fold_plan)
+def _resume(settings: Settings, job: Job, start: RunStart) -> ResumedPlan | None:
+    """Load the plan of the checkpoint of another run, unless this run has its own already."""
+    if start.checkpoint is None or start.has_checkpoint:
+        return None
     is_budgeted = settings.memory_budget is not None
-    resumed = resume_plan(job, start, settings.fold_plan, is_budgeted=is_budgeted)
-    text = f"going on from {start}, step {resumed.step} of {job.trainer.max_steps}"
+    return resume_plan(job, start.checkpoint, settings.fold_plan, is_budgeted=is_budgeted)
+
+
+def _describe_start(job: Job, checkpoint: Path, resumed: ResumedPlan) -> None:
+    """Say what goes on from where, and with what that is other than before."""
+    resumed.check_steps_left(checkpoint, job.trainer.max_steps)
+    text = f"going on from {checkpoint}, step {resumed.step} of {job.trainer.max_steps}"
     say(f"{text}, with {', '.join(resumed.changes)}" if resumed.changes else text)
-    return resumed.plan
+    if other := describe_other_text(job, checkpoint):
+        say(other)
+
+
+def _given_plan(settings: Settings, job: Job, start: RunStart) -> FoldPlan | None:
+    """Return the plan that needs no search; None if one is searched for."""
+    if start.checkpoint is not None and start.folder is not None:  # the run began with it
+        return load_plan(job, str(start.folder.plan))
+    if settings.fold_plan is not None:
+        return load_plan(job, settings.fold_plan)
+    return job.configured_plan() if settings.memory_budget is None else None

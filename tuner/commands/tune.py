@@ -8,7 +8,7 @@ from tuner.pipeline import tune
 from tuner.planning.planner import BudgetPlanner
 from tuner.run_context import (
     RunContext,
-    find_unfinished_run,
+    find_start,
     load_fallback,
     open_run_folder,
     save_traceback,
@@ -18,6 +18,9 @@ from tuner.trials.workers import Worker
 
 def run_tune(settings: Settings) -> None:
     """Find a plan, and rehearse it."""
+    start = find_start(settings)
+    if start is None:
+        return
     job = settings.job()
     if settings.memory_budget is None:
         raise ConfigError("tune needs --memory-budget SIZE, such as 24GB")
@@ -26,11 +29,12 @@ def run_tune(settings: Settings) -> None:
             "tune trains the whole model in one process; tune with --trainer.devices 1 and a "
             "budget that holds it, then share it: fit --fold-plan FILE"
         )
+    job = job.with_steps()
     job.calibrate_gpu()
     planner = BudgetPlanner(job, settings.memory_budget)
     planner.check_feasible()
-    memory_options = load_fallback(find_unfinished_run(settings))
-    folder = open_run_folder(settings, job)
+    memory_options = load_fallback(start.folder)
+    folder = open_run_folder(settings, job, start)
     with (
         save_traceback(folder.path),
         fall_back_when_out_of_memory(planner, folder),

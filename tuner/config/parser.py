@@ -65,12 +65,6 @@ class Settings:
         return getattr(self.values, name)
 
     @property
-    def identity(self) -> str:
-        """What identifies a run: a command with the same identity continues it."""
-        checkpoint = self.values.get("ckpt_path")
-        return self.text if checkpoint is None else f"{self.text}ckpt_path: {checkpoint}\n"
-
-    @property
     def tune(self) -> TuneOptions:
         """How much to search."""
         return TuneOptions(**self.values.tune.as_dict())

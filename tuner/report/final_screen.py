@@ -19,7 +19,8 @@ def final_screen(folder: RunFolder, summary: Mapping[str, Any]) -> str:
         summary: The content of `summary.json`.
     """
     commands = {name: shlex.join(words) for name, words in _commands(folder).items()}
-    sections = {"done": _results(summary), "files": _files(folder), "next": commands}
+    title = "done" if summary.get("is_finished", True) else "stopped"
+    sections = {title: _results(summary), "files": _files(folder), "next": commands}
     lines = []
     for title, rows in sections.items():
         width = max(map(len, rows))
@@ -34,6 +35,8 @@ def _results(summary: Mapping[str, Any]) -> dict[str, str]:
         "validation": f"loss {loss:.4f} nats per token, perplexity {perplexity:.2f} "
         f"({summary['validation_tokens']} tokens)"
     }
+    if summary.get("ended_by") is not None:
+        found["ended"] = _end(summary)
     measured, predicted = summary["measured_peak_bytes"], summary["predicted_peak_bytes"]
     if measured is not None:
         texts = format_bytes_apart(*(n for n in (measured, predicted) if n is not None))
@@ -47,6 +50,14 @@ def _results(summary: Mapping[str, Any]) -> dict[str, str]:
             f"{summary['rollbacks']} rollbacks"
         )
     return found
+
+
+def _end(summary: Mapping[str, Any]) -> str:
+    step, last = summary["steps"], summary["max_steps"]
+    text = f"by {summary['ended_by']} at step {step} of {last}"
+    if summary["is_finished"]:
+        return text
+    return f"{text}; {last - step} steps are left, and the same command goes on"
 
 
 def _files(folder: RunFolder) -> dict[str, str]:
