@@ -244,9 +244,6 @@ def test_a_trainer_that_needs_gradients_is_refused(settings, got):
     module = LlamaFoam(hidden_size=32, intermediate_size=44, num_hidden_layers=1)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, **settings)
     module.trainer = trainer
-    plan = module.uniform_plan(1, MemoryOptions(micro_batch_size=1))
-    module.set_plan(plan)
-    module.on_train_start()
-    module.set_plan(releasing(plan))
+    module.set_plan(releasing(module.uniform_plan(1, MemoryOptions(micro_batch_size=1))))
     with pytest.raises(ConfigError, match=rf"model\.clip_norm.*{got}"):
         module.on_train_start()
