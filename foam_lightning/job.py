@@ -51,7 +51,7 @@ class Job:
 
     def __post_init__(self) -> None:
         weight_dtype(self.trainer.precision)
-        _ = self.devices
+        self._check_scaler()
         check_ranges("", {"seed_everything": self.seed}, {"seed_everything": SEED})
 
     @property
@@ -112,8 +112,9 @@ class Job:
         """Refuse memory options that contradict the settings.
 
         Raises:
-            ConfigError: Gradient release on several devices or with gradient clipping over all
-                parameters; offloaded state on a CPU; or a baseline with options of FOAM.
+            ConfigError: Gradient release on several devices, with gradient clipping over all
+                parameters or with a gradient scaler; offloaded state on a CPU; or a baseline with
+                options of FOAM.
         """
         if not self.is_foam:
             self._check_options_of_baseline(memory_options)
@@ -123,6 +124,12 @@ class Job:
             raise ConfigError(
                 f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
                 "release frees each one; set model.clip_norm instead, which clips each by itself"
+            )
+        if memory_options.gradient_release and self.trainer.scales_gradients:
+            raise ConfigError(
+                "trainer.precision 16-mixed scales the loss, and gradient release would use each "
+                "gradient before it is scaled back; unset model.gradient_release, or set "
+                "trainer.precision bf16-mixed"
             )
         if memory_options.state_offload and not self.trainer.is_on_gpu:
             raise ConfigError(
@@ -294,6 +301,21 @@ class Job:
             devices=self.devices,
             costs=load_costs(self.gpu),
         )
+
+    def _check_scaler(self) -> None:
+        if not self.trainer.scales_gradients:
+            _ = self.devices
+            return
+        if not self.trainer.is_on_gpu:
+            raise ConfigError(
+                "trainer.precision 16-mixed needs a GPU, and trainer.accelerator is cpu; use "
+                "bf16-mixed or 32-true there"
+            )
+        if self.devices.shards:
+            raise ConfigError(
+                "trainer.strategy fsdp2 does not support trainer.precision 16-mixed; use ddp, or "
+                "trainer.precision bf16-mixed"
+            )
 
     def _check_optimizer(self) -> None:
         check_installed(self.model.optimizer)

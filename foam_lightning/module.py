@@ -6,9 +6,11 @@ from copy import deepcopy
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -190,7 +192,9 @@ class LlamaFoam(LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         labels = batch["labels"]
-        total, num_tokens = self._summed_loss(self.hidden_states(batch["input_ids"]), labels)
+        hidden, scaler = self.hidden_states(batch["input_ids"]), self.gradient_scaler
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=labels.device))
+        total, num_tokens = self._summed_loss(hidden, labels, scale)
         self.log("train/loss", total.detach() / num_tokens.clamp(min=1), prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return self.step_mean.backward_loss(total, num_tokens, labels, self.trainer)
@@ -224,6 +228,13 @@ class LlamaFoam(LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Lightning frees gradients only after the next forward pass, which would raise its peak.
         optimizer.zero_grad(set_to_none=True)
+
+    @override
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        with catch_warnings():
+            # A gradient scaler may skip the first step of the optimizer; the schedule goes on.
+            filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            super().lr_scheduler_step(scheduler, metric)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -312,6 +323,12 @@ class LlamaFoam(LightningModule):
         """Whether parameters are updated inside backward."""
         return self._options().gradient_release
 
+    @property
+    def gradient_scaler(self) -> torch.amp.GradScaler | None:
+        """What keeps float16 gradients in their range; None under other precisions."""
+        plugin = self.trainer.precision_plugin
+        return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+
     def _options(self) -> MemoryOptions:
         if self._memory_options is None:
             raise ConfigError(_NO_PLAN)
@@ -329,6 +346,8 @@ class LlamaFoam(LightningModule):
             checkpoint_layers(model, selective=options.selective_checkpointing)
         self.model = model
 
-    def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _summed_loss(
+        self, hidden: Tensor, labels: Tensor, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         head, chunked = self._built_model().lm_head, self._options().chunked_loss
-        return token_loss(hidden, head, labels, chunked=chunked)
+        return token_loss(hidden, head, labels, chunked=chunked, scale=scale)

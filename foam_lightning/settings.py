@@ -16,7 +16,9 @@ OptimizerName = Literal[
     "foam", "adamw", "split_adamw", "galore", "apollo", "fira", "adam_mini", "muon", "adamw8bit"
 ]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
-Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"]
+# Lightning's short names, which YAML may read as numbers.
+_SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 # Each row of an embedding or of the head belongs to one token and is rarely touched. The rule is
 # the one of the released FOAM code.
 DEFAULT_EXCLUDE = r"embed_tokens|lm_head"
@@ -243,6 +245,8 @@ class TrainerSettings:
     arguments: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        precision = full_precision_name(self.arguments.get("precision"))
+        object.__setattr__(self, "arguments", {**self.arguments, "precision": precision})
         for name, (allowed, reason) in _REFUSED.items():
             value = self.arguments.get(name)
             if value is not None and value not in allowed:
@@ -289,7 +293,12 @@ class TrainerSettings:
     @property
     def precision(self) -> Precision:
         """Lightning's name of the precision, which `trace.weight_dtype` checks."""
-        return cast(Precision, str(self.arguments.get("precision") or "32-true"))
+        return cast(Precision, self.arguments["precision"] or "32-true")
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a gradient scaler keeps float16 gradients in their range."""
+        return self.precision == "16-mixed"
 
     @property
     def is_on_gpu(self) -> bool:
@@ -334,3 +343,11 @@ def _as_list(given: Any) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def full_precision_name(precision: str | int | None) -> str | None:
+    """Return Lightning's full name of a precision: "bf16" and 16 are "bf16-mixed" and "16-mixed".
+
+    So a run is recorded, and found again, under one name. None and unknown names stay.
+    """
+    return None if precision is None else _SHORT_PRECISIONS.get(str(precision), str(precision))

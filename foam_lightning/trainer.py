@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -67,9 +68,17 @@ def create_trainer(
     try:
         if max_time is not None:  # first, so that the others see that it stops the run
             arguments["callbacks"].insert(0, Timer(max_time))
-        return Trainer(**arguments)
+        with catch_warnings():
+            filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # refused below
+            trainer = Trainer(**arguments)
     except Exception as error:  # of an accelerator that is missing, or a callback given twice
         raise ConfigError(f"trainer: {first_line(error)}") from error
+    if settings.scales_gradients and trainer.precision != settings.precision:
+        raise ConfigError(
+            "trainer.precision 16-mixed needs a GPU, and this machine has none; use bf16-mixed or "
+            "32-true here"
+        )
+    return trainer
 
 
 def _count_micro_batches(arguments: dict[str, Any], name: str, accumulated: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from lightning.pytorch.plugins import MixedPrecision
 
 from foam_lightning.job import Job
 from foam_lightning.memory.allocator import set_expandable_segments
@@ -94,6 +95,18 @@ def new_job(corpus: dict[str, Any]) -> Callable[..., Job]:
         )
 
     return make
+
+
+@pytest.fixture
+def float16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Lightning train under 16-mixed, with a gradient scaler, on a CPU, as it does on a GPU.
+
+    Jobs for it have the accelerator "auto".
+    """
+    connector = "lightning.pytorch.trainer.connectors.accelerator_connector._AcceleratorConnector"
+    monkeypatch.setattr(
+        f"{connector}._check_and_init_precision", lambda _: MixedPrecision("16-mixed", "cpu")
+    )
 
 
 @pytest.fixture

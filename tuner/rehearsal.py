@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.plugins import MixedPrecision
+
 from foam_lightning.callbacks.memory import MemoryMonitor
 from foam_lightning.errors import ConfigError, InfeasibleBudgetError
 from foam_lightning.job import Job
@@ -228,6 +230,9 @@ def _measure(job: Job, plan: FoldPlan, folder: Path) -> tuple[int, ...]:
         val_check_interval=_STEPS,
         check_val_every_n_epoch=None,
     )
+    if isinstance(plugin := trainer.precision_plugin, MixedPrecision) and plugin.scaler is not None:
+        # No gradient overflows, so no step is skipped: the peak is that of a step that updates.
+        plugin.scaler.load_state_dict({**plugin.scaler.state_dict(), "scale": 1.0})
     checkpoint = folder / "rehearsal.ckpt"
     checkpoint.unlink(missing_ok=True)  # of a rehearsal that was killed
     try:

@@ -68,13 +68,22 @@ class StepPolicy:
         has_mean = self.max_rollbacks > 0 and self.num_taken >= _STEPS_BEFORE_SPIKES
         return math.isfinite(loss) and not (has_mean and loss > self.mean + self.spike_nats)
 
-    def decide(self, loss: float, *, has_finite_gradients: bool, can_roll_back: bool) -> StepAction:
+    def decide(
+        self,
+        loss: float,
+        *,
+        has_finite_gradients: bool,
+        can_roll_back: bool,
+        lowers_scale: bool = False,
+    ) -> StepAction:
         """Decide about a step, and count it.
 
         Args:
             loss: In nats per token, over the whole step.
             has_finite_gradients: Whether all gradients are finite.
             can_roll_back: Whether there is a checkpoint.
+            lowers_scale: Whether a gradient scaler answers gradients that are not finite with a
+                lower scale. Such a step is skipped, but says nothing about the model.
         """
         if self.is_good(loss) and has_finite_gradients:
             self.in_a_row = 0
@@ -82,6 +91,8 @@ class StepPolicy:
             self.mean += (loss - self.mean) / min(self.num_taken, _STEPS_OF_MEAN)
             return StepAction.TAKE
         self.skipped += 1
+        if lowers_scale and math.isfinite(loss) and not has_finite_gradients:
+            return StepAction.SKIP
         self.in_a_row += 1
         is_spike = has_finite_gradients and math.isfinite(loss)
         if self.in_a_row <= self.max_skipped_steps and not (is_spike and can_roll_back):
@@ -114,6 +125,11 @@ class SpikeGuard(Callback):
     With gradient release, gradients are used inside the backward pass. There the loss is checked
     before it, and a bad one is not propagated. If the loss is finite and a gradient is not, its
     bad values become 0, and the step counts as skipped.
+
+    A gradient scaler, under 16-mixed, has scaled the gradients back before they are checked. It
+    begins with a scale of 65536 and halves it whenever they overflow, as they may in the first
+    steps. Those steps are skipped and counted; they do not count as steps in a row until the scale
+    has come down to 1.
 
     Reading the sums synchronizes with a GPU once per optimizer step; a progress bar does so for
     every micro-batch anyway.
@@ -177,13 +193,18 @@ class SpikeGuard(Callback):
         loss, is_finite = self._step_sums(trainer, pl_module)
         # A broadcast by all ranks or by none: they have the same sums.
         is_good = is_finite and self.policy.is_good(loss)
+        scaler = None if is_good else pl_module.gradient_scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
         can_roll_back = not is_good and bool(trainer.strategy.broadcast(self._checkpoint.exists()))
         self._action = self.policy.decide(
-            loss, has_finite_gradients=is_finite, can_roll_back=can_roll_back
+            loss,
+            has_finite_gradients=is_finite,
+            can_roll_back=can_roll_back,
+            lowers_scale=scale > 1,
         )
         if self._action is StepAction.TAKE:
             return
-        problem = _describe(loss, pl_module, is_finite=is_finite)
+        problem = _describe(loss, pl_module, is_finite=is_finite, scale=scale)
         where = _locate(trainer, pl_module)
         if self._action is StepAction.STOP:
             raise DivergedError(self._stop_message(where, problem))
@@ -238,9 +259,11 @@ def _norm(grads: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(grads)
 
 
-def _describe(loss: float, module: LlamaFoam, *, is_finite: bool) -> str:
+def _describe(loss: float, module: LlamaFoam, *, is_finite: bool, scale: float) -> str:
     if is_finite or not math.isfinite(loss):
         return f"the loss is {loss:.4g}"
+    if scale > 1:
+        return f"gradients overflow float16 at a loss scale of {scale:.6g}, which is now halved"
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and not local_shard(parameter.grad).isfinite().all():
             return f"the gradient of {name} is not finite"

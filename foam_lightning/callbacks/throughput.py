@@ -51,7 +51,8 @@ def peak_flops(device: torch.device, precision: str) -> int | None:
     Returns:
         None for a CPU, and for a card that Lightning does not list.
     """
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    names = {"bf16": torch.bfloat16, "16": torch.float16}
+    dtype = names.get(precision.partition("-")[0], torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an unknown card
         return get_available_flops(device, dtype)

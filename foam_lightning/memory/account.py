@@ -51,6 +51,8 @@ _SLACK_PERCENT = 2
 # Lightning keeps up to 28 bytes of running mean for each value that is logged, the training step a
 # few scalars. A full run on a CPU was measured at 216 bytes.
 _LOGGED_BYTES = 256
+# A gradient scaler has its scale, a count and a flag, 4 bytes each, and makes one more scalar.
+_SCALER_BYTES = 16
 
 
 class AccountedModel(Protocol):
@@ -306,6 +308,7 @@ class Accountant:
             # Two tensors, as the data loader gives them, though the tokens are the same.
             return torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
 
+        small = _LOGGED_BYTES + (_SCALER_BYTES if self._precision == "16-mixed" else 0)
         with as_first_device(self._devices, self._precision) as join, fake_tensors(self._precision):
             num_traced = min(self._num_layers, 4 if self._devices.shards else 3)
             model = self._model.build_for_trace(memory_options, num_traced)
@@ -318,7 +321,7 @@ class Accountant:
                 gradient_release=memory_options.gradient_release,
                 autocast=autocast_for(self._precision),
                 num_layers=self._num_layers,
-                held={"logged values": torch.zeros(_LOGGED_BYTES, dtype=torch.uint8)},
+                held={"logged values": torch.zeros(small, dtype=torch.uint8)},
                 with_origins=with_origins,
                 as_on_cuda=self._on_gpu,
             )

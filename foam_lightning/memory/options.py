@@ -37,7 +37,8 @@ class OptionLadder:
         start: The memory options of the configuration; none of them is ever turned off.
         on_gpu: Whether state may be int8 or in host memory. On a CPU the update of int8 state is
             not compiled and takes 30 times as long, and there is no other memory.
-        can_release: Whether gradients may be released, which needs a run on one device.
+        can_release: Whether gradients may be released, which needs a run on one device
+            and no gradient scaler.
         min_selective_rows: Rows of a micro-batch from which selective checkpointing is the faster
             one; with fewer it is left out.
         min_chunked_rows: Rows of a micro-batch from which its loss is more than one chunk; with

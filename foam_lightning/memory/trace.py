@@ -211,6 +211,15 @@ def weight_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the dtype of matrix products under a mixed precision; None under any other.
+
+    Args:
+        precision: Lightning's name of the precision.
+    """
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+
+
 def autocast_for(precision: Precision, device: str = "cpu") -> AbstractContextManager[object]:
     """Return the forward context of a precision.
 
@@ -218,10 +227,10 @@ def autocast_for(precision: Precision, device: str = "cpu") -> AbstractContextMa
         precision: Lightning's name of the precision.
         device: The type of the device; the trace runs on the CPU.
     """
-    if precision == "bf16-mixed":
-        # As Lightning has it: without the cache, which would keep a copy of every weight.
-        return torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False)
-    return nullcontext()
+    if (dtype := autocast_dtype(precision)) is None:
+        return nullcontext()
+    # As Lightning has it: without the cache, which would keep a copy of every weight.
+    return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
 
 @contextmanager

@@ -16,7 +16,12 @@ _MAX_CHUNKS = 64
 
 
 def token_loss(
-    hidden: Tensor, head: torch.nn.Linear, labels: Tensor, *, chunked: bool = False
+    hidden: Tensor,
+    head: torch.nn.Linear,
+    labels: Tensor,
+    *,
+    chunked: bool = False,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum the negative log-likelihood of every next token, in nats and in float32.
 
@@ -27,6 +32,8 @@ def token_loss(
             -100 are ignored.
         chunked: Process 1/64 of the tokens at a time, at least 256, so that the (B * S, V) logits
             never exist; see `_ChunkedLoss`.
+        scale: By what a gradient scaler will multiply the loss, a scalar. Gradients that are formed
+            in the forward pass are as large, so that float16 can express them.
 
     Returns:
         The sum over labelled tokens, a float32 scalar, and their number, an int64 scalar.
@@ -35,7 +42,7 @@ def token_loss(
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # the last predicts nothing
         num_tokens = (targets != IGNORED).sum()
         total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, 1), head.weight, targets, num_tokens, torch.is_grad_enabled()
+            hidden.flatten(0, 1), head.weight, targets, num_tokens, scale, torch.is_grad_enabled()
         )
         return total, num_tokens
     targets = labels[:, 1:].flatten()
@@ -75,6 +82,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         num_tokens: Tensor,
+        scale: Tensor | None,
         grad_enabled: bool,
     ) -> Tensor:
         """Sum the negative log-likelihood, and form the gradients that backward will return.
@@ -85,6 +93,7 @@ class _ChunkedLoss(torch.autograd.Function):
             weight: The head, (V, H).
             targets: The token that each position predicts, (N,), or -100.
             num_tokens: How many are not -100, a scalar.
+            scale: That of a gradient scaler; None is 1.
             grad_enabled: Whether there may be a backward pass.
         """
         device = states.device.type
@@ -94,7 +103,8 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_states = torch.empty_like(states) if needs_states else None
         grad_head = torch.zeros_like(weight) if needs_head else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
-        scales = (targets != IGNORED).float() / num_tokens.clamp(min=1)
+        divisor = num_tokens.clamp(min=1) if scale is None else num_tokens.clamp(min=1) / scale
+        scales = (targets != IGNORED).float() / divisor
         size = max(_MIN_CHUNK_TOKENS, -(-len(targets) // _MAX_CHUNKS))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets), size):
@@ -108,7 +118,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     nll = _nll(_log_probabilities(rows, head), labels)
                 total += nll
         ctx.gradients = grad_states, grad_head
-        ctx.num_tokens = num_tokens
+        ctx.divisor = divisor
         return total
 
     @staticmethod
@@ -127,9 +137,9 @@ class _ChunkedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss frees its gradients in backward; run it only once")
         gradients, ctx.gradients = ctx.gradients, None
-        scale = grad_total * ctx.num_tokens
+        scale = grad_total * ctx.divisor
         grad_states, grad_head = (None if g is None else g.mul_(scale) for g in gradients)
-        return grad_states, grad_head, None, None, None
+        return grad_states, grad_head, None, None, None, None
 
 
 def _log_probabilities(rows: Tensor, head: Tensor) -> Tensor:

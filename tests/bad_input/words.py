@@ -142,7 +142,7 @@ NUMBERS = [
         "data.batch_size": "0 -4 99999999999999999999",
         "data.micro_batch_size": "0 3 -1 5",
         "trainer.max_steps": "0 -1 many 1.5 nan",
-        "trainer.precision": "8-true",
+        "trainer.precision": "8-true 16-true 64 16-mixed 16",
         "trainer.devices": "0 many",
         "trainer.strategy": "deepspeed",
         "trainer.accumulate_grad_batches": "4",

@@ -47,6 +47,7 @@ MATRIX = [
     Settings("int8", "whole", "mixture", 2, (2,)),
     Settings("int8", "accumulated", "rows", 0, (6,), "bf16-true"),
     Settings("int8", "released", "rows", 2, (5,), "bf16-mixed"),
+    Settings("float32", "accumulated", "rows", 0, (3,), "16-mixed"),
     Settings("int8", "offloaded", "stream", 2, (4,), "bf16-true"),
 ]
 STEPPING: dict[str, dict[str, Any]] = {
@@ -84,11 +85,21 @@ def assert_exact(job: Job, plan: FoldPlan, folder: Path, stops: tuple[int, ...])
 
 
 @pytest.mark.parametrize("settings", MATRIX, ids=lambda settings: "-".join(map(str, settings[:4])))
-def test_a_stopped_run_resumes_exactly(settings: Settings, new_job: NewJob, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_exactly(
+    settings: Settings, new_job: NewJob, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    is_float16 = settings.precision == "16-mixed"
+    if is_float16:
+        request.getfixturevalue("float16_on_cpu")
     job = new_job(
         model={"state_dtype": settings.state_dtype},
         data={**data_of(settings.data, tmp_path), "num_workers": settings.num_workers},
-        trainer={"max_steps": STEPS, "val_check_interval": 3, "precision": settings.precision},
+        trainer={
+            "max_steps": STEPS,
+            "val_check_interval": 3,
+            "precision": settings.precision,
+            "accelerator": "auto" if is_float16 else "cpu",
+        },
     )
     assert_exact(job, mixed_plan(job, settings.stepping), tmp_path, settings.stops)
 

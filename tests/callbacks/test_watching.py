@@ -210,7 +210,7 @@ def test_peak_flops_are_known_for_listed_cards_only(monkeypatch: pytest.MonkeyPa
     assert peak_flops(torch.device("cpu"), "32-true") is None
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
-    assert peak_flops(cuda, "bf16-mixed") == 312 * 10**12
+    assert peak_flops(cuda, "bf16-mixed") == peak_flops(cuda, "16-mixed") == 312 * 10**12
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some Card 9000")
     assert peak_flops(cuda, "bf16-mixed") is None  # without a warning
 

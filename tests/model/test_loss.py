@@ -51,6 +51,19 @@ def test_chunks_change_neither_the_loss_nor_a_gradient():
         torch.testing.assert_close(chunked_, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("scale", "is_exact"), [(1.0, False), (2.0**16, True)])
+def test_chunks_form_float16_gradients_at_the_scale_of_the_scaler(scale, is_exact):
+    hidden, head, labels = example(rows=4, length=512)
+    head.weight.data = torch.randn(20000, H) / 8  # probabilities near 1/20000 over 2048 tokens
+    (expected,) = torch.autograd.grad(token_loss(hidden, head, labels)[0], head.weight)
+    with torch.autocast("cpu", dtype=torch.float16):
+        total, _ = token_loss(hidden, head, labels, chunked=True, scale=torch.tensor(scale))
+    (found,) = torch.autograd.grad(total * scale, head.weight)
+    never = slice(V, None)  # no label: nothing but small probabilities
+    difference = (found[never] / scale - expected[never]).norm() / expected[never].norm()
+    assert difference < 0.01 if is_exact else difference > 0.9
+
+
 @pytest.mark.parametrize("chunked", [False, True], ids=["plain", "chunked"])
 def test_ignored_labels_get_no_gradient(chunked):
     hidden, head, labels = example()

@@ -41,8 +41,8 @@ class Plant(Callback):
         if self.what == "loss":
             summed: Any = pl_module._summed_loss
 
-            def spoiled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-                total, num_tokens = summed(hidden, labels)
+            def spoiled(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+                total, num_tokens = summed(*arguments)
                 return total * self.factor, num_tokens
 
             pl_module._summed_loss = spoiled  # type: ignore[method-assign]

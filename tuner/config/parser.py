@@ -20,7 +20,12 @@ from foam_lightning.data.saved import TEXT_SETTINGS, peek_checkpoint, saved_sett
 from foam_lightning.errors import ConfigError, FoamError, one_line
 from foam_lightning.job import Job
 from foam_lightning.loggers import LoggerName
-from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
+from foam_lightning.settings import (
+    DataSettings,
+    ModelSettings,
+    TrainerSettings,
+    full_precision_name,
+)
 from foam_lightning.units import ByteSize
 from tuner.config.allowed_classes import allow_only, explain, refusal
 from tuner.config.early_checks import DEFAULT_CONFIG, option_values, suggestion
@@ -114,6 +119,7 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
         for flag in _LIST_FLAGS:
             if isinstance(value := values[flag[2:]], str):  # in a configuration file
                 values[flag[2:]] = [value]
+        values["trainer.precision"] = full_precision_name(values["trainer.precision"])
         shared = values.clone()
         for name in _UNSAVED:
             shared.pop(name, None)

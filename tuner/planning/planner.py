@@ -56,7 +56,7 @@ class BudgetPlanner(LevelPlanner):
         self.ladder = OptionLadder(
             job.memory_options,
             on_gpu=job.trainer.is_on_gpu,
-            can_release=job.devices.count == 1,
+            can_release=job.devices.count == 1 and not job.trainer.scales_gradients,
             min_selective_rows=min_rows_for_selective_checkpointing(
                 self.module.shapes, length, on_gpu=job.trainer.is_on_gpu
             ),
