@@ -195,9 +195,11 @@ class LlamaFoam(LightningModule):
         hidden, scaler = self.hidden_states(batch["input_ids"]), self.gradient_scaler
         scale = None if scaler is None else scaler.scale(torch.ones((), device=labels.device))
         total, num_tokens = self._summed_loss(hidden, labels, scale)
-        self.log("train/loss", total.detach() / num_tokens.clamp(min=1), prog_bar=True)
+        loss = self.step_mean.backward_loss(total, num_tokens, labels, self.trainer)
+        nats, count = self.step_mean.totals()  # of all micro-batches of the step so far
+        self.log("train/loss", nats / count.clamp(min=1), prog_bar=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return self.step_mean.backward_loss(total, num_tokens, labels, self.trainer)
+        return loss
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -53,6 +54,27 @@ def test_the_events_contain_the_losses_and_the_learning_rate(finished: Finished)
     assert perplexity == pytest.approx(math.exp(trained.final_validation_loss), rel=1e-5)
     rates = [event.value for event in events.Scalars("train/learning_rate")]
     assert max(rates) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_logged_loss_is_the_mean_over_all_micro_batches(
+    packing: bool, new_job: NewJob, tmp_path: Path
+) -> None:
+    text = tmp_path / "rows.jsonl"  # of 4 to 60 characters, so that short rows are padded
+    rows = [json.dumps({"text": "ab c" * (1 + i % 15)}) for i in range(64)]
+    text.write_text("\n".join(rows), encoding="utf-8")
+
+    def logged(micro_batch_size: int) -> list[float]:
+        data = {"micro_batch_size": micro_batch_size, "packing": packing, "files": [str(text)]}
+        job = new_job(data=data, trainer={"max_steps": 3})
+        folder = open_folder(tmp_path / str(micro_batch_size))
+        train(job, job.configured_plan(), folder)
+        events = EventAccumulator(str(folder.path), size_guidance={"scalars": 0}).Reload()
+        return [event.value for event in events.Scalars("train/loss")]
+
+    losses = logged(8)
+    assert len(losses) == 3
+    assert logged(2) == pytest.approx(losses, rel=1e-4)
 
 
 def test_the_last_checkpoint_is_of_the_last_step(finished: Finished) -> None:

@@ -7,6 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
+from foam_lightning.data.module import TextData
+from foam_lightning.data.saved import has_same_rows
 from foam_lightning.errors import CheckpointError
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.checkpoint import renumber_by_model_order
@@ -71,7 +73,10 @@ class ExactResume(Callback):
         )
         # With another number of ranks all take the position of rank 0, which counts rows over all.
         own = checkpoint[RANKS][trainer.global_rank if num_ranks == trainer.world_size else 0]
-        if own["loaders"] is not None:
+        data: Any = getattr(trainer, "datamodule", None)
+        if isinstance(data, TextData) and not has_same_rows(checkpoint, data.settings):
+            begin_epoch(checkpoint["loops"]["fit_loop"])
+        elif own["loaders"] is not None:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own["loaders"]
         self._random = own["random"]
 
@@ -130,6 +135,17 @@ def rescale(
             done = _rescaled(counts["ready"], before, after)
             # The current batch is not completed yet: Lightning saves before it counts it.
             counts.update({key: done - counts["ready"] + n for key, n in counts.items()})
+
+
+def begin_epoch(fit_loop: dict[str, Any]) -> None:
+    """Let an epoch begin with the first row, since a position in other rows means nothing.
+
+    Args:
+        fit_loop: The state of Lightning's fit loop, changed in place.
+    """
+    fit_loop["state_dict"].pop("combined_loader", None)
+    counts = fit_loop[_COUNTS]
+    counts["current"] = dict.fromkeys(counts["current"], 0)
 
 
 def _rescaled(batches: int, before: MemoryOptions, after: MemoryOptions) -> int:

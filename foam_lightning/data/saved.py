@@ -23,6 +23,7 @@ _KEY = "TextData"
 TEXT_SETTINGS = frozenset(
     ("files", "validation_files", "text_column", "dataset", "dataset_config", "sources")
 )
+_ROW_SETTINGS = TEXT_SETTINGS | {"chat", "streaming", "sequence_length", "packing"}
 _PATHS = ("files", "validation_files")
 # Settings of a machine, or of the model.
 _UNSAVED = {"cache_dir", "num_workers", "micro_batch_size", "vocab_size"}
@@ -97,6 +98,20 @@ def saved_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     known = {field.name for field in fields(DataSettings)} - _UNSAVED
     found = settings.items() if isinstance(settings, Mapping) else ()
     return {name: value for name, value in found if name in known}
+
+
+def has_same_rows(content: Mapping[str, Any], settings: DataSettings) -> bool:
+    """Return whether settings make the rows that a checkpoint was trained on; True if unknown.
+
+    Args:
+        content: The content of the checkpoint.
+        settings: The settings to go on with.
+    """
+    before, now = saved_settings(content), settings_to_save(settings)
+    for one in (before, now):
+        # Which text is held out changes the rows only if it is part of the files.
+        one["validation_files"] = one.get("validation_files") is not None
+    return not content.get(_KEY) or all(before.get(name) == now[name] for name in _ROW_SETTINGS)
 
 
 def has_tokenizer(content: Mapping[str, Any]) -> bool:

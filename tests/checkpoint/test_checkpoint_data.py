@@ -12,8 +12,10 @@ from transformers import AutoTokenizer
 import cli
 from foam_lightning.data.saved import load_saved_tokenizer, peek_checkpoint, saved_settings
 from foam_lightning.errors import CheckpointError
+from foam_lightning.module import LlamaFoam
 from tests.support.pretrained import CHAT_TEMPLATE, save_pretrained, save_tokenizer
 from tests.support.tiny import write_settings
+from tuner.config.parser import parse
 
 
 class Run:
@@ -87,6 +89,41 @@ def test_going_on_with_other_text_keeps_the_tokenizer(run: Run, capfd: Printed) 
     )
     settings = saved_settings(peek_checkpoint(folder / "checkpoints" / "last.ckpt") or {})
     assert settings["files"] == [str(other)]
+
+
+@pytest.mark.parametrize("before", ["false", "true"])
+@pytest.mark.parametrize("after", ["false", "true"])
+def test_other_text_is_read_from_its_beginning(
+    before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A position in one text, packed or streamed, means nothing in another."""
+    texts = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
+    for path in texts:
+        lines = (json.dumps({"text": f"{path.stem} {i} and {i} " * 20}) for i in range(200))
+        path.write_text("\n".join(lines))
+    first = ["--data.files", str(texts[0]), "--data.streaming", before]
+    run = Run(tmp_path, *first)
+    words = ["--data.files", str(texts[1]), "--data.streaming", after]
+    words = [*run.longer, "--name", "on", *words]
+    seen: list[torch.Tensor] = []
+    step = LlamaFoam.training_step
+
+    def record(module: LlamaFoam, batch: Any, *rest: Any) -> Any:
+        seen.append(batch["input_ids"])
+        return step(module, batch, *rest)
+
+    monkeypatch.setattr(LlamaFoam, "training_step", record)
+    assert cli.main(["fit", *words, "--ckpt_path", str(run.lone)]) == 0
+    job = parse("fit", [*words, "--data.tokenizer", str(run.lone)], default=None).job()
+    data = job.new_data(job.memory_options)
+    data.setup()
+    data.stream_rows = 24
+    loader = data.train_dataloader()
+    if (before, after) == ("true", "false"):  # the stream has ended the first epoch
+        loader.sampler.set_epoch(1)
+    expected = [batch["input_ids"] for batch, _ in zip(loader, seen, strict=False)]
+    assert len(seen) == 2
+    assert torch.equal(torch.cat(seen), torch.cat(expected))
 
 
 def test_a_run_whose_text_has_changed_goes_on_with_its_tokenizer(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from tests.support.search_results import (
     uniform_plan,
 )
 from tuner.planning.planner import NearbyBudget
-from tuner.report.plan_table import plan_json, plan_table, tensor_table, tensors_as_json
+from tuner.report.plan_table import (
+    TERM_NAMES,
+    plan_json,
+    plan_table,
+    tensor_table,
+    tensors_as_json,
+)
 
 OPTIONS = UNIFORM.plan.memory_options
 
@@ -86,7 +92,7 @@ def test_json_says_whether_the_plan_fits(budget: int | None, feasible: bool) -> 
 
 
 @pytest.mark.parametrize("plan", [uniform_plan(2), mixed_plan(80)], ids=["uniform", "mixed"])
-@pytest.mark.parametrize("width", [40, 60, 80])
+@pytest.mark.parametrize("width", [40, 51, 60, 80])
 def test_the_table_fits_its_terminal_and_keeps_its_numbers(plan: FoldPlan, width: int) -> None:
     large = Account({term: num_bytes * 1000 + 123_456 for term, num_bytes in BREAKDOWN.items()})
     costs = {"chunked_loss": "no slowdown"}
@@ -95,6 +101,7 @@ def test_the_table_fits_its_terminal_and_keeps_its_numbers(plan: FoldPlan, width
     assert max(map(len, text.splitlines())) <= width
     assert "\x1b" not in text
     assert "…" not in text
+    assert all(name in text for name in TERM_NAMES.values()), "names are whole at any width"
     rows = cells(text)
     assert ["predicted", "peak", "29.93", "GB", "100.0%"] in rows
     assert any(row[:5] == ["optimizer", "state", "3.1", "GB", "10.4%"] for row in rows)

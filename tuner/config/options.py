@@ -108,8 +108,8 @@ OPTIONS = (
     Option("--tune.trials", "N", "number of short runs, instead of a fraction"),
     Option("--tune.steps", "N", "optimizer steps per short run; under 300 misleads"),
     Option("--trainer.max_steps", "N", "optimizer steps of the full run"),
-    Option("--data.files", "PATH...", "training text: files, folders, patterns (.txt, .jsonl, "
-           ".json, .csv, .parquet); default Python's source"),
+    Option("--data.files", "PATH...", "training text: files, folders, patterns; default Python's "
+           "source"),
     Option("--data.dataset", "NAME", "a dataset on the Hugging Face Hub"),
     Option("--data.tokenizer", "PATH", "a local tokenizer, or one on the Hub; default trains one"),
     Option("--model.level", "L", "fold level of every matrix, without a budget; default 2"),
