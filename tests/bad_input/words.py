@@ -24,7 +24,13 @@ USAGE = [
     *(
         Case(f"{command} with {flag}", f"{command} --config {{good}}/tiny.yaml {flag}", "remove it")
         for command, flags in {
-            "compare": ("--memory-budget 24GB", "--fold-plan=x.json", "--fold_plan x.json"),
+            "compare": (
+                "--memory-budget 24GB",
+                "--fold-plan=x.json",
+                "--fold_plan x.json",
+                "--trainer.max_steps 9",
+                "--tune.steps=9",
+            ),
             "tune": ("--fold-plan x.json",),
             "validate": ("--memory_budget 24GB",),
             "export": ("--fold-plan x.json",),

@@ -104,10 +104,13 @@ OPTIONS = (
            "packages", str | None),
     Option("--debug", "", "show the traceback of an error", bool, False, is_switch=True),
     Option("--tune.fraction", "F", "steps of the search, as a fraction of the full run; "
-           "default 0.02"),
-    Option("--tune.trials", "N", "number of short runs, instead of a fraction"),
-    Option("--tune.steps", "N", "optimizer steps per short run; under 300 misleads"),
-    Option("--trainer.max_steps", "N", "optimizer steps of the full run"),
+           "default 0.02", unused_by=("compare",)),
+    Option("--tune.trials", "N", "number of short runs, instead of a fraction",
+           unused_by=("compare",)),
+    Option("--tune.steps", "N", "optimizer steps per short run; under 300 misleads",
+           unused_by=("compare",)),
+    Option("--trainer.max_steps", "N", "optimizer steps of the full run",
+           unused_by=("compare",)),
     Option("--data.files", "PATH...", "training text: files, folders, patterns; default Python's "
            "source"),
     Option("--data.dataset", "NAME", "a dataset on the Hugging Face Hub"),
