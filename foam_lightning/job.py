@@ -12,8 +12,10 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from foam_lightning.callbacks.given import check_callbacks
 from foam_lightning.data.module import TextData
+from foam_lightning.data.notices import print_once
+from foam_lightning.data.tokenizer import count_other_ids, load_tokenizer
 from foam_lightning.distributed.topology import Devices, device_of
-from foam_lightning.errors import ConfigError
+from foam_lightning.errors import ConfigError, DataError
 from foam_lightning.loggers import check_loggers
 from foam_lightning.memory.account import Accountant
 from foam_lightning.memory.device import Gpu, calibrate, find_gpu, load_costs
@@ -218,6 +220,26 @@ class Job:
         """
         if self.model.pretrained is not None and self.architecture is None:
             check_weights(self.model.pretrained)
+
+    def check_tokenizer(self) -> None:
+        """Print a warning if `data.tokenizer` has other ids than the tokenizer of the model.
+
+        Raises:
+            DataError: `data.tokenizer` cannot be loaded.
+        """
+        named, pretrained = self.data.tokenizer, self.model.pretrained
+        if named is None or pretrained is None or self.architecture is not None:
+            return
+        try:
+            own = load_tokenizer(pretrained)
+        except DataError:  # a folder without one, which is why another is named
+            return
+        if num_other := count_other_ids(own, load_tokenizer(named)):
+            print_once(
+                f"warning: data.tokenizer {named} gives {num_other} of the {len(own)} tokens of "
+                f"model.pretrained {pretrained} another id or none; the embeddings of these start "
+                "as those of other tokens"
+            )
 
     def new_module(self, *, seed: int | None = None) -> LlamaFoam:
         """Create the module; its weights are created in `configure_model`.

@@ -149,10 +149,10 @@ class DataSettings:
             training and validation rows, and `files` or `dataset` with their settings.
         streaming: Read the text while training: `dataset` over the network instead of a download,
             `files` without a tokenized copy on disk.
-        chat: The `files` are conversations in .jsonl, in the form that `ChatText` describes. Only
+        chat: The `files` are conversations, each file in one of the forms of docs/data.md. Only
             responses are learned. Each conversation is one padded row, whatever `packing` says.
-        tokenizer: A local folder or a name on the Hub; by default that of model.pretrained, or
-            else one is trained on the text.
+        tokenizer: A local folder, a checkpoint, or a name on the Hub; by default that of
+            model.pretrained, or else one is trained on the text.
         sequence_length: Tokens per row.
         packing: Fill every row with consecutive documents. Otherwise each document is one row,
             truncated or padded, as in the FOAM paper.

@@ -158,6 +158,7 @@ def open_run_folder(settings: Settings, job: Job, start: RunStart) -> RunFolder:
         FoamError: Weights, trainer settings or data are wrong, or the folder cannot be written.
     """
     job.check_weights()
+    job.check_tokenizer()
     job.check_trainer()
     job.new_data(job.memory_options).setup()
     folder = RunFolder.open(

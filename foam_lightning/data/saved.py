@@ -58,7 +58,7 @@ def settings_to_save(settings: DataSettings) -> dict[str, Any]:
 
 
 def name_text(settings: Mapping[str, Any]) -> str:
-    """Return a short name of the text that saved settings are of."""
+    """Return a short name of the text that settings from `settings_to_save` are of."""
     if settings.get("sources"):
         return f"{len(settings['sources'])} sources"
     if settings.get("files"):

@@ -42,6 +42,10 @@ def _saved(change: Callable[[dict[str, Any]], object]) -> Prepare:
     return prepare
 
 
+def _with_data(**state: Any) -> Prepare:
+    return _saved(lambda content: content.update(TextData=state))
+
+
 def _truncated(share: float) -> Prepare:
     def prepare(at: Path, good: Path) -> None:
         content = (good / "run" / "checkpoints" / "last.ckpt").read_bytes()
@@ -125,7 +129,19 @@ CHECKPOINTS = [
         ("fit", "no step", "no global_step", {}, _saved(lambda c: c.update(ranks=[{}]))),
         ("fit", "a step past the end", "nothing is left to train", {},
          _saved(lambda c: c.update(ranks=[{}], global_step=99))),
-        ("generate", "no tokenizer beside it", "no tokenizer", {}, _saved(lambda c: None)),
+        ("validate generate", "no tokenizer beside it", "no tokenizer", {},
+         _saved(lambda c: None)),
+        ("generate export", "a tokenizer of a list", "no tokenizer", {}, _with_data(tokenizer=[])),
+        ("generate export", "a tokenizer of a text", "cannot load the tokenizer", {},
+         _with_data(tokenizer={"tokenizer.json": "{}"})),
+        ("generate", "a tokenizer above its folder", "not a plain name", {},
+         _with_data(tokenizer={"../hacked": torch.zeros(1, dtype=torch.uint8)})),
+        ("validate", "files of a number", "no tokenizer", {}, _with_data(settings={"files": 5})),
+        ("validate", "a length below 1", "data.sequence_length", {},
+         _with_data(settings={"sequence_length": -1})),
+        ("validate", "sources of a class", "data.sources", {},
+         _with_data(settings={"sources": {"class_path": "hacked.Module"}})),
+        ("validate", "settings with a number", "no tokenizer", {}, _with_data(settings={1: 2})),
     ]
     for command in commands.split()
 ] + [

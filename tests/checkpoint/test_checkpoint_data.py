@@ -126,15 +126,6 @@ def test_other_text_is_read_from_its_beginning(
     assert torch.equal(torch.cat(seen), torch.cat(expected))
 
 
-def test_a_run_whose_text_has_changed_goes_on_with_its_tokenizer(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    before = tokenizer_of(run.folder)
-    (run.folder / "summary.json").unlink()  # as if it had been killed at the end
-    (tmp_path / "text.txt").write_text("quite another text, " * 9000)
-    assert cli.main(["fit", *run.words]) == 0
-    assert tokenizer_of(run.folder) == before
-
-
 def test_a_checkpoint_alone_is_as_good_as_in_its_run_folder(run: Run, capfd: Printed) -> None:
     here, there = (
         [
@@ -179,6 +170,14 @@ def test_a_tokenizer_with_other_ids_is_refused(run: Run, capfd: Printed) -> None
     same.save_pretrained(run.at / "same")
     words[-1] = run.at / "same"
     assert answer(capfd, "validate", *words) == answer(capfd, "validate", *words[:2])
+
+
+def test_a_pretrained_model_with_other_tokens_is_warned_of(tmp_path: Path, capfd: Printed) -> None:
+    pretrained = save_pretrained(tmp_path / "pretrained", "llama-2")
+    save_tokenizer(tmp_path / "another", vocab_size=310, template=None)
+    words = ["--model.pretrained", str(pretrained), "--data.tokenizer"]
+    Run(tmp_path, *words, str(tmp_path / "another"))
+    assert "gives 10 of the 320 tokens" in capfd.readouterr().err
 
 
 def test_a_checkpoint_of_an_older_version_needs_its_run_folder(run: Run, capfd: Printed) -> None:

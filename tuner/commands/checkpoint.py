@@ -5,6 +5,8 @@ from pathlib import Path
 
 from foam_lightning.checkpoint.load import load_module, load_tokenizer
 from foam_lightning.data.chat import end_of_turn_id
+from foam_lightning.data.records import name_files
+from foam_lightning.data.saved import name_text, settings_to_save
 from foam_lightning.errors import CheckpointError
 from foam_lightning.evaluate import format_perplexity, validate
 from foam_lightning.generate import generate_text
@@ -32,6 +34,10 @@ def run_validate(settings: Settings) -> None:
         enable_progress_bar=sys.stdout.isatty(),
     )
     loss, num_tokens = validate(trainer, module, data)
+    text = settings_to_save(job.data)
+    held_out = text["validation_files"]
+    name = name_files(held_out) if held_out else name_text(text)
+    print(f"validation text: that of {name}", file=sys.stderr)
     num_batches = len(data.val_dataloader()) if settings.biased else None
     print(format_perplexity(loss, num_tokens, num_batches=num_batches))
 

@@ -15,7 +15,6 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from foam_lightning.data.notices import print_once
 from foam_lightning.data.saved import TEXT_SETTINGS, peek_checkpoint, saved_settings
 from foam_lightning.errors import ConfigError, FoamError, one_line
 from foam_lightning.job import Job
@@ -150,8 +149,6 @@ def _data_of_checkpoint(options: Sequence[str]) -> list[str]:
         settings = saved_settings(peek_checkpoint(path) or {})
         for name in settings.keys() - unused:
             words += [f"--data.{name}", json.dumps(settings[name])]
-        if words:
-            print_once(f"{path} is outside its run folder; data settings are those it has")
     return words
 
 
