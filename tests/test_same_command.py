@@ -103,13 +103,15 @@ def test_a_run_is_found_by_what_changes_its_result(
         identity = run_identity(settings)
         return RunFolder.find_unfinished(Path(settings.runs), settings.name, identity)
 
-    settings = parse("fit", ["--config", str(runs.settings)], default=None)
+    options = ["--config", str(runs.settings), "--data.micro_batch_size", "2"]
+    options += ["--memory-budget", "1GB", "--trainer.precision", "bf16"]
+    settings = parse("fit", options, default=None)
     RunFolder.open(Path(settings.runs), "default", run_identity(settings))
     monkeypatch.chdir(runs.folder)
     Path("copy").mkdir()
     shutil.copy("text.txt", "copy/words.txt")
     Path("runs/default").rename("runs/renamed")
-    renamed = ("--name", "renamed")
+    renamed = ("--name", "renamed", *options[2:])
     for words in (
         [],
         ["--trainer.enable_progress_bar", "false"],
@@ -123,6 +125,9 @@ def test_a_run_is_found_by_what_changes_its_result(
         ["--data.num_workers", "1"],
         ["--runs", "runs"],
         ["--model.lr", "2e-2"],
+        ["--trainer.precision", "bf16-mixed"],
+        ["--memory-budget", "1000MB"],
+        ["--debug"],
     ):
         assert find(*renamed, *words), words
     Path("copy/words.txt").write_text("others " * 1000)
@@ -132,7 +137,8 @@ def test_a_run_is_found_by_what_changes_its_result(
         ["--data.files", "copy/words.txt"],
         ["--data.batch_size", "8"],
         ["--seed_everything", "1"],
-        ["--memory-budget", "1GB"],
+        ["--memory-budget", "2GB"],
+        ["--data.micro_batch_size", "null"],
         ["--trainer.max_steps", "40"],
         ["--trainer.max_epochs", "1"],
         ["--trainer.precision", "bf16-true"],

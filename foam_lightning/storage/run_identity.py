@@ -54,10 +54,12 @@ class RunIdentity:
         """
         missing = [name for name in self.settings if name not in recorded]
         known = {**(self.defaults() if missing else {}), **recorded}
+        names = dict.fromkeys((*self.settings, *recorded))  # one that is missing is None
         return [
             name
-            for name, value in self.settings.items()
-            if name not in ignoring and not _is_same(value, known.get(name), by_path=by_path)
+            for name in names
+            if name not in ignoring
+            and not _is_same(self.settings.get(name), known.get(name), by_path=by_path)
         ]
 
 

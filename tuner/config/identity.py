@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from foam_lightning.settings import full_precision_name
 from foam_lightning.storage.run_identity import RunIdentity, named_files
 from foam_lightning.units import ByteSize
 from tuner.config.parser import Settings, make_parser
@@ -17,7 +18,15 @@ ENDS = ("trainer.max_steps", "trainer.max_epochs")
 # Where a run is kept, what it shows and measures, when it stops to be continued, and limits that a
 # run which has stopped at them may need higher. None of them changes what a step does.
 _FREE = {
-    *("name", "runs", "data.cache_dir", "trainer.default_root_dir", "trainer.logger"),
+    *(
+        "name",
+        "runs",
+        "debug",
+        "trainer.enable_autolog_hparams",
+        "data.cache_dir",
+        "trainer.default_root_dir",
+        "trainer.logger",
+    ),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
     *("trainer.enable_checkpointing", "trainer.num_sanity_val_steps", "trainer.profiler"),
     *("trainer.val_check_interval", "trainer.check_val_every_n_epoch"),
@@ -79,6 +88,8 @@ def _canonical(name: str, value: Any) -> Any:
         return None
     if name == "memory_budget":
         return int(ByteSize(str(value)))
+    if name == "trainer.precision":
+        return full_precision_name(value)
     if name == "data.sources":
         return [
             {k: _with_contents(v) if k in _FILES_OF_SOURCE else v for k, v in source.items()}
