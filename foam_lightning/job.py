@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from foam_lightning.callbacks.given import check_callbacks
@@ -306,6 +307,12 @@ class Job:
             raise ConfigError(
                 f"trainer.val_check_interval {interval} needs the length of an epoch, which "
                 "data.streaming does not know; give a number of optimizer steps, such as 100"
+            )
+        if self.trainer.arguments.get("max_time") and any(
+            isinstance(callback, Timer) for callback in self.trainer.callbacks
+        ):
+            raise ConfigError(
+                "trainer.max_time and the callback Timer both limit the time; leave one of them out"
             )
         check_loggers(self.trainer.loggers)
         trainer = self.new_trainer(self.memory_options, [], logger=DummyLogger())

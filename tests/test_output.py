@@ -36,6 +36,13 @@ def test_closed_output_is_no_error(command: str, code: int, tmp_path: Path) -> N
     assert shell(command, tmp_path) == (code, "")
 
 
+def test_a_full_disk_under_the_output_is_one_line(tmp_path: Path) -> None:
+    code, err = shell("CLI --help > /dev/full", tmp_path)
+    assert code == 5
+    assert err.startswith("error: cannot read or write standard output: No space left on device")
+    assert err.count("\n") == 1
+
+
 def test_training_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
     config = write_settings(tmp_path)
     code, err = shell(f"CLI fit --config {config} --trainer.max_steps 2 | true", tmp_path)

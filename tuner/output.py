@@ -11,15 +11,15 @@ from typing import TextIO, cast
 _WRITE_FILES = {"fit", "tune", "compare", "export"}
 
 
-class PipedStream:
-    """A text stream whose reader may go away; what is written after that is dropped.
+class DroppingStream:
+    """A text stream that drops what it cannot write any more: to a pipe, terminal or full disk.
 
     Args:
         stream: The stream; everything but writing is its own.
-        on_close: Called once, when the reader has gone.
+        on_close: Called with the first error.
     """
 
-    def __init__(self, stream: TextIO, on_close: Callable[[], None]) -> None:
+    def __init__(self, stream: TextIO, on_close: Callable[[OSError], None]) -> None:
         self._stream = stream
         self._on_close = on_close
 
@@ -27,47 +27,54 @@ class PipedStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, or drop it if nobody reads it."""
+        """Write text, or drop it."""
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._close()
+        except OSError as error:
+            self._close(error)
             return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered, or drop it if nobody reads it."""
+        """Write what is buffered, or drop it."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._close()
+        except OSError as error:
+            self._close(error)
 
-    def _close(self) -> None:
+    def _close(self, error: OSError) -> None:
         # What is still buffered goes there too, when the interpreter ends.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
-        self._on_close()
+        self._on_close(error)
 
 
 def survive_closed_output(command: str) -> None:
-    """Keep a closed standard output or standard error from ending a command with an error.
+    """Keep an output that cannot be written from ending a command that writes files.
 
-    A command that writes files goes on and says so; any other ends as SIGPIPE would end it.
+    Any other command ends: as SIGPIPE would end it if nobody reads what it prints, otherwise with
+    the error.
 
     Args:
         command: The name of the command.
     """
 
-    def on_closed_output() -> None:
-        if command not in _WRITE_FILES:
+    def on_closed_output(error: OSError) -> None:
+        is_pipe = isinstance(error, BrokenPipeError)
+        if command in _WRITE_FILES:
+            what = "is closed" if is_pipe else f"cannot be written: {error.strerror}"
+            sys.stderr.write(f"standard output {what}; {command} goes on without it\n")
+        elif is_pipe:
             raise SystemExit(128 + signal.SIGPIPE)
-        sys.stderr.write(f"standard output is closed; {command} goes on without it\n")
+        else:
+            error.filename = "standard output"
+            raise error
 
     sys.stdout = _survivor(sys.stdout, on_closed_output)
-    sys.stderr = _survivor(sys.stderr, lambda: None)
+    sys.stderr = _survivor(sys.stderr, lambda _: None)
 
 
-def _survivor(stream: TextIO | None, on_close: Callable[[], None]) -> TextIO:
+def _survivor(stream: TextIO | None, on_close: Callable[[OSError], None]) -> TextIO:
     if stream is None:  # it was closed before the command began
         return Path(os.devnull).open("w", encoding="utf-8")
-    return cast(TextIO, PipedStream(stream, on_close))
+    return cast(TextIO, DroppingStream(stream, on_close))

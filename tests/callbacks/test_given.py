@@ -100,6 +100,12 @@ def test_a_callback_that_cannot_work_is_refused_before_anything_is_trained(
         new_job(trainer={"callbacks": callbacks}).check_trainer()
 
 
+def test_two_limits_of_the_time_are_refused(new_job: Callable[..., Job]) -> None:
+    job = new_job(trainer={"callbacks": Timer("00:01:00:00"), "max_time": "00:02:00:00"})
+    with pytest.raises(ConfigError, match="max_time"):
+        job.check_trainer()
+
+
 def test_a_package_that_a_callback_lacks_is_named(
     new_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
