@@ -184,6 +184,7 @@ def test_a_finished_run_says_so_and_is_extended_by_max_steps_alone(
     assert runs.steps() == [STEPS, 24]
     assert runs.version(0).summary.read_text() == before
     assert runs.summary(1)["steps"] == 24
+    assert runs.summary(1)["started_from"] == str(runs.version(0).last_checkpoint)
     assert "version_1 is finished at step 24" in runs.fit("--trainer.max_steps", "24")
     assert "version_0 is finished at step 16" in runs.fit()
     # A shorter run is another one.

@@ -123,7 +123,7 @@ def fit(context: RunContext, plan: FoldPlan | None = None) -> dict[str, Any] | N
 
 def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict[str, Any]:
     """Train and export, and write `summary.json` unless `trainer.max_time` ended the run."""
-    job, planner, folder = context.job, context.planner, context.folder
+    job, planner, folder = context.resumed_job or context.job, context.planner, context.folder
     folder.write_config(context.settings_text)
     predicted = planner.accountant.account(plan).peak_bytes if job.is_foam else None
     text = f"training: {job.trainer.max_steps} steps"
@@ -155,6 +155,7 @@ def _train(context: RunContext, plan: FoldPlan, tuned: TunedPlan | None) -> dict
         "validation_tokens": trained.validation_tokens,
         "tokens_per_second": trained.tokens_per_second,
         "proxy_model": plan.proxy_model,
+        "started_from": None if context.ckpt_path is None else str(context.ckpt_path),
         "steps": trained.steps,
         "max_steps": job.trainer.max_steps,
         "ended_by": trained.ended_by,

@@ -30,7 +30,7 @@ class RunContext:
     """One run: what to train, within which budget, and where.
 
     Attributes:
-        job: What to train.
+        job: What to train, as the settings say, so that finished trials count.
         planner: Plans of the job that fit the budget of one device.
         folder: Gets every file of the run.
         tune_options: How much to search.
@@ -39,6 +39,8 @@ class RunContext:
         memory_options: Replaces the memory options of a tuned plan after memory ran out. The search
             still chooses among the levels that fit with the original ones, so that finished trials
             count and the memory that these save is not spent again.
+        resumed_job: The same job with the tokenizer of a checkpoint, for the full run; None if that
+            starts from none.
         ckpt_path: Where to start while the folder has no checkpoint of its own.
     """
 
@@ -49,6 +51,7 @@ class RunContext:
     settings_text: str = ""
     worker: Worker | None = None
     memory_options: MemoryOptions | None = None
+    resumed_job: Job | None = None
     ckpt_path: Path | None = None
 
     @property

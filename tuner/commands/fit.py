@@ -39,6 +39,7 @@ def run_fit(settings: Settings) -> None:
         return
     job = use_checkpoint_architecture(settings.job(), start.checkpoints)
     resumed = _resume(settings, job, start)
+    data = job.data
     job = use_checkpoint_tokenizer(job, start.checkpoints).with_steps()
     if start.checkpoint is not None and resumed is not None:
         _describe_start(job, start.checkpoint, resumed)
@@ -64,7 +65,8 @@ def run_fit(settings: Settings) -> None:
         joined as worker,
     ):
         context = RunContext(
-            job=job,
+            job=replace(job, data=data),
+            resumed_job=job,
             planner=planner,
             folder=folder,
             tune_options=settings.tune,
@@ -83,7 +85,10 @@ def _resume(settings: Settings, job: Job, start: RunStart) -> ResumedPlan | None
     if start.checkpoint is None or start.has_checkpoint:
         return None
     is_budgeted = settings.memory_budget is not None
-    return resume_plan(job, start.checkpoint, settings.fold_plan, is_budgeted=is_budgeted)
+    resumed = resume_plan(job, start.checkpoint, settings.fold_plan, is_budgeted=is_budgeted)
+    if job.trainer.max_steps > 0:  # epochs can only end the run earlier
+        resumed.check_steps_left(start.checkpoint, job.trainer.max_steps)
+    return resumed
 
 
 def _describe_start(job: Job, checkpoint: Path, resumed: ResumedPlan) -> None:
