@@ -24,7 +24,7 @@ from foam_lightning.memory.trace import weight_dtype
 from foam_lightning.model.pretrained import check_weights
 from foam_lightning.module import LlamaFoam
 from foam_lightning.optim.baselines import check_installed
-from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.plan import FoldPlan, MemoryOptions, WeightsDtype
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.trainer import create_trainer, on_one_device
 from foam_lightning.validation import SEED, check_ranges
@@ -80,7 +80,9 @@ class Job:
 
     @cached_property
     def memory_options(self) -> MemoryOptions:
-        """The memory options of the settings.
+        """The memory options of the settings, or those that a budget starts from.
+
+        A run may need more of them: int8 weights need gradient release, which a budget turns on.
 
         Raises:
             ConfigError: The settings contradict each other.
@@ -88,7 +90,7 @@ class Job:
         self._check_optimizer()
         num_devices, batch_size = self.devices.count, self.data.batch_size
         releases = self.model.gradient_release
-        self._check_gradient_release(releases)
+        self._check_one_device(releases, self.model.weights_dtype)
         micro = self.data.micro_batch_size or max(1, batch_size // num_devices)
         if batch_size % (micro * num_devices):
             over = f" x trainer.devices {num_devices}" if num_devices > 1 else ""
@@ -107,21 +109,32 @@ class Job:
             gradient_release=releases,
             state_dtype=self.model.state_dtype,
             state_offload=self.model.state_offload,
+            weights_dtype=self.model.weights_dtype,
         )
-        self.check_memory_options(memory_options)
+        self._check_settings(memory_options)
         return memory_options
 
     def check_memory_options(self, memory_options: MemoryOptions) -> None:
-        """Refuse memory options that contradict the settings.
+        """Refuse memory options that contradict the settings or each other.
 
         Raises:
-            ConfigError: Gradient release on several devices, with gradient clipping over all
-                parameters or with a gradient scaler; offloaded state on a CPU; or a baseline with
-                options of FOAM.
+            ConfigError: Gradient release or int8 weights on several devices; gradient release with
+                gradient clipping over all parameters or with a gradient scaler; int8 weights
+                without gradient release; offloaded state on a CPU; or a baseline with options of
+                FOAM.
         """
+        self._check_settings(memory_options)
+        if memory_options.weights_dtype == "int8" and not memory_options.gradient_release:
+            raise ConfigError(
+                "model.weights_dtype int8 needs model.gradient_release, since the gradients of all "
+                "matrices at once take twice the bytes of the weights; set "
+                "model.gradient_release true, or pass --memory-budget, which turns it on"
+            )
+
+    def _check_settings(self, memory_options: MemoryOptions) -> None:
         if not self.is_foam:
             self._check_options_of_baseline(memory_options)
-        self._check_gradient_release(memory_options.gradient_release)
+        self._check_one_device(memory_options.gradient_release, memory_options.weights_dtype)
         clip_val = self.trainer.gradient_clip_val
         if memory_options.gradient_release and clip_val:
             raise ConfigError(
@@ -206,7 +219,12 @@ class Job:
         return replace(self, trainer=self.trainer.replace(**arguments))
 
     def uniform_plan(self, level: int) -> FoldPlan:
-        """Return the plan with one fold level for all matrices and the settings' options."""
+        """Return the plan with one fold level for all matrices and the settings' options.
+
+        Raises:
+            ConfigError: The settings contradict each other.
+        """
+        self.check_memory_options(self.memory_options)
         return self.new_module().uniform_plan(level, self.memory_options)
 
     def configured_plan(self) -> FoldPlan:
@@ -356,14 +374,20 @@ class Job:
 
     def _check_options_of_baseline(self, options: MemoryOptions) -> None:
         has_own_dtype = options.state_dtype == self.model.state_dtype
-        if options.gradient_release or options.state_offload or not has_own_dtype:
+        foam_only = options.gradient_release or options.state_offload or options.weights_dtype
+        if foam_only or not has_own_dtype:
             raise ConfigError(
                 f"model.optimizer {self.model.optimizer} does not support gradient release, "
-                f"offloaded state or {options.state_dtype} state of a plan; use foam"
+                f"offloaded state, int8 weights or {options.state_dtype} state of a plan; use foam"
             )
 
-    def _check_gradient_release(self, is_released: bool) -> None:
+    def _check_one_device(self, is_released: bool, weights_dtype: WeightsDtype | None) -> None:
         count = self.devices.count
+        if weights_dtype is not None and count > 1:
+            raise ConfigError(
+                f"model.weights_dtype {weights_dtype} needs one device, got {count}: no strategy "
+                "here shards or averages weights in int8; unset it, or set trainer.devices 1"
+            )
         if is_released and count > 1:
             raise ConfigError(
                 f"gradient release needs one device, got {count}, whose gradients must be averaged "

@@ -21,6 +21,7 @@ from foam_lightning.distributed.fsdp import shard
 from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.model import llama, rope
 from foam_lightning.model.activation_checkpointing import checkpoint_layers
+from foam_lightning.model.int8_weights import use_int8_weights
 from foam_lightning.model.loss import StepMean, token_loss
 from foam_lightning.model.pretrained import architecture_to_json, create_model, model_config
 from foam_lightning.optim.factory import create_optimizer
@@ -134,7 +135,9 @@ class LlamaFoam(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self._install(create_model(self.settings, self.architecture, seed=self.seed))
+        # A model that is to be int8 may be too large for the device before.
+        with torch.device("cpu") if self._stores_int8 else nullcontext():
+            self._install(create_model(self.settings, self.architecture, seed=self.seed))
         if self.device_mesh is not None:  # FSDP2; until now the model is whole, in host memory
             shard(self, self.layers(), self.device_mesh["data_parallel"], self.trainer.precision)
 
@@ -331,6 +334,10 @@ class LlamaFoam(LightningModule):
         plugin = self.trainer.precision_plugin
         return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
+    @property
+    def _stores_int8(self) -> bool:
+        return self._memory_options is not None and self._memory_options.weights_dtype == "int8"
+
     def _options(self) -> MemoryOptions:
         if self._memory_options is None:
             raise ConfigError(_NO_PLAN)
@@ -343,6 +350,8 @@ class LlamaFoam(LightningModule):
 
     def _install(self, model: "LlamaForCausalLM") -> None:
         model.train()
+        if self._stores_int8:
+            use_int8_weights(model)
         options = self._memory_options
         if options is not None and options.activation_checkpointing:
             checkpoint_layers(model, selective=options.selective_checkpointing)

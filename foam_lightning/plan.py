@@ -17,6 +17,7 @@ _RENAMED = {"levers": "memory_options", "twin": "proxy_model"}
 _MAX_CHARACTERS = 300  # of the reason in an error
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
+WeightsDtype = Literal["int8"]
 Fingerprint = Mapping[str, int | bool]
 
 
@@ -37,6 +38,8 @@ class MemoryOptions:
             Needs accumulate_grad_batches 1.
         state_dtype: The dtype of the two moments: "float32", "bfloat16" or "int8".
         state_offload: Keep the moments in host memory, and copy them to the GPU for their update.
+        weights_dtype: "int8" stores the matrices of the decoder layers in int8, which needs
+            gradient_release in a run; None stores them as the precision says.
 
     Raises:
         PlanError: Two options contradict each other.
@@ -50,6 +53,7 @@ class MemoryOptions:
     gradient_release: bool = False
     state_dtype: StateDtype = "float32"
     state_offload: bool = False
+    weights_dtype: WeightsDtype | None = None
 
     def __post_init__(self) -> None:
         if self.gradient_release and self.accumulate_grad_batches != 1:
@@ -89,10 +93,12 @@ class FoldPlan:
 
     def to_json(self) -> str:
         """Return the plan as JSON; equal plans give equal texts."""
-        content = {"schema": SCHEMA, **asdict(self)}
+        content: dict[str, Any] = {"schema": SCHEMA, **asdict(self)}
         content["scales"] = {name: self.scales[name] for name in self.levels}
         if self.proxy_model is None:
             del content["proxy_model"]
+        if self.memory_options.weights_dtype is None:  # so that earlier versions read the plan
+            del content["memory_options"]["weights_dtype"]
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -201,6 +207,11 @@ class FoldPlan:
         _expect(
             dtype in get_args(StateDtype),
             f"state_dtype must be one of {', '.join(get_args(StateDtype))}, got {dtype!r}",
+        )
+        weights_dtype = self.memory_options.weights_dtype
+        _expect(
+            weights_dtype is None or weights_dtype in get_args(WeightsDtype),
+            f"weights_dtype must be int8 or null, got {weights_dtype!r}",
         )
 
 

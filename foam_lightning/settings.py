@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from foam_lightning.errors import ConfigError
-from foam_lightning.plan import StateDtype
+from foam_lightning.plan import StateDtype, WeightsDtype
 from foam_lightning.validation import DATA, MODEL, TRAINER, check_pattern, check_ranges
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ class ModelSettings:
             once. Needs a step of one micro-batch. A memory budget turns it on where needed.
         state_offload: Keep both moments in host memory and copy them to the GPU for their update,
             which moves twice their bytes per step. A memory budget turns it on last.
+        weights_dtype: int8 stores the matrices of the decoder layers in one byte a weight and a
+            scale per 128 of them, half the bytes of bfloat16; null stores them as
+            trainer.precision says. Needs gradient_release, which a memory budget turns on, and one
+            device.
         max_skipped_steps: Stop after this many steps in a row with a loss or gradient that is not
             finite; such steps are skipped.
         max_rollbacks: How often a run may return to its last checkpoint after a loss spike; the
@@ -109,6 +113,7 @@ class ModelSettings:
     stochastic_rounding: bool = True
     gradient_release: bool = False
     state_offload: bool = False
+    weights_dtype: WeightsDtype | None = None
     max_skipped_steps: int = 10
     max_rollbacks: int = 0
     spike_nats: float = 1.0
@@ -122,10 +127,11 @@ class ModelSettings:
         check_ranges("model.", vars(self), MODEL)
         check_pattern("model.exclude", self.exclude)
         foam_only = self.gradient_release or self.state_offload or self.clip_norm
-        if self.optimizer != "foam" and foam_only:
+        if self.optimizer != "foam" and (foam_only or self.weights_dtype):
             raise ConfigError(
                 f"model.optimizer {self.optimizer} does not support model.gradient_release, "
-                "model.state_offload or model.clip_norm, which need foam; leave them out"
+                "model.state_offload, model.weights_dtype or model.clip_norm, which need foam; "
+                "leave them out"
             )
 
 

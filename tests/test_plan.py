@@ -44,6 +44,7 @@ def plans(draw: Callable[..., Any]) -> FoldPlan:
             gradient_release=releases,
             state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
             state_offload=draw(st.booleans()),
+            weights_dtype=draw(st.sampled_from([None, "int8"])),
         ),
         proxy_model=draw(st.none() | st.dictionaries(st.text(), st.integers() | st.booleans())),
     )

@@ -120,7 +120,7 @@ def recover_checkpoint(last: Path) -> IntactCheckpoint | None:
 
 # The state of an optimizer has the shapes and the meaning that these settings gave it. All others
 # may change when a run goes on. A plan has its own levels and scales.
-_OF_STATE = ("optimizer", "second_moment", "state_dtype", "exclude")
+_OF_STATE = ("optimizer", "second_moment", "state_dtype", "weights_dtype", "exclude")
 _OF_PLAN = ("level", "scale", "unfolded_scale")
 
 
@@ -138,13 +138,13 @@ def check_same_settings(
     Raises:
         CheckpointError: One of the settings that must stay differs.
     """
-    before = {"optimizer": "foam", **saved}
+    before = {"optimizer": "foam", "weights_dtype": None, **saved}
     for name in (*_OF_STATE, *(() if has_plan else _OF_PLAN)):
         value = getattr(settings, name)
         if name in before and not is_same(before[name], value):
             now, then = format_setting(value), format_setting(before[name])
             raise CheckpointError(
-                f"model.{name} is {now}, and the optimizer state in {path} was made with {then}; "
+                f"model.{name} is {now}, and the training state in {path} was made with {then}; "
                 f"go on with --model.{name} {then}, or start a new run from the exported model "
                 "(model.pretrained)"
             )
@@ -185,6 +185,13 @@ def check_same_plan(
                 f"the checkpoint {path} was trained by another plan: {key} differ; pass the "
                 "fold_plan.json of its run, or start a new run"
             )
+    dtypes = [one.memory_options.weights_dtype for one in (saved, plan)]
+    if dtypes[0] != dtypes[1]:
+        raise CheckpointError(
+            f"the checkpoint {path} was trained with weights_dtype {format_setting(dtypes[0])}, "
+            f"and the plan has {format_setting(dtypes[1])}; pass the fold_plan.json of its run, or "
+            "start a new run"
+        )
 
 
 def load_module(path: Path) -> LlamaFoam:

@@ -1,7 +1,7 @@
 """The memory account: the predicted peak of a run, term by term, before it trains."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -37,6 +37,7 @@ from foam_lightning.memory.trace import (
     track_step,
     weight_dtype,
 )
+from foam_lightning.model.int8_weights import Int8Weight, is_int8, quantize, weight_layout
 from foam_lightning.optim.state import state_layout
 from foam_lightning.plan import FoldPlan, MemoryOptions, StateDtype
 from foam_lightning.settings import Precision
@@ -151,7 +152,7 @@ class Accountant:
         self._on_gpu = on_gpu
         self._expandable = on_gpu and has_expandable_segments()
         self._passes: dict[MemoryOptions, Step] = {}
-        self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype], int] = {}
+        self._workspaces: dict[tuple[tuple[int, ...], int, StateDtype, bool], int] = {}
         self._margin = AllocatorMargin(
             self.replay_allocator, self._state_bytes, self._costs.workspace
         )
@@ -241,8 +242,7 @@ class Accountant:
             kept = _state_sizes(shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
             state = () if plan.memory_options.state_offload else kept
             updates.append(ParameterUpdate(state, self._update_bytes(plan, name, shape)))
-        itemsize = weight_dtype(self._precision).itemsize
-        weights = [math.prod(shape) * itemsize for shape in shapes.values()]
+        weights = list(self._weight_sizes(plan))
         step = self._traced_passes(plan.memory_options).events
         kept_whole = [*weights, *self._buckets]
         return replay(two_steps(kept_whole, step, updates), expandable=self._expandable)
@@ -285,11 +285,17 @@ class Accountant:
 
     def _persistent_bytes(self, plan: FoldPlan) -> dict[str, int]:
         """Count what is alive from the first step to the last."""
-        elements = sum(math.prod(shape) for shape in self._shapes.values())
         return {
-            "weights": elements * weight_dtype(self._precision).itemsize,
+            "weights": sum(self._weight_sizes(plan)),
             "optimizer_state": 0 if plan.memory_options.state_offload else self._state_bytes(plan),
         }
+
+    def _weight_sizes(self, plan: FoldPlan) -> Iterator[int]:
+        """Count the bytes of every tensor that stores weights."""
+        dtype, stored = weight_dtype(self._precision), plan.memory_options.weights_dtype
+        for name, shape in self._shapes.items():
+            for kept_shape, kept_dtype in weight_layout(name, shape, dtype, stored):
+                yield math.prod(kept_shape) * kept_dtype.itemsize
 
     def _state_bytes(self, plan: FoldPlan) -> int:
         return optimizer_state_bytes(self._shapes, plan.levels, plan.memory_options.state_dtype)
@@ -328,11 +334,13 @@ class Accountant:
 
     def _update_bytes(self, plan: FoldPlan, name: str, shape: tuple[int, ...]) -> int:
         """Count what is on the device during the update of one parameter only."""
-        key = (shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
+        options = plan.memory_options
+        stored = (shape, plan.levels.get(name, 0), options.state_dtype)
+        key = (*stored, is_int8(name, shape, options.weights_dtype))
         if key not in self._workspaces:
             update = self._trace_update(plan, name, shape)
             self._workspaces[key] = update.peak().terms["workspace"]
-        state = sum(_state_sizes(*key)) if plan.memory_options.state_offload else 0
+        state = sum(_state_sizes(*stored)) if options.state_offload else 0
         return self._workspaces[key] + state
 
     def _trace_update(
@@ -347,8 +355,11 @@ class Accountant:
             memory_options=replace(plan.memory_options, state_offload=False),
         )
         with nullcontext() if self._on_gpu else fake_tensors(self._precision):
-            parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-            parameter.grad = torch.empty_like(parameter)
+            weight = torch.empty(shape, dtype=dtype, device=device)
+            parameter = torch.nn.Parameter(weight)
+            if is_int8(name, shape, plan.memory_options.weights_dtype):
+                parameter = torch.nn.Parameter(Int8Weight(*quantize(weight.float()), dtype))
+            parameter.grad = torch.empty_like(weight)
             optimizer = self._model.make_optimizer([(name, parameter)], alone)
             return track_optimizer_step(optimizer, name=name if with_origins else None)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from foam_lightning.memory.timeline import TERMS, Moment, Origin, Term, Timeline
+from foam_lightning.model.int8_weights import weight_layout
 from foam_lightning.optim.state import state_layout
 from foam_lightning.plan import FoldPlan
 
@@ -72,10 +73,10 @@ def group_tensors(
         shapes: Shapes of the parameters by name, as one device holds them.
         buckets: Bytes of each gradient bucket of DDP.
         plan: The plan that decides the state.
-        dtype: The dtype of weights and gradients.
+        dtype: The dtype of gradients, and of weights that are not in int8.
     """
     memory_options = plan.memory_options
-    found = [*_of_parameters(shapes, "weights", dtype, _ALWAYS)]
+    found = [*_of_weights(shapes, plan, dtype)]
     if not memory_options.state_offload:
         found += _of_state(shapes, plan, "optimizer_state", _ALWAYS)
     found += _of_timeline(passes, peak.moment, {*TERMS} - {"weights", "optimizer_state"})
@@ -100,12 +101,15 @@ def _merged(groups: Iterable[TensorGroup]) -> list[TensorGroup]:
     return sorted(found, key=lambda group: -group.num_bytes)
 
 
-def _of_parameters(
-    shapes: Mapping[str, tuple[int, ...]], term: Term, dtype: torch.dtype, phase: str
+def _of_weights(
+    shapes: Mapping[str, tuple[int, ...]], plan: FoldPlan, dtype: torch.dtype
 ) -> Iterator[TensorGroup]:
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        yield TensorGroup(size, 1, term, Origin(name, phase, shape, dtype))
+        for kept, kept_dtype in weight_layout(
+            name, shape, dtype, plan.memory_options.weights_dtype
+        ):
+            size = math.prod(kept) * kept_dtype.itemsize
+            yield TensorGroup(size, 1, "weights", Origin(name, _ALWAYS, kept, kept_dtype))
 
 
 def _of_state(

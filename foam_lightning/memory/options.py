@@ -116,6 +116,8 @@ class OptionLadder:
     def _choices(self, option: str) -> list[bool]:
         if getattr(self.start, option):
             return [True]
+        if option == "gradient_release" and self.start.weights_dtype == "int8":
+            return [True]
         allowed = self.on_gpu if option == "state_offload" else self.can_release
         return [False, True] if allowed else [False]
 
@@ -232,6 +234,8 @@ def option_costs(
         costs["activation_checkpointing"] = f"{decoder / step:.0%} more compute: forward rerun"
     if memory_options.gradient_release:
         costs["gradient_release"] = "no slowdown; batch is not split"
+    if memory_options.weights_dtype == "int8":
+        costs["weights_dtype"] = "weights are rounded stochastically to one byte"
     if memory_options.state_dtype == "int8":
         costs["state_dtype"] = "moments are rounded stochastically to one byte"
     if memory_options.state_offload:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +52,15 @@ class StorageTracker(TorchDispatchMode):
         """Assign tensors to a term, such as gradients; None entries are skipped."""
         for tensor in tensors:
             if tensor is not None:
-                self.record.terms[self._index(tensor)] = TERMS.index(term)
+                for part in _parts(tensor):
+                    self.record.terms[self._index(part)] = TERMS.index(term)
 
     def name(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
         """Record as origin the names of parameters; None entries are skipped."""
         for name, tensor in tensors:
             if tensor is not None and self._with_origins:
-                index = self._index(tensor)
-                self.record.origins[index] = self.record.origins[index]._replace(made_by=name)
+                for index in map(self._index, _parts(tensor)):
+                    self.record.origins[index] = self.record.origins[index]._replace(made_by=name)
 
     def mark(self, name: str) -> None:
         """Name this moment; a name that is used again keeps its first moment."""
@@ -114,7 +115,8 @@ class StorageTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
-                self._index(leaf)
+                for part in _parts(leaf):
+                    self._index(part)
         if self._as_on_cuda and (size := bytes_inside(func, args)):
             shape, dtype = (size,), torch.uint8
             origin = Origin(self.made_by, self.phase, shape, dtype) if self._with_origins else None
@@ -123,14 +125,13 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _index(self, tensor: Tensor) -> int:
-        local = _local(tensor)
-        storage = local.untyped_storage()
+        storage = tensor.untyped_storage()
         address = storage._cdata
         if (found := self._alive.get(address)) is not None:
             return found[0]
-        shape = tuple(local.shape)
+        shape = tuple(tensor.shape)
         origin = (
-            Origin(self.made_by, self.phase, shape, local.dtype) if self._with_origins else None
+            Origin(self.made_by, self.phase, shape, tensor.dtype) if self._with_origins else None
         )
         index = self._record_allocation(storage.nbytes(), self.term, origin)
 
@@ -166,13 +167,17 @@ class StorageTracker(TorchDispatchMode):
             )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return the shard of a sharded tensor, and any other tensor unchanged."""
-    inner: Any = tensor
-    while is_traceable_wrapper_subclass(inner):
-        names, _ = inner.__tensor_flatten__()
-        inner = getattr(inner, names[0])
-    return cast(Tensor, inner)
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that store another: a shard, codes and scales, or most often itself."""
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        names, _ = wrapper.__tensor_flatten__()
+        inner = [getattr(wrapper, name) for name in names]  # of a DTensor, its mesh too
+        for part in inner:
+            if isinstance(part, Tensor):
+                yield from _parts(part)
+    else:
+        yield tensor
 
 
 _WRAPPER = "model."

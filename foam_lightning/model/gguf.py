@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foam_lightning.errors import CheckpointError
+from foam_lightning.model.int8_weights import plain_state
 from foam_lightning.storage.atomic import atomic_path
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _tensors(model: Any, interleave: bool) -> Iterator[tuple[str, Tensor]]:
     """
     config = model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in plain_state(model).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         num_heads = heads.get(name.split(".")[-2])

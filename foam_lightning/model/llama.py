@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foam_lightning.errors import ConfigError
+from foam_lightning.model.int8_weights import plain_state
 from foam_lightning.storage.atomic import write_folder
 from foam_lightning.validation import MODEL, check_ranges
 
@@ -195,7 +196,8 @@ def save_model(
         model: The model.
         tokenizer: Its tokenizer.
         folder: Replaced if it exists.
-        weights: Full weights by name, if the model has only a shard of them.
+        weights: Full weights by name, if the model has only a shard of them. Weights that it has
+            in int8 are saved in the dtype of the others.
         end_of_turn: Another stop token, which ends a message of the assistant.
 
     Raises:
@@ -214,10 +216,11 @@ def save_model(
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling options without do_sample, as in some old folders
         model.generation_config.do_sample = True
+    whole = plain_state(model) if weights is None else weights
     with hide_progress_bars():
         write_folder(
             folder,
-            lambda temporary: model.save_pretrained(temporary, state_dict=weights),
+            lambda temporary: model.save_pretrained(temporary, state_dict=whole),
             _add_old_rope_names,
             tokenizer.save_pretrained,
         )

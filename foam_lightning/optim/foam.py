@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
+from foam_lightning.model.int8_weights import Int8Weight
 from foam_lightning.optim.checkpoint import check_compatible, load_state_, readable_state
 from foam_lightning.optim.dispatch import update_tensor_
 from foam_lightning.optim.fold import folded_shape
@@ -50,6 +51,8 @@ class FOAM(torch.optim.Optimizer):
     State of each parameter: `step` (int), `exp_avg` and `exp_avg_sq`, both of shape
     `folded_shape(parameter.shape, level)`, and with int8 their scales; see
     `foam_lightning.optim.state`. Every argument except `params` may be set per group.
+
+    A matrix may be an `Int8Weight`: its update is computed in float32 and rounded stochastically.
 
     A gradient that is not finite makes only its own block of weights and moments not finite. A
     sharded parameter (a DTensor) is updated shard by shard, without communication: rows may be
@@ -326,13 +329,15 @@ def _create_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
             "which cannot fold; shard its rows (dimension 0), as FSDP2 does, or set level 0"
         )
     memory_options = host_memory_options(param) if group["state_offload"] else {}
+    # Of an int8 weight the codes, since one like it would be dequantized first.
+    like = param.codes if isinstance(param, Int8Weight) else param.detach()
     state_dtype = group["state_dtype"]
     if state_dtype == torch.float32:
         state_dtype = torch.promote_types(param.dtype, state_dtype)
     moments = {
         # Like a slice of the parameter, because `torch.zeros` of a shape would not be sharded.
         key: torch.zeros_like(
-            param.detach() if param.shape == shape else param.detach().narrow(-1, 0, shape[-1]),
+            like if like.shape == shape else like.narrow(-1, 0, shape[-1]),
             dtype=dtype,
             **memory_options,
         )

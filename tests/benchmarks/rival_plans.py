@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -163,12 +163,14 @@ def rival_plans(model: str) -> list[RivalPlan]:
     return [rival for rival in all_rival_plans(make_job(model)) if rival.name not in left_out]
 
 
-def run_tasks(tasks: Sequence[Task], path: Path | None) -> dict[Task, TrialResult]:
+def run_tasks(
+    tasks: Sequence[Task], path: Path | None, run: Callable[[Task], TrialResult] = run_task
+) -> dict[Task, TrialResult]:
     """Run the tasks whose results are not in the file yet, two at a time; return all results."""
     store = TrialStore(path)
     missing = [task for task in tasks if store.get(task.key) is None]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        futures = {processes.submit(run_task, task): task for task in missing}
+        futures = {processes.submit(run, task): task for task in missing}
         for future in track(as_completed(futures), "training", total=len(missing)):
             store.put(futures[future].key, {}, future.result())
     return {task: result for task in tasks if (result := store.get(task.key)) is not None}

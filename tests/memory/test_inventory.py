@@ -29,6 +29,7 @@ OPTIONS = {
     "checkpointed": WHOLE,
     "selective": SELECTIVE,
     "released": replace(RELEASED, state_dtype="int8"),
+    "released, int8 weights": replace(RELEASED, weights_dtype="int8"),
     "released, offloaded": replace(RELEASED, micro_batch_size=1, state_offload=True),
 }
 

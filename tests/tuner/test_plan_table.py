@@ -125,7 +125,8 @@ def test_the_table_shows_the_memory_options_in_words() -> None:
 @pytest.mark.parametrize("width", [40, 200])
 def test_every_option_cost_is_shown(width: int) -> None:
     names = {field.name for field in fields(MemoryOptions)} - {"micro_batch_size"}
-    text = printed(option_costs={name: f"cost-of-{name}" for name in names}, width=width)
+    costs = {name: f"cost-of-{name}" for name in names}
+    text = printed(with_options(weights_dtype="int8"), option_costs=costs, width=width)
     assert all(f"cost-of-{name}" in text for name in names)
 
 

@@ -37,6 +37,7 @@ _OPTION_ROWS = {
     "activation checkpointing": ("activation_checkpointing", "selective_checkpointing"),
     "gradient release": ("gradient_release",),
     "optimizer state": ("state_dtype", "state_offload"),
+    "weights": ("weights_dtype",),
 }
 _MAX_BAR_WIDTH = 24
 # Columns that a table needs: memory without its bars, options with their costs, tensors.
@@ -267,7 +268,7 @@ def option_changes(memory_options: MemoryOptions, others: MemoryOptions) -> list
         others: What to describe.
     """
     before, after = _options_in_words(memory_options), _options_in_words(others)
-    return [f"{name} {value}" for name, value in after.items() if value != before[name]]
+    return [f"{name} {value}" for name, value in after.items() if value != before.get(name)]
 
 
 def _memory_table(account: Account, width: int) -> Table:
@@ -385,6 +386,7 @@ def _options_in_words(options: MemoryOptions) -> dict[str, str]:
         "gradient release": _on_off(options.gradient_release),
         "optimizer state": options.state_dtype
         + (" in host memory" if options.state_offload else ""),
+        **({"weights": "matrices in int8"} if options.weights_dtype == "int8" else {}),
     }
 
 
