@@ -2,12 +2,15 @@
 
 import re
 import shlex
+import sys
 from itertools import chain
 from math import ceil, exp
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 
 from tests.benchmarks.loss_against_bytes import PAGE, draw, read_points
 from tests.support.tiny import REPOSITORY
@@ -75,8 +78,19 @@ def test_the_readme_is_short_and_names_every_command() -> None:
         assert f"`{command}`" in README
 
 
+class Sample(Callback):
+    """The callback of somebody's own that the docs name."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+
 @every_page
-def test_every_command_line_parses(name: str) -> None:
+def test_every_command_line_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sample, "__module__", "my_callbacks")
+    mine = ModuleType("my_callbacks")
+    mine.Sample = Sample  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_callbacks", mine)
     for line in commands(PAGES[name]):
         _, _, command, *options = shlex.split(line)
         check_command_line(command, options)

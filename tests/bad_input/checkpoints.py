@@ -127,8 +127,6 @@ CHECKPOINTS = [
         ("fit", "another second moment", "--model.second_moment square_mean", {},
          _saved(lambda c: c[_HPARAMS].update(second_moment="square_mean"))),
         ("fit", "no step", "no global_step", {}, _saved(lambda c: c.update(ranks=[{}]))),
-        ("fit", "a step past the end", "nothing is left to train", {},
-         _saved(lambda c: c.update(ranks=[{}], global_step=99))),
         ("validate generate", "no tokenizer beside it", "no tokenizer", {},
          _saved(lambda c: None)),
         ("generate export", "a tokenizer of a list", "no tokenizer", {}, _with_data(tokenizer=[])),
@@ -145,6 +143,10 @@ CHECKPOINTS = [
     ]
     for command in commands.split()
 ] + [
+    Case("checkpoint: a step past the end",
+         "fit --config {good}/tiny.yaml --ckpt_path {at}/bad.ckpt "
+         "--data.tokenizer {good}/run/tokenizer", "nothing is left to train",
+         prepare=_saved(lambda c: c.update(ranks=[{}], global_step=99))),
     Case("checkpoint: a hostile run folder", "generate --ckpt_path {at}/run/checkpoints/last.ckpt",
          "cannot read the checkpoint", prepare=_hostile_run),
     Case("checkpoint: a hostile config.yaml", "generate --ckpt_path {at}/checkpoints/x.ckpt",
