@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from foam_lightning.errors import DataError, first_line
 from foam_lightning.storage.atomic import atomic_path
-from foam_lightning.storage.paths import cache_home
+from foam_lightning.storage.paths import cache_home, expand_user
 from foam_lightning.units import format_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     Raises:
         DataError: The folder cannot be created.
     """
-    folder = cache_home() if cache_dir is None else Path(cache_dir).expanduser()
+    folder = cache_home() if cache_dir is None else expand_user(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

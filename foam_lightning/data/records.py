@@ -5,7 +5,6 @@ import glob
 import gzip
 import io
 import json
-import os
 import re
 import sys
 import zlib
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from foam_lightning.data.notices import print_once
 from foam_lightning.errors import DataError, first_line
-from foam_lightning.storage.paths import exists, is_file, is_folder
+from foam_lightning.storage.paths import exists, expand_user, is_file, is_folder
 
 # A surrogate, half of a character beyond 16 bits. Unpaired ones are valid JSON but invalid text.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -55,7 +54,9 @@ def list_files(paths: Sequence[str] | str) -> list[Path]:
     """
     found: list[Path] = []
     for name in [paths] if isinstance(paths, str) else paths:
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 pathlib's raises for unknown users
+        if not name:
+            raise DataError("data.files has an empty path, which would be this folder; write .")
+        path = expand_user(name)
         if exists(path) or not glob.has_magic(name):
             found += _files_in(path) if is_folder(path) else [path]
             continue

@@ -13,6 +13,7 @@ from torch import Tensor
 from foam_lightning.data.records import name_files
 from foam_lightning.errors import CheckpointError, first_line
 from foam_lightning.settings import DataSettings
+from foam_lightning.storage.paths import expand_user
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ def name_text(settings: Mapping[str, Any]) -> str:
 def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     def absolute(paths: list[str] | str) -> list[str]:
         listed = [paths] if isinstance(paths, str) else paths
-        return [str(Path(path).expanduser().absolute()) for path in listed]
+        return [str(expand_user(path).absolute()) for path in listed]
 
     return {k: absolute(v) if k in _PATHS and v else v for k, v in settings.items()}
 

@@ -6,7 +6,7 @@ from functools import cache
 from glob import glob
 from pathlib import Path
 
-from foam_lightning.storage.paths import exists, is_folder
+from foam_lightning.storage.paths import exists, expand_user, is_folder
 
 _SMALL_BYTES = 2**26  # read whole
 _BLOCK_BYTES = 2**16
@@ -26,7 +26,7 @@ def contents(name: str) -> str | None:
     Returns:
         The hash; None if there is no such file.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if not exists(path):
         found = sorted(glob(str(path), recursive=True)) if "\0" not in name else []  # noqa: PTH207
         return _digest([contents(one) or "" for one in found]) if found else None

@@ -20,6 +20,12 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def expand_user(name: str) -> Path:
+    """Return a path with ~ replaced by the home folder, and unchanged for an unknown user."""
+    # Unlike pathlib, os.path does not raise for an unknown user.
+    return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
 def cache_home() -> Path:
     """Return foam-lightning below $XDG_CACHE_HOME or ~/.cache, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "foam-lightning")

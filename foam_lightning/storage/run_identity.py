@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_lightning.storage.contents import contents
+from foam_lightning.storage.paths import expand_user
 
 Values = Mapping[str, Any]
 
@@ -66,7 +67,7 @@ class RunIdentity:
 def named_files(name: str) -> dict[str, Any]:
     """Return the value of a setting that names files: as given, its path, and its contents."""
     found = contents(name)
-    path = Path(name).expanduser()
+    path = expand_user(name)
     return {
         "given": name,
         "path": name if found is None else str(path.resolve()),

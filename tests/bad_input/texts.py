@@ -82,6 +82,10 @@ DATA = [
     reading("data: a column that is not there", "--data.files {at}/t.jsonl "
              "--data.text_column body",
          "'body'", files={"t.jsonl": _LINE}),
+    reading("data: an empty path", "--data.files=", "empty path"),
+    Case("data: fit on the home of nobody", "fit --config {good}/tiny.yaml "
+         "--data.files=~no-such-user/x.txt", "there is no file"),
+    reading("data: the home of nobody", "--data.files=~no-such-user/x.txt", "there is no file"),
     reading("data: no file", "--data.files []", "data.files is empty"),
     reading("data: validation alone", "--data.files null --data.validation_files a.txt",
          "without data.files"),
