@@ -100,7 +100,7 @@ def test_a_group_has_the_size_the_count_and_the_origin_of_its_tensors() -> None:
 
 
 def test_gradients_have_the_names_of_their_parameters() -> None:
-    found = accountant().list_tensors(mixed(OPTIONS["a small batch"]))
+    found = accountant().list_tensors(mixed(OPTIONS["accumulated"]))  # every gradient is alive
     gradients = {h.origin.made_by for h in found if h.term == "gradients"}
     assert "model.layers.*.mlp.up_proj.weight" in gradients
     assert gradients == {h.origin.made_by for h in found if h.term == "weights"}
