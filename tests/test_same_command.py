@@ -233,7 +233,7 @@ def test_time_ends_a_run_after_a_whole_step(runs: Runs) -> None:
 
 
 def test_epochs_alone_end_a_run(runs: Runs) -> None:
-    words = ["--trainer.max_steps", "-1", "--data.sequence_length", "128"]
+    words = ["--trainer.max_steps", "-1", "--trainer.limit_train_batches", "6"]
     said = runs.fit(*words, "--trainer.max_epochs", "1")
     (steps,) = runs.steps()
     assert steps
