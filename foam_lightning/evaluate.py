@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from foam_lightning.data.module import TextData
+from foam_lightning.data.own import OwnData
 from foam_lightning.module import LlamaFoam
 
 
-def validate(trainer: Trainer, module: LlamaFoam, data: TextData) -> tuple[float, int]:
+def validate(trainer: Trainer, module: LlamaFoam, data: TextData | OwnData) -> tuple[float, int]:
     """Evaluate on all validation rows.
 
     Returns:

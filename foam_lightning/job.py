@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from foam_lightning.callbacks.given import check_callbacks
 from foam_lightning.data.module import TextData
 from foam_lightning.data.notices import print_once
+from foam_lightning.data.own import OwnData
 from foam_lightning.data.tokenizer import count_other_ids, load_tokenizer
 from foam_lightning.distributed.topology import Devices, device_of
 from foam_lightning.errors import ConfigError, DataError
@@ -272,7 +273,9 @@ class Job:
             architecture=self.architecture,
         )
 
-    def new_data(self, memory_options: MemoryOptions, *, seed: int | None = None) -> TextData:
+    def new_data(
+        self, memory_options: MemoryOptions, *, seed: int | None = None
+    ) -> TextData | OwnData:
         """Create the data module.
 
         Args:
@@ -282,7 +285,8 @@ class Job:
         settings = replace(
             self._data_with_tokenizer, micro_batch_size=memory_options.micro_batch_size
         )
-        return TextData(settings, seed=self.seed if seed is None else seed)
+        kind = TextData if settings.class_path is None else OwnData
+        return kind(settings, seed=self.seed if seed is None else seed)
 
     @cached_property
     def _data_with_tokenizer(self) -> DataSettings:

@@ -62,7 +62,8 @@ def use_checkpoint_tokenizer(job: Job, checkpoints: Iterable[Path]) -> Job:
         return job
     path, content = found
     own, named = find_tokenizer(path, content), job.data.tokenizer
-    if own is None and named is None and job.model.pretrained is None:
+    may_have_none = job.model.pretrained is not None or job.data.class_path is not None
+    if own is None and named is None and not may_have_none:
         raise CheckpointError(
             f"{path} has no tokenizer, as it is of an older version, and a new one would not match "
             "its embeddings; put it back in the checkpoints/ of its run folder, or set "

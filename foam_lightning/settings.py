@@ -159,6 +159,9 @@ class DataSettings:
             responses are learned. Each conversation is one padded row, whatever `packing` says.
         tokenizer: A local folder, a checkpoint, or a name on the Hub; by default that of
             model.pretrained, or else one is trained on the text.
+        class_path: A LightningDataModule of your own instead of text, such as my_data.MyData. The
+            command line has to allow it, with --allow-class-paths.
+        init_args: Arguments of its constructor by name.
         sequence_length: Tokens per row.
         packing: Fill every row with consecutive documents. Otherwise each document is one row,
             truncated or padded, as in the FOAM paper.
@@ -187,6 +190,8 @@ class DataSettings:
     streaming: bool = False
     chat: bool = False
     tokenizer: str | None = None
+    class_path: str | None = None
+    init_args: dict[str, Any] | None = None
     sequence_length: int = 64
     packing: bool = True
     batch_size: int = 8
@@ -198,6 +203,20 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_ranges("data.", vars(self), DATA)
+        if self.class_path is None and self.init_args is not None:
+            raise ConfigError("data.init_args needs data.class_path, whose arguments they are")
+        given = [name for name in _OF_TEXT if getattr(self, name) not in (None, False)]
+        if self.class_path is not None and given:
+            raise ConfigError(
+                f"data.class_path and data.{given[0]} are both set; leave one of them out"
+            )
+
+
+# Which text it is, and how it is read; a data module of somebody's own has neither.
+_OF_TEXT = (
+    *("files", "validation_files", "dataset", "dataset_config", "sources"),
+    *("streaming", "chat"),
+)
 
 
 # Arguments of Lightning's Trainer that a run cannot have: their values that change nothing, and why

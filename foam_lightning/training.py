@@ -109,7 +109,8 @@ def train(
     module.set_plan(plan)
     data = job.new_data(plan.memory_options)
     data.setup()
-    save_tokenizer(data.tokenizer, folder.tokenizer)
+    if data.tokenizer is not None:
+        save_tokenizer(data.tokenizer, folder.tokenizer)
     policy = StepPolicy(**{key: getattr(job.model, key) for key in LIMITS})
     memory, throughput = MemoryMonitor(predicted_bytes, budget_bytes=budget_bytes), Throughput()
     callbacks = [

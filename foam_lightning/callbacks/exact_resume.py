@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from foam_lightning.data.module import TextData
+from foam_lightning.data.own import OwnData
 from foam_lightning.data.saved import has_same_rows
 from foam_lightning.errors import CheckpointError
 from foam_lightning.module import LlamaFoam
@@ -74,7 +75,7 @@ class ExactResume(Callback):
         # With another number of ranks all take the position of rank 0, which counts rows over all.
         own = checkpoint[RANKS][trainer.global_rank if num_ranks == trainer.world_size else 0]
         data: Any = getattr(trainer, "datamodule", None)
-        if isinstance(data, TextData) and not has_same_rows(checkpoint, data.settings):
+        if isinstance(data, TextData | OwnData) and not has_same_rows(checkpoint, data.settings):
             begin_epoch(checkpoint["loops"]["fit_loop"])
         elif own["loaders"] is not None:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own["loaders"]

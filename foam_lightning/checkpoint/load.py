@@ -10,7 +10,7 @@ from rich.console import Console
 
 from foam_lightning.checkpoint.io import find_damage, previous_checkpoint
 from foam_lightning.data import tokenizer as tokenizers
-from foam_lightning.data.saved import has_tokenizer, peek_checkpoint
+from foam_lightning.data.saved import has_tokenizer, peek_checkpoint, saved_settings
 from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import CheckpointError, DataError, first_line
 from foam_lightning.module import LlamaFoam
@@ -275,7 +275,13 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
             needs code of its own.
     """
     _check_exists(path)
-    name = find_tokenizer(path, peek_checkpoint(path) or {})
+    content = peek_checkpoint(path) or {}
+    name = find_tokenizer(path, content)
+    if name is None and saved_settings(content).get("class_path"):
+        raise CheckpointError(
+            f"{path} has no tokenizer, because its data module has none; its run folder has the "
+            "model without one in hf/, and training with data.tokenizer saves one"
+        )
     if name is None:
         raise CheckpointError(
             f"{path} has no tokenizer, as it is of an older version, and there is none in "

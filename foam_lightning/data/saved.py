@@ -18,11 +18,14 @@ from foam_lightning.storage.paths import expand_user
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The key in a checkpoint: Lightning saves the state of a data module by the name of its class.
-_KEY = "TextData"
+# The keys in a checkpoint: Lightning saves the state of a data module by the name of its class.
+_KEYS = ("TextData", "OwnData")
 # The settings that say which text it is.
 TEXT_SETTINGS = frozenset(
-    ("files", "validation_files", "text_column", "dataset", "dataset_config", "sources")
+    (
+        *("files", "validation_files", "text_column", "dataset", "dataset_config", "sources"),
+        *("class_path", "init_args"),
+    )
 )
 _ROW_SETTINGS = TEXT_SETTINGS | {"chat", "streaming", "sequence_length", "packing"}
 _PATHS = ("files", "validation_files")
@@ -30,15 +33,18 @@ _PATHS = ("files", "validation_files")
 _UNSAVED = {"cache_dir", "num_workers", "micro_batch_size", "vocab_size"}
 
 
-def state_to_save(tokenizer: "PreTrainedTokenizerBase", settings: DataSettings) -> dict[str, Any]:
+def state_to_save(
+    tokenizer: "PreTrainedTokenizerBase | None", settings: DataSettings
+) -> dict[str, Any]:
     """Return the state of a data module for a checkpoint.
 
     Args:
-        tokenizer: Saved as its files, each a tensor of bytes by name.
+        tokenizer: Saved as its files, each a tensor of bytes by name; None saves none.
         settings: Saved with absolute paths, so that they hold in any folder.
     """
     with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         files = {
             path.name: torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())
             for path in sorted(Path(folder).iterdir())
@@ -60,6 +66,8 @@ def settings_to_save(settings: DataSettings) -> dict[str, Any]:
 
 def name_text(settings: Mapping[str, Any]) -> str:
     """Return a short name of the text that settings from `settings_to_save` are of."""
+    if settings.get("class_path"):
+        return str(settings["class_path"])
     if settings.get("sources"):
         return f"{len(settings['sources'])} sources"
     if settings.get("files"):
@@ -94,8 +102,7 @@ def saved_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         content: The content of the checkpoint.
     """
-    state = content.get(_KEY)
-    settings = state.get("settings") if isinstance(state, Mapping) else None
+    settings = _state(content).get("settings")
     known = {field.name for field in fields(DataSettings)} - _UNSAVED
     found = settings.items() if isinstance(settings, Mapping) else ()
     return {name: value for name, value in found if name in known}
@@ -112,7 +119,7 @@ def has_same_rows(content: Mapping[str, Any], settings: DataSettings) -> bool:
     for one in (before, now):
         # Which text is held out changes the rows only if it is part of the files.
         one["validation_files"] = one.get("validation_files") is not None
-    return not content.get(_KEY) or all(before.get(name) == now[name] for name in _ROW_SETTINGS)
+    return not _state(content) or all(before.get(name) == now[name] for name in _ROW_SETTINGS)
 
 
 def has_tokenizer(content: Mapping[str, Any]) -> bool:
@@ -121,8 +128,13 @@ def has_tokenizer(content: Mapping[str, Any]) -> bool:
     Args:
         content: The content of the checkpoint.
     """
-    state = content.get(_KEY)
-    return isinstance(state, Mapping) and bool(state.get("tokenizer"))
+    return bool(_state(content).get("tokenizer"))
+
+
+def _state(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state of the data module in a checkpoint; {} if it has none."""
+    states = (content.get(key) for key in _KEYS)
+    return next((state for state in states if isinstance(state, Mapping)), {})
 
 
 def load_saved_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -141,7 +153,7 @@ def load_saved_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         )
     with TemporaryDirectory() as folder:
         try:
-            _write_files(content[_KEY]["tokenizer"], Path(folder))
+            _write_files(_state(content)["tokenizer"], Path(folder))
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

@@ -179,7 +179,7 @@ def model_class(config: "LlamaConfig") -> Any:
 
 def save_model(
     model: "LlamaForCausalLM",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
     *,
@@ -194,7 +194,7 @@ def save_model(
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None saves the model alone.
         folder: Replaced if it exists.
         weights: Full weights by name, if the model has only a shard of them. Weights that it has
             in int8 are saved in the dtype of the others.
@@ -205,7 +205,7 @@ def save_model(
         BusyError: Another process is writing it.
     """
     for config in (model.config, model.generation_config):
-        for name in _SPECIAL_TOKENS:
+        for name in _SPECIAL_TOKENS if tokenizer is not None else ():
             ours, theirs = getattr(config, name), getattr(tokenizer, name)
             is_valid = theirs is not None and theirs < model.config.vocab_size
             if is_valid and not (isinstance(ours, list) and theirs in ours):
@@ -222,7 +222,7 @@ def save_model(
             folder,
             lambda temporary: model.save_pretrained(temporary, state_dict=whole),
             _add_old_rope_names,
-            tokenizer.save_pretrained,
+            *([] if tokenizer is None else [tokenizer.save_pretrained]),
         )
 
 

@@ -134,4 +134,39 @@ HOSTILE = [
     Case("allowed classes that are none", "fit --allow-class-paths ;rm", "import paths"),
     Case("the layer itself allowed", "fit --allow-class-paths jsonargparse", "import paths"),
     Case("everything allowed", "fit --allow-class-paths *", "import paths"),
+    Case(
+        "a data module that is not allowed",
+        "fit --config {good}/tiny.yaml --data.class_path my_data.MyData",
+        "--allow-class-paths my_data.MyData",
+    ),
+    *(
+        Case(
+            f"a data module: {name}",
+            f"fit --config {{at}}/c.yaml --allow-class-paths my_data,os {words}",
+            says,
+            files={"c.yaml": "model: {vocab_size: 320}\ntrainer: {max_steps: 4}"},
+        )
+        for name, words, says in [
+            ("missing", "--data.class_path my_data.MyData", "No module named 'my_data'"),
+            ("of another kind", "--data.class_path os.PathLike", "no LightningDataModule"),
+            ("without a name", "--data.class_path os", "cannot be imported"),
+            ("arguments alone", "--data.init_args.size 3", "data.class_path"),
+            (
+                "and text",
+                "--data.class_path my_data.MyData --data.files x.txt",
+                "data.files are both set",
+            ),
+        ]
+    ),
+    *(
+        Case(
+            f"a callback: {name}",
+            f"plan --config {{good}}/tiny.yaml --allow-class-paths my_calls,collections {words}",
+            says,
+        )
+        for name, words, says in [
+            ("missing", "--trainer.callbacks my_calls.Mine", "working directory"),
+            ("of another kind", "--trainer.callbacks collections.Counter", "subclass of Callback"),
+        ]
+    ),
 ]  # fmt: skip

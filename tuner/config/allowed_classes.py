@@ -69,6 +69,11 @@ def _defined_as(path: str) -> str | None:
     return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else None
 
 
+def is_allowed(path: str, added: Iterable[str]) -> bool:
+    """Return whether a class is among those of --allow-class-paths, or in a package of them."""
+    return any(f"{path}.".startswith(f"{one}.") for one in added)
+
+
 def refusal(path: str) -> str:
     """Return the error message for a class that is not allowed."""
     names = ", ".join(one.__name__ for one in _ALLOWED)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from foam_lightning.data.own import source_file
 from foam_lightning.settings import full_precision_name
 from foam_lightning.storage.run_identity import RunIdentity, named_files
 from foam_lightning.units import ByteSize
@@ -95,6 +96,10 @@ def _canonical(name: str, value: Any) -> Any:
             {k: _with_contents(v) if k in _FILES_OF_SOURCE else v for k, v in source.items()}
             for source in value
         ]
+    if name == "data.class_path":
+        return [value, named_files(source_file(value) or value)]
+    if name == "data.init_args":
+        return {key: _with_contents(one) for key, one in value.items()}
     return _with_contents(value) if name in _FILES else value
 
 

@@ -26,7 +26,7 @@ from foam_lightning.settings import (
     full_precision_name,
 )
 from foam_lightning.units import ByteSize
-from tuner.config.allowed_classes import allow_only, explain, refusal
+from tuner.config.allowed_classes import allow_only, explain, is_allowed, refusal
 from tuner.config.early_checks import DEFAULT_CONFIG, option_values, suggestion
 from tuner.config.options import OPTIONS, options_of
 from tuner.config.safe_yaml import checked_loader
@@ -41,8 +41,11 @@ _UNSAVED = {one.name for one in OPTIONS if one.commands or one.is_switch} | {
     "config",
     "allow_class_paths",
 }
-# Settings of `trainer` that the config.yaml of older runs lacks, with which they must stay equal.
-_LATER_SETTINGS = ("logger", "default_root_dir")
+# Settings that the config.yaml of older runs lacks, with which those of new ones must stay equal.
+_LATER_SETTINGS = {
+    "trainer": ("logger", "default_root_dir"),
+    "data": ("class_path", "init_args"),
+}
 _ALLOW_FLAGS = ("--allow-class-paths", "--allow_class_paths")
 _LIST_FLAGS = ("--data.files", "--data.validation_files")
 # What jsonargparse says before the errors of a value that may be of several types.
@@ -108,13 +111,15 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
         ConfigError: An option or setting is unknown, missing, or has a bad value.
     """
     allowed = option_values(options, *_ALLOW_FLAGS)
-    allow_only(name for names in allowed for name in names.split(","))
+    added = [name for names in allowed for name in names.split(",")]
+    allow_only(added)
     parser = make_parser(command)
     try:
         first = ["--config", str(default)] if default else []
         if default == DEFAULT_CONFIG:
             first += _data_of_checkpoint(options)
         values = parser.parse_args([*first, *_join_lists(options)], env=False)
+        _check_allowed(values.data.class_path, added)
         for flag in _LIST_FLAGS:
             if isinstance(value := values[flag[2:]], str):  # in a configuration file
                 values[flag[2:]] = [value]
@@ -122,9 +127,7 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
         shared = values.clone()
         for name in _UNSAVED:
             shared.pop(name, None)
-        for name in _LATER_SETTINGS:
-            if shared.trainer[name] is None:
-                del shared.trainer[name]
+        _remove_unset(shared)
         text = str(parser.dump(_with_plain_texts(shared), skip_validation=True))
         command_line = shlex.join(["python", "cli.py", command, *options])
         settings = Settings(parser.instantiate(values), text, command_line)
@@ -150,6 +153,19 @@ def _data_of_checkpoint(options: Sequence[str]) -> list[str]:
         for name in settings.keys() - unused:
             words += [f"--data.{name}", json.dumps(settings[name])]
     return words
+
+
+def _check_allowed(class_path: str | None, added: Sequence[str]) -> None:
+    if class_path is not None and not is_allowed(class_path, added):
+        raise ConfigError(refusal(class_path))
+
+
+def _remove_unset(shared: Namespace) -> None:
+    """Remove settings that older runs do not have, where they are not given."""
+    for section, names in _LATER_SETTINGS.items():
+        for name in names:
+            if shared[section][name] is None:
+                del shared[section][name]
 
 
 def _with_plain_texts(value: Any) -> Any:

@@ -12,6 +12,7 @@ from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
 
+from foam_lightning.data.own import source_file
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
@@ -119,6 +120,10 @@ def job_key(job: Job) -> str:
     data |= _by_contents(data, *_TEXT, "tokenizer")
     if job.data.sources is not None:
         data["sources"] = [dict(one) | _by_contents(one, *_TEXT) for one in job.data.sources]
+    class_path, init_args = data.pop("class_path"), data.pop("init_args") or {}
+    if class_path is not None:  # older trials have neither
+        data["class_path"] = [class_path, contents(source_file(class_path) or class_path)]
+        data["init_args"] = {**init_args, **_by_contents(init_args, *init_args)}
     if job.data.streaming:  # rows then come in the order of the workers
         data["num_workers"] = job.data.num_workers
     device = "cpu" if job.gpu is None else job.gpu.name

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from foam_lightning.data.module import TextData
+from foam_lightning.data.own import OwnData
 from foam_lightning.job import Job
 from foam_lightning.memory.device import memory_shortage_context
 from foam_lightning.module import LlamaFoam
@@ -146,7 +147,7 @@ class TrialRunner:
         self.job = job
         self._on_step = on_step
         self._memory_options = memory_options
-        self._data: dict[int, TextData] = {}
+        self._data: dict[int, TextData | OwnData] = {}
 
     def run(
         self, plan: FoldPlan, *, num_steps: int, seed: int, callbacks: Sequence[Callback] = ()
