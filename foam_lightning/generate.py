@@ -42,6 +42,7 @@ def generate_text(
     tokenizer = load_tokenizer(path)
     inputs = _encode_chat(tokenizer, prompt) if is_chat else _encode(tokenizer, prompt)
     model: Any = module.model
+    model.set_attn_implementation("sdpa")  # with masks: a prompt may be longer than a window
     turn = end_of_turn_id(tokenizer) if is_chat else None
     torch.manual_seed(seed)
     model.generate(

@@ -39,8 +39,8 @@ class ModelSettings:
             queries; null means as many as query heads.
         vocab_size: Number of token ids; also the size of a tokenizer that is trained here.
         max_position_embeddings: The longest sequence that the exported model declares.
-        pretrained: Hugging Face folder to start from (LLaMA, Mistral or Qwen2); its sizes replace
-            those above.
+        pretrained: Hugging Face folder to start from (LLaMA, SmolLM, Mistral, Qwen2, Qwen3, Phi-3,
+            Gemma or Gemma 3); its sizes replace those above.
         optimizer: FOAM, or a baseline. A baseline uses lr, betas, eps and weight_decay, and
             unfolded_scale if it has a second learning rate; the settings below are for FOAM.
         lr: Peak learning rate.

@@ -34,8 +34,9 @@ def flops_per_token(shapes: Mapping[str, tuple[int, ...]], sequence_length: int)
         for name, shape in shapes.items()
         if len(shape) > 1 and not (has_head and "embed_tokens" in name)
     )
-    queries = [shape for name, shape in shapes.items() if role_of(name) == "q" and len(shape) > 1]
-    return 6 * num_weights + 12 * sum(shape[0] for shape in queries) * sequence_length
+    # The heads of a layer together are as wide as the input of its output matrix.
+    outputs = [shape for name, shape in shapes.items() if role_of(name) == "o" and len(shape) > 1]
+    return 6 * num_weights + 12 * sum(shape[1] for shape in outputs) * sequence_length
 
 
 def peak_flops(device: torch.device, precision: str) -> int | None:

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 GgufDtype = Literal["bfloat16", "float16", "q8_0"]
 
-_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2"}
+_ARCHITECTURES = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "phi3": "PHI3",
+}
 # By the pattern that splits text into words, llama.cpp's name of it.
 _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -52,7 +58,7 @@ def save_gguf(
     with one float16 scale; a matrix whose rows are no multiple of 32 is stored in float16 instead.
 
     Args:
-        model: A LLaMA, Mistral or Qwen2 model of transformers.
+        model: A model of transformers; `_ARCHITECTURES` lists those that GGUF is written of.
         tokenizer: Its tokenizer, with byte-level BPE or the BPE of SentencePiece.
         path: The file to write.
         dtype: "bfloat16", "float16" or "q8_0".
@@ -192,8 +198,11 @@ def _add_sizes(
     writer.add_key_length(head_size)
     writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
+    if config.model_type == "phi3":  # llama.cpp reads these of it; 0 is no window
+        writer.add_sliding_window(config.sliding_window or 0)
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])

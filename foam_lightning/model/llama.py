@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 # a mask in every forward pass and reads its values to find that it is not needed. A GPU waits for
 # that, and fake tensors have no values, so the memory account would count masks that no run keeps.
 _ATTENTION = "sdpa_causal"
-# Supported architectures by `model_type` in config.json: LLaMA and those with equal modules and
-# parameter names. "LLaMA" in types and docstrings here means any of them.
+# Supported architectures by `model_type` in config.json: LLaMA and those whose decoder, layers and
+# head have the same names. "LLaMA" in types and docstrings here means any of them.
 MODEL_CLASSES = {
-    "llama": "LlamaForCausalLM",
+    "llama": "LlamaForCausalLM",  # also TinyLlama, and SmolLM 1 and 2
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # A fold plan fits models that agree in these.
@@ -77,10 +82,16 @@ def create_config(
 
 
 def set_num_layers(config: "LlamaConfig", num_layers: int) -> "LlamaConfig":
-    """Set the number of layers of a configuration, in place, and return it."""
+    """Set the number of layers of a configuration, in place, and return it.
+
+    Of fewer layers the last ones have the types of attention that are lost, such as the full one of
+    every sixth layer of Gemma 3, since each type has angles of RoPE of its own.
+    """
     config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):  # one per layer
-        config.layer_types = config.layer_types[:num_layers]
+    if types := getattr(config, "layer_types", None):  # one per layer
+        kept = types[:num_layers]
+        lost = sorted(set(types) - set(kept))
+        config.layer_types = [*kept[: num_layers - len(lost)], *lost]
     return config
 
 
@@ -258,11 +269,19 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
 
 def _add_old_rope_names(folder: Path) -> None:
-    """Add the names `rope_theta`, `rope_scaling` and `torch_dtype` to config.json."""
+    """Add the names `rope_theta`, `rope_scaling` and `torch_dtype` to config.json.
+
+    Gemma 3 has a RoPE for each type of attention; the sliding one had `rope_local_base_freq`.
+    """
     file = folder / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     rotation = dict(content["rope_parameters"])
+    if "full_attention" in rotation:
+        content["rope_local_base_freq"] = rotation["sliding_attention"]["rope_theta"]
+        rotation = dict(rotation["full_attention"])
     content["rope_theta"] = rotation.pop("rope_theta")
+    if (share := rotation.get("partial_rotary_factor", 1.0)) != 1.0:
+        content["partial_rotary_factor"] = share
     content["rope_scaling"] = rotation if rotation["rope_type"] != "default" else None
     content["torch_dtype"] = content["dtype"]
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

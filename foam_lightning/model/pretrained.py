@@ -31,6 +31,9 @@ _WEIGHT_FILES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+# What attention without masks and the loss do not compute: capped scores and logits, as in Gemma 2,
+# and attention to later tokens.
+_UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _PREFIX = "model."  # absent from names saved by a model without its head
 _IGNORED_BUFFER = "rotary_emb.inv_freq"  # in old folders; recomputed
 
@@ -99,7 +102,7 @@ def architecture_to_json(model: "LlamaForCausalLM") -> dict[str, Any]:
 
 
 def read_config(folder: str) -> "LlamaConfig":
-    """Read the configuration of a local Hugging Face folder: LLaMA, Mistral or Qwen2.
+    """Read the configuration of a local Hugging Face folder of one of the `MODEL_CLASSES`.
 
     Raises:
         CheckpointError: `config.json` is missing, unreadable, of another architecture, or needs
@@ -126,7 +129,7 @@ def parse_config(content: Any, source: str) -> "LlamaConfig":
 
     Raises:
         CheckpointError: The architecture is not supported, it needs custom code, its weights are
-            quantised, or its sizes are invalid.
+            quantised, its attention or logits are computed otherwise, or its sizes are invalid.
     """
     from transformers import CONFIG_MAPPING
 
@@ -155,6 +158,12 @@ def parse_config(content: Any, source: str) -> "LlamaConfig":
         check_factors(config)
     except Exception as error:  # validation in transformers raises many types
         raise CheckpointError(f"cannot read {source}: {first_line(error)}") from error
+    for name in _UNSUPPORTED:
+        if getattr(config, name, None):
+            raise CheckpointError(
+                f"{source} sets {name} {getattr(config, name)}, which is not supported; supported "
+                f"are {_supported()} without it"
+            )
     return config
 
 

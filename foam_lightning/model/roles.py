@@ -4,11 +4,15 @@ Not to be confused with the roles of a conversation in `data.chat`.
 """
 
 import re
+from collections.abc import Iterable
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven matrices of a LLaMA layer, in the order of the forward pass."""
 
-_ROLE = re.compile(r"(?:^|\.)(q|k|v|o|gate|up|down)_proj(?:\.|$)")
+ALL_ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+"""Also those of Phi-3, which has some of the seven in one matrix."""
+
+_ROLE = re.compile(rf"(?:^|\.)({'|'.join(ALL_ROLES)})_proj(?:\.|$)")
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)(?:\.|$)")
 
 
@@ -19,10 +23,20 @@ def role_of(name: str) -> str:
         name: The qualified name, as `named_parameters()` gives it.
 
     Returns:
-        One of `ROLES`, or "other" for embeddings, head, norms and unknown names.
+        One of `ROLES`, "qkv" or "gate_up" for those matrices in one, or "other" for embeddings,
+        head, norms and unknown names.
     """
     match = _ROLE.search(name)
     return match[1] if match else "other"
+
+
+def roles_of(names: Iterable[str]) -> list[str]:
+    """List the roles of matrices, in the order of the forward pass, without "other".
+
+    Args:
+        names: Their qualified names.
+    """
+    return sorted({role_of(name) for name in names} - {"other"}, key=ALL_ROLES.index)
 
 
 def layer_of(name: str) -> int | None:

@@ -52,13 +52,15 @@ def check_factors(config: "LlamaConfig") -> None:
     Raises:
         ValueError: It has another number of them.
     """
-    scaling: Mapping[str, Any] = config.rope_parameters or {}
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = int(size * scaling.get("partial_rotary_factor", 1.0)) // 2
-    for key in ("short_factor", "long_factor"):
-        factors = scaling.get(key)
-        if factors is not None and len(factors) != wanted:
-            raise ValueError(f"the {key} of RoPE has {len(factors)} numbers, the model {wanted}")
+    for scaling in _parts(config.rope_parameters or {}):
+        wanted = int(size * scaling.get("partial_rotary_factor", 1.0)) // 2
+        for key in ("short_factor", "long_factor"):
+            factors = scaling.get(key)
+            if factors is not None and len(factors) != wanted:
+                raise ValueError(
+                    f"the {key} of RoPE has {len(factors)} numbers, the model {wanted}"
+                )
 
 
 def check_rope_length(config: "LlamaConfig", length: int) -> None:
@@ -67,13 +69,15 @@ def check_rope_length(config: "LlamaConfig", length: int) -> None:
     Raises:
         ConfigError: They are longer than `max_position_embeddings`.
     """
-    kind, declared = (config.rope_parameters or {}).get("rope_type"), config.max_position_embeddings
-    if kind in _BY_LENGTH and length > declared:
-        raise ConfigError(
-            f"rows of {length} tokens exceed the {declared} positions (max_position_embeddings) of "
-            f"a model with {kind} RoPE, which depends on them; set data.sequence_length to "
-            f"{declared} or less"
-        )
+    declared = config.max_position_embeddings
+    for scaling in _parts(config.rope_parameters or {}):
+        kind = scaling.get("rope_type")
+        if kind in _BY_LENGTH and length > declared:
+            raise ConfigError(
+                f"rows of {length} tokens exceed the {declared} positions "
+                f"(max_position_embeddings) of a model with {kind} RoPE, which depends on them; "
+                f"set data.sequence_length to {declared} or less"
+            )
 
 
 def fix_dynamic_frequencies(model: "LlamaForCausalLM") -> None:
@@ -82,8 +86,11 @@ def fix_dynamic_frequencies(model: "LlamaForCausalLM") -> None:
     Up to there they are constant, but transformers reads the positions of every batch to see that,
     for which a GPU waits and which fake tensors do not have.
     """
-    rope = model.model.rotary_emb
-    if rope.rope_type == "dynamic":
+    rope: Any = model.model.rotary_emb
+    if isinstance(rope.rope_type, dict):  # by type of layer
+        kinds = rope.rope_type.items()
+        rope.rope_type = {name: "default" if kind == "dynamic" else kind for name, kind in kinds}
+    elif rope.rope_type == "dynamic":
         rope.rope_type = "default"
 
 
@@ -94,12 +101,13 @@ def restore_rope_float32(model: "LlamaForCausalLM") -> None:
     the angles grows with the position.
     """
     rope = model.model.rotary_emb
-    if rope.inv_freq.dtype == torch.float32:
+    cast = [name for name, buffer in rope.named_buffers() if buffer.dtype != torch.float32]
+    if not cast:
         return
-    with rope.inv_freq.device:
+    with rope.get_buffer(cast[0]).device:
         fresh = type(rope)(rope.config)
-    rope.inv_freq = fresh.inv_freq.float()
-    rope.original_inv_freq = fresh.inv_freq.float().clone()
+    for name in cast:
+        setattr(rope, name, fresh.get_buffer(name).float())
 
 
 def _scalings(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -109,5 +117,9 @@ def _scalings(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
         if scaling is not None and not isinstance(scaling, Mapping):
             raise ValueError(f"{name} must be a mapping or null, got {scaling!r}")
         if scaling:
-            parts = [part for part in scaling.values() if isinstance(part, Mapping)]
-            yield from ((name, part) for part in parts or [scaling])
+            yield from ((name, part) for part in _parts(scaling))
+
+
+def _parts(scaling: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the settings of each type of layer, or those of all."""
+    return [part for part in scaling.values() if isinstance(part, Mapping)] or [scaling]

@@ -106,6 +106,10 @@ FOLDERS = [
                 }),
             ]
         ),
+        ("capped attention", "supported are", _copy("pretrained", _json(
+            "config.json", model_type="gemma2"))),
+        ("capped logits", "final_logit_softcapping", _copy("pretrained", _json(
+            "config.json", model_type="gemma3_text", final_logit_softcapping=30.0))),
         ("a size of 0", "config.json", _copy("pretrained", _json("config.json", hidden_size=0))),
         ("a negative size", "config.json",
          _copy("pretrained", _json("config.json", num_hidden_layers=-1))),

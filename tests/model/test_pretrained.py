@@ -57,6 +57,15 @@ DAMAGE = {
     "weights empty": (lambda folder: cut_off(folder / "model.safetensors", 0), LOAD_ERROR),
     "no second file": (lambda folder: split(folder).unlink(), LOAD_ERROR),
     "other architecture": (lambda folder: GPT2Config().save_pretrained(folder), "gpt2 .*qwen2"),
+    "capped attention": (lambda folder: set_config(folder, model_type="gemma2"), "gemma2 .*qwen3"),
+    "capped logits": (
+        lambda folder: set_config(folder, model_type="gemma3_text", final_logit_softcapping=30.0),
+        r"final_logit_softcapping 30\.0, .*gemma3_text",
+    ),
+    "later tokens": (
+        lambda folder: set_config(folder, model_type="gemma", use_bidirectional_attention=True),
+        "use_bidirectional_attention True",
+    ),
     "unknown architecture": (lambda folder: set_config(folder, model_type="unheard"), "unheard"),
     "custom code": (
         lambda folder: set_config(folder, auto_map={"AutoModel": "own.Model"}),

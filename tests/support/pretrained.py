@@ -42,7 +42,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.2": ("Llama", {"rope_parameters": _LLAMA3_ROTATION, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 64, "head_dim": 16}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"sliding_window": 64, "pad_token_id": None}),
+    "smollm3": (
+        "SmolLM3",
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "pad_token_id": None},
+    ),
+    "gemma": ("Gemma", {"head_dim": 16, "pad_token_id": None}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **{"head_dim": 16, "pad_token_id": None, "sliding_window": 64, "num_hidden_layers": 4},
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        },
+    ),
 }
+# The class of the model has another name.
+_CLASSES = {"Gemma3Text": "Gemma3"}
 # Like that of Qwen2: each message is between two special tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
@@ -84,7 +100,7 @@ def save_pretrained(folder: Path, family: str, *, template: str | None = CHAT_TE
     name, settings = FAMILIES[family]
     torch.manual_seed(5)
     config = getattr(transformers, f"{name}Config")(**{**_SIZES, **settings})
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model = getattr(transformers, f"{_CLASSES.get(name, name)}ForCausalLM")(config)
     for parameter_name, parameter in model.named_parameters():
         if "norm" not in parameter_name:  # biases start at zero, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.1)

@@ -121,7 +121,8 @@ OPTIONS = (
            "default 10"),
     Option("--model.max_rollbacks", "N", "return to the last checkpoint after a loss spike, N "
            "times at most"),
-    Option("--model.pretrained", "DIR", "start from a Hugging Face folder (LLaMA, Mistral, Qwen2)"),
+    Option("--model.pretrained", "DIR", "start from a Hugging Face folder (LLaMA, Mistral, Qwen, "
+           "Phi-3, Gemma, SmolLM)"),
 )  # fmt: skip
 
 

@@ -214,8 +214,12 @@ def _affordable_cap(
     return MAX_LEVEL
 
 
+# A matrix of several roles takes the multiplier of the first.
+_FIRST_ROLES = {"qkv": "q", "gate_up": "gate"}
+
+
 def _role_weight(name: str, knobs: Knobs) -> float:
-    role = role_of(name)
+    role = _FIRST_ROLES.get(role_of(name), role_of(name))
     return getattr(knobs, role) if role in ROLES else 1.0
 
 

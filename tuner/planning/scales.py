@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from foam_lightning.model.roles import ROLES, role_of
+from foam_lightning.model.roles import role_of, roles_of
 from foam_lightning.plan import FoldPlan
 
 _QK = ("q", "k")
@@ -67,12 +67,13 @@ def scale_rows(plan: FoldPlan) -> list[list[str]]:
         plan: The plan.
 
     Returns:
-        Rows of the level and a cell for each of `ROLES`; none if all scales are equal.
+        Rows of the level and a cell for each of `roles_of(plan.scales)`; none if all are equal.
     """
     if len(set(plan.scales.values())) < 2:
         return []
+    roles = roles_of(plan.scales)
     return [
-        [str(level), *(cells.get(role, "-") for role in ROLES)]
+        [str(level), *(cells.get(role, "-") for role in roles)]
         for level, cells in _cells(plan).items()
     ]
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from foam_lightning.memory.account import Account
 from foam_lightning.memory.options import MAX_LEVEL
-from foam_lightning.model.roles import ROLES
+from foam_lightning.model.roles import ALL_ROLES
 from foam_lightning.units import format_bytes
 from tuner.report.plan_table import TERM_NAMES
 from tuner.report.style import (
@@ -176,10 +176,12 @@ def _draw_levels(figure: SubFigure, grid: Mapping[int, Mapping[str, int]]) -> No
         "Fold level of each matrix: 2^level columns share one optimizer state; 0 is Adam",
         fontsize=11,
     )
-    axes.set_yticks(range(len(ROLES)), ROLES)
+    found = {role for cells in grid.values() for role in cells}
+    roles = [role for role in ALL_ROLES if role in found]
+    axes.set_yticks(range(len(roles)), roles)
     axes.set_xlabel("layer")
     layers = sorted(grid)
-    values = [[grid[layer].get(role, math.nan) for layer in layers] for role in ROLES]
+    values = [[grid[layer].get(role, math.nan) for layer in layers] for role in roles]
     palette = ListedColormap(colormaps["viridis"](np.linspace(0, 1, MAX_LEVEL + 1)))
     norm = BoundaryNorm([level - 0.5 for level in range(MAX_LEVEL + 2)], MAX_LEVEL + 1)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=palette, norm=norm)
@@ -187,7 +189,7 @@ def _draw_levels(figure: SubFigure, grid: Mapping[int, Mapping[str, int]]) -> No
     axes.set_xticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
     # Thin white lines keep neighbours of equal level apart.
     axes.set_xticks([x - 0.5 for x in range(1, len(layers))], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(1, len(ROLES))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(roles))], minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="both", length=0)
     if len(layers) <= _MAX_LAYERS_WITH_VALUES:

@@ -15,7 +15,7 @@ from rich.text import Text
 from foam_lightning.memory.account import Account
 from foam_lightning.memory.inventory import TensorGroup
 from foam_lightning.memory.timeline import TERMS
-from foam_lightning.model.roles import ROLES, layer_of, role_of
+from foam_lightning.model.roles import layer_of, role_of, roles_of
 from foam_lightning.plan import FoldPlan, MemoryOptions
 from foam_lightning.units import at_least, format_bytes
 from tuner.planning.planner import NearbyBudget, mean_level
@@ -92,10 +92,9 @@ def plan_table(
     rows = level_rows(plan.levels)
     if rows:
         grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for column in ("layers", *ROLES):
-            grid.add_column(
-                column, justify="left" if column not in ROLES else "right", no_wrap=True
-            )
+        grid.add_column("layers", no_wrap=True)
+        for role in roles_of(plan.levels):
+            grid.add_column(role, justify="right", no_wrap=True)
         for row in rows:
             grid.add_row(*row)
         parts += [Text("Fold level by layer and matrix:"), grid]
@@ -215,7 +214,7 @@ def level_grid(levels: Mapping[str, int]) -> tuple[_Grid, dict[str, int]]:
     elsewhere: dict[str, int] = {}
     for name, level in levels.items():
         layer, role = layer_of(name), role_of(name)
-        if layer is None or role not in ROLES:
+        if layer is None or role == "other":
             elsewhere[name] = level
         else:
             grid.setdefault(layer, {})[role] = level
@@ -229,14 +228,15 @@ def level_rows(levels: Mapping[str, int]) -> list[list[str]]:
         levels: By parameter name.
 
     Returns:
-        Rows of the layers and a cell for each of `ROLES`; none if all levels are equal.
+        Rows of the layers and a cell for each of `roles_of(levels)`; none if all levels are equal.
     """
     if len(set(levels.values())) < 2:
         return []
     grid, _ = level_grid(levels)
+    roles = roles_of(levels)
     rows = []
     for cells, run in groupby(
-        sorted(grid), key=lambda layer: [str(grid[layer].get(role, "-")) for role in ROLES]
+        sorted(grid), key=lambda layer: [str(grid[layer].get(role, "-")) for role in roles]
     ):
         layers = list(run)
         first, last = layers[0], layers[-1]

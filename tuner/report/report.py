@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from foam_lightning.memory.account import Account
-from foam_lightning.model.roles import ROLES
+from foam_lightning.model.roles import roles_of
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.atomic import write_text
 from foam_lightning.units import format_bytes
@@ -183,7 +183,7 @@ def _levels_section(winner: Candidate) -> list[str]:
     rows = level_rows(levels)
     return [
         "## Fold levels of the chosen plan",
-        *([markdown_table(["layers", *ROLES], rows)] if rows else []),
+        *([markdown_table(["layers", *roles_of(levels)], rows)] if rows else []),
         *describe_levels(levels),
     ]
 
@@ -193,7 +193,7 @@ def _scales_section(winner: Candidate) -> list[str]:
     return [
         "## Scales of the chosen plan\n\nThe learning rate of a matrix is its scale times "
         f"{winner.plan.lr:g} (the peak); all other parameters use {winner.plan.lr:g} itself.",
-        markdown_table(["level", *ROLES], rows)
+        markdown_table(["level", *roles_of(winner.plan.scales)], rows)
         if rows
         else f"Every matrix at scale {describe_scales(winner.plan)}.",
     ]
