@@ -80,7 +80,10 @@ def test_transformers_computes_the_same_logits(tmp_path, family):
     save_gguf(model.to(torch.float16), tokenizer, tmp_path / "model.gguf", "float16")
     loaded = AutoModelForCausalLM.from_pretrained(
         # The sizes of heads and the token to pad with are not those of so small a model there.
-        tmp_path, gguf_file="model.gguf", config=model.config, dtype=torch.float32
+        tmp_path,
+        gguf_file="model.gguf",
+        config=model.config,
+        dtype=torch.float32,
     )
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
