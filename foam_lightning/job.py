@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
+import psutil
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -28,6 +29,7 @@ from foam_lightning.optim.baselines import check_installed
 from foam_lightning.plan import FoldPlan, MemoryOptions, WeightsDtype
 from foam_lightning.settings import DataSettings, ModelSettings, TrainerSettings
 from foam_lightning.trainer import create_trainer, on_one_device
+from foam_lightning.units import at_least, format_bytes
 from foam_lightning.validation import SEED, check_ranges
 
 
@@ -90,7 +92,8 @@ class Job:
         """
         self._check_optimizer()
         num_devices, batch_size = self.devices.count, self.data.batch_size
-        releases = self.model.gradient_release
+        sums = self.model.grad_offload
+        releases = self.model.gradient_release or sums
         self._check_one_device(releases, self.model.weights_dtype)
         micro = self.data.micro_batch_size or max(1, batch_size // num_devices)
         if batch_size % (micro * num_devices):
@@ -98,16 +101,17 @@ class Job:
             raise ConfigError(
                 f"data.micro_batch_size {micro}{over} must divide data.batch_size {batch_size}"
             )
-        if releases and micro != batch_size:
+        if releases and not sums and micro != batch_size:
             raise ConfigError(
                 f"model.gradient_release needs a step of one micro-batch, got micro-batches of "
-                f"{micro} for data.batch_size {batch_size}; make both equal, or remove "
-                "data.micro_batch_size"
+                f"{micro} for data.batch_size {batch_size}; make both equal, or set "
+                "model.grad_offload"
             )
         memory_options = MemoryOptions(
             micro_batch_size=micro,
             accumulate_grad_batches=batch_size // (micro * num_devices),
             gradient_release=releases,
+            grad_offload=sums,
             state_dtype=self.model.state_dtype,
             state_offload=self.model.state_offload,
             weights_dtype=self.model.weights_dtype,
@@ -121,8 +125,8 @@ class Job:
         Raises:
             ConfigError: Gradient release or int8 weights on several devices; gradient release with
                 gradient clipping over all parameters or with a gradient scaler; int8 weights
-                without gradient release; offloaded state on a CPU; or a baseline with options of
-                FOAM.
+                without gradient release; offloaded state or gradients on a CPU; or a baseline with
+                options of FOAM.
         """
         self._check_settings(memory_options)
         if memory_options.weights_dtype == "int8" and not memory_options.gradient_release:
@@ -137,7 +141,7 @@ class Job:
             self._check_options_of_baseline(memory_options)
         self._check_one_device(memory_options.gradient_release, memory_options.weights_dtype)
         clip_val = self.trainer.gradient_clip_val
-        if memory_options.gradient_release and clip_val:
+        if memory_options.updates_in_backward and clip_val:
             raise ConfigError(
                 f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
                 "release frees each one; set model.clip_norm instead, which clips each by itself"
@@ -148,10 +152,30 @@ class Job:
                 "gradient before it is scaled back; unset model.gradient_release, or set "
                 "trainer.precision bf16-mixed"
             )
-        if memory_options.state_offload and not self.trainer.is_on_gpu:
+        for option in ("state_offload", "grad_offload"):
+            if getattr(memory_options, option) and not self.trainer.is_on_gpu:
+                raise ConfigError(
+                    f"model.{option} needs a GPU, and trainer.accelerator is cpu, where everything "
+                    "is in host memory anyway; remove it"
+                )
+
+    def check_host_memory(self, host_bytes: int) -> None:
+        """Refuse a run for whose state and gradients this machine has not enough memory free.
+
+        Without the GPU of the job, this is not the machine of the run, and nothing is checked.
+
+        Args:
+            host_bytes: What the run keeps in pinned host memory.
+
+        Raises:
+            ConfigError: Less than that is free.
+        """
+        free = psutil.virtual_memory().available
+        if host_bytes > free and self.gpu is not None:
             raise ConfigError(
-                "model.state_offload needs a GPU, and trainer.accelerator is cpu, where the state "
-                "is in host memory anyway; remove it"
+                f"state and gradients in host memory need {at_least(host_bytes)}, and this machine "
+                f"has {format_bytes(free)} free; end other programs, raise --memory-budget or "
+                "lower data.batch_size, so that less is kept there"
             )
 
     def adapt_plan(self, plan: FoldPlan, *, num_devices: int | None = None) -> FoldPlan:
@@ -395,6 +419,6 @@ class Job:
         if is_released and count > 1:
             raise ConfigError(
                 f"gradient release needs one device, got {count}, whose gradients must be averaged "
-                "first; unset model.gradient_release, or make a plan for "
+                "first; unset model.gradient_release and model.grad_offload, or make a plan for "
                 f"trainer.devices {count}"
             )

@@ -25,6 +25,7 @@ from foam_lightning.model.int8_weights import use_int8_weights
 from foam_lightning.model.loss import StepMean, token_loss
 from foam_lightning.model.pretrained import architecture_to_json, create_model, model_config
 from foam_lightning.optim.factory import create_optimizer
+from foam_lightning.optim.gradient_offload import HostGradients
 from foam_lightning.optim.gradient_release import BackwardGuard, release_gradients
 from foam_lightning.optim.groups import is_foldable
 from foam_lightning.optim.schedule import learning_rate_factor
@@ -72,6 +73,7 @@ class LlamaFoam(LightningModule):
         self._validated = (0.0, 0)  # nats and tokens of the validation pass so far
         self.step_mean = StepMean()
         self.backward_guard: BackwardGuard | None = None
+        self.host_gradients: HostGradients | None = None  # while it trains with grad_offload
         self._config: LlamaConfig | None = None
         self._group_options: list[dict[str, Any]] = []  # those of the settings
 
@@ -206,13 +208,44 @@ class LlamaFoam(LightningModule):
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        guard = self.backward_guard if self.releases_gradients else None
+        guard = self.backward_guard if self.updates_in_backward else None
+        sums = self.host_gradients
         if guard is None or guard.allows_backward(loss):
-            super().backward(loss, *args, **kwargs)
+            with nullcontext() if sums is None else sums.collect():
+                super().backward(loss, *args, **kwargs)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.step_mean.rescale_gradients(self.parameters(), self.trainer)
+        factor = self.step_mean.end_step(self.trainer)
+        if factor is None:
+            return
+        if self.host_gradients is not None:
+            self.host_gradients.scale_(factor)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        sums = self.host_gradients
+        if sums is None:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            clips_values = gradient_clip_algorithm == "value"
+            (sums.clip_values_ if clips_values else sums.clip_norm_)(gradient_clip_val)
+
+    def clear_gradients(self, optimizer: Optimizer) -> None:
+        """Drop all gradients of this step, wherever they are, so that it changes nothing."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.host_gradients is not None:
+            self.host_gradients.clear()
 
     @override
     def optimizer_step(
@@ -227,10 +260,12 @@ class LlamaFoam(LightningModule):
         hook = () if guard is None else (guard.make_finite_,)
         with (
             release_gradients(optimizer.optimizer, *hook)
-            if self.releases_gradients
+            if self.updates_in_backward
             else nullcontext()
         ):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.host_gradients is not None:  # the optimizer has found no gradients
+            self.host_gradients.update(optimizer.optimizer)
         # Lightning frees gradients only after the next forward pass, which would raise its peak.
         optimizer.zero_grad(set_to_none=True)
 
@@ -240,6 +275,10 @@ class LlamaFoam(LightningModule):
             # A gradient scaler may skip the first step of the optimizer; the schedule goes on.
             filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             super().lr_scheduler_step(scheduler, metric)
+
+    @override
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        self.clear_gradients(optimizer)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -266,19 +305,29 @@ class LlamaFoam(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        trainer = self.trainer
-        if self.releases_gradients and (
-            trainer.gradient_clip_val
-            or trainer.accumulate_grad_batches != 1
-            or not isinstance(trainer.strategy, SingleDeviceStrategy)
+        trainer, options = self.trainer, self._options()
+        is_alone = isinstance(trainer.strategy, SingleDeviceStrategy)
+        if options.grad_offload and not is_alone:
+            raise ConfigError(
+                f"grad_offload needs one device, got {type(trainer.strategy).__name__}, which "
+                "averages gradients over devices; make a plan for them"
+            )
+        if options.updates_in_backward and (
+            trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1 or not is_alone
         ):
             raise ConfigError(
                 "gradient release needs one device, trainer.accumulate_grad_batches 1 and no "
-                "trainer.gradient_clip_val (set model.clip_norm instead); got "
+                "trainer.gradient_clip_val (set model.clip_norm or grad_offload instead); got "
                 f"{type(trainer.strategy).__name__}, {trainer.accumulate_grad_batches} and "
                 f"{trainer.gradient_clip_val}"
             )
+        if options.grad_offload:
+            self.host_gradients = HostGradients(self.parameters())
         self._use_own_settings()
+
+    @override
+    def on_train_end(self) -> None:
+        self.host_gradients = None
 
     def _use_own_settings(self) -> None:
         """Train by the settings of this run, where Lightning has restored those of a checkpoint.
@@ -324,9 +373,9 @@ class LlamaFoam(LightningModule):
         return self.plan
 
     @property
-    def releases_gradients(self) -> bool:
+    def updates_in_backward(self) -> bool:
         """Whether parameters are updated inside backward."""
-        return self._options().gradient_release
+        return self._options().updates_in_backward
 
     @property
     def gradient_scaler(self) -> torch.amp.GradScaler | None:

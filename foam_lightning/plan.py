@@ -35,7 +35,9 @@ class MemoryOptions:
         selective_checkpointing: Also save the results of matrix products and attention, so that
             only cheap operations are recomputed. Needs activation_checkpointing.
         gradient_release: Update each parameter inside the backward pass and free its gradient.
-            Needs accumulate_grad_batches 1.
+            Needs accumulate_grad_batches 1 or grad_offload.
+        grad_offload: Sum released gradients in host memory, and update after the last micro-batch.
+            Needs gradient_release.
         state_dtype: The dtype of the two moments: "float32", "bfloat16" or "int8".
         state_offload: Keep the moments in host memory, and copy them to the GPU for their update.
         weights_dtype: "int8" stores the matrices of the decoder layers in int8, which needs
@@ -51,18 +53,27 @@ class MemoryOptions:
     activation_checkpointing: bool = False
     selective_checkpointing: bool = False
     gradient_release: bool = False
+    grad_offload: bool = False
     state_dtype: StateDtype = "float32"
     state_offload: bool = False
     weights_dtype: WeightsDtype | None = None
 
     def __post_init__(self) -> None:
-        if self.gradient_release and self.accumulate_grad_batches != 1:
+        if self.grad_offload and not self.gradient_release:
+            raise PlanError("grad_offload needs gradient_release; set both")
+        if self.updates_in_backward and self.accumulate_grad_batches != 1:
             raise PlanError(
                 "gradient_release needs accumulate_grad_batches 1, got "
-                f"{self.accumulate_grad_batches!r}; set micro_batch_size to the whole batch"
+                f"{self.accumulate_grad_batches!r}; set micro_batch_size to the whole batch, or "
+                "grad_offload"
             )
         if self.selective_checkpointing and not self.activation_checkpointing:
             raise PlanError("selective_checkpointing needs activation_checkpointing; set both")
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether the backward pass updates the parameters, so that it is the whole step."""
+        return self.gradient_release and not self.grad_offload
 
     @property
     def batch_size(self) -> int:
@@ -99,6 +110,8 @@ class FoldPlan:
             del content["proxy_model"]
         if self.memory_options.weights_dtype is None:  # so that earlier versions read the plan
             del content["memory_options"]["weights_dtype"]
+        if not self.memory_options.grad_offload:
+            del content["memory_options"]["grad_offload"]
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod

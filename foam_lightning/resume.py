@@ -237,7 +237,7 @@ def _memory_options(job: Job, options: MemoryOptions, before: Mapping[str, Any])
     own = job.memory_options
     names = [
         name
-        for name in ("gradient_release", "state_offload")
+        for name in ("gradient_release", "grad_offload", "state_offload")
         if getattr(job.model, name) != before.get(name, False)
     ]
     if job.data.micro_batch_size is not None:

@@ -65,8 +65,11 @@ class ModelSettings:
             bias. Rounding to nearest loses small updates.
         gradient_release: Update each parameter during the backward pass and free its gradient at
             once. Needs a step of one micro-batch. A memory budget turns it on where needed.
+        grad_offload: Free each gradient at once, but sum the micro-batches of a step in host
+            memory, which moves all gradients over the bus twice per micro-batch. A memory budget
+            turns it on last.
         state_offload: Keep both moments in host memory and copy them to the GPU for their update,
-            which moves twice their bytes per step. A memory budget turns it on last.
+            which moves twice their bytes per step. A memory budget turns it on last but one.
         weights_dtype: int8 stores the matrices of the decoder layers in one byte a weight and a
             scale per 128 of them, half the bytes of bfloat16; null stores them as
             trainer.precision says. Needs gradient_release, which a memory budget turns on, and one
@@ -112,6 +115,7 @@ class ModelSettings:
     clip_norm: float | None = None
     stochastic_rounding: bool = True
     gradient_release: bool = False
+    grad_offload: bool = False
     state_offload: bool = False
     weights_dtype: WeightsDtype | None = None
     max_skipped_steps: int = 10
@@ -126,11 +130,13 @@ class ModelSettings:
     def __post_init__(self) -> None:
         check_ranges("model.", vars(self), MODEL)
         check_pattern("model.exclude", self.exclude)
-        foam_only = self.gradient_release or self.state_offload or self.clip_norm
+        offloads = self.state_offload or self.grad_offload
+        foam_only = self.gradient_release or offloads or self.clip_norm
         if self.optimizer != "foam" and (foam_only or self.weights_dtype):
             raise ConfigError(
                 f"model.optimizer {self.optimizer} does not support model.gradient_release, "
-                "model.state_offload, model.weights_dtype or model.clip_norm, which need foam; "
+                "model.state_offload, model.grad_offload, model.weights_dtype or "
+                "model.clip_norm, which need foam; "
                 "leave them out"
             )
 

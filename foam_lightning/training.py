@@ -100,10 +100,12 @@ def train(
         ckpt_path: The checkpoint to start from while the folder has none.
 
     Raises:
+        ConfigError: Host memory is too small for what the plan keeps there.
         CheckpointError: The checkpoint cannot be read, or was trained by another plan.
         DivergedError: Too many steps in a row had a bad loss or gradient.
         MemoryShortageError: The device has not enough memory; the last checkpoint is intact.
     """
+    job.check_host_memory(job.new_accountant().host_bytes(plan))
     source = _find_checkpoint(folder, ckpt_path, plan, job.model)
     module = job.new_module()
     module.set_plan(plan)

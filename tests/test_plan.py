@@ -42,6 +42,7 @@ def plans(draw: Callable[..., Any]) -> FoldPlan:
             activation_checkpointing=checkpoints,
             selective_checkpointing=checkpoints and draw(st.booleans()),
             gradient_release=releases,
+            grad_offload=releases and draw(st.booleans()),
             state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
             state_offload=draw(st.booleans()),
             weights_dtype=draw(st.sampled_from([None, "int8"])),
@@ -159,6 +160,8 @@ MALFORMED = {
     "unknown dtype": with_options(state_dtype="float64"),
     "list for a dtype": with_options(state_dtype=[]),
     "gradient release of one": with_options(gradient_release=1),
+    "sums without release": with_options(grad_offload=True),
+    "sums of one": with_options(gradient_release=True, grad_offload=1),
     "release and accumulation": with_options(gradient_release=True, accumulate_grad_batches=2),
 }
 

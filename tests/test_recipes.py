@@ -93,3 +93,23 @@ def test_the_second_line_of_a_recipe_is_the_peak_that_plan_prints(
     assert format_bytes(planner.accountant.account(plan).peak_bytes) == expected["peak"]
     if expected["rows"]:
         assert plan.memory_options.micro_batch_size == int(expected["rows"])
+
+
+@pytest.mark.slow
+def test_7b_with_512_rows_a_step_fits_24_gb_with_gradients_in_host_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("foam_lightning.job.find_gpu", lambda **_: None)
+    budget = ["--memory-budget", "24GB", "--data.batch_size", "512"]
+    config = ["--config", str(REPOSITORY / "configs" / "llama_7b.yaml")]
+    # Larger micro-batches do not fit, and take most of the time.
+    words = [*config, *budget, "--data.micro_batch_size", "32"]
+    parsed = parse("plan", words, default=default_config(words))
+    planner = BudgetPlanner(parsed.job(), parsed.memory_budget)
+    plan = planner.uniform(2)
+    account, options = planner.accountant.account(plan), plan.memory_options
+    assert sum(account.breakdown.values()) == account.peak_bytes <= 24_000_000_000
+    assert (options.micro_batch_size, options.accumulate_grad_batches) == (32, 16)
+    assert (options.grad_offload, options.state_offload) == (True, False)
+    assert format_bytes(account.host_bytes) == "17.72 GB"
+    assert "431.3 GB" in planner.option_costs(plan)["grad_offload"]

@@ -122,7 +122,8 @@ class SpikeGuard(Callback):
     they do after a rollback: weights and optimizer are those of the last checkpoint, and the next
     rows are those after the spike.
 
-    With gradient release, gradients are used inside the backward pass. There the loss is checked
+    With gradient release, gradients are used inside the backward pass, unless `grad_offload` sums
+    them in host memory. There the loss is checked
     before it, and a bad one is not propagated. If the loss is finite and a gradient is not, its
     bad values become 0, and the step counts as skipped.
 
@@ -208,7 +209,7 @@ class SpikeGuard(Callback):
         where = _locate(trainer, pl_module)
         if self._action is StepAction.STOP:
             raise DivergedError(self._stop_message(where, problem))
-        optimizer.zero_grad(set_to_none=True)
+        pl_module.clear_gradients(optimizer)
         if self._action is StepAction.SKIP:
             pl_module.print(f"skipped {where}: {problem}")
         else:
@@ -230,11 +231,15 @@ class SpikeGuard(Callback):
 
     def _step_sums(self, trainer: Trainer, module: LlamaFoam) -> tuple[float, bool]:
         """Return the loss of the step over all ranks, and whether all gradients are finite."""
-        if module.releases_gradients:
+        if module.updates_in_backward:
             norm = 0.0 if self._largest_norm is None else float(self._largest_norm)
             return self._loss, math.isfinite(norm)
-        grads = [local_shard(p.grad) for p in module.parameters() if p.grad is not None]
-        is_bad = ~_norm(grads).isfinite()
+        if module.host_gradients is not None:
+            norm_of_all = module.host_gradients.norm()
+        else:
+            grads = [local_shard(p.grad) for p in module.parameters() if p.grad is not None]
+            norm_of_all = _norm(grads)
+        is_bad = ~norm_of_all.isfinite()
         sums = torch.stack([*module.step_mean.totals(), is_bad]).double()
         nats, scored, num_bad = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         return nats / max(1.0, scored), num_bad == 0
@@ -264,8 +269,11 @@ def _describe(loss: float, module: LlamaFoam, *, is_finite: bool, scale: float) 
         return f"the loss is {loss:.4g}"
     if scale > 1:
         return f"gradients overflow float16 at a loss scale of {scale:.6g}, which is now halved"
+    sums = module.host_gradients
     for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not local_shard(parameter.grad).isfinite().all():
+        grad = parameter.grad
+        is_bad = grad is not None and not local_shard(grad).isfinite().all()
+        if is_bad or (sums is not None and not sums.has_finite_sum(parameter)):
             return f"the gradient of {name} is not finite"
     return "the gradient of some parameter is not finite"  # of another rank, or released
 

@@ -27,7 +27,7 @@ from foam_lightning.memory.distributed import (
     num_communicators,
 )
 from foam_lightning.memory.inventory import PeakMoment, TensorGroup, group_tensors
-from foam_lightning.memory.timeline import Moment, Timeline
+from foam_lightning.memory.timeline import Timeline
 from foam_lightning.memory.trace import (
     Step,
     Traceable,
@@ -88,11 +88,14 @@ class Account:
             activations, loss, workspace, context, margin, slack.
         devices: The number of devices of the run.
         expandable_segments: Whether the margin is that of an allocator with expandable segments.
+        host_bytes: Pinned host memory for state and sums of gradients, beside this peak. On a CPU
+            there is no other memory than the device's, and this is 0.
     """
 
     breakdown: Mapping[str, int]
     devices: int = 1
     expandable_segments: bool = False
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -166,7 +169,23 @@ class Accountant:
         }
         percent = _SLACK_PERCENT if self._on_gpu else 0
         terms["slack"] = -(-sum(terms.values()) * percent // (100 - percent))  # rounded up
-        return Account(terms, self._devices.count, self._expandable)
+        return Account(terms, self._devices.count, self._expandable, self.host_bytes(plan))
+
+    def host_bytes(self, plan: FoldPlan) -> int:
+        """Count the pinned host memory of one device's run, by formula.
+
+        torch rounds each pinned tensor up to a power of two (at::HostBlock in
+        aten/src/ATen/core/CachingHostAllocator.h).
+        """
+        options, sizes = plan.memory_options, list[int]()
+        if not self._on_gpu:
+            return 0
+        for name, shape in self._shapes.items():
+            if options.state_offload:
+                sizes += _state_sizes(shape, plan.levels.get(name, 0), options.state_dtype)
+            if options.grad_offload:
+                sizes.append(self._gradient_bytes(shape))
+        return sum(1 << max(0, size - 1).bit_length() for size in sizes if size)
 
     def tensor_terms(self, plan: FoldPlan) -> dict[str, int]:
         """Predict the peak of the bytes in tensors by term, without what the device adds."""
@@ -189,6 +208,7 @@ class Accountant:
             update,
             shapes=self._shapes,
             buckets=self._buckets,
+            sums_on_device=not self._on_gpu,
             plan=plan,
             dtype=weight_dtype(self._precision),
         )
@@ -196,18 +216,24 @@ class Accountant:
     def _peak(self, plan: FoldPlan, passes: Step) -> PeakMoment:
         persistent = self._persistent_bytes(plan)
         workspaces = {named[0]: self._update_bytes(plan, *named) for named in self._shapes.items()}
-        moments: list[tuple[Moment, str | None]] = [(passes.peak, None)]
-        if plan.memory_options.gradient_release:
-            moments += zip(passes.updates, workspaces, strict=True)
+        options = plan.memory_options
+        moments: list[PeakMoment] = [PeakMoment({}, passes.peak)]
+        released = list(zip(passes.updates, workspaces, strict=bool(passes.updates)))
+        if options.updates_in_backward:
+            moments += [PeakMoment({}, moment, updated=name) for moment, name in released]
         else:  # parameters are updated one after the other
             largest = max(workspaces, key=lambda name: workspaces[name])
-            moments.append((passes.end_of_backward, largest))
+            moments.append(PeakMoment({}, passes.end_of_backward, updated=largest))
+            moments += [PeakMoment({}, moment, summed=name) for moment, name in released]
         peaks = []
-        for moment, name in moments:
-            terms: dict[str, int] = dict(moment.terms.items()) | persistent
-            terms["gradients"] += sum(self._buckets)
-            terms["workspace"] += 0 if name is None else workspaces[name]
-            peaks.append(PeakMoment(terms, moment, name))
+        for peak in moments:
+            terms: dict[str, int] = dict(peak.moment.terms.items()) | persistent
+            terms["gradients"] += sum(self._buckets) + self._sum_bytes(options)
+            if peak.updated is not None:
+                terms["workspace"] += workspaces[peak.updated]
+            if peak.summed is not None:
+                terms["workspace"] += self._bytes_from_host(options, self._shapes[peak.summed])
+            peaks.append(peak._replace(terms=terms))
         return max(peaks, key=lambda peak: sum(peak.terms.values()))
 
     def fits(self, plan: FoldPlan, budget_bytes: int) -> bool:
@@ -228,7 +254,8 @@ class Accountant:
         gradients = 0 if memory_options.gradient_release else persistent["weights"]
         accumulates = memory_options.accumulate_grad_batches > 1
         in_passes = inputs + gradients if accumulates else max(inputs, gradients)
-        return self.context + sum(persistent.values()) + in_passes
+        held = sum(persistent.values()) + self._sum_bytes(memory_options)
+        return self.context + held + in_passes
 
     def replay_allocator(self, plan: FoldPlan) -> AllocatorPeaks:
         """Replay the caching allocator over two steps, without the workspace of cuBLAS.
@@ -241,10 +268,12 @@ class Accountant:
         for name, shape in shapes.items():
             kept = _state_sizes(shape, plan.levels.get(name, 0), plan.memory_options.state_dtype)
             state = () if plan.memory_options.state_offload else kept
-            updates.append(ParameterUpdate(state, self._update_bytes(plan, name, shape)))
+            from_host = self._bytes_from_host(plan.memory_options, shape)
+            workspace = self._update_bytes(plan, name, shape)
+            updates.append(ParameterUpdate(state, workspace, from_host))
         weights = list(self._weight_sizes(plan))
         step = self._traced_passes(plan.memory_options).events
-        kept_whole = [*weights, *self._buckets]
+        kept_whole = [*weights, *self._buckets, self._sum_bytes(plan.memory_options)]
         return replay(two_steps(kept_whole, step, updates), expandable=self._expandable)
 
     def state_change(self, plan: FoldPlan, change_bytes: int) -> int:
@@ -278,10 +307,14 @@ class Accountant:
             return 0
         return self._costs.context + num_communicators(self._devices) * NCCL_BYTES
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of all gradients on one device, or of their sums."""
+        return sum(map(self._gradient_bytes, self._shapes.values()))
+
     @cached_property
     def _buckets(self) -> list[int]:
-        itemsize = weight_dtype(self._precision).itemsize
-        return bucket_sizes(self._devices, (math.prod(s) * itemsize for s in self._shapes.values()))
+        return bucket_sizes(self._devices, map(self._gradient_bytes, self._shapes.values()))
 
     def _persistent_bytes(self, plan: FoldPlan) -> dict[str, int]:
         """Count what is alive from the first step to the last."""
@@ -325,6 +358,7 @@ class Accountant:
                 make_batch,
                 accumulate_grad_batches=memory_options.accumulate_grad_batches,
                 gradient_release=memory_options.gradient_release,
+                grad_offload=memory_options.grad_offload,
                 autocast=autocast_for(self._precision),
                 num_layers=self._num_layers,
                 held={"logged values": torch.zeros(small, dtype=torch.uint8)},
@@ -341,7 +375,25 @@ class Accountant:
             update = self._trace_update(plan, name, shape)
             self._workspaces[key] = update.peak().terms["workspace"]
         state = sum(_state_sizes(*stored)) if options.state_offload else 0
-        return self._workspaces[key] + state
+        return self._workspaces[key] + state + self._bytes_from_host(options, shape)
+
+    def _gradient_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * weight_dtype(self._precision).itemsize
+
+    def _bytes_from_host(self, memory_options: MemoryOptions, shape: tuple[int, ...]) -> int:
+        """Count the copy of a parameter's sum of gradients while the device adds or updates."""
+        is_copied = memory_options.grad_offload and self._on_gpu
+        return self._gradient_bytes(shape) if is_copied else 0
+
+    def _sum_bytes(self, memory_options: MemoryOptions) -> int:
+        """Count what the device holds for sums of gradients throughout: their norms in float32.
+
+        On a CPU also the sums, since host memory is the device's.
+        """
+        if not memory_options.grad_offload:
+            return 0
+        sums = 0 if self._on_gpu else self.gradient_bytes
+        return sums + torch.float32.itemsize * len(self._shapes)
 
     def _trace_update(
         self, plan: FoldPlan, name: str, shape: tuple[int, ...], *, with_origins: bool = False

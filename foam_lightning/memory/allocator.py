@@ -146,7 +146,8 @@ def two_steps(weights: Iterable[int], step: Events, updates: Sequence["Parameter
             updated inside backward; without such marks all are updated at the last mark
             `END_OF_BACKWARD`, or else at the end, in their order. What is still alive at the end,
             such as gradients, is freed.
-        updates: One per parameter in the order of the marks' i.
+        updates: One per parameter in the order of the marks' i. Where they have sums in host
+            memory, those come at the marks, and the updates are at the last `END_OF_BACKWARD`.
     """
     events = Events()
     for size in weights:
@@ -159,21 +160,29 @@ def two_steps(weights: Iterable[int], step: Events, updates: Sequence["Parameter
     whole = len(step.changes)
     ends = [at for at, name in step.marks if name.startswith(END_OF_BACKWARD)]
     after = ends[-1] if ends else whole
-    order: list[tuple[int, int | None]] = [*inside] or [(after, i) for i in range(len(updates))]
+    at_end = [(after, i) for i in range(len(updates))]
+    sums_at = inside if any(update.sum_from_host for update in updates) else []
+    order = [
+        *((at, updates[i].sum_from_host, ()) for at, i in sums_at),
+        *(
+            (at, updates[i].workspace, updates[i].state)
+            for at, i in (not sums_at and inside) or at_end
+        ),
+        (whole, 0, ()),
+    ]
     for is_first in (True, False):
         alive: dict[int, int] = {}  # block of the step: block of the run
         done = 0
-        for at, index in [*order, (whole, None)]:
+        for at, workspace, state in order:
             for change in step.changes[done:at]:
                 if change >= 0:
                     alive[change] = events.allocate(step.sizes[change])
                 else:
                     events.free(alive.pop(~change))
             done = at
-            if index is not None:
-                for size in updates[index].state if is_first else ():
-                    events.allocate(size)
-                events.free(events.allocate(updates[index].workspace))
+            for size in state if is_first else ():
+                events.allocate(size)
+            events.free(events.allocate(workspace))
         for block in alive.values():
             events.free(block)
     return events
@@ -185,10 +194,13 @@ class ParameterUpdate(NamedTuple):
     Attributes:
         state: Bytes of every tensor of its state.
         workspace: Peak of the bytes of its temporaries; they count as one block.
+        sum_from_host: Bytes of the sum of its gradients, which comes from host memory whenever a
+            gradient is added to it; 0 if there is none.
     """
 
     state: tuple[int, ...]
     workspace: int
+    sum_from_host: int = 0
 
 
 class _Block:

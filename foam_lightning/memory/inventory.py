@@ -47,11 +47,13 @@ class PeakMoment(NamedTuple):
         terms: Bytes by term.
         moment: The moment in the forward and backward passes.
         updated: The parameter that is updated at this moment; None if none is.
+        summed: The parameter whose gradient is added at this moment to its sum in host memory.
     """
 
     terms: dict[str, int]
     moment: Moment
-    updated: str | None
+    updated: str | None = None
+    summed: str | None = None
 
 
 def group_tensors(
@@ -61,6 +63,7 @@ def group_tensors(
     *,
     shapes: Mapping[str, tuple[int, ...]],
     buckets: Iterable[int],
+    sums_on_device: bool,
     plan: FoldPlan,
     dtype: torch.dtype,
 ) -> list[TensorGroup]:
@@ -72,6 +75,7 @@ def group_tensors(
         update: Timeline of the update that the peak is in, with origins; None outside of updates.
         shapes: Shapes of the parameters by name, as one device holds them.
         buckets: Bytes of each gradient bucket of DDP.
+        sums_on_device: Whether host memory, with the sums of gradients, is that of the device.
         plan: The plan that decides the state.
         dtype: The dtype of gradients, and of weights that are not in int8.
     """
@@ -83,11 +87,33 @@ def group_tensors(
     for size in buckets:
         origin = Origin("bucket of gradients", _ALWAYS, (size // dtype.itemsize,), dtype)
         found.append(TensorGroup(size, 1, "gradients", origin))
+    if memory_options.grad_offload:
+        found += _of_sums(peak, shapes, dtype, sums_on_device=sums_on_device)
     if update is not None and peak.updated is not None:
         found += _of_timeline(update, update.peak(), {"workspace"})
         if memory_options.state_offload:
             found += _of_state({peak.updated: shapes[peak.updated]}, plan, "workspace", "update")
     return _merged(found)
+
+
+def _of_sums(
+    peak: PeakMoment,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    *,
+    sums_on_device: bool,
+) -> Iterator[TensorGroup]:
+    """List what is on the device of the sums of gradients."""
+    norms = Origin("norms of sums", _ALWAYS, (len(shapes),), torch.float32)
+    yield TensorGroup(torch.float32.itemsize * len(shapes), 1, "gradients", norms)
+    if sums_on_device:
+        alive: list[tuple[str | None, Term, str]] = [(n, "gradients", _ALWAYS) for n in shapes]
+    else:
+        alive = [(peak.updated, "workspace", "update"), (peak.summed, "workspace", "backward")]
+    for name, term, phase in alive:
+        if name is not None:
+            size = math.prod(shapes[name]) * dtype.itemsize
+            yield TensorGroup(size, 1, term, Origin(name, phase, shapes[name], dtype))
 
 
 def _merged(groups: Iterable[TensorGroup]) -> list[TensorGroup]:

@@ -25,8 +25,10 @@ _CHECKPOINTING = ((False, False), (True, True), (True, False))
 class OptionLadder:
     """Every set of memory options that a job may train with, from the fastest to the slowest.
 
-    From the slowest option to the fastest: state in host memory (it crosses the bus twice a step),
-    gradient release (the whole batch is one micro-batch), activation checkpointing (the forward
+    From the slowest option to the fastest: gradients summed in host memory (all of them cross the
+    bus twice in each micro-batch, so that then their number comes next but one), state in host
+    memory (it crosses the bus twice a step), gradient release (without such sums the whole batch is
+    one micro-batch), activation checkpointing (the forward
     pass is run again), selective checkpointing (all of it is run again but matrix products and
     attention), state in int8, more and smaller micro-batches, chunked loss (nothing is computed
     again, but in bfloat16 the gradient of the head is rounded once a chunk). Two sets are compared
@@ -35,10 +37,12 @@ class OptionLadder:
 
     Args:
         start: The memory options of the configuration; none of them is ever turned off.
-        on_gpu: Whether state may be int8 or in host memory. On a CPU the update of int8 state is
-            not compiled and takes 30 times as long, and there is no other memory.
+        on_gpu: Whether state may be int8, and state and sums of gradients in host memory. On a CPU
+            the update of int8 state is not compiled and takes 30 times as long, and there is no
+            other memory.
         can_release: Whether gradients may be released, which needs a run on one device
             and no gradient scaler.
+        clips_all: Whether gradients are clipped together. Of released ones only the sums can be.
         min_selective_rows: Rows of a micro-batch from which selective checkpointing is the faster
             one; with fewer it is left out.
         min_chunked_rows: Rows of a micro-batch from which its loss is more than one chunk; with
@@ -48,6 +52,7 @@ class OptionLadder:
     start: MemoryOptions
     on_gpu: bool = True
     can_release: bool = True
+    clips_all: bool = False
     min_selective_rows: int = 1
     min_chunked_rows: int = 1
 
@@ -63,23 +68,30 @@ class OptionLadder:
         Returns:
             The fastest that fit at level 2, else at level 8, else None.
         """
-        for offload, level in product(self._choices("state_offload"), (TARGET_LEVEL, MAX_LEVEL)):
-            for base in self._bases(offload):
-                found = self._largest_micro_batch(base, level, fits)
-                if found is not None:
+        for offloaded, level in product(self._offloaded(), (TARGET_LEVEL, MAX_LEVEL)):
+            best = None
+            for base in self._bases(offloaded):
+                found = self._largest_micro_batch(base, level, fits, best)
+                if found is not None and not found.grad_offload:
                     return found
+                best = found or best
+            if best is not None:
+                return best
         return None
 
     def candidates_for_minimum(self) -> list[MemoryOptions]:
         """List the memory options of which one needs the least memory, the fastest first.
 
         Which one depends on the model: an option that saves activations may cost gradients.
-        Accumulation holds them during the forward passes, and gradient release cannot split the
-        batch.
+        Accumulation holds them during the forward passes, gradient release cannot split the batch,
+        and a sum from host memory is on the device beside the gradient that is added to it.
         """
-        bases = self._bases(self._choices("state_offload")[-1])
         # A later base replaces an earlier one, so that the slowest stays, with and without release.
-        slowest = {base.gradient_release: base for base in bases}.values()
+        slowest = {
+            (base.gradient_release, base.grad_offload): base
+            for offloaded in self._offloaded()
+            for base in self._bases(offloaded)
+        }.values()
         sizes = [self._micro_batches(base) for base in slowest]
         ends = [end for options in sizes for end in (options[0], options[-1])]
         return list(dict.fromkeys(each for end in ends for each in (self._unchunked(end), end)))
@@ -100,17 +112,18 @@ class OptionLadder:
             None if there are none.
         """
         now, before = _speed_rank(memory_options), peak(memory_options)
-        for offload in self._choices("state_offload"):
-            for base in self._bases(offload):
-                for chunked in self._micro_batches(base):
-                    for found in (self._unchunked(chunked), chunked):
-                        if _speed_rank(found) <= now:
-                            continue
-                        if found.state_dtype != memory_options.state_dtype:
-                            continue
-                        after = peak(found)
-                        if after is not None and (before is None or after < before):
-                            return found
+        chunked = [
+            found
+            for offloaded in self._offloaded()
+            for base in self._bases(offloaded)
+            for found in self._micro_batches(base)
+        ]
+        for found in sorted({*chunked, *map(self._unchunked, chunked)}, key=_speed_rank):
+            if _speed_rank(found) <= now or found.state_dtype != memory_options.state_dtype:
+                continue
+            after = peak(found)
+            if after is not None and (before is None or after < before):
+                return found
         return None
 
     def _choices(self, option: str) -> list[bool]:
@@ -118,24 +131,46 @@ class OptionLadder:
             return [True]
         if option == "gradient_release" and self.start.weights_dtype == "int8":
             return [True]
-        allowed = self.on_gpu if option == "state_offload" else self.can_release
-        return [False, True] if allowed else [False]
+        allowed = {
+            "state_offload": self.on_gpu,
+            "gradient_release": self.can_release,
+            # For one micro-batch, release alone does the same.
+            "grad_offload": self.on_gpu
+            and self.can_release
+            and (self.clips_all or self.start.batch_size > 1),
+        }
+        return [False, True] if allowed[option] else [False]
 
-    def _bases(self, offload: bool) -> Iterator[MemoryOptions]:
+    def _release_choices(self, sums: bool) -> list[bool]:
+        if sums:
+            return [True]
+        # On a CPU, where gradients are not summed, the error says which setting to change.
+        only_sums = self.clips_all and self.on_gpu and not self.start.gradient_release
+        choices = self._choices("gradient_release")
+        return [choice for choice in choices if not (choice and only_sums)]
+
+    def _offloaded(self) -> list[tuple[bool, bool]]:
+        """List what may be in host memory, gradients and state, the fastest first."""
+        return list(product(self._choices("grad_offload"), self._choices("state_offload")))
+
+    def _bases(self, offloaded: tuple[bool, bool]) -> Iterator[MemoryOptions]:
         """Yield memory options that differ in more than the micro-batch, the fastest first."""
-        start = replace(self.start, state_offload=offload)
+        sums, state = offloaded
+        start = replace(self.start, state_offload=state)
         asked = (start.activation_checkpointing, start.selective_checkpointing)
         checkpointing = _CHECKPOINTING[_CHECKPOINTING.index(asked) :]
         dtypes: list[StateDtype] = [start.state_dtype]
         if self.on_gpu and start.state_dtype != "int8":
             dtypes.append("int8")
         for release, (checkpoints, selective), dtype in product(
-            self._choices("gradient_release"), checkpointing, dtypes
+            self._release_choices(sums), checkpointing, dtypes
         ):
+            is_whole = release and not sums
             yield replace(
                 start,
-                micro_batch_size=start.batch_size if release else start.micro_batch_size,
-                accumulate_grad_batches=1 if release else start.accumulate_grad_batches,
+                grad_offload=sums,
+                micro_batch_size=start.batch_size if is_whole else start.micro_batch_size,
+                accumulate_grad_batches=1 if is_whole else start.accumulate_grad_batches,
                 activation_checkpointing=checkpoints,
                 selective_checkpointing=selective,
                 gradient_release=release,
@@ -143,9 +178,12 @@ class OptionLadder:
             )
 
     def _largest_micro_batch(
-        self, base: MemoryOptions, level: int, fits: Fits
+        self, base: MemoryOptions, level: int, fits: Fits, best: MemoryOptions | None
     ) -> MemoryOptions | None:
-        """Find the largest micro-batch that fits, without chunks of the loss if that fits too."""
+        """Find the largest micro-batch that fits, without chunks of the loss if that fits too.
+
+        It has to be larger than that of `best`.
+        """
 
         # Chunks save logits, but the gradient of the head is there while each makes its own; a few
         # rows have fewer logits.
@@ -154,7 +192,9 @@ class OptionLadder:
 
         # The first may not accumulate. The others do, so they may need more than it: gradients are
         # alive in their forward passes.
-        first, rest = (sizes := self._micro_batches(base))[:1], sizes[1:]
+        above = 0 if best is None else best.micro_batch_size
+        sizes = [each for each in self._micro_batches(base) if each.micro_batch_size > above]
+        first, rest = sizes[:1], sizes[1:]
         if first and either_fits(first[0]):
             found = first[0]
         elif rest and either_fits(rest[-1]):
@@ -166,7 +206,7 @@ class OptionLadder:
     def _micro_batches(self, base: MemoryOptions) -> list[MemoryOptions]:
         """List the sizes of a micro-batch, the largest first; with release the batch is whole."""
         batch, largest = base.batch_size, base.micro_batch_size
-        smallest = batch if base.gradient_release else 1
+        smallest = batch if base.updates_in_backward else 1
         if base.selective_checkpointing and not self.start.selective_checkpointing:
             smallest = max(smallest, self.min_selective_rows)
         return [
@@ -191,7 +231,9 @@ def _speed_rank(memory_options: MemoryOptions) -> tuple[int, ...]:
         memory_options.selective_checkpointing,
     )
     return (
+        memory_options.grad_offload,
         memory_options.state_offload,
+        memory_options.accumulate_grad_batches if memory_options.grad_offload else 0,
         memory_options.gradient_release,
         _CHECKPOINTING.index(checkpointing),
         memory_options.state_dtype == "int8",
@@ -206,7 +248,10 @@ _SECONDS_TO_SELECT = 5e-3
 
 
 def option_costs(
-    memory_options: MemoryOptions, shapes: Mapping[str, tuple[int, ...]], state_bytes: int
+    memory_options: MemoryOptions,
+    shapes: Mapping[str, tuple[int, ...]],
+    state_bytes: int,
+    gradient_bytes: int,
 ) -> dict[str, str]:
     """Describe what the memory options that are on cost in speed.
 
@@ -217,6 +262,7 @@ def option_costs(
         memory_options: The memory options.
         shapes: Shape of every parameter by name, in elements.
         state_bytes: Bytes of optimizer state.
+        gradient_bytes: Bytes of all gradients.
 
     Returns:
         A few words by field of `MemoryOptions`; fields that are off are left out.
@@ -233,7 +279,11 @@ def option_costs(
     elif memory_options.activation_checkpointing:
         costs["activation_checkpointing"] = f"{decoder / step:.0%} more compute: forward rerun"
     if memory_options.gradient_release:
-        costs["gradient_release"] = "no slowdown; batch is not split"
+        is_whole = memory_options.updates_in_backward
+        costs["gradient_release"] = "no slowdown" + ("; batch is not split" if is_whole else "")
+    if memory_options.grad_offload:
+        moved = 2 * gradient_bytes * memory_options.accumulate_grad_batches
+        costs["grad_offload"] = f"{format_bytes(moved)} cross the PCIe bus every step"
     if memory_options.weights_dtype == "int8":
         costs["weights_dtype"] = "weights are rounded stochastically to one byte"
     if memory_options.state_dtype == "int8":

@@ -24,6 +24,7 @@ from foam_lightning.memory.allocator import END_OF_BACKWARD, Events
 from foam_lightning.memory.timeline import Moment, Repeat, Term, Timeline
 from foam_lightning.memory.tracker import StorageTracker, qualified, record_modules
 from foam_lightning.optim.foam import FOAM
+from foam_lightning.optim.gradient_offload import HostGradients
 from foam_lightning.optim.gradient_release import release_gradients
 from foam_lightning.settings import Precision
 
@@ -66,9 +67,9 @@ class Step:
 
     Attributes:
         peak: The moment with the most bytes.
-        updates: With gradient release, the moment at which the update of each parameter begins, in
-            the order of the module's parameters at full depth: its gradient is alive, the workspace
-            of the update is not yet. Empty otherwise.
+        updates: With gradient release, the moment at which the update of each parameter begins, or
+            with `grad_offload` its addition to the sum, in the order of the module's parameters at
+            full depth: its gradient is alive, the workspace is not yet. Empty otherwise.
         end_of_backward: The moment before the update of all parameters.
         timeline: Every allocation and free at full depth.
     """
@@ -91,6 +92,7 @@ def track_step(
     *,
     accumulate_grad_batches: int = 1,
     gradient_release: bool = False,
+    grad_offload: bool = False,
     autocast: AbstractContextManager[object] | None = None,
     num_layers: int | None = None,
     held: Mapping[str, Tensor] | None = None,
@@ -108,6 +110,8 @@ def track_step(
         make_batch: Returns input ids and labels, both (B, S).
         accumulate_grad_batches: Micro-batches per step.
         gradient_release: Update and free inside backward.
+        grad_offload: With both, free inside backward and update at the end, from sums that count as
+            "gradients". The account leaves the optimizer out, and counts them itself.
         autocast: The context of a mixed-precision forward pass.
         num_layers: The depth to report. Where it is more than the module has, the second of its
             layers, at least three, stands for those missing, and in backward the last but one:
@@ -128,12 +132,18 @@ def track_step(
     num_seen = len(module.layers())
     times = (num_layers or num_seen) - num_seen + 1
     repeats = []
+    sums = HostGradients(parameters) if grad_offload and optimizer is not None else None
+    tracker.claim(sums.tensors() if sums is not None else (), "gradients")
     with ExitStack() as watched:
         watched.enter_context(tracker)
         if with_origins:
             watched.enter_context(record_modules(tracker, module.named_modules()))
         if gradient_release:
-            watched.enter_context(_mark_updates(tracker, names, parameters, optimizer))
+            if sums is not None:
+                use: Callable[[], AbstractContextManager[object]] = sums.collect
+            else:
+                use = nullcontext if optimizer is None else partial(release_gradients, optimizer)
+            watched.enter_context(_mark_updates(tracker, names, parameters, use))
         for micro_batch in range(min(accumulate_grad_batches, 2)):
             with _mark_layers(tracker, module, f"{micro_batch}"):
                 batch = None  # the last one is freed here, as in Lightning's loop
@@ -152,6 +162,8 @@ def track_step(
         if optimizer is not None:
             tracker.term, tracker.phase, tracker.made_by = "workspace", "update", "optimizer"
             optimizer.step()
+            if sums is not None:
+                sums.update(optimizer)
             tracker.claim(_state_tensors(optimizer), "optimizer_state")
             optimizer.zero_grad(set_to_none=True)
         del batch
@@ -269,9 +281,9 @@ def _mark_updates(
     tracker: StorageTracker,
     names: Sequence[str],
     parameters: Sequence[Tensor],
-    optimizer: FOAM | None,
+    use_gradients: Callable[[], AbstractContextManager[object]],
 ) -> Iterator[None]:
-    """Release gradients; mark the start of each update, and count its memory as "workspace"."""
+    """Release gradients; mark the start of each use, and count its memory as "workspace"."""
     before: list[tuple[Term, str, str]] = []
 
     def begin(index: int, param: Tensor) -> None:
@@ -288,8 +300,7 @@ def _mark_updates(
     with ExitStack() as hooks:  # they run in the order in which they are registered
         for index, param in enumerate(parameters):
             hooks.enter_context(param.register_post_accumulate_grad_hook(partial(begin, index)))
-        if optimizer is not None:
-            hooks.enter_context(release_gradients(optimizer))
+        hooks.enter_context(use_gradients())
         for param in parameters:
             hooks.enter_context(param.register_post_accumulate_grad_hook(end))
         yield

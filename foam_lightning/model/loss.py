@@ -1,6 +1,5 @@
 """The next-token loss, whole or in chunks, and its mean over the tokens of an optimizer step."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -235,24 +234,24 @@ class StepMean:
         """Return the loss of the step so far on this rank: nats, and the number of tokens."""
         return torch.as_tensor(self._nats), torch.as_tensor(self._num_tokens)
 
-    def rescale_gradients(self, parameters: Iterable[Tensor], trainer: Trainer) -> None:
-        """Rescale the gradients to the mean over labelled tokens, after all micro-batches.
+    def end_step(self, trainer: Trainer) -> Tensor | None:
+        """Return the factor that rescales gradients to the mean over labelled tokens.
 
         Args:
-            parameters: Their gradients are averages over micro-batches and ranks.
             trainer: Sums over ranks.
+
+        Returns:
+            The factor of gradients that are averages over micro-batches and ranks, a scalar; None
+            where they are this mean already.
         """
         local = torch.as_tensor(self._num_tokens)
         self._nats = self._num_tokens = 0
         if _is_single_micro_batch(trainer):
-            return
+            return None
         num_tokens = trainer.strategy.reduce(local, reduce_op="sum")
         assert isinstance(num_tokens, Tensor)
         positions = self._positions * trainer.accumulate_grad_batches * trainer.world_size
-        factor = positions / num_tokens.clamp(min=1)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+        return positions / num_tokens.clamp(min=1)
 
 
 def _is_single_micro_batch(trainer: Trainer) -> bool:

@@ -77,4 +77,5 @@ REST = [
     fit("trainer: releasing baseline", "--model.optimizer adamw --model.gradient_release true",
          "does not support"),
     fit("trainer: state offload on a CPU", "--model.state_offload true", "needs a GPU"),
+    fit("trainer: gradients in host memory on a CPU", "--model.grad_offload true", "needs a GPU"),
 ]  # fmt: skip

@@ -1,10 +1,13 @@
 """State in host memory with a real GPU; tests/optim/test_offload.py simulates elsewhere."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from foam_lightning import FOAM
+from foam_lightning.optim.gradient_offload import HostGradients
 from foam_lightning.optim.gradient_release import release_gradients
 
 pytestmark = [
@@ -90,6 +93,42 @@ def test_the_peak_is_lower_by_the_state_of_all_parameters_but_one():
         del net, optimizer
     of_one = 2 * 4 * SIZE * SIZE
     assert peaks[0] - peaks[1] == pytest.approx((COUNT - 1) * of_one, rel=0.01)
+
+
+def accumulate(net, optimizer, num_steps, sums=None):
+    random = torch.Generator().manual_seed(0)
+    for _ in range(num_steps):
+        for _ in range(3):
+            x = torch.randn(64, SIZE, generator=random).to("cuda", next(net.parameters()).dtype)
+            with sums.collect() if sums else nullcontext():
+                net(x).float().square().mean().backward()
+        if sums:
+            sums.update(optimizer)
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_gradients_summed_in_pinned_memory_give_the_same_weights_and_a_lower_peak(dtype):
+    nets, peaks = [], []
+    for is_offloaded in (False, True):
+        net = network(dtype)
+        optimizer = FOAM(net.parameters(), level=1)
+        sums = HostGradients(net.parameters()) if is_offloaded else None
+        accumulate(net, optimizer, 1, sums)  # compiles, makes the state
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        accumulate(net, optimizer, 2, sums)
+        peaks.append(torch.cuda.max_memory_allocated())
+        nets.append([param.detach().cpu() for param in net.parameters()])
+        if sums:
+            assert all(each.is_pinned() for each in sums.tensors()[:-1])
+        del net, optimizer
+    for kept, offloaded in zip(*nets, strict=True):
+        assert torch.equal(kept, offloaded)
+    of_one = dtype.itemsize * SIZE * SIZE
+    assert peaks[0] - peaks[1] > (COUNT - 3) * of_one
 
 
 def test_lightning_leaves_a_loaded_state_in_host_memory():

@@ -60,6 +60,7 @@ def measure(settings: dict[str, Any], plan: FoldPlan, length: int, precision: Pr
         make_batch,
         accumulate_grad_batches=plan.memory_options.accumulate_grad_batches,
         gradient_release=plan.memory_options.gradient_release,
+        grad_offload=plan.memory_options.grad_offload,
         autocast=autocast_for(precision),
     ).peak
 
@@ -142,6 +143,53 @@ def test_the_account_is_what_a_step_with_grouped_queries_takes(case: Any) -> Non
     check_case({"num_key_value_heads": 2}, 8, 64, case)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["none", "whole"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize(
+    ("settings", "batch", "length"), [({}, 8, 64), (MODEL_20M, 4, 128)], ids=["default", "20M"]
+)
+def test_the_account_is_what_a_step_with_sums_in_host_memory_takes(
+    settings: dict[str, Any], batch: int, length: int, precision: Precision, checkpointing: bool
+) -> None:
+    memory_options = MemoryOptions(
+        micro_batch_size=batch // 4,
+        accumulate_grad_batches=4,
+        activation_checkpointing=checkpointing,
+        chunked_loss=checkpointing,
+        gradient_release=True,
+        grad_offload=True,
+    )
+    module = LlamaFoam(**settings)
+    plan = module.uniform_plan(2, memory_options)
+    accountant = Accountant(
+        module, num_layers=4, sequence_length=length, precision=precision, on_gpu=False
+    )
+    account, measured = accountant.account(plan), measure(settings, plan, length, precision)
+    assert 1 <= account.peak_bytes / measured.total_bytes <= 1.01
+    assert account.breakdown["gradients"] == measured.terms["gradients"]
+    assert accountant.lower_bound(plan) <= account.peak_bytes
+    assert account.host_bytes == 0  # the device's memory is the only one
+
+
+def test_sums_and_state_in_host_memory_are_no_part_of_the_peak_of_a_gpu() -> None:
+    module = LlamaFoam()
+    kept = MemoryOptions(micro_batch_size=2, accumulate_grad_batches=4)
+    summed = replace(kept, gradient_release=True, grad_offload=True)
+    accountant = accountant_of(module, on_gpu=True)
+    accounts = [
+        accountant.account(module.uniform_plan(0, options))
+        for options in (kept, summed, replace(summed, state_offload=True))
+    ]
+    assert accounts[0].host_bytes == 0
+    weights = accounts[0].breakdown["weights"]
+    assert accounts[1].peak_bytes < accounts[0].peak_bytes - 0.5 * weights
+    # Each pinned tensor is rounded up to a power of two.
+    assert weights <= accounts[1].host_bytes < 2 * weights
+    assert accounts[2].host_bytes == 3 * accounts[1].host_bytes  # and both moments of Adam
+    whole = [2 ** math.ceil(math.log2(4 * math.prod(shape))) for shape in module.shapes.values()]
+    assert accounts[1].host_bytes == sum(whole)
+
+
 def test_repeated_keys_and_values_count() -> None:
     def activations(num_heads: int) -> int:
         module = LlamaFoam(num_key_value_heads=num_heads)
@@ -206,6 +254,9 @@ ON_GPU = [
     MemoryOptions(micro_batch_size=8),
     MemoryOptions(micro_batch_size=2, accumulate_grad_batches=4, activation_checkpointing=True),
     MemoryOptions(micro_batch_size=8, chunked_loss=True, gradient_release=True),
+    MemoryOptions(
+        micro_batch_size=2, accumulate_grad_batches=4, gradient_release=True, grad_offload=True
+    ),
 ]
 
 
@@ -237,7 +288,9 @@ def test_the_margin_is_that_of_the_segments_in_use(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("_segments")
-@pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
+@pytest.mark.parametrize(
+    "memory_options", ON_GPU, ids=["plain", "accumulating", "released", "summed"]
+)
 def test_the_replay_requests_the_bytes_of_the_account(memory_options: MemoryOptions) -> None:
     module = LlamaFoam()
     accountant = accountant_of(module, on_gpu=True)
@@ -249,7 +302,9 @@ def test_the_replay_requests_the_bytes_of_the_account(memory_options: MemoryOpti
 
 
 @pytest.mark.usefixtures("_segments")
-@pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
+@pytest.mark.parametrize(
+    "memory_options", ON_GPU, ids=["plain", "accumulating", "released", "summed"]
+)
 def test_the_margin_covers_what_is_reserved_and_grows_with_the_state(
     memory_options: MemoryOptions,
 ) -> None:
@@ -267,7 +322,9 @@ def test_the_margin_covers_what_is_reserved_and_grows_with_the_state(
 
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("memory_options", ON_GPU, ids=["plain", "accumulating", "released"])
+@pytest.mark.parametrize(
+    "memory_options", ON_GPU, ids=["plain", "accumulating", "released", "summed"]
+)
 def test_a_change_of_state_changes_the_peak_as_requested(
     memory_options: MemoryOptions, on_gpu: bool
 ) -> None:

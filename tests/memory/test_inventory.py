@@ -31,6 +31,7 @@ OPTIONS = {
     "released": replace(RELEASED, state_dtype="int8"),
     "released, int8 weights": replace(RELEASED, weights_dtype="int8"),
     "released, offloaded": replace(RELEASED, micro_batch_size=1, state_offload=True),
+    "summed": replace(RELEASED, accumulate_grad_batches=3, grad_offload=True),
 }
 
 

@@ -38,7 +38,10 @@ class Memory:
         loss = self.logits * (2 if options.chunked_loss else rows)
         gradients = self.gradients // (10 if options.gradient_release else 1)
         # Gradients are alive in the forward pass only if there was a backward pass before it.
-        held = gradients if options.accumulate_grad_batches > 1 else 0
+        accumulates = options.accumulate_grad_batches > 1 and not options.gradient_release
+        held = gradients if accumulates else 0
+        if options.grad_offload:  # the sum beside the gradient
+            gradients *= 2
         state = self.state >> (level + (options.state_dtype == "int8"))
         if options.state_offload:
             state //= 50
@@ -57,15 +60,23 @@ def from_fastest_to_slowest(ladder: OptionLadder) -> list[MemoryOptions]:
     asked = (start.activation_checkpointing, start.selective_checkpointing)
     sizes = [n for n in range(start.micro_batch_size, 0, -1) if batch % n == 0]
     found = []
-    for offload, release, checkpointing, dtype in product(
+    can_sum = ladder.on_gpu and ladder.can_release and (ladder.clips_all or batch > 1)
+    # Released gradients that are clipped together are summed, except where there is no GPU.
+    can_only_sum = ladder.clips_all and ladder.on_gpu
+    for sums, offload, release, checkpointing, dtype in product(
+        sorted({start.grad_offload, start.grad_offload or can_sum}),
         sorted({start.state_offload, start.state_offload or ladder.on_gpu}),
         sorted({start.gradient_release, start.gradient_release or ladder.can_release}),
         CHECKPOINTING[CHECKPOINTING.index(asked) :],
         dtypes,
     ):
+        if sums and not release:
+            continue
+        if release and not sums and can_only_sum and not start.gradient_release:
+            continue
         min_rows = ladder.min_selective_rows if checkpointing == (True, True) != asked else 1
         for size, chunked in product(
-            [batch] if release else sizes, sorted({start.chunked_loss, True})
+            [batch] if release and not sums else sizes, sorted({start.chunked_loss, True})
         ):
             needless_chunks = chunked > start.chunked_loss and size < ladder.min_chunked_rows
             if size < min_rows or needless_chunks:
@@ -78,20 +89,29 @@ def from_fastest_to_slowest(ladder: OptionLadder) -> list[MemoryOptions]:
                     activation_checkpointing=checkpointing[0],
                     selective_checkpointing=checkpointing[1],
                     gradient_release=release,
+                    grad_offload=sums,
                     state_dtype=dtype,
                     state_offload=offload,
                 )
             )
-    return found
+
+    # All gradients cross the bus in each micro-batch, so that fewer of them come first.
+    def transfers(options: MemoryOptions) -> tuple[bool, bool, int]:
+        num_sums = options.accumulate_grad_batches if options.grad_offload else 0
+        return options.grad_offload, options.state_offload, num_sums
+
+    return sorted(found, key=transfers)
 
 
 def try_everything(
     ladder: OptionLadder, fits: Callable[[MemoryOptions, int], bool]
 ) -> MemoryOptions | None:
     every = from_fastest_to_slowest(ladder)
-    for offload, level in product([False, True], (TARGET_LEVEL, MAX_LEVEL)):
+    offloaded = product([False, True], [False, True])
+    for (sums, state), level in product(offloaded, (TARGET_LEVEL, MAX_LEVEL)):
         for options in every:
-            if options.state_offload == offload and fits(options, level):
+            asked = options.grad_offload, options.state_offload
+            if asked == (sums, state) and fits(options, level):
                 return options
     return None
 
@@ -99,14 +119,17 @@ def try_everything(
 @st.composite
 def ladders(draw: st.DrawFn) -> OptionLadder:
     releases, on_gpu = draw(st.booleans()), draw(st.booleans())
+    sums = releases and on_gpu and draw(st.booleans())
     checkpoints, selective = draw(st.sampled_from(CHECKPOINTING))
+    is_whole = releases and not sums
     start = MemoryOptions(
         micro_batch_size=draw(st.sampled_from([1, 2, 3, 6, 12, 64])),
-        accumulate_grad_batches=1 if releases else draw(st.sampled_from([1, 1, 2, 5])),
+        accumulate_grad_batches=1 if is_whole else draw(st.sampled_from([1, 1, 2, 5])),
         chunked_loss=draw(st.booleans()),
         activation_checkpointing=checkpoints,
         selective_checkpointing=selective,
         gradient_release=releases,
+        grad_offload=sums,
         state_dtype=draw(st.sampled_from(["float32", "bfloat16", "int8"])),
         state_offload=on_gpu and draw(st.booleans()),
     )
@@ -114,6 +137,7 @@ def ladders(draw: st.DrawFn) -> OptionLadder:
         start,
         on_gpu=on_gpu,
         can_release=releases or draw(st.booleans()),
+        clips_all=draw(st.booleans()),
         min_selective_rows=draw(st.sampled_from([1, 2, 7, 1000])),
         min_chunked_rows=draw(st.integers(1, 3)),
     )
@@ -178,6 +202,24 @@ def test_faster_options_are_turned_on_first() -> None:
         assert GPU.find_fastest(memory.fits(budget)) == options
 
 
+def test_gradients_are_summed_in_few_large_micro_batches_where_nothing_else_fits() -> None:
+    memory = Memory(state=0, gradients=300, activations=160, logits=0)
+    released = replace(START, activation_checkpointing=True, gradient_release=True)
+    # Checkpointed rows take 20 each.
+    assert GPU.find_fastest(memory.fits(240)) == released
+    assert GPU.find_fastest(memory.fits(120)) == replace(
+        released, micro_batch_size=6, accumulate_grad_batches=2, grad_offload=True
+    )
+    on_cpu = OptionLadder(START, on_gpu=False)
+    assert on_cpu.find_fastest(memory.fits(120)) is None
+
+
+def test_released_gradients_that_are_clipped_together_are_summed() -> None:
+    memory = Memory(state=0, gradients=1000, activations=1, logits=0)
+    summed = replace(START, gradient_release=True, grad_offload=True)
+    assert OptionLadder(START, clips_all=True).find_fastest(memory.fits(200)) == summed
+
+
 def test_the_largest_micro_batch_that_fits_is_found_in_few_trials() -> None:
     tried = []
 
@@ -204,7 +246,8 @@ TIED = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight
 
 
 def costs_of(shapes: dict[str, tuple[int, ...]] = SHAPES, **options: Any) -> dict[str, str]:
-    return option_costs(MemoryOptions(**{"micro_batch_size": 4, **options}), shapes, 7_500_000_000)
+    memory_options = MemoryOptions(**{"micro_batch_size": 4, **options})
+    return option_costs(memory_options, shapes, 7_500_000_000, 13_000_000_000)
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, TIED], ids=["untied", "tied"])
@@ -220,6 +263,11 @@ def test_state_in_host_memory_crosses_the_bus_twice() -> None:
     assert "15 GB" in costs_of(state_offload=True)["state_offload"]
 
 
+def test_gradients_cross_the_bus_twice_in_each_micro_batch() -> None:
+    found = costs_of(gradient_release=True, grad_offload=True, accumulate_grad_batches=10)
+    assert "260 GB" in found["grad_offload"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -227,6 +275,7 @@ def test_state_in_host_memory_crosses_the_bus_twice() -> None:
         {"chunked_loss": True, "state_dtype": "int8", "state_offload": True},
         {"activation_checkpointing": True, "accumulate_grad_batches": 2},
         {"gradient_release": True},
+        {"gradient_release": True, "grad_offload": True},
     ],
     ids=lambda options: " ".join(options) or "none",
 )

@@ -64,8 +64,8 @@ def cells(text: str) -> list[list[str]]:
 
 def test_json_has_the_keys_of_the_contract_in_order() -> None:
     found = json.loads(plan_json(MIXED.plan, ACCOUNT, 32_000_000, 9_000_000))
-    keys = "schema feasible budget_bytes predicted_peak_bytes minimum_budget_bytes binding"
-    assert list(found) == [*keys.split(), "breakdown", "memory_options", "levels"]
+    keys = "schema feasible budget_bytes predicted_peak_bytes host_bytes minimum_budget_bytes"
+    assert list(found) == [*keys.split(), "binding", "breakdown", "memory_options", "levels"]
     assert found["schema"] == "foam-lightning/plan/3"
     assert list(found["breakdown"]) == list(BREAKDOWN)
     assert found["memory_options"] == asdict(MIXED.plan.memory_options)
@@ -109,6 +109,21 @@ def test_the_table_fits_its_terminal_and_keeps_its_numbers(plan: FoldPlan, width
     assert ("#" in text) == (width > 50)
     if plan.levels != uniform_plan(2).levels:
         assert ["79", *"1122224"] in rows
+
+
+def test_host_memory_is_beside_the_peak() -> None:
+    account = replace(ACCOUNT, host_bytes=17_700_000_000)
+    summed = with_options(gradient_release=True, grad_offload=True)
+    text = printed(summed, account)
+    assert ["host", "memory", "17.7", "GB"] in cells(text)
+    assert "gradient release on, summed in host memory" in " ".join(text.split())
+    assert "data.micro_batch_size" in printed(summed, account, budget=PEAK)
+    assert json.loads(plan_json(summed, account, None, None))["host_bytes"] == 17_700_000_000
+    assert "host memory" not in printed(minimum=9_000_000)
+    least = rendered(plan_table(UNIFORM.plan, ACCOUNT, PEAK, 9_000_000, minimum_host_bytes=10**9))
+    assert "works is 9MB, with 1 GB of host memory" in least
+    found = plan_json(UNIFORM.plan, ACCOUNT, PEAK, 9_000_000, minimum_host_bytes=10**9)
+    assert json.loads(found)["minimum_host_bytes"] == 10**9
 
 
 def test_the_table_shows_the_memory_options_in_words() -> None:

@@ -159,7 +159,12 @@ def test_levels_fill_the_budget_and_never_exceed_it(
 
 def test_a_level_cap_holds_where_the_budget_allows_it(fit: Fit, span: tuple[int, int]) -> None:
     low, high = span
-    large, small = fit((low + 3 * high) // 4), fit(low)
+    large, planner = fit((low + 3 * high) // 4), fit(None)
+    # The smallest budget with state on the device, where levels matter.
+    options = planner.ladder.candidates_for_minimum()
+    on_device = [replace(o, state_offload=False) for o in options if not o.grad_offload]
+    plans = [planner.module.uniform_plan(MAX_LEVEL, each) for each in on_device]
+    small = fit(min(peak(planner, plan) for plan in plans))
     assert max(large.levels_for(Knobs(level_cap=2), large.max_state_bytes).values()) <= 2
     assert max(small.levels_for(Knobs(level_cap=2), small.max_state_bytes).values()) > 2
 

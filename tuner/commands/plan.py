@@ -75,16 +75,18 @@ def plan(
     planner = BudgetPlanner(job, budget_bytes)
     found, refusal = _choose(planner) if given is None else _check(planner, given)
     account = planner.accountant.account(found)
-    minimum = None if budget_bytes is None else planner.minimum.account.peak_bytes
+    least = None if budget_bytes is None else planner.minimum.account
+    minimum, minimum_host = (None, 0) if least is None else (least.peak_bytes, least.host_bytes)
     near = nearby_budgets(planner) if given is None else []
     tensors = planner.accountant.list_tensors(found) if num_tensors else []
     if picture is not None:
         _draw(planner, found, budget_bytes, picture)
-    table = plan_table(found, account, budget_bytes, minimum, near, planner.option_costs(found))
+    costs = planner.option_costs(found)
+    table = plan_table(found, account, budget_bytes, minimum, near, costs, minimum_host)
     largest = tensors_as_json(tensors, num_tensors)
     return PlanAnswer(
         Group(table, tensor_table(tensors, num_tensors)) if tensors else table,
-        plan_json(found, account, budget_bytes, minimum, near, largest),
+        plan_json(found, account, budget_bytes, minimum, near, largest, minimum_host),
         refusal,
     )
 

@@ -57,6 +57,7 @@ class BudgetPlanner(LevelPlanner):
             job.memory_options,
             on_gpu=job.trainer.is_on_gpu,
             can_release=job.devices.count == 1 and not job.trainer.scales_gradients,
+            clips_all=bool(job.trainer.gradient_clip_val),
             min_selective_rows=min_rows_for_selective_checkpointing(
                 self.module.shapes, length, on_gpu=job.trainer.is_on_gpu
             ),
@@ -118,6 +119,9 @@ class BudgetPlanner(LevelPlanner):
         if self._fastest_options is None:
             raise self.infeasible(self.minimum.account)
         self.job.check_memory_options(self._fastest_options)
+        # With the least state; what is trained in the end is checked again.
+        smallest = self.module.uniform_plan(MAX_LEVEL, self._fastest_options)
+        self.job.check_host_memory(self.accountant.host_bytes(smallest))
 
     def uniform(self, level: int) -> FoldPlan:
         """Make the plan with every matrix at one level."""
@@ -131,6 +135,7 @@ class BudgetPlanner(LevelPlanner):
             ConfigError: The settings contradict the plan's memory options.
         """
         self.job.check_memory_options(plan.memory_options)
+        self.job.check_host_memory(self.accountant.host_bytes(plan))
         if self.excess_bytes(plan) > 0:
             raise self.infeasible(self.accountant.account(plan), subject="this plan")
 
@@ -138,7 +143,7 @@ class BudgetPlanner(LevelPlanner):
         """Describe what a plan's memory options cost in speed, by field of `MemoryOptions`."""
         shapes = self.module.shapes
         state = optimizer_state_bytes(shapes, plan.levels, plan.memory_options.state_dtype)
-        return option_costs(plan.memory_options, shapes, state)
+        return option_costs(plan.memory_options, shapes, state, self.accountant.gradient_bytes)
 
     def _fits_uniform(self, memory_options: MemoryOptions, level: int) -> bool:
         return self.fits(self.module.uniform_plan(level, memory_options))
@@ -156,12 +161,14 @@ class NearbyBudget:
         budget_bytes: The budget.
         plan: The default plan, as before any trial; None where nothing fits.
         peak_bytes: Its predicted peak; None where nothing fits.
+        host_bytes: What it keeps in host memory.
     """
 
     percent: int
     budget_bytes: int
     plan: FoldPlan | None
     peak_bytes: int | None
+    host_bytes: int = 0
 
 
 def nearby_budgets(planner: BudgetPlanner) -> list[NearbyBudget]:
@@ -188,7 +195,8 @@ def _nearby_budget(planner: BudgetPlanner, percent: int, budget: int) -> NearbyB
         plan = other.default_plan()
     except ConfigError:  # the settings contradict a memory option that it takes
         return NearbyBudget(percent, budget_bytes, None, None)
-    return NearbyBudget(percent, budget_bytes, plan, other.accountant.account(plan).peak_bytes)
+    account = other.accountant.account(plan)
+    return NearbyBudget(percent, budget_bytes, plan, account.peak_bytes, account.host_bytes)
 
 
 def mean_level(plan: FoldPlan) -> float:

@@ -35,7 +35,7 @@ _OPTION_ROWS = {
     "batch": ("accumulate_grad_batches",),
     "chunked loss": ("chunked_loss",),
     "activation checkpointing": ("activation_checkpointing", "selective_checkpointing"),
-    "gradient release": ("gradient_release",),
+    "gradient release": ("gradient_release", "grad_offload"),
     "optimizer state": ("state_dtype", "state_offload"),
     "weights": ("weights_dtype",),
 }
@@ -64,6 +64,7 @@ def plan_table(
     minimum_bytes: int | None,
     nearby_budgets: Sequence[NearbyBudget] = (),
     option_costs: Mapping[str, str] = MappingProxyType({}),
+    minimum_host_bytes: int = 0,
 ) -> Group:
     """Lay a plan out for the terminal: memory, memory options and levels.
 
@@ -74,9 +75,10 @@ def plan_table(
         minimum_bytes: The smallest budget that works; None if it is not known.
         nearby_budgets: The plans of slightly larger and smaller budgets.
         option_costs: The speed that the memory options in use cost, by field of `MemoryOptions`.
+        minimum_host_bytes: The host memory that the smallest budget takes besides.
     """
     lines = [
-        *_budget_in_words(account, budget_bytes, minimum_bytes),
+        *_budget_in_words(account, budget_bytes, minimum_bytes, minimum_host_bytes),
         *_largest_term_in_words(plan, account, budget_bytes),
         *_allocator_in_words(account),
         *(_nearby_budget_in_words(nearby, plan) for nearby in nearby_budgets),
@@ -109,6 +111,7 @@ def plan_json(
     minimum_bytes: int | None,
     nearby_budgets: Sequence[NearbyBudget] = (),
     tensors: Sequence[dict[str, object]] = (),
+    minimum_host_bytes: int = 0,
 ) -> str:
     """Write a plan and its account as one JSON object, for scripts.
 
@@ -119,18 +122,23 @@ def plan_json(
         minimum_bytes: The smallest budget that works; None if it is not known.
         nearby_budgets: The plans of slightly larger and smaller budgets; none leaves the key out.
         tensors: The largest tensors, from `tensors_as_json`; none leaves the key out.
+        minimum_host_bytes: The host memory that the smallest budget takes besides; 0 leaves the key
+            out.
     """
     content: dict[str, object] = {
         "schema": SCHEMA,
         "feasible": budget_bytes is None or account.peak_bytes <= budget_bytes,
         "budget_bytes": None if budget_bytes is None else int(budget_bytes),
         "predicted_peak_bytes": account.peak_bytes,
+        "host_bytes": account.host_bytes,
         "minimum_budget_bytes": None if minimum_bytes is None else int(minimum_bytes),
         "binding": account.binding,
         "breakdown": {term: account.breakdown[term] for term in TERM_NAMES},
         "memory_options": asdict(plan.memory_options),
         "levels": dict(plan.levels),
     }
+    if minimum_host_bytes:
+        content["minimum_host_bytes"] = minimum_host_bytes
     if account.expandable_segments:
         content["expandable_segments"] = True
     if account.devices > 1:
@@ -286,6 +294,8 @@ def _memory_table(account: Account, width: int) -> Table:
         table.add_row(*row, *(["#" * round(bar_width * num_bytes / largest)] * (bar_width > 0)))
     table.add_section()
     table.add_row("predicted peak", format_bytes(account.peak_bytes), "100.0%")
+    if account.host_bytes:
+        table.add_row("host memory", format_bytes(account.host_bytes))
     return table
 
 
@@ -303,7 +313,7 @@ def _options_table(
 
 
 def _budget_in_words(
-    account: Account, budget_bytes: int | None, minimum_bytes: int | None
+    account: Account, budget_bytes: int | None, minimum_bytes: int | None, minimum_host_bytes: int
 ) -> list[str]:
     lines = []
     if budget_bytes is not None:
@@ -316,7 +326,9 @@ def _budget_in_words(
         )
     if minimum_bytes is not None:
         # Rounded up, so that it works.
-        lines.append(f"The smallest budget that works is {at_least(minimum_bytes)}.")
+        host = f", with {format_bytes(minimum_host_bytes)} of host memory"
+        minimum = at_least(minimum_bytes) + (host if minimum_host_bytes else "")
+        lines.append(f"The smallest budget that works is {minimum}.")
     return lines
 
 
@@ -330,8 +342,8 @@ def _largest_term_in_words(plan: FoldPlan, account: Account, budget_bytes: int |
     lines = [f"{line}."]
     is_short = budget_bytes is not None and account.peak_bytes > _NEARLY_ALL * budget_bytes
     if is_short and any(plan.levels.values()) and not options.state_offload:
-        # With gradient release a step is one micro-batch.
-        setting = "batch_size" if options.gradient_release else "micro_batch_size"
+        # Where backward updates, a step is one micro-batch.
+        setting = "batch_size" if options.updates_in_backward else "micro_batch_size"
         size = options.micro_batch_size
         smaller = f"data.{setting} (now {size}) or " if size > 1 else ""
         freed = format_bytes(terms["activations"] + terms["loss"])
@@ -368,6 +380,7 @@ def _nearby_budget_as_json(nearby: NearbyBudget) -> dict[str, object]:
         "budget_bytes": nearby.budget_bytes,
         "feasible": plan is not None,
         "predicted_peak_bytes": nearby.peak_bytes,
+        "host_bytes": nearby.host_bytes,
         "mean_level": None if plan is None else mean_level(plan),
         "memory_options": None if plan is None else asdict(plan.memory_options),
     }
@@ -383,7 +396,8 @@ def _options_in_words(options: MemoryOptions) -> dict[str, str]:
         "activation checkpointing": (
             "selective" if options.selective_checkpointing else checkpointing
         ),
-        "gradient release": _on_off(options.gradient_release),
+        "gradient release": _on_off(options.gradient_release)
+        + (", summed in host memory" if options.grad_offload else ""),
         "optimizer state": options.state_dtype
         + (" in host memory" if options.state_offload else ""),
         **({"weights": "matrices in int8"} if options.weights_dtype == "int8" else {}),

@@ -116,6 +116,8 @@ def job_key(job: Job) -> str:
     model = asdict(job.model) | _by_contents(vars(job.model), "pretrained")
     if job.model.weights_dtype is None:  # as before there was this setting
         del model["weights_dtype"]
+    if not job.model.grad_offload:
+        del model["grad_offload"]
     data = {key: value for key, value in asdict(job.data).items() if key not in _IRRELEVANT_DATA}
     data |= _by_contents(data, *_TEXT, "tokenizer")
     if job.data.sources is not None:
