@@ -1,6 +1,7 @@
 """Runs with int8 weights: settings, plans, exact resume, and a folder that is fine-tuned."""
 
 import json
+import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,14 +117,27 @@ def int8_job(new_job: NewJob, precision: str = "bf16-true", **trainer: Any) -> J
     )
 
 
+@pytest.fixture(params=["random weights", "a folder"])
+def killable(request: pytest.FixtureRequest, new_job: NewJob, tmp_path: Path) -> Callable[..., Job]:
+    """Return a function that makes a job with some arguments of the trainer."""
+    if request.param == "random weights":
+        return lambda **trainer: int8_job(new_job, **trainer)
+    folder = str(save_pretrained(tmp_path / "pretrained", "llama-3.1"))
+    model = {**INT8, "pretrained": folder, "lr": 0.01, "state_dtype": "bfloat16"}
+    settings = {"max_steps": STEPS, "val_check_interval": 4, "precision": "bf16-true"}
+    data = {"tokenizer": folder, "vocab_size": 328}
+    return lambda **trainer: new_job(model=model, data=data, trainer={**settings, **trainer})
+
+
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
-    plan = int8_job(new_job).configured_plan()
+def test_a_killed_run_resumes_exactly(killable: Callable[..., Job], tmp_path: Path) -> None:
+    job = killable()
+    plan = job.configured_plan()
     whole, broken = (open_folder(tmp_path / name) for name in ("whole", "broken"))
-    expected = train(int8_job(new_job), plan, whole)
+    expected = train(job, plan, whole)
     with pytest.raises(StopError):
-        train(int8_job(new_job, callbacks=[StopAfter(7)]), plan, broken)
-    found = train(int8_job(new_job), plan, broken)
+        train(killable(callbacks=[StopAfter(random.Random(STEPS).randrange(STEPS))]), plan, broken)
+    found = train(killable(), plan, broken)
     assert found.final_validation_loss == expected.final_validation_loss
     states = [read_checkpoint(folder.last_checkpoint) for folder in (broken, whole)]
     assert_same(states[0]["state_dict"], states[1]["state_dict"])
@@ -131,7 +145,6 @@ def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
     assert states[0]["state_dict"][f"{name}.weight_codes"].dtype == torch.int8
     assert f"{name}.weight" not in states[0]["state_dict"]
     # The checkpoint alone has the model, and another dtype does not go on with it.
-    job = int8_job(new_job)
     module = load_module(whole.last_checkpoint)
     trainer = job.new_trainer(plan.memory_options, [], bare=True)
     loss, _ = validate(trainer, module, job.new_data(plan.memory_options))
@@ -139,8 +152,9 @@ def test_a_killed_run_resumes_exactly(new_job: NewJob, tmp_path: Path) -> None:
     options = replace(plan.memory_options, weights_dtype=None)
     with pytest.raises(CheckpointError, match="weights_dtype"):
         train(job, replace(plan, memory_options=options), whole)
-    with pytest.raises(CheckpointError, match="weights_dtype"):
-        train(new_job(model={"hidden_size": 160, "state_dtype": "bfloat16"}), plan, whole)
+    plain = replace(job, model=replace(job.model, weights_dtype=None))
+    with pytest.raises(CheckpointError, match=r"model\.weights_dtype is null"):
+        train(plain, plan, whole)
 
 
 @pytest.mark.slow

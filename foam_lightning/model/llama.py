@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -200,8 +201,8 @@ def save_model(
 
     Sets the special tokens of the model to those of the tokenizer, so that generation stops at the
     right one. A list of tokens that contains the tokenizer's stays, and so does a token for which
-    the tokenizer has none within the vocabulary. Tied weights are saved once. RoPE settings are
-    also saved in the format before transformers 5. Of several ranks only the first writes.
+    the tokenizer has none within the vocabulary. Tied weights are saved once. RoPE settings
+    and tokenizer are also readable by transformers 4. Of several ranks only the first writes.
 
     Args:
         model: The model.
@@ -233,7 +234,7 @@ def save_model(
             folder,
             lambda temporary: model.save_pretrained(temporary, state_dict=whole),
             _add_old_rope_names,
-            *([] if tokenizer is None else [tokenizer.save_pretrained]),
+            *([] if tokenizer is None else [partial(_save_readable, tokenizer)]),
         )
 
 
@@ -266,6 +267,21 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         BusyError: Another process is writing it.
     """
     write_folder(folder, tokenizer.save_pretrained)
+
+
+def _save_readable(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a tokenizer with names in tokenizer_config.json that transformers 4 and 5 know.
+
+    transformers 5 writes its new name of the class, and a list where 4 expects a mapping.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _add_old_rope_names(folder: Path) -> None:
