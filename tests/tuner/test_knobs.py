@@ -47,6 +47,8 @@ NAMES = list(SHAPES)
         ("model.embed_tokens.weight", "other", None),
         ("lm_head.weight", "other", None),
         ("model.layers.1.self_attn.qk_proj.weight", "other", 1),
+        ("model.layers.1.self_attn.qkv_proj.weight", "qkv", 1),
+        ("model.layers.1.mlp.gate_up_proj.weight", "gate_up", 1),
         ("q_proj", "q", None),
     ],
 )
@@ -75,6 +77,13 @@ def test_a_multiplier_changes_only_its_role() -> None:
     ratio = damage_table(SHAPES, Knobs(v=3.0), [4]) / damage_table(SHAPES, Knobs(), [4])
     expected = [3.0 if role_of(name) == "v" else 1.0 for name in NAMES]
     np.testing.assert_allclose(ratio[:, 0], expected)
+
+
+def test_a_matrix_of_several_roles_takes_the_multiplier_of_the_first() -> None:
+    shapes = {f"layers.0.{role}_proj.weight": (8, 8) for role in ("qkv", "o", "gate_up", "down")}
+    knobs = Knobs(q=2.0, k=5.0, gate=3.0, up=7.0)
+    ratio = damage_table(shapes, knobs, [4]) / damage_table(shapes, Knobs(), [4])
+    np.testing.assert_allclose(ratio[:, 0], [2.0, 1.0, 3.0, 1.0])
 
 
 def test_depth_runs_from_the_first_layer_to_the_last() -> None:

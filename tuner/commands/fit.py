@@ -39,8 +39,10 @@ def run_fit(settings: Settings) -> None:
         return
     job = use_checkpoint_architecture(settings.job(), start.checkpoints)
     resumed = _resume(settings, job, start)
-    data = job.data
+    data, pretrained = job.data, job.model.pretrained
     job = use_checkpoint_tokenizer(job, start.checkpoints).with_steps()
+    if pretrained is not None and not Path(pretrained).exists():
+        data = job.data  # its tokenizer is gone too
     if start.checkpoint is not None and resumed is not None:
         _describe_start(job, start.checkpoint, resumed)
     job.calibrate_gpu()
