@@ -165,7 +165,7 @@ def test_equal_levels_share_a_row() -> None:
 
 def test_the_table_shows_matrices_that_are_not_folded_or_outside_the_layers() -> None:
     plan = mixed_plan(2)
-    levels = {name: level for name, level in plan.levels.items() if "gate" not in name}
+    levels = {name: level for name, level in plan.levels.items() if "0.mlp.gate" not in name}
     text = printed(replace(plan, levels={**levels, "lm_head.weight": 4}))
     assert ["0", *"2222-22"] in cells(text)
     assert "lm_head.weight at level 4" in text
