@@ -144,7 +144,8 @@ class Job:
         if memory_options.updates_in_backward and clip_val:
             raise ConfigError(
                 f"trainer.gradient_clip_val {clip_val} needs all gradients at once, and gradient "
-                "release frees each one; set model.clip_norm instead, which clips each by itself"
+                "release frees each one; set model.clip_norm instead, which clips each by itself, "
+                "or on a GPU model.grad_offload, which keeps their sums in host memory"
             )
         if memory_options.gradient_release and self.trainer.scales_gradients:
             raise ConfigError(

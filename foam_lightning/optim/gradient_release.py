@@ -37,7 +37,8 @@ def release_gradients(
 
     Does not combine with what needs all gradients at once: clipping by their global norm
     (`clip_norm` of FOAM clips each by its own), a gradient scaler, and data parallel training that
-    averages gradients after backward.
+    averages gradients after backward. `gradient_offload` sums released gradients in host memory,
+    where they can also accumulate and be clipped together.
 
     Source: LOMO (Lv et al. 2023, arXiv:2306.09782), section 3.1, with FOAM instead of SGD.
 
