@@ -109,9 +109,11 @@ def test_what_may_not_change_is_refused_with_both_values(
 def test_a_checkpoint_at_or_past_the_end_leaves_nothing_to_train(
     finished: Finished, max_steps: int
 ) -> None:
-    job = replace(finished.job, trainer=finished.job.trainer.replace(max_steps=max_steps))
+    path = finished.folder.last_checkpoint
+    resumed = resume_plan(finished.job, path)
+    resumed.check_steps_left(path, STEPS + 1)
     with pytest.raises(ConfigError, match=rf"step {STEPS}\b.*step {max_steps}\b.*max_steps"):
-        resume_plan(job, finished.folder.last_checkpoint)
+        resumed.check_steps_left(path, max_steps)
 
 
 def test_a_tuned_rate_stays_unless_another_is_asked_for(finished: Finished, tmp_path: Path) -> None:

@@ -121,8 +121,8 @@ OPTIONS = (
            "default 10"),
     Option("--model.max_rollbacks", "N", "return to the last checkpoint after a loss spike, N "
            "times at most"),
-    Option("--model.pretrained", "DIR", "start from a Hugging Face folder (LLaMA, Mistral, Qwen, "
-           "Phi-3, Gemma, SmolLM)"),
+    Option("--model.pretrained", "DIR",
+           "a Hugging Face folder to start from (LLaMA, Qwen, Gemma, ...)"),
 )  # fmt: skip
 
 
