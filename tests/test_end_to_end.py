@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 import cli
+from tests.benchmarks import smallest_budgets
 from tests.support.tiny import write_settings
 from tuner.trials.workers import Worker
 
@@ -95,3 +96,10 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
 def test_the_benchmark_of_tuned_plans_starts() -> None:
     words = [sys.executable, "-m", "tests.benchmarks.tuned", "--help"]
     assert "--seeds" in subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_benchmark_of_smallest_budgets_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    smallest_budgets.main(["--sizes", "60m"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 60m ")]
+    assert len(rows) == 2
+    assert all("116.1 MB | 232.3 MB | 156.4 MB" in row for row in rows)
