@@ -57,6 +57,7 @@ class Job:
 
     def __post_init__(self) -> None:
         weight_dtype(self.trainer.precision)
+        _ = self.devices  # raises an error if they are not supported
         self._check_scaler()
         check_ranges("", {"seed_everything": self.seed}, {"seed_everything": SEED})
 
@@ -380,7 +381,6 @@ class Job:
 
     def _check_scaler(self) -> None:
         if not self.trainer.scales_gradients:
-            _ = self.devices
             return
         if not self.trainer.is_on_gpu:
             raise ConfigError(

@@ -163,20 +163,24 @@ class ResumedPlan:
     step: int
     changes: Sequence[str]
 
-    def check_steps_left(self, path: Path, max_steps: int) -> None:
+    def check_steps_left(
+        self, path: Path, max_steps: int, *, ended_by_epochs: bool = False
+    ) -> None:
         """Check that the run does not end before it begins.
 
         Args:
             path: The checkpoint, for the error.
             max_steps: Optimizer steps of the run.
+            ended_by_epochs: They follow from `trainer.max_epochs`.
 
         Raises:
             ConfigError: The checkpoint is at or past the end.
         """
         if self.step >= max_steps:
+            raised = "max_epochs" if ended_by_epochs else f"max_steps above {self.step}"
             raise ConfigError(
                 f"nothing is left to train: the checkpoint {path} is of step {self.step}, and the "
-                f"run ends at step {max_steps}; raise --trainer.max_steps above {self.step}"
+                f"run ends at step {max_steps}; raise --trainer.{raised}"
             )
 
 
@@ -240,6 +244,8 @@ def _memory_options(job: Job, options: MemoryOptions, before: Mapping[str, Any])
         for name in ("gradient_release", "grad_offload", "state_offload")
         if getattr(job.model, name) != before.get(name, False)
     ]
+    if "grad_offload" in names:
+        names.append("gradient_release")  # which it turns on
     if job.data.micro_batch_size is not None:
         names += ["micro_batch_size", "accumulate_grad_batches"]
     return replace(options, **{name: getattr(own, name) for name in names})

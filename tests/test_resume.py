@@ -151,3 +151,22 @@ def test_the_memory_options_of_the_settings_count_unless_a_budget_chose_them(
     assert options.gradient_release
     kept = resume_plan(job, start, is_budgeted=True).plan.memory_options
     assert kept == finished.plan.memory_options
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_offloaded_gradients_come_and_go_with_gradient_release(
+    finished: Finished, tmp_path: Path, was_on: bool
+) -> None:
+    import torch
+
+    start = tmp_path / "start.ckpt"
+    content = read_checkpoint(finished.folder.last_checkpoint)
+    options = replace(finished.plan.memory_options, gradient_release=was_on, grad_offload=was_on)
+    settings = {**content["hyper_parameters"], "grad_offload": was_on}
+    plan = replace(finished.plan, memory_options=options).to_json()
+    torch.save({**content, "fold_plan": plan, "hyper_parameters": settings}, start)
+    job = longer(finished.job, grad_offload=not was_on)
+    job = replace(job, trainer=job.trainer.replace(accelerator="gpu"))
+    found = resume_plan(job, start).plan.memory_options
+    assert found.accumulate_grad_batches > 1
+    assert (found.gradient_release, found.grad_offload) == (not was_on, not was_on)

@@ -192,6 +192,44 @@ def test_a_finished_run_says_so_and_is_extended_by_max_steps_alone(
     assert runs.steps() == [STEPS, 24, 8]
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "max_epochs", "advised"),
+    [
+        (16, None, "max_steps above 16"),
+        (16, 9, "max_steps above 16"),
+        (-1, 1, "max_epochs"),
+        (50, 1, "max_epochs"),
+    ],
+)
+def test_a_finished_run_is_trained_on_by_the_limit_that_ended_it(
+    runs: Runs,
+    monkeypatch: pytest.MonkeyPatch,
+    max_steps: int,
+    max_epochs: int | None,
+    advised: str,
+) -> None:
+    monkeypatch.setattr("tuner.run_context.count_steps", lambda _: 16)
+    words = ["--trainer.max_steps", str(max_steps)]
+    words += [] if max_epochs is None else ["--trainer.max_epochs", str(max_epochs)]
+    settings = parse("fit", ["--config", str(runs.settings), *words], default=None)
+    RunFolder.open(Path(settings.runs), "default", run_identity(settings)).summary.touch()
+    assert f"raise --trainer.{advised}, and" in runs.fit(*words).replace("\n", " ")
+
+
+def test_an_edited_text_is_not_the_finished_run_nor_extends_it(
+    runs: Runs, stop_at: Callable[[int | None], None]
+) -> None:
+    runs.fit()
+    text = runs.folder / "text.txt"
+    text.write_text(text.read_text() + "\n# more\n")
+    stop_at(5)
+    for words in ([], ["--trainer.max_steps", "24"]):
+        said = runs.fit(*words, code=1)
+        assert "is finished" not in said
+        assert "extending" not in said
+    assert runs.steps()[1] == 4
+
+
 def test_a_run_of_an_older_version_goes_on(
     runs: Runs, stop_at: Callable[[int | None], None]
 ) -> None:
@@ -241,6 +279,12 @@ def test_epochs_alone_end_a_run(runs: Runs) -> None:
     assert f"step {steps}/{steps}" in said
     content = read_checkpoint(runs.version(0).last_checkpoint)
     assert content["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.1 * 0.02)
+    said = runs.fit(*words, "--trainer.max_epochs", "1")
+    assert f"version_0 is finished at step {steps}" in said
+    assert "raise --trainer.max_epochs" in said
+    start = ("--ckpt_path", str(runs.version(0).last_checkpoint))
+    said = runs.fit(*words, "--trainer.max_epochs", "1", *start, name="second", code=2)
+    assert "raise --trainer.max_epochs" in said
     said = runs.fit(*words, "--trainer.max_epochs", "2")
     assert f"from step {steps} to {2 * steps}" in said
     assert runs.steps() == [steps, 2 * steps]

@@ -13,6 +13,7 @@ from foam_lightning.distributed.topology import is_first_process
 from foam_lightning.errors import FoamError, UnexpectedError, as_storage_error
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan, MemoryOptions
+from foam_lightning.settings import TrainerSettings
 from foam_lightning.storage.atomic import atomic_path, write_text
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.storage.run_identity import RunIdentity
@@ -111,7 +112,7 @@ def find_start(settings: Settings, *, extends: bool = False) -> RunStart | None:
         return RunStart(identity=identity, folder=unfinished, checkpoint=start)
     finished = RunFolder.find_finished(root, name, identity)
     if finished:
-        say(_finished_message(finished[0]))
+        say(_finished_message(finished[0], settings.job().trainer))
         return None
     if start is None and extends:
         shorter = RunFolder.find_finished(root, name, identity, ignoring=ENDS)
@@ -135,13 +136,16 @@ def _find_extended(settings: Settings, finished: Sequence[RunFolder]) -> Path | 
     return run.last_checkpoint
 
 
-def _finished_message(run: RunFolder) -> str:
+def _finished_message(run: RunFolder, trainer: TrainerSettings) -> str:
     step = count_steps(run)
     text = f"{run.path} is finished" + ("" if step is None else f" at step {step}")
-    above = "" if step is None else f" above {step}"
+    raised = "max_steps" if step is None else f"max_steps above {step}"
+    ends_first = trainer.max_steps < 1 or (step is not None and step < trainer.max_steps)
+    if trainer.max_epochs is not None and ends_first:
+        raised = "max_epochs"
     return (
-        f"{text}, its results are in {run.summary.name}; to train on, raise --trainer.max_steps"
-        f"{above}, and to run it again, choose another --name"
+        f"{text}, its results are in {run.summary.name}; to train on, raise --trainer.{raised}, "
+        "and to run it again, choose another --name"
     )
 
 

@@ -110,6 +110,8 @@ class RunFolder:
     ) -> list[Self]:
         """List the finished versions of the same identity, newest first.
 
+        Files count by what they contain: a run that ended before a text was edited is another one.
+
         Args:
             root: The folder of all runs.
             name: The name of the run.
@@ -117,7 +119,7 @@ class RunFolder:
             ignoring: Names of settings that may differ.
         """
         finished = (run for run in cls.versions(root, name) if run.is_finished)
-        return [run for run in finished if run.matches(identity, ignoring=ignoring)]
+        return [run for run in finished if run.matches(identity, ignoring=ignoring, by_path=False)]
 
     @classmethod
     def versions(cls, root: Path, name: str) -> list[Self]:
@@ -131,7 +133,13 @@ class RunFolder:
         """Whether the run has ended and nothing is left of it."""
         return self.summary.exists()
 
-    def matches(self, identity: RunIdentity, *, ignoring: Collection[str] = ()) -> bool:
+    def matches(
+        self,
+        identity: RunIdentity,
+        *,
+        ignoring: Collection[str] = (),
+        by_path: bool | None = None,
+    ) -> bool:
         """Whether a command goes on with this version.
 
         Once it has a checkpoint, files of the same path count as the same, whatever they contain:
@@ -140,11 +148,12 @@ class RunFolder:
         Args:
             identity: What identifies the run of the command.
             ignoring: Names of settings that may differ.
+            by_path: As for `differences`.
         """
         record = self._record()
         if "identity" not in record and record.get("settings_sha256") == identity.digest:
             return True  # a run of an older version
-        differences = self.differences(identity)
+        differences = self.differences(identity, by_path=by_path)
         return differences is not None and not set(differences) - set(ignoring)
 
     def differences(

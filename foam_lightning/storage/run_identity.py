@@ -1,7 +1,7 @@
 """What identifies a run: the settings that change its result."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,12 @@ class RunIdentity:
         """A digest of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def differences(
-        self, recorded: Values, *, by_path: bool = False, ignoring: Collection[str] = ()
-    ) -> list[str]:
+    def differences(self, recorded: Values, *, by_path: bool = False) -> list[str]:
         """List the settings that differ.
 
         Args:
             recorded: The settings of a run.
             by_path: Take files of the same path for the same, whatever they contain now.
-            ignoring: Names of settings that do not count.
         """
         missing = [name for name in self.settings if name not in recorded]
         known = {**(self.defaults() if missing else {}), **recorded}
@@ -59,8 +56,7 @@ class RunIdentity:
         return [
             name
             for name in names
-            if name not in ignoring
-            and not _is_same(self.settings.get(name), known.get(name), by_path=by_path)
+            if not _is_same(self.settings.get(name), known.get(name), by_path=by_path)
         ]
 
 

@@ -7,7 +7,7 @@ import pytest
 from foam_lightning.errors import ConfigError
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.run_folder import RunFolder
-from foam_lightning.storage.run_identity import RunIdentity
+from foam_lightning.storage.run_identity import RunIdentity, named_files
 
 
 def rate(lr: int) -> RunIdentity:
@@ -38,6 +38,22 @@ def test_an_unfinished_run_of_the_same_settings_is_resumed_until_it_is_finished(
     assert RunFolder.find_finished(tmp_path, "run", rate(2)) == []
     assert RunFolder.find_finished(tmp_path, "run", rate(2), ignoring=["lr"]) == [first]
     assert RunFolder.open(tmp_path, "run", rate(1)).path.name == "version_1"
+
+
+def test_a_finished_run_is_another_one_once_a_file_was_edited(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+
+    def write(content: str) -> RunIdentity:
+        text.write_text(content)
+        return RunIdentity({"files": [named_files(str(text))]})
+
+    first = RunFolder.open(tmp_path, "run", write("one"))
+    first.checkpoints.mkdir()
+    first.last_checkpoint.touch()
+    assert RunFolder.find_unfinished(tmp_path, "run", write("two")) == first
+    write_json(first.summary, {})
+    assert RunFolder.find_finished(tmp_path, "run", write("two"), ignoring=["lr"]) == []
+    assert RunFolder.find_finished(tmp_path, "run", write("one")) == [first]
 
 
 def test_other_settings_are_another_run(tmp_path: Path) -> None:

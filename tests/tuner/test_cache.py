@@ -11,6 +11,7 @@ from foam_lightning.memory.device import calibrate
 from foam_lightning.storage.contents import contents
 from tests.support.fake_gpu import FakeGpu
 from tests.support.tiny import write_settings
+from tuner.config.identity import FREE
 from tuner.trials import cache
 from tuner.trials.cache import job_key, trial_key
 from tuner.trials.runner import TrialRunner, paired_difference
@@ -105,6 +106,36 @@ def test_a_short_run_is_reused_while_its_inputs_are_the_same(
 ) -> None:
     before = job_key(on_files)
     assert job_key(change(on_files, tmp_path)) == before
+
+
+FREE_VALUES = {
+    "data.cache_dir": "elsewhere",
+    "trainer.enable_autolog_hparams": False,
+    "trainer.logger": False,
+    "trainer.enable_progress_bar": False,
+    "trainer.enable_model_summary": True,
+    "trainer.log_every_n_steps": 7,
+    "trainer.enable_checkpointing": True,  # the only value that is allowed
+    "trainer.num_sanity_val_steps": 1,
+    "trainer.profiler": "simple",
+    "trainer.val_check_interval": 3,
+    "trainer.check_val_every_n_epoch": 1,
+    "trainer.limit_val_batches": 2,
+    "trainer.detect_anomaly": True,
+    "trainer.max_time": "00:00:00:01",
+    "model.max_skipped_steps": 20,
+    "model.max_rollbacks": 3,
+    "model.spike_nats": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", sorted(FREE - {"name", "runs", "debug"}))
+def test_what_does_not_identify_a_run_does_not_identify_its_short_runs(
+    new_job: Callable[..., Job], name: str
+) -> None:
+    section, setting = name.split(".")
+    changed = new_job(**{section: {setting: FREE_VALUES[name]}})
+    assert job_key(changed) == job_key(new_job())
 
 
 def test_the_number_of_workers_counts_where_they_decide_the_order(on_files: Job) -> None:

@@ -95,7 +95,8 @@ def _resume(settings: Settings, job: Job, start: RunStart) -> ResumedPlan | None
 
 def _describe_start(job: Job, checkpoint: Path, resumed: ResumedPlan) -> None:
     """Say what goes on from where, and with what that is other than before."""
-    resumed.check_steps_left(checkpoint, job.trainer.max_steps)
+    # `_resume` has refused a checkpoint past trainer.max_steps, so only epochs can end it here.
+    resumed.check_steps_left(checkpoint, job.trainer.max_steps, ended_by_epochs=True)
     text = f"going on from {checkpoint}, step {resumed.step} of {job.trainer.max_steps}"
     say(f"{text}, with {', '.join(resumed.changes)}" if resumed.changes else text)
     if other := describe_other_text(job, checkpoint):

@@ -18,14 +18,13 @@ from tuner.config.safe_yaml import load_yaml
 ENDS = ("trainer.max_steps", "trainer.max_epochs")
 # Where a run is kept, what it shows and measures, when it stops to be continued, and limits that a
 # run which has stopped at them may need higher. None of them changes what a step does.
-_FREE = {
+FREE = {
     *(
         "name",
         "runs",
         "debug",
         "trainer.enable_autolog_hparams",
         "data.cache_dir",
-        "trainer.default_root_dir",
         "trainer.logger",
     ),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
@@ -81,7 +80,7 @@ def _identifying(values: Mapping[str, Any]) -> dict[str, Any]:
             flat[name] = value
     if not flat.get("data.streaming"):  # where the workers decide the order of the rows
         flat.pop("data.num_workers", None)
-    return {name: _canonical(name, value) for name, value in flat.items() if name not in _FREE}
+    return {name: _canonical(name, value) for name, value in flat.items() if name not in FREE}
 
 
 def _canonical(name: str, value: Any) -> Any:

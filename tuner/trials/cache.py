@@ -12,10 +12,12 @@ from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
 
+from foam_lightning.callbacks.spike_guard import LIMITS
 from foam_lightning.data.own import source_file
 from foam_lightning.errors import ConfigError
 from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
+from foam_lightning.settings import ModelSettings
 from foam_lightning.storage.atomic import write_json
 from foam_lightning.storage.contents import contents
 from foam_lightning.training import versions
@@ -30,6 +32,8 @@ _IRRELEVANT_SETTINGS = {
     *("devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary"),
     *("enable_checkpointing", "num_sanity_val_steps"),
 }
+# Those that a short run has these values of, whatever the settings say.
+_FIXED_SETTINGS = {"profiler": None, "detect_anomaly": False, "enable_autolog_hparams": True}
 _IRRELEVANT_DATA = {"micro_batch_size", "num_workers", "cache_dir"}
 _TEXT = ("files", "validation_files", "dataset")
 
@@ -113,7 +117,10 @@ def job_key(job: Job) -> str:
     """
     trainer = job.trainer.arguments.items()
     trainer_settings = {key: value for key, value in trainer if key not in _IRRELEVANT_SETTINGS}
+    trainer_settings |= _FIXED_SETTINGS
     model = asdict(job.model) | _by_contents(vars(job.model), "pretrained")
+    # Only a full run is guarded. The defaults stay, by which older trials are found.
+    model |= {name: getattr(ModelSettings, name) for name in LIMITS}
     if job.model.weights_dtype is None:  # as before there was this setting
         del model["weights_dtype"]
     if not job.model.grad_offload:
