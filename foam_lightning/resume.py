@@ -1,6 +1,6 @@
 """Adapt a job to the checkpoint that it resumes: its plan, model and tokenizer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from foam_lightning.callbacks.exact_resume import count_ranks
 from foam_lightning.checkpoint.io import previous_checkpoint
 from foam_lightning.checkpoint.load import (
+    PLAN_SETTINGS,
     check_same_plan,
     check_same_settings,
     find_intact_checkpoint,
@@ -28,7 +29,9 @@ from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.job import Job
 from foam_lightning.module import LlamaFoam
 from foam_lightning.plan import FoldPlan, MemoryOptions
-from foam_lightning.storage.paths import is_folder
+from foam_lightning.storage.paths import exists, is_folder
+
+_MEMORY_SETTINGS = ("gradient_release", "grad_offload", "state_offload")
 
 
 def use_checkpoint_model(job: Job, module: LlamaFoam) -> Job:
@@ -47,7 +50,8 @@ def use_checkpoint_tokenizer(job: Job, checkpoints: Iterable[Path]) -> Job:
 
     Args:
         job: The job to change. If its settings name a tokenizer that gives every token of the
-            checkpoint the same id, it keeps that one, which may have another chat template.
+            checkpoint the same id, it keeps that one, which may have another chat template. One
+            that is gone, or is on the Hub, is not needed if the checkpoint was trained with it.
         checkpoints: Checkpoints that it may start from; the first that can be read is used, and
             the job is returned unchanged if none can.
 
@@ -69,9 +73,11 @@ def use_checkpoint_tokenizer(job: Job, checkpoints: Iterable[Path]) -> Job:
             "its embeddings; put it back in the checkpoints/ of its run folder, or set "
             "data.tokenizer to the tokenizer/ of that run"
         )
-    if own is None or (named is not None and named != saved_settings(content).get("tokenizer")):
-        if own is not None and named is not None:
-            _check_same_ids(named, own, path)
+    if own is None:
+        return job
+    is_other = named is not None and named != saved_settings(content).get("tokenizer")
+    if named is not None and (is_other or exists(Path(named))):
+        _check_same_ids(named, own, path)
         return job
     return replace(job, data=replace(job.data, tokenizer=own))
 
@@ -208,7 +214,9 @@ def resume_plan(
     saved = FoldPlan.from_json(content["fold_plan"], source=str(ckpt_path))
     before = content["hyper_parameters"]
     check_same_settings(ckpt_path, before, job.model, has_plan=fold_plan is not None)
-    changes = _changes(before, job)
+    of_plan = ("lr", *PLAN_SETTINGS) if fold_plan is not None else ()
+    of_memory = _MEMORY_SETTINGS if fold_plan is not None or is_budgeted else ()
+    changes = _changes(before, job, unused=(*of_plan, *of_memory))
     if fold_plan is not None:
         plan = load_plan(job, fold_plan)
         check_same_plan(ckpt_path, content, plan, may_change=("scales", "lr"))
@@ -226,13 +234,14 @@ def resume_plan(
     return ResumedPlan(plan, step, changes)
 
 
-def _changes(before: Mapping[str, Any], job: Job) -> list[str]:
-    """Describe the settings of the model that differ from those in a checkpoint."""
+def _changes(before: Mapping[str, Any], job: Job, *, unused: Collection[str]) -> list[str]:
+    """Describe the settings of the model that count and differ from those in a checkpoint."""
     after = asdict(job.model)
     return [
         f"model.{name} {format_setting(after[name])} (was {format_setting(value)})"
         for name, value in before.items()
-        if name in after and name != "pretrained" and not is_same(value, after[name])
+        if name in after and name not in ("pretrained", *unused)
+        if not is_same(value, after[name])
     ]
 
 
@@ -240,9 +249,7 @@ def _memory_options(job: Job, options: MemoryOptions, before: Mapping[str, Any])
     """Replace the memory options that the settings ask for."""
     own = job.memory_options
     names = [
-        name
-        for name in ("gradient_release", "grad_offload", "state_offload")
-        if getattr(job.model, name) != before.get(name, False)
+        name for name in _MEMORY_SETTINGS if getattr(job.model, name) != before.get(name, False)
     ]
     if "grad_offload" in names:
         names.append("gradient_release")  # which it turns on

@@ -121,7 +121,7 @@ def recover_checkpoint(last: Path) -> IntactCheckpoint | None:
 # The state of an optimizer has the shapes and the meaning that these settings gave it. All others
 # may change when a run goes on. A plan has its own levels and scales.
 _OF_STATE = ("optimizer", "second_moment", "state_dtype", "weights_dtype", "exclude")
-_OF_PLAN = ("level", "scale", "unfolded_scale")
+PLAN_SETTINGS = ("level", "scale", "unfolded_scale")
 
 
 def check_same_settings(
@@ -139,7 +139,7 @@ def check_same_settings(
         CheckpointError: One of the settings that must stay differs.
     """
     before = {"optimizer": "foam", "weights_dtype": None, **saved}
-    for name in (*_OF_STATE, *(() if has_plan else _OF_PLAN)):
+    for name in (*_OF_STATE, *(() if has_plan else PLAN_SETTINGS)):
         value = getattr(settings, name)
         if name in before and not is_same(before[name], value):
             now, then = format_setting(value), format_setting(before[name])

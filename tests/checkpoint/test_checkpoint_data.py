@@ -142,6 +142,38 @@ def test_a_checkpoint_alone_is_as_good_as_in_its_run_folder(run: Run, capfd: Pri
     assert other != here[0]
 
 
+def test_a_checkpoint_alone_knows_its_column(tmp_path: Path, capfd: Printed) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"body": "{i} and {i} {"again " * 20}"}}\n' for i in range(200)))
+    run = Run(tmp_path, "--data.files", str(text), "--data.text_column", "body")
+    here = answer(capfd, "validate", "--ckpt_path", run.checkpoint)
+    # The name of a run is no setting of the text, whatever it is.
+    assert answer(capfd, "validate", "--ckpt_path", run.lone, "--name", "files") == here
+
+
+def test_settings_count_when_a_run_goes_on_in_place(run: Run, capfd: Printed) -> None:
+    words = ["--ckpt_path", run.checkpoint, "--trainer.max_steps", 6, "--model.lr", 0.001]
+    error = refused(capfd, "fit", *words, "--model.level", 3)
+    assert "model.level is 3" in error
+    assert "--model.level 2" in error
+    words += ["--model.gradient_release", "true", "--model.clip_norm", 2]
+    printed = answer(capfd, "fit", *words, "--name", "slower")
+    for change in ("model.lr 0.001 (was 0.02)", "model.gradient_release true", "model.clip_norm"):
+        assert change in " ".join(printed.split())
+    folder = run.at / "runs" / "slower" / "version_0"
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    groups = content["optimizer_states"][0]["param_groups"]
+    assert {content["hyper_parameters"]["lr"], *(one["initial_lr"] for one in groups)} == {0.001}
+    plan = json.loads((folder / "fold_plan.json").read_text())
+    assert plan["lr"] == 0.001
+    assert plan["memory_options"]["gradient_release"]
+    plan_words = ["--fold-plan", run.folder / "fold_plan.json", "--name", "planned"]
+    printed = " ".join(answer(capfd, "fit", *words, *plan_words).split())
+    assert "model.clip_norm" in printed
+    assert "model.lr" not in printed
+    assert "model.gradient_release" not in printed
+
+
 def test_a_chat_alone_knows_its_template_and_architecture(chat_run: Run, capfd: Printed) -> None:
     here, there = (answer(capfd, "validate", "--ckpt_path", path)
                    for path in (chat_run.checkpoint, chat_run.lone))  # fmt: skip
@@ -170,6 +202,25 @@ def test_a_tokenizer_with_other_ids_is_refused(run: Run, capfd: Printed) -> None
     same.save_pretrained(run.at / "same")
     words[-1] = run.at / "same"
     assert answer(capfd, "validate", *words) == answer(capfd, "validate", *words[:2])
+
+
+def test_an_edited_template_of_a_named_tokenizer_counts(
+    chat_run: Run, tmp_path: Path, capfd: Printed
+) -> None:
+    named = tmp_path / "named"
+    tokenizer = load_saved_tokenizer(chat_run.lone)
+    tokenizer.save_pretrained(named)
+    words = ["--ckpt_path", chat_run.lone, "--data.tokenizer", named]
+    more = ["--runs", tmp_path, "--data.cache_dir", tmp_path / "c", "--trainer.max_steps", 5]
+    more += ["--trainer.accelerator", "cpu", "--data.num_workers", 0]
+    answer(capfd, "fit", *words, *more)
+    words[1] = tmp_path / "default" / "version_0" / "checkpoints" / "last.ckpt"
+    before = answer(capfd, "validate", *words)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("\n", ":")
+    tokenizer.save_pretrained(named)
+    assert answer(capfd, "validate", *words) != before
+    shutil.rmtree(named)
+    assert answer(capfd, "validate", *words) == before
 
 
 def test_a_pretrained_model_with_other_tokens_is_warned_of(tmp_path: Path, capfd: Printed) -> None:

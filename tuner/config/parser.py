@@ -119,6 +119,9 @@ def parse(command: str, options: Sequence[str], *, default: Path | None) -> Sett
         if default == DEFAULT_CONFIG:
             first += _data_of_checkpoint(options)
         values = parser.parse_args([*first, *_join_lists(options)], env=False)
+        is_of_run = default not in (None, DEFAULT_CONFIG)
+        if is_of_run and not any(option_values(options, "--fold-plan", "--fold_plan")):
+            values["fold_plan"] = None  # the checkpoint has the plan of its run
         _check_allowed(values.data.class_path, added)
         for flag in _LIST_FLAGS:
             if isinstance(value := values[flag[2:]], str):  # in a configuration file
@@ -146,12 +149,15 @@ def _data_of_checkpoint(options: Sequence[str]) -> list[str]:
     A text on the command line replaces all settings of the text.
     """
     words: list[str] = []
-    names = {option.partition("=")[0].removeprefix("--data.") for option in options}
+    flags = (option.partition("=")[0] for option in options if option.startswith("--data."))
+    names = {flag.removeprefix("--data.") for flag in flags}
     unused = {"tokenizer", *(TEXT_SETTINGS if names & TEXT_SETTINGS else ())}
     for path in map(Path, option_values(options, "--ckpt_path")):
         settings = saved_settings(peek_checkpoint(path) or {})
         for name in settings.keys() - unused:
-            words += [f"--data.{name}", json.dumps(settings[name])]
+            value = settings[name]
+            text = value if isinstance(value, str) else json.dumps(value)
+            words.append(f"--data.{name}={text}")
     return words
 
 
