@@ -70,13 +70,13 @@ _STAGES = "tests.benchmarks.stages"
 _CHECKS, _BUDGET, _MEASURES = f"{_STAGES}.checks", f"{_STAGES}.budget", f"{_STAGES}.measures"
 STAGES = (
     Stage("versions", "what is installed, and the card", f"{_CHECKS}:check_versions", 40, 5),
-    Stage("gpu_tests", "the tests that need a GPU", f"{_CHECKS}:run_gpu_tests", 60, 10),
+    Stage("gpu_tests", "the tests that need a GPU", f"{_CHECKS}:run_gpu_tests", 100, 10),
     Stage("kernel", "fused and plain updates agree", f"{_STAGES}.kernel:compare_updates", 60, 10),
     Stage("llama_7b", "LLaMA 7B in a hard 24 GB", f"{_BUDGET}:train_llama_7b", 130, 40),
     Stage("llama3_8b", "Llama 3 8B in a hard 24 GB", f"{_BUDGET}:train_llama3_8b", 90, 40),
     Stage("optimizer_step", "the optimizer step", f"{_MEASURES}:time_optimizer_steps", 80, 25),
-    Stage("memory", "predicted and measured peaks", f"{_MEASURES}:measure_memory", 130, 20),
-    Stage("fallback", "fit runs out of memory", f"{_STAGES}.fallback:run_out_of_memory", 60, 25),
+    Stage("fallback", "fit runs out of memory", f"{_STAGES}.fallback:run_out_of_memory", 90, 25),
+    Stage("memory", "predicted and measured peaks", f"{_MEASURES}:measure_memory", 100, 20),
     Stage("training", "FOAM beside Adam", f"{_STAGES}.training:train_60m", 200, 25, "b"),
 )
 NAMES = [stage.name for stage in STAGES]

@@ -16,8 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from foam_lightning.memory.allocator import set_expandable_segments
-from foam_lightning.memory.device import Gpu, calibrate
+from foam_lightning.memory.device import Gpu, calibrate, wait_for_memory
 from foam_lightning.units import format_bytes
 from tests.benchmarks.combinations import Combination, choose
 from tests.benchmarks.fresh_process import in_fresh_process
@@ -47,6 +46,7 @@ MICRO_BATCHES = {"cpu": (1, 2, 4), "cuda": (1, 4, 16)}
 COUNTS = {"cpu": 48, "cuda": 60}
 UNDER = 0.995
 NO_TIME = "no time left"
+NOT_PREDICTED = "not predicted"
 ONLY_TENSORS = "tensors only"  # of a prediction without an account
 
 
@@ -88,6 +88,9 @@ def run_on_cpu(grid: Sequence[Combination]) -> Iterator[Row]:
 def run_on_gpu(grid: Sequence[Combination], seconds: float) -> Iterator[Row]:
     """Do as many runs of the grid as there is time for, each in a process of its own.
 
+    Predictions take half of the time at most. No run begins before they are done, because what they
+    take of the card would be counted as the run's.
+
     Yields:
         A row for every combination, in order.
     """
@@ -99,21 +102,35 @@ def run_on_gpu(grid: Sequence[Combination], seconds: float) -> Iterator[Row]:
     context.set_forkserver_preload(
         ["tests.benchmarks.memory_runs", "transformers.models.llama.modeling_llama"]
     )
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(max(2, (os.cpu_count() or 4) // 2), mp_context=context)
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        predictions = [pool.submit(predict, one, "cuda") for one in grid]
-        for one, prediction in zip(grid, predictions, strict=True):
-            if end - time.monotonic() < 15:
-                yield Row(one, prediction.result() if prediction.done() else NO_TIME, NO_TIME)
-                continue
-            predicted = prediction.result()
-            measured, failure = None, "does not fit this card"
-            free, total = torch.cuda.mem_get_info()
-            if predicted.tensors < total:
-                left = end - time.monotonic()
-                measured, failure = in_fresh_process(context, left, measure_on_gpu, one, free)
-            yield Row(one, predicted, measured or str(failure))
+    predictions = _predict_all(context, grid, end - seconds / 2)
+    card, free = Gpu(), 0
+    for one, predicted in zip(grid, predictions, strict=True):
+        if end - time.monotonic() < 15:
+            yield Row(one, predicted, NO_TIME)
+            continue
+        if isinstance(predicted, str):
+            yield Row(one, predicted, NOT_PREDICTED)
+            continue
+        measured, failure = None, "does not fit this card"
+        free = wait_for_memory(card, free)  # until the run before has given back all it took
+        if predicted.tensors < card.memory()[1]:
+            left = end - time.monotonic()
+            measured, failure = in_fresh_process(context, left, measure_on_gpu, one, free)
+        yield Row(one, predicted, measured or str(failure))
+
+
+def _predict_all(context: Any, grid: Sequence[Combination], end: float) -> list[Peak | str]:
+    """Predict several peaks at once, each in a process that may fail, die or hang."""
+
+    def outcome(one: Combination) -> Peak | str:
+        left = end - time.monotonic()
+        if left <= 0:
+            return NO_TIME
+        predicted, failure = in_fresh_process(context, left, predict, one, "cuda")
+        return predicted or str(failure)
+
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 4) // 2)) as pool:
+        return list(pool.map(outcome, grid))
 
 
 def report(row: Row, number: int, count: int) -> None:

@@ -64,7 +64,10 @@ def choose_work(device: str, model: str | None, *, small: bool) -> Work:
         )
     name = model or "llama_1b"
     whole, num_heads = llama_shapes(name)
-    kept, layers = cut(whole, MAX_BYTES[device] // BYTES_PER_PARAMETER[device])
+    most_bytes = MAX_BYTES[device]
+    if device == "cuda":
+        most_bytes = min(most_bytes, torch.cuda.mem_get_info()[0])
+    kept, layers = cut(whole, most_bytes // BYTES_PER_PARAMETER[device])
     label = f"the {len(kept)} matrices of {name}, {layers}"
     if device == "cpu":
         return Work(label, kept, num_heads, rounds=3, copy_bytes=2**28, rows=fast_rows)

@@ -214,7 +214,9 @@ def test_what_others_use_of_a_card_is_not_free_before_the_context(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     free, total = 8000 * 2**20, 10_000 * 2**20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
-    assert free_before_context() == (8500 * 2**20 if has_tool else total)
+    found, not_told = free_before_context()
+    assert found == (8500 * 2**20 if has_tool else total)
+    assert (not_told is None) == has_tool
 
 
 def test_text_is_that_of_the_folder_or_its_tokens(

@@ -1,6 +1,7 @@
 """The compiled kernel of the optimizer on a real GPU, against the plain update on the same GPU."""
 
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ pytestmark = [
 ]
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
+COLUMNS, LEVELS = (4096, 5461, 11008), (0, 1, 2, 3, 8, 20)
+DTYPES = ((F32, F32), (BF16, BF16), (BF16, F32), (BF16, INT8))
 
 
 def run(columns, level, dtype, state_dtype, *, fused):
@@ -28,11 +31,11 @@ def run(columns, level, dtype, state_dtype, *, fused):
     return {"weight": param.detach(), **moments}
 
 
-@pytest.mark.parametrize("columns", [4096, 5461, 11008])
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 8, 20])
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_the_kernel_equals_the_plain_update(columns, level):
     assert gpu_kernel.is_available()
-    for dtypes in [(F32, F32), (BF16, BF16), (BF16, F32), (BF16, INT8)]:
+    for dtypes in DTYPES:
         plain, fused = (run(columns, level, *dtypes, fused=fused) for fused in (False, True))
         for key, expected in plain.items():
             # Few values lie so close to a boundary that the last bits of float32 round them to
@@ -43,6 +46,18 @@ def test_the_kernel_equals_the_plain_update(columns, level):
             step = 2**-7 if expected.dtype == BF16 else 1e-4
             atol = 1 if not expected.is_floating_point() else 1e-5
             torch.testing.assert_close(found.float(), expected.float(), rtol=step, atol=atol)
+
+
+def test_no_compiled_kernel_spills_registers():
+    from foam_lightning.optim.triton_kernel import foam_kernel
+
+    for columns, level, dtypes in product(COLUMNS, LEVELS, DTYPES):
+        run(columns, level, *dtypes, fused=True)
+    compiled = [
+        kernel for cache in foam_kernel.device_caches.values() for kernel in cache[0].values()
+    ]
+    assert compiled
+    assert [(k.metadata, k.n_spills) for k in compiled if k.n_spills] == []
 
 
 def test_the_kernel_runs_in_another_thread_without_temporaries():

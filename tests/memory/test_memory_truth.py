@@ -143,7 +143,7 @@ def fail(*_: object) -> Peak:
 @pytest.mark.slow
 def test_the_grid_goes_on_after_a_run_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**11, 10**11))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10**11, 10**11))
     monkeypatch.setattr(memory_truth, "measure_on_gpu", fail)
     runs = memory_truth.run_on_gpu([CASES[0], CASES[3], CASES[1]], 500)
     rows = [next(runs), next(runs)]
@@ -154,3 +154,33 @@ def test_the_grid_goes_on_after_a_run_that_fails(monkeypatch: pytest.MonkeyPatch
     assert measured == ["RuntimeError: out of memory"] * 2 + [memory_truth.NO_TIME]
     predicted = [row.predicted for row in rows if isinstance(row.predicted, Peak)]
     assert [peak.device is None for peak in predicted[:2]] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_prediction_that_fails_dies_or_hangs_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10**11, 10**11))
+    monkeypatch.setattr(memory_truth, "measure_on_gpu", succeed)
+    monkeypatch.setattr(memory_truth, "predict", predict_some)
+    rows = list(memory_truth.run_on_gpu([*CASES[:4]], 34))
+    failed, died, hung = (row.predicted for row in rows[:3])
+    assert failed == "RuntimeError: out of memory"
+    assert died == "the process died"
+    assert str(hung).startswith("not done after")
+    assert [row.measured for row in rows[:3]] == [memory_truth.NOT_PREDICTED] * 3
+    assert rows[3].ratio == 2
+
+
+def predict_some(one: Combination, _: str) -> Peak:
+    if one == CASES[0]:
+        return fail()
+    if one == CASES[1]:
+        os._exit(1)
+    if one == CASES[2]:
+        time.sleep(600)
+    return Peak(2000)
+
+
+def succeed(*_: object) -> Peak:
+    return Peak(1000)

@@ -39,9 +39,9 @@ def _train(setting: Setting, sizes: dict[str, Any]) -> None:
     """Train on random weights and tokens by the plan that `plan` would choose; save nothing."""
     quiet()
     record, budget = setting.record, TINY_BUDGET if setting.tiny else BUDGET
-    free_before, outside = None, 0
+    free_before, outside, not_told = None, 0, None
     if setting.on_gpu:
-        free_before = free_before_context()
+        free_before, not_told = free_before_context()
         outside = calibrate(Gpu()).context
     job = TokenJob.random(
         read_job(
@@ -66,6 +66,7 @@ def _train(setting: Setting, sizes: dict[str, Any]) -> None:
         f"{', '.join(options).replace('_', ' ') or 'no further options'}. Predicted: "
         + ", ".join(f"{term} {format_bytes(size)}" for term, size in predicted.breakdown.items())
         + f"; {format_bytes(predicted.peak_bytes)} in all."
+        + (f" {not_told}" if not_told else "")
     )
     common = {"predicted_bytes": predicted_bytes, "budget_bytes": int(budget)}
     watch = _Watch(record, common, free_before)
