@@ -67,11 +67,13 @@ def test_a_run_leaves_what_it_promises_and_its_commands_work(
     output = tmp_path / "exported"
     assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(output)]) == 0
     assert (output / "model.safetensors").is_file()
-    file = tmp_path / "exported.gguf"
+    file = tmp_path / "new" / "exported.gguf"
     words = ["export", "--ckpt_path", checkpoint, "--format", "gguf", "--output", str(file)]
     assert cli.main(words) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name).num_parameters()
+    assert AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).num_parameters()
     assert cli.main(words) == 2
+    assert cli.main([*words[:3], "--dtype", "float16", "--output", str(tmp_path / "other")]) == 2
+    assert "--format gguf" in capfd.readouterr().err
     capfd.readouterr()
     assert cli.main(["export", "--ckpt_path", checkpoint, "--output", str(output)]) == 2
 

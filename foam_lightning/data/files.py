@@ -137,10 +137,15 @@ def _document(record: Record, column: str) -> Document | None:
     if name not in values:
         return None
     found = values[name]
-    if isinstance(found, bytes):
-        return _decode(found, f"{location}: {name!r}")
     if isinstance(found, list):
         return _token_ids(found, record, name)
+    if name != column:
+        raise DataError(
+            f"{location}: {name!r} is {type(found).__name__}, not a list of token ids; write them "
+            "as .jsonl or .parquet, or set data.text_column"
+        )
+    if isinstance(found, bytes):
+        return _decode(found, f"{location}: {name!r}")
     if not isinstance(found, str):
         raise DataError(
             f"{location}: {name!r} is {type(found).__name__}, not a string; set data.text_column"

@@ -182,7 +182,8 @@ def two_steps(weights: Iterable[int], step: Events, updates: Sequence["Parameter
             done = at
             for size in state if is_first else ():
                 events.allocate(size)
-            events.free(events.allocate(workspace))
+            if workspace:
+                events.free(events.allocate(workspace))
         for block in alive.values():
             events.free(block)
     return events

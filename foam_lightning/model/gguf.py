@@ -85,6 +85,7 @@ def save_gguf(
         if name is None:
             raise CheckpointError(f"GGUF has no name for the weight {source}")
         tensors.append((name, tensor, _type_of(source, tensor, dtype)))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
         _add_sizes(writer, config, path.stem, dtype)

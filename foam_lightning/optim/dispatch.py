@@ -136,7 +136,7 @@ def _runs_on_gpu(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], level
     return (
         all(tensor.is_cuda or tensor.is_meta for tensor in (param, grad, *state.values()))
         and gpu_kernel.is_supported(param, grad, state, level)
-        and gpu_kernel.is_available()
+        and (gpu_kernel.is_available() if _has_data(param) else gpu_kernel.is_expected())
     )
 
 

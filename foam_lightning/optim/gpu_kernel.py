@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -40,16 +41,21 @@ def is_supported(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], level
     )
 
 
+def is_expected() -> bool:
+    """Return whether a run on a GPU will use the kernel, as far as is known without starting CUDA.
+
+    It needs Triton, which every Linux build of torch for CUDA brings. Without a GPU here the plan
+    is for one elsewhere, which is taken to have it.
+    """
+    return not torch.cuda.is_available() or find_spec("triton") is not None
+
+
 @cache
 def is_available() -> bool:
     """Return whether the kernel runs on this machine's GPU, found out by an update of one element.
 
-    Every Linux build of torch for CUDA brings Triton, which needs a C compiler. If something is
-    missing, warns once. Without a GPU returns True: a plan for a GPU elsewhere takes it for
-    granted.
+    Triton also needs a C compiler. If something is missing, warns once.
     """
-    if not torch.cuda.is_available():
-        return True
     try:
         zero = torch.zeros(1, device="cuda")
         state = {key: zero.clone() for key in state_layout((1,), 0, torch.float32)}

@@ -122,6 +122,7 @@ BAD = {
     "a folder of nothing to read": ("folder/a.md", "words", "no file to read"),
     "words for tokens": ("a.jsonl", '{"text": ["words"]}', "not of token ids"),
     "negative tokens": ("a.jsonl", '{"input_ids": [-1]}', "not of token ids"),
+    "tokens as text": ("a.csv", 'input_ids\n"[1, 2]"\n', "not a list of token ids"),
     "huge tokens": ("a.jsonl", '{"input_ids": [4294967296]}', "not of token ids"),
     "tokens with labels": ("a.jsonl", '{"input_ids": [1, 2], "labels": [-100, 2]}', "data.chat"),
     "a mask of another length": ("a.jsonl", '{"input_ids": [1], "attention_mask": []}', "as long"),

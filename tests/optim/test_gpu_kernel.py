@@ -189,15 +189,22 @@ def test_without_data_the_update_has_no_temporaries_as_on_a_gpu():
         assert step_of("cuda") == 0
 
 
-def test_without_triton_the_plain_update_runs_and_one_line_says_so(monkeypatch, caplog):
+def test_without_triton_plans_count_the_plain_update(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert step_of("meta") == 0
+    monkeypatch.setattr(gpu_kernel, "find_spec", lambda _: None)
+    assert step_of("meta") > 12_000_000
+
+
+def test_if_triton_cannot_compile_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "foam_lightning.optim.triton_kernel", None)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
     gpu_kernel.is_available.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert step_of("meta") > 12_000_000
+            assert not gpu_kernel.is_available()
+            assert not gpu_kernel.is_available()
     finally:
         gpu_kernel.is_available.cache_clear()
     (record,) = caplog.records

@@ -11,6 +11,7 @@ from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
 from foam_lightning.storage.run_identity import RunIdentity
 from foam_lightning.training import train
+from tests.support.budgets import smallest_with_state_on_device
 from tests.support.tiny import REPOSITORY
 from tuner.config.parser import parse
 from tuner.planning.knobs import Knobs, state_bytes_table
@@ -160,11 +161,7 @@ def test_levels_fill_the_budget_and_never_exceed_it(
 def test_a_level_cap_holds_where_the_budget_allows_it(fit: Fit, span: tuple[int, int]) -> None:
     low, high = span
     large, planner = fit((low + 3 * high) // 4), fit(None)
-    # The smallest budget with state on the device, where levels matter.
-    options = planner.ladder.candidates_for_minimum()
-    on_device = [replace(o, state_offload=False) for o in options if not o.grad_offload]
-    plans = [planner.module.uniform_plan(MAX_LEVEL, each) for each in on_device]
-    small = fit(min(peak(planner, plan) for plan in plans))
+    small = fit(smallest_with_state_on_device(planner))
     assert max(large.levels_for(Knobs(level_cap=2), large.max_state_bytes).values()) <= 2
     assert max(small.levels_for(Knobs(level_cap=2), small.max_state_bytes).values()) > 2
 

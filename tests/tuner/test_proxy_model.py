@@ -15,6 +15,7 @@ from foam_lightning.memory.options import MAX_LEVEL
 from foam_lightning.model.roles import role_of
 from foam_lightning.plan import FoldPlan
 from foam_lightning.storage.run_folder import RunFolder
+from tests.support.budgets import smallest_with_state_on_device
 from tests.support.runs import NewJob, open_folder
 from tuner.pipeline import tune
 from tuner.planning.knobs import Knobs
@@ -43,7 +44,7 @@ MODELS: dict[str, tuple[Sizes, Sizes]] = {
     "heads that do not divide it": ((192, 512, 4, 4), (64, 171, 4, 4)),
     "not even the least width": ((200, 500, 10, 10), (80, 200, 10, 10)),
 }
-# Shares of the way from the smallest budget that works to that of Adam.
+# Shares of the way from the smallest budget with state on the device to that of Adam.
 SHARES = (0.0, 0.4, 0.8)
 KNOBS = {
     "alike": Knobs(exponent=4.0),
@@ -100,7 +101,7 @@ def test_adam_may_not_fit_the_proxy_model_either(new_job: NewJob) -> None:
 def proxies(fit: Fit) -> dict[float, ProxyModel]:
     """Make proxies of one model by the share of the budget."""
     roomy = fit(10**12)
-    least = roomy.minimum.account.peak_bytes
+    least = smallest_with_state_on_device(roomy)
     adam = roomy.accountant.account(roomy.uniform(0)).peak_bytes
     found = {}
     for share in SHARES:

@@ -7,10 +7,10 @@ from foam_lightning.checkpoint.load import load_module, load_tokenizer
 from foam_lightning.data.chat import end_of_turn_id
 from foam_lightning.data.records import name_files
 from foam_lightning.data.saved import name_text, settings_to_save
-from foam_lightning.errors import CheckpointError
+from foam_lightning.errors import CheckpointError, ConfigError
 from foam_lightning.evaluate import format_perplexity, validate
 from foam_lightning.generate import generate_text
-from foam_lightning.model.gguf import save_gguf
+from foam_lightning.model.gguf import GgufDtype, save_gguf
 from foam_lightning.model.llama import save_model
 from foam_lightning.resume import use_checkpoint_model, use_checkpoint_tokenizer
 from foam_lightning.storage.paths import exists
@@ -58,6 +58,9 @@ def run_export(settings: Settings) -> None:
     """Write a checkpoint as a Hugging Face folder or a GGUF file."""
     path, output = Path(settings.ckpt_path), Path(settings.output)
     is_file = settings.format == "gguf"
+    dtype: GgufDtype = settings.dtype or "bfloat16"
+    if settings.dtype is not None and not is_file:
+        raise ConfigError(f"--dtype {dtype} is for --format gguf; add it, or remove --dtype")
     if exists(output) and (is_file or not output.is_dir() or any(output.iterdir())):
         free = "" if is_file else " and is not an empty folder"
         raise CheckpointError(f"--output {output} exists{free}; name another")
@@ -66,8 +69,8 @@ def run_export(settings: Settings) -> None:
     tokenizer = load_tokenizer(path)
     turn = end_of_turn_id(tokenizer) if settings.data.chat else None
     if is_file:
-        save_gguf(module.model, tokenizer, output, settings.dtype, end_of_turn=turn)
-        print(f"wrote {output}, {settings.dtype}; run it with llama-cli -m {output}")
+        save_gguf(module.model, tokenizer, output, dtype, end_of_turn=turn)
+        print(f"wrote {output}, {dtype}; run it with llama-cli -m {output}")
         return
     save_model(module.model, tokenizer, output, end_of_turn=turn)
     print(f"wrote {output}; load it with AutoModelForCausalLM.from_pretrained({str(output)!r})")

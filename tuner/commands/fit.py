@@ -15,6 +15,7 @@ from foam_lightning.resume import (
     use_checkpoint_architecture,
     use_checkpoint_tokenizer,
 )
+from foam_lightning.storage.paths import exists
 from tuner.config.parser import Settings
 from tuner.console import say
 from tuner.oom_fallback import fall_back_when_out_of_memory
@@ -41,7 +42,7 @@ def run_fit(settings: Settings) -> None:
     resumed = _resume(settings, job, start)
     data, pretrained = job.data, job.model.pretrained
     job = use_checkpoint_tokenizer(job, start.checkpoints).with_steps()
-    if pretrained is not None and not Path(pretrained).exists():
+    if pretrained is not None and not exists(Path(pretrained)):
         data = job.data  # its tokenizer is gone too
     if start.checkpoint is not None and resumed is not None:
         _describe_start(job, start.checkpoint, resumed)

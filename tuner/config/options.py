@@ -84,7 +84,7 @@ OPTIONS = (
     Option("--format", "FORMAT", "huggingface, a folder, or gguf, a file for llama.cpp and Ollama",
            Literal["huggingface", "gguf"], "huggingface", commands=("export",)),
     Option("--dtype", "DTYPE", "of a gguf file: bfloat16 (default), float16 or q8_0 (8 bits)",
-           Literal["bfloat16", "float16", "q8_0"], "bfloat16", commands=("export",)),
+           Literal["bfloat16", "float16", "q8_0"] | None, commands=("export",)),
     Option("--optimizers", "NAMES", "separated by commas; default all that are installed",
            str | None, commands=("compare",)),
     Option("--steps", "N", "optimizer steps per run; default 300, fewer mislead",
