@@ -174,7 +174,7 @@ def stoppable(new_job: NewJob, folder: Path, name: str) -> Stoppable:
     job = new_job(
         model={"state_dtype": settings.get("state", "float32")},
         data={
-            **data_of(settings["data"], folder),
+            **data_of(settings["data"], folder.parent),  # of all, as other paths are other text
             "micro_batch_size": settings.get("micro"),
             "num_workers": settings.get("num_workers", 0),
         },
