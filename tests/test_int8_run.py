@@ -20,7 +20,7 @@ from foam_lightning.job import Job
 from foam_lightning.plan import FoldPlan
 from foam_lightning.training import train
 from foam_lightning.units import at_least
-from tests.support.pretrained import save_pretrained
+from tests.support.pretrained import LLAMA3_8B, save_pretrained
 from tests.support.runs import STEPS, StopAfter, StopError, open_folder, validation_loss
 from tests.support.tiny import REPOSITORY, write_settings
 from tests.support.training import assert_same
@@ -82,14 +82,7 @@ def test_llama_3_8b_is_planned_in_16_gb(tmp_path: Path, monkeypatch: pytest.Monk
     from tuner.config.parser import parse
 
     monkeypatch.setattr("foam_lightning.job.find_gpu", lambda **_: None)  # what one here costs
-    LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ).save_pretrained(tmp_path)
+    LlamaConfig(**LLAMA3_8B).save_pretrained(tmp_path)
     config = REPOSITORY / "configs" / "finetune_llama3_8b_24gb.yaml"
     words = ["--config", str(config), "--model.pretrained", str(tmp_path)]
     words += ["--model.weights_dtype", "int8", "--memory-budget", "16GB"]

@@ -8,6 +8,7 @@ import yaml
 from transformers import LlamaConfig
 
 from foam_lightning.units import format_bytes
+from tests.support.pretrained import LLAMA3_8B
 from tests.support.tiny import REPOSITORY
 from tuner.config.early_checks import default_config
 from tuner.config.parser import Settings, parse
@@ -27,15 +28,7 @@ _PRETRAINED = {
         num_attention_heads=32,
         num_key_value_heads=4,
     ),
-    "finetune_llama3_8b_24gb": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-    ),
+    "finetune_llama3_8b_24gb": LlamaConfig(**LLAMA3_8B),
 }
 _EXPECTED = re.compile(
     r"# Predicted peak: (?P<peak>[0-9.]+ [MG]B)(?: for TinyLlama 1\.1B)?"

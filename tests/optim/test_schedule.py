@@ -9,15 +9,18 @@ from foam_lightning.optim.schedule import learning_rate_factor
 from foam_lightning.settings import ScheduleName
 
 
-def factors(steps, schedule, *, warmup=0.1, decay=0.2, final=0.1):
-    factor = learning_rate_factor(
+def factor(steps, schedule, *, warmup=0.1, decay=0.2, final=0.1):
+    return learning_rate_factor(
         steps,
         schedule=schedule,
         warmup_fraction=warmup,
         decay_fraction=decay,
         final_fraction=final,
     )
-    return [factor(step) for step in range(steps)]
+
+
+def factors(steps, schedule, **fractions):
+    return [factor(steps, schedule, **fractions)(step) for step in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +78,7 @@ def test_wsd_is_that_of_transformers_one_step_later():
     st.sampled_from(get_args(ScheduleName)),
 )  # fmt: skip
 def test_the_learning_rate_never_leaves_its_range(steps, warmup, decay, final, step, schedule):
-    factor = learning_rate_factor(
-        steps,
-        schedule=schedule,
-        warmup_fraction=warmup,
-        decay_fraction=decay,
-        final_fraction=final,
-    )(step)
-    assert 0 <= factor <= 1
+    found = factor(steps, schedule, warmup=warmup, decay=decay, final=final)(step)
+    assert 0 <= found <= 1
     if step >= steps - 1 and round(steps * warmup) < steps and steps > 1:
-        assert factor == pytest.approx(1.0 if schedule == "constant" else final)
+        assert found == pytest.approx(1.0 if schedule == "constant" else final)

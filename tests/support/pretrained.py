@@ -31,6 +31,11 @@ _LLAMA3_ROTATION = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LLAMA3_8B: dict[str, Any] = {
+    **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
+    **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "max_position_embeddings": 8192,
+}
 TINY: dict[str, Any] = {
     **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32},
